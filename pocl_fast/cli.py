@@ -1,0 +1,217 @@
+"""The command line: `pocl-fast COMMAND`, generated from the configuration's dataclasses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from pocl_fast.config import (
+    Data,
+    Evaluation,
+    Generation,
+    Models,
+    RunConfig,
+    Schedule,
+    Training,
+    read_yaml,
+    recorded_config,
+)
+from pocl_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the run lives."""
+
+    output: Path
+    """The run directory: made if it is not there, continued if it holds this run."""
+    config: Path | None = None
+    """A YAML file with any of these options (same names); options on the command line win over it."""
+
+
+@dataclass(frozen=True)
+class Distill(Output):
+    """Distil a teacher into a student: measure, rank, train, evaluate and report, in one run that can be stopped and resumed."""
+
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    generation: Generation = field(default_factory=Generation)
+    schedule: Schedule = field(default_factory=Schedule)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+@dataclass(frozen=True)
+class Measure(Output):
+    """Measure how hard each training sample is for the student -> difficulty.parquet."""
+
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    generation: Generation = field(default_factory=Generation)
+
+
+@dataclass(frozen=True)
+class Rank(Output):
+    """Rank the samples easy to hard and cut them into stages: difficulty.parquet -> curriculum.json."""
+
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True)
+class Train(Output):
+    """Train the student along curriculum.json -> checkpoints, metrics.jsonl, student/."""
+
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    generation: Generation = field(default_factory=Generation)
+    training: Training = field(default_factory=Training)
+
+
+@dataclass(frozen=True)
+class Evaluate(Output):
+    """Evaluate the student before and after training on the held-out samples -> evaluation.json, answers-*.jsonl."""
+
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    generation: Generation = field(default_factory=Generation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+@dataclass(frozen=True)
+class Report(Output):
+    """Write report.html from what the run directory holds."""
+
+
+@dataclass(frozen=True)
+class Demo(Output):
+    """Distil the bundled teacher into six of its layers on the bundled samples: a first look that takes minutes on two cores."""
+
+    output: Path = Path("runs/demo")
+    """The run directory: made if it is not there, continued if it holds this run."""
+
+
+def _distill(run: Any) -> None:
+    from pocl_fast.report import summary_table
+
+    run.distill()
+    print("\n" + summary_table(run.path))
+
+
+def _evaluate(run: Any) -> None:
+    if (run.path / "student").is_dir():
+        run.evaluate("after")
+    run.evaluate("before")
+
+
+COMMANDS: dict[str, tuple[type[Output], Callable[[Any], Any]]] = {
+    "distill": (Distill, _distill),
+    "measure": (Measure, lambda run: run.measure()),
+    "rank": (Rank, lambda run: run.rank()),
+    "train": (Train, lambda run: run.train()),
+    "evaluate": (Evaluate, _evaluate),
+    "report": (Report, lambda run: run.report()),
+    "demo": (Demo, _distill),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status: 0 done, 2 wrong input, 128 + signal when asked to stop."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from pocl_fast import __version__
+
+        print(f"pocl-fast {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"pocl-fast: no command {arguments[0]!r}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    try:
+        _run(arguments[0], arguments[1:])
+    except InputError as error:
+        print(f"pocl-fast {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":  # the trainer's; importing it here would cost seconds
+            raise
+        print(f"\n{error}; the same command goes on from here", file=sys.stderr)
+        return 128 + int(getattr(error, "signal_number", signal.SIGINT))
+    return 0
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    command, work = COMMANDS[name]
+    given = _parse(name, command, arguments)
+    _quiet_libraries()
+    from pocl_fast.run import open_run
+
+    options = {}
+    for group in fields(given):
+        value = getattr(given, group.name)
+        if group.name not in ("output", "config"):
+            options |= {f.name: getattr(value, f.name) for f in fields(value)}
+    if name == "demo":
+        from pocl_fast.demo import demo_options
+
+        options = demo_options()
+    signal.signal(signal.SIGTERM, _terminate)
+    work(open_run(given.output, options))
+
+
+def _parse(name: str, command: type[Output], arguments: list[str]) -> Any:
+    """The command's options: the defaults, then what the run recorded, then the YAML file, then the command line."""
+    import tyro
+
+    base = recorded_config(output) if (output := _value_of(arguments, "--output")) else RunConfig()
+    if yaml_file := _value_of(arguments, "--config"):
+        base = read_yaml(yaml_file, base)
+    groups = {f.name: getattr(base, f.name) for f in fields(command) if hasattr(base, f.name)}
+    default = command() if command is Demo else command(output=tyro.MISSING, **groups)  # type: ignore[call-arg]
+    shown: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
+    return tyro.cli(shown, prog=f"pocl-fast {name}", description=command.__doc__, args=arguments, default=default)
+
+
+def _value_of(arguments: list[str], option: str) -> Path | None:
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            return Path(arguments[position + 1])
+        if argument.startswith(option + "="):
+            return Path(argument[len(option) + 1 :])
+    return None
+
+
+def _overview() -> str:
+    lines = ["usage: pocl-fast COMMAND [options]      (pocl-fast COMMAND --help shows a command's options)", ""]
+    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, (command, _) in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _quiet_libraries() -> None:
+    """Keeps libraries' notes and bars out of ours; their warnings of substance stay errors or are ours to say."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _terminate(number: int, _: Any) -> None:
+    print("\nstopped; the same command goes on from here", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

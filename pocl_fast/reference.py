@@ -1,0 +1,83 @@
+"""Every objective in plain, obvious torch: the specification that the kernels are tested against. Imports torch alone.
+
+A −inf logit on either side leaves that vocabulary entry out of D: p and q are normalised over what remains, so that D stays a
+divergence of two distributions (0 where nothing remains). Differentiable by autograd, in any floating-point dtype.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """What a loss knows of each token; all [N], and 0 where the label is ignored."""
+
+    loss: Tensor  # alpha · CE + (1 - alpha) · τ^power · D
+    ce: Tensor  # cross-entropy of the label at temperature 1, over the student's own vocabulary; nats
+    divergence: Tensor  # D over the shared vocabulary, without τ^power; nats
+    student_entropy: Tensor  # of q, at temperature τ; nats
+    teacher_entropy: Tensor  # of p
+    correct: Tensor  # 1 where no logit of the student is above the label's
+    agree: Tensor  # 1 where some entry of D's vocabulary has the largest logit of both student and teacher
+
+
+def distillation_rows(
+    student_logits: Tensor,  # [N, V_s]
+    teacher_logits: Tensor,  # [N, V_t]
+    labels: Tensor,  # [N]
+    temperature: Tensor,  # 1 or N values
+    alpha: Tensor,  # 1 or N values
+    *,
+    divergence: str,
+    temperature_power: int,
+    ignore_index: int = -100,
+) -> Rows:
+    """The loss and the metrics of each token."""
+    counted = labels != ignore_index
+    V = min(student_logits.shape[1], teacher_logits.shape[1])
+    s, t = student_logits, teacher_logits.to(student_logits.dtype)
+    # ignored rows may hold anything, NaN included: replace them before any arithmetic
+    s = torch.where(counted[:, None], s, torch.zeros_like(s))
+    t = torch.where(counted[:, None], t, torch.zeros_like(t))
+    label = torch.where(counted, labels, torch.zeros_like(labels)).long()
+    ce = -torch.log_softmax(s, -1).gather(1, label[:, None])[:, 0]
+
+    tau = temperature.to(s.dtype).reshape(-1, 1)
+    out = (s[:, :V] == -torch.inf) | (t[:, :V] == -torch.inf)
+    s_shared, t_shared = _without(s[:, :V], out), _without(t[:, :V], out)
+    log_q, q = _log_softmax(s_shared / tau, out)
+    log_p, p = _log_softmax(t_shared / tau, out)
+    if divergence == "forward_kl":
+        D = (p * (log_p - log_q)).sum(-1)
+    elif divergence == "reverse_kl":
+        D = (q * (log_q - log_p)).sum(-1)
+    else:
+        raise ValueError(f"unknown divergence {divergence!r}")
+
+    a = alpha.to(s.dtype).reshape(-1)
+    # a weight of 0 also silences a term that is infinite (a label whose logit is −inf), but never a NaN
+    weighted_ce = torch.where((a == 0) & ~ce.isnan(), torch.zeros_like(ce), a * ce)
+    loss = weighted_ce + (1 - a) * tau[:, 0] ** temperature_power * D
+    metrics = (
+        -(q * log_q).sum(-1),
+        -(p * log_p).sum(-1),
+        (s.gather(1, label[:, None])[:, 0] == s.amax(-1)).to(s.dtype),
+        (~out & (s_shared == s_shared.amax(-1, keepdim=True)) & (t_shared == t_shared.amax(-1, keepdim=True))).any(-1).to(s.dtype),
+    )
+    return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
+
+
+def _without(x: Tensor, out: Tensor) -> Tensor:
+    """−inf at the entries that are `out`; rows where all of them are become 0, which is never looked at."""
+    gone = out.all(-1, keepdim=True)
+    return torch.where(gone, torch.zeros_like(x), torch.where(out, torch.full_like(x, -torch.inf), x))
+
+
+def _log_softmax(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """log-probabilities and probabilities; both 0 at the entries that are `out`, so that their terms vanish."""
+    log_p = torch.log_softmax(x, -1)
+    log_p = torch.where(out, torch.zeros_like(log_p), log_p)
+    return log_p, torch.where(out, torch.zeros_like(log_p), log_p.exp())

@@ -1,0 +1,203 @@
+"""What a run did, for a person: a table for the terminal and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from pocl_fast import __version__
+from pocl_fast.errors import InputError
+
+COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
+
+
+def write_report(run: Path) -> Path:
+    """Writes `report.html` from what the run directory holds so far; sections without data are left out."""
+    if not (run / "steps.json").exists():
+        raise InputError(f"{run} holds no run; make one with `pocl-fast distill`")
+    stamps = _json(run / "steps.json")
+    page = Environment(loader=PackageLoader("pocl_fast", "."), autoescape=select_autoescape(default=True)).get_template("report.jinja")
+    text = page.render(
+        version=__version__,
+        name=run.name,
+        config=(run / "config.yaml").read_text(encoding="utf-8"),
+        results=result_rows(run),
+        steps=step_rows(stamps),
+        stages=_stages(run),
+        training_curve=_picture(training_figure(run)),
+        difficulty=_picture(difficulty_figure(run)),
+        answers=_answers(run),
+    )
+    partial = run / "report.html.partial"
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, run / "report.html")
+    return run / "report.html"
+
+
+def summary_table(run: Path) -> str:
+    """The run in a few lines for the terminal: scores before and after, speed, memory, time of each step, the report's path."""
+    stamps = _json(run / "steps.json")
+    lines = [f"{'held-out':<28}{'before':>14}{'after':>14}"]
+    for row in result_rows(run):
+        lines.append(f"{row['name']:<28}{row['before']:>14}{row['after']:>14}")
+    lines.append("")
+    lines.append(f"{'step':<28}{'time':>14}{'peak memory':>14}")
+    for row in step_rows(stamps):
+        lines.append(f"{row['name']:<28}{row['time']:>14}{row['memory']:>14}")
+    if "tokens_per_second" in stamps.get("train", {}):
+        lines.append("")
+        lines.append(f"training speed: {stamps['train']['tokens_per_second']:,.0f} tokens/s")
+    lines.append(f"report: {run / 'report.html'}")
+    return "\n".join(lines)
+
+
+def result_rows(run: Path) -> list[dict[str, str]]:
+    """Held-out scores before and after training, as text; a dash where not evaluated yet."""
+    results = _json(run / "evaluation.json")
+
+    def cell(when: str, key: str, form: str, spread: str | None = None) -> str:
+        if when not in results:
+            return "-"
+        scores = results[when]
+        return form.format(scores[key]) + (f" ± {scores[spread]:.2f}" if spread else "")
+
+    names = [
+        ("ROUGE-L", "rouge_l", "{:.2f}", "rouge_l_spread"),
+        ("exact match, %", "exact_match", "{:.1f}", None),
+        ("loss (CE, nats a token)", "cross_entropy", "{:.3f}", None),
+    ]
+    return [{"name": n, "before": cell("before", k, f, s), "after": cell("after", k, f, s)} for n, k, f, s in names]
+
+
+def step_rows(stamps: dict[str, Any]) -> list[dict[str, str]]:
+    """Each finished step's time and peak memory, and the whole's."""
+    done = {name: stamp for name, stamp in stamps.items() if stamp["done"]}
+    rows = [{"name": n, "time": _time(s["seconds"]), "memory": _gib(s["peak_bytes"])} for n, s in done.items()]
+    if done:
+        total = sum(s["seconds"] for s in done.values())
+        rows.append({"name": "in all", "time": _time(total), "memory": _gib(max(s["peak_bytes"] for s in done.values()))})
+    return rows
+
+
+def training_figure(run: Path) -> Any:
+    """Loss, and dev ROUGE-L, over the steps of all stages; None before training."""
+    from pocl_fast.trainer import read_metrics
+
+    if not (run / "metrics.jsonl").exists():
+        return None
+    records = read_metrics(run / "metrics.jsonl")
+    last = {r["stage"]: max(x["step"] for x in records if x["stage"] == r["stage"]) for r in records}
+    offset = {stage: sum(n for s, n in last.items() if s < stage) for stage in last}
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "eval_rouge_l" in r]
+    figure, (left, right) = _axes(2)
+    for name, label, colour in (("ce", "cross-entropy", COLOURS[0]), ("divergence", "divergence to the teacher", COLOURS[1])):
+        left.plot([offset[r["stage"]] + r["step"] for r in steps], [r[name] for r in steps], color=colour, label=label, lw=1.4)
+    left.set(xlabel="step", ylabel="nats a token", title="Training")
+    places = [offset[r["stage"]] + r["step"] for r in evaluations]
+    right.plot(places, [r["eval_rouge_l"] for r in evaluations], "o-", color=COLOURS[2], label="dev ROUGE-L, greedy")
+    right.set(xlabel="step", ylabel="ROUGE-L", title="Held-out samples at each epoch's end")
+    for axis in (left, right):
+        for stage in sorted(offset):
+            axis.axvline(offset[stage], color="#999", lw=0.8, ls=":")
+            axis.annotate(f" stage {stage + 1}", (offset[stage], 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="#666")
+        axis.legend(frameon=False)
+    return figure
+
+
+def difficulty_figure(run: Path) -> Any:
+    """Both difficulty signals of every sample, coloured by the stage that brings the sample in; None before ranking."""
+    if not (run / "difficulty.parquet").exists() or not (run / "curriculum.json").exists():
+        return None
+    from pocl_fast.curriculum import Curriculum
+    from pocl_fast.difficulty import read_difficulty
+
+    table = read_difficulty(run / "difficulty.parquet").to_pydict()
+    row_of = {index: row for row, index in enumerate(table["index"])}
+    curriculum = Curriculum.load(run / "curriculum.json")
+    figure, (scatter, histogram) = _axes(2)
+    before = 0
+    for stage in curriculum.stages:
+        rows = [row_of[int(i)] for i in curriculum.order[before : stage.size]]
+        before = stage.size
+        colour, label = COLOURS[stage.index % len(COLOURS)], f"from stage {stage.index + 1}"
+        cross_entropy = [table["cross_entropy"][r] for r in rows]
+        scatter.scatter(cross_entropy, [100 * table["rouge_l"][r] for r in rows], s=9, alpha=0.7, color=colour, label=label)
+        histogram.hist(cross_entropy, bins=30, alpha=0.6, color=colour, label=label)
+    scatter.set(xlabel="cross-entropy of the reference, nats a token", ylabel="ROUGE-L of the student's answer", title="Difficulty")
+    histogram.set(xlabel="cross-entropy of the reference, nats a token", ylabel="samples", title="Samples each stage brings in")
+    for axis in (scatter, histogram):
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _axes(count: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = figure.subplots(1, count)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def _picture(figure: Any) -> str | None:
+    """A figure as PNG in base64."""
+    if figure is None:
+        return None
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def _stages(run: Path) -> list[dict[str, Any]]:
+    """One row a stage: its samples and settings, and its last evaluation."""
+    from pocl_fast.trainer import read_metrics
+
+    path = run / "curriculum.json"
+    if not path.exists():
+        return []
+    records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    rows = []
+    for stage in _json(path)["stages"]:
+        evaluations = [r for r in records if r["stage"] == stage["index"] and "eval_rouge_l" in r]
+        best = max(evaluations, key=lambda r: r["eval_rouge_l"], default={})
+        rows.append({**stage, "rouge_l": best.get("eval_rouge_l"), "cross_entropy": best.get("eval_cross_entropy")})
+    return rows
+
+
+def _answers(run: Path, count: int = 8) -> list[dict[str, str]]:
+    """Answers to the same prompts before and after, spread over the held-out set."""
+    paths = [run / f"answers-{when}.jsonl" for when in ("before", "after")]
+    if not all(path.exists() for path in paths):
+        return []
+    before, after = ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in paths)
+    picked = range(0, len(before), max(1, len(before) // count))
+    return [
+        {
+            "prompt": before[i]["prompt"],
+            "reference": before[i]["references"][0],
+            "before": before[i]["answer"],
+            "after": after[i]["answer"],
+        }
+        for i in list(picked)[:count]
+    ]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
