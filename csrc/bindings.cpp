@@ -3,16 +3,37 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
+#include <thread>
+#include <variant>
+#include <vector>
 
 #include "divergence/divergence.h"
+#include "ranking/rank.h"
+#include "rouge/rouge.h"
+#include "rouge/words.h"
 
 namespace py = pybind11;
 
 namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+std::span<const T> view(const Array<T>& array) {
+    return {array.data(), static_cast<std::size_t>(array.size())};
+}
 
 // ---- divergence -------------------------------------------------------------------------------------------------------
 
@@ -46,6 +67,12 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
     const bool fits = teacher.rows == N && (temperatures == 1 || temperatures == N) && (alphas == 1 || alphas == N) &&
                       (!gradient || (gradient->rows == N && gradient->columns == student.columns && gradient->dtype == student.dtype));
     if (!fits) throw std::invalid_argument("distillation_rows: the arguments' shapes do not fit each other");
+    for (std::int64_t n = 0; n < N; ++n) {
+        const std::int64_t label = reinterpret_cast<const std::int64_t*>(labels)[n];
+        if (label == ignore_index || (label >= 0 && label < student.columns)) continue;
+        throw std::invalid_argument("label " + std::to_string(label) + " at token " + std::to_string(n) +
+                                    " is outside the student's vocabulary of " + std::to_string(student.columns));
+    }
     const pocl::Task task{
         .student = student,
         .teacher = teacher,
@@ -94,11 +121,98 @@ void bind_divergence(py::module_& m) {
 
 // ---- ranking ----------------------------------------------------------------------------------------------------------
 
-void bind_ranking(py::module_& m) { (void)m; }
+/// The threads asked for, or one for each processor that this process may use.
+int team_size(std::optional<int> threads) {
+    if (threads && *threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(*threads));
+    if (threads) return *threads;
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
+/// Fused scores, ranks and order, as three NumPy arrays.
+py::tuple rank_fusion(const std::vector<std::variant<Array<float>, Array<double>>>& scores, const std::vector<bool>& descending,
+                      const std::vector<double>& weights, double k, std::optional<int> threads) {
+    if (scores.empty() || descending.size() != scores.size() || weights.size() != scores.size())
+        throw std::invalid_argument("rank_fusion: one direction and one weight are needed for each array of scores");
+    const py::ssize_t n = std::visit([](const auto& array) { return array.size(); }, scores.front());
+    std::vector<pocl::Ranking> rankings;
+    for (std::size_t i = 0; i < scores.size(); ++i) {
+        std::visit(
+            [&](const auto& array) {
+                if (array.ndim() != 1 || array.size() != n) throw std::invalid_argument("rank_fusion: arrays must be 1-D and of one length");
+                rankings.push_back({view(array), descending[i] ? pocl::Order::descending : pocl::Order::ascending, weights[i]});
+            },
+            scores[i]);
+    }
+    py::array_t<double> score(n);
+    py::array_t<std::int64_t> rank(n), order(n);
+    const auto size = static_cast<std::size_t>(n);
+    const pocl::Fusion fusion{{score.mutable_data(), size}, {rank.mutable_data(), size}, {order.mutable_data(), size}};
+    const int team = team_size(threads);
+    {
+        py::gil_scoped_release release;
+        pocl::fuse(rankings, k, fusion, team);
+    }
+    return py::make_tuple(score, rank, order);
+}
+
+void bind_ranking(py::module_& m) {
+    m.def("rank_fusion", &rank_fusion, py::arg("scores"), py::arg("descending"), py::arg("weights"), py::arg("k"),
+          py::arg("threads"), "Reciprocal rank fusion; see csrc/ranking/rank.h.");
+}
 
 // ---- rouge ------------------------------------------------------------------------------------------------------------
 
-void bind_rouge(py::module_& m) { (void)m; }
+/// Words of the texts. The list keeps them alive, and a string never changes, so they are read without the GIL.
+pocl::Tokens tokenize(const py::list& texts, std::optional<int> threads) {
+    std::vector<pocl::CodePoints> views;
+    views.reserve(texts.size());
+    for (const py::handle text : texts) {
+        // the length first: it makes a string of Python 3.11 or older lay out its characters
+        const Py_ssize_t size = PyUnicode_GetLength(text.ptr());
+        if (size < 0) throw py::error_already_set();
+        views.push_back({PyUnicode_DATA(text.ptr()), size, static_cast<int>(PyUnicode_KIND(text.ptr()))});
+    }
+    const int team = team_size(threads);
+    py::gil_scoped_release release;
+    return pocl::tokenize(views, team);
+}
+
+/// Precision, recall and F of each prediction: [3, predictions] float64.
+py::array_t<double> rouge_l(const pocl::Tokens& tokens, const Array<std::int32_t>& forms,
+                            const Array<std::int64_t>& first_reference, std::optional<int> threads) {
+    const auto form_of = view(forms);
+    const auto first = view(first_reference);
+    const std::size_t num_texts = tokens.offsets.size() - 1;
+    const auto words = static_cast<std::int32_t>(tokens.words.size());
+    if (form_of.size() != tokens.words.size() || std::ranges::any_of(form_of, [&](auto form) { return form >= words; }))
+        throw std::invalid_argument("rouge_l: each word needs a form, and there cannot be more forms than words");
+    const bool covered = !first.empty() && first.front() == 0 && std::ranges::adjacent_find(first, std::greater_equal{}) == first.end() &&
+                         first.size() - 1 + static_cast<std::size_t>(first.back()) == num_texts;
+    if (!covered) throw std::invalid_argument("rouge_l: each prediction needs a range of references, and all of them all references");
+    const std::size_t count = first.size() - 1;
+    py::array_t<double> scores({std::size_t{3}, count});
+    double* const data = scores.mutable_data();
+    const pocl::RougeL out{{data, count}, {data + count, count}, {data + 2 * count, count}};
+    const int team = team_size(threads);
+    {
+        py::gil_scoped_release release;
+        pocl::rouge_l(pocl::with_forms(tokens, form_of), words, first, out, team);
+    }
+    return scores;
+}
+
+void bind_rouge(py::module_& m) {
+    py::class_<pocl::Tokens>(m, "Tokens", "Texts as word ids; see csrc/rouge/words.h.")
+        .def_readonly("words", &pocl::Tokens::words, "The distinct words; a word's place is its id.")
+        .def("__len__", [](const pocl::Tokens& tokens) { return tokens.offsets.size() - 1; });
+    m.def("tokenize", &tokenize, py::arg("texts"), py::arg("threads"), "Cuts texts into rouge-score's words.");
+    m.def("rouge_l", &rouge_l, py::arg("tokens"), py::arg("forms"), py::arg("first_reference"), py::arg("threads"),
+          "ROUGE-L of predictions, the first texts of `tokens`, against references, the others; see csrc/rouge/rouge.h.");
+}
 
 }  // namespace
 

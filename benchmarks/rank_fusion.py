@@ -1,0 +1,80 @@
+"""Rank fusion of millions of samples is several times faster than by NumPy's argsort, and the same to the bit.
+
+Both sides run in this process on the same scores, in turns; the figures are medians. The scores are like a measurer's:
+ROUGE-L with many ties (a fraction of small numbers) and cross-entropies without.
+
+    python benchmarks/rank_fusion.py [--samples 2000000] [--repeats 5] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pocl_fast.curriculum import reciprocal_rank_fusion
+
+
+def ranks(order: np.ndarray) -> np.ndarray:
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(1, len(order) + 1)
+    return rank
+
+
+def numpy_way(rouge: np.ndarray, cross_entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    score = 1 / (60.0 + ranks(np.argsort(-rouge, kind="stable"))) + 1 / (
+        60.0 + ranks(np.argsort(cross_entropy, kind="stable"))
+    )
+    order = np.argsort(-score, kind="stable")
+    return score, ranks(order), order
+
+
+def our_way(
+    rouge: np.ndarray, cross_entropy: np.ndarray, threads: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    fused = reciprocal_rank_fusion([rouge, cross_entropy], descending=[True, False], threads=threads)
+    return fused.score, fused.rank, fused.order
+
+
+def timed(side: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = side()
+    return time.perf_counter() - start, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2_000_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    length = rng.integers(1, 120, options.samples)
+    rouge = rng.binomial(length, 0.3) / length
+    cross_entropy = rng.lognormal(0.5, 0.6, options.samples)
+    print(
+        f"{options.samples} samples, two rankings\n{'scores':<10}{'NumPy, ms':>11}{'ours, ms':>10}{'ratio':>8}  result"
+    )
+    for dtype in (np.float64, np.float32):
+        arguments = (rouge.astype(dtype), cross_entropy.astype(dtype))
+        runs = [
+            (timed(lambda a=arguments: numpy_way(*a)), timed(lambda a=arguments: our_way(*a, options.threads)))
+            for _ in range(options.repeats)
+        ]
+        slow, fast = (statistics.median(run[side][0] for run in runs) for side in (0, 1))
+        same = all(np.array_equal(a, b) for (_, theirs), (_, ours) in runs for a, b in zip(theirs, ours, strict=True))
+        print(
+            f"{np.dtype(dtype).name:<10}{1e3 * slow:>11.0f}{1e3 * fast:>10.0f}{slow / fast:>7.1f}x"
+            f"  {'identical' if same else 'DIFFERENT'}",
+            flush=True,
+        )
+        if not same:
+            raise SystemExit("the result differs from NumPy's")
+
+
+if __name__ == "__main__":
+    main()

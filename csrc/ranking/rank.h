@@ -1,0 +1,30 @@
+// Ranks of scores and their reciprocal rank fusion. No Python, no torch.
+#pragma once
+#include <cstdint>
+#include <span>
+#include <variant>
+
+namespace pocl {
+
+enum class Order { ascending, descending };  // descending: the highest score is the best
+
+/// One array of scores, which of its ends is the best, and what its ranks weigh in the fusion.
+struct Ranking {
+    std::variant<std::span<const float>, std::span<const double>> scores;
+    Order order;
+    double weight;
+};
+
+/// What comes out of a fusion; each span has the size of every ranking's scores.
+struct Fusion {
+    std::span<double> score;        // by sample
+    std::span<std::int64_t> rank;   // by sample, from 1
+    std::span<std::int64_t> order;  // samples, best first
+};
+
+/// score[i] = Σ weight / (k + rank of i), summed in the order of `rankings`; the highest score is the best. Ranks count from 1,
+/// ties go by index, -0 equals 0, NaN comes last. Stable radix sort, linear in samples and rankings but where many scores differ
+/// only in their last bits; the same bits on any number of threads. 32 bytes a sample while it works; throws std::bad_alloc.
+void fuse(std::span<const Ranking> rankings, double k, const Fusion& fusion, int threads);
+
+}  // namespace pocl
