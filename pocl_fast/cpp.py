@@ -1,11 +1,11 @@
-"""The C++ backend of the fused loss: tensors in, addresses to `pocl_fast._C`. The same two functions as `kernels/dense.py`."""
+"""The C++ backend of the fused loss: tensors in, addresses to `pocl_fast._C`. The functions of kernels/dense.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pocl_fast import _C
+from pocl_fast import _C  # type: ignore[attr-defined]  # built from csrc/
 
 DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 

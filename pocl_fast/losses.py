@@ -19,13 +19,15 @@ _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss and what the same pass knows besides: tensors on the logits' device; all but `loss` are detached, for logging."""
+    """A loss and what the same pass knows besides: tensors on the logits' device, all but `loss` detached."""
 
     loss: Tensor  # 0-d, or [N] with reduction "none"
     ce: Tensor  # 0-d: mean cross-entropy over supervised tokens, nats
     divergence: Tensor  # 0-d: mean divergence over supervised tokens, without its temperature factor, nats
     num_tokens: Tensor  # 0-d: supervised tokens
-    metrics: dict[str, Tensor]  # 0-d means over supervised tokens: student_entropy, teacher_entropy, accuracy, agreement
+    metrics: dict[
+        str, Tensor
+    ]  # student_entropy, teacher_entropy, accuracy, agreement: 0-d means over supervised tokens
     per_token: dict[str, Tensor] = field(repr=False, default_factory=dict)  # [N]: the same, with ce and divergence
 
 
@@ -41,23 +43,26 @@ def distillation_loss(
     ignore_index: int = -100,
     backend: Backend = "auto",
 ) -> LossOutput:
-    """alpha · CE + (1 - alpha) · c(τ) · D of student logits against labels and teacher logits, with the gradient in the same pass.
+    """alpha · CE + (1 - alpha) · c(τ) · D of each token, reduced, with the gradient computed in the same pass.
 
     Args:
-        student_logits: [N, V_s] or [B, T, V_s], fp32, bf16 or fp16 (float64 by the reference alone). Row i is judged against
-            label i: see `shift_labels` for logits that predict the next token.
-        teacher_logits: [N, V_t] or [B, T, V_t], its own dtype; never differentiated. Where V_t differs from V_s, D compares the
-            first min(V_s, V_t) entries, renormalised there; CE is over the student's own V_s.
-        labels: [N] or [B, T] integers; `ignore_index` rows cost nothing: loss 0, gradient exactly 0, the rows are not read.
-        objective: what to compute; see `Objective`.
-        token_weights: [N] or [B, T], multiplied onto each token's loss.
+        student_logits: [N, V_s] or [B, T, V_s], fp32, bf16 or fp16 (float64 by the reference alone). Row i is judged
+            against label i: see `shift_labels` for logits that predict the next token.
+        teacher_logits: [N, V_t] or [B, T, V_t], its own dtype; never differentiated. Where V_t differs from V_s, D
+            compares the first min(V_s, V_t) entries, renormalised there; CE is over the student's own V_s.
+        labels: [N] or [B, T] int32 or int64; rows whose label is `ignore_index` cost nothing: loss 0, gradient
+            exactly 0, the logits are not read.
+        objective: what to compute; see `Objective`. Its temperature and alpha are not differentiated.
+        token_weights: [N] or [B, T], multiplied onto each token's loss; not differentiated.
         num_items: what "mean" divides by instead of the number of supervised tokens: the whole step's, under gradient
             accumulation or data parallelism.
-        reduction: "mean" over supervised tokens, "sum", or "none" for one loss a token ([N]).
+        reduction: "mean" over supervised tokens, "sum", or "none" for one loss a token ([N]). Whatever it is,
+            `per_token` of the result holds each token's ce, divergence, entropies, accuracy and agreement, [N] each.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, and the reference for float64.
 
-    A −inf logit on either side leaves its entry out of D. A NaN or +inf makes that row's loss NaN and no other's. No supervised
-    token: loss 0, gradient 0. Arithmetic is fp32; the gradient has the logits' dtype; nothing synchronises with a GPU.
+    A −inf logit on either side leaves its entry out of D. Any other NaN or +inf makes that row's loss NaN and no
+    other's. No supervised token: loss 0, gradient 0. Arithmetic is fp32, the gradient in the logits' dtype; nothing
+    synchronises with a GPU. The gradient is not itself differentiable (backend "reference" is).
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for a label outside the vocabulary.
     (arXiv 2506.05695, equation 4.)
@@ -66,25 +71,26 @@ def distillation_loss(
     backend = _choose_backend(backend, student, teacher)
     N = labels.numel()
     counted = labels != ignore_index
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if backend != "cpp" and labels.device.type == "cpu" and not torch.compiler.is_compiling():  # C++ looks for itself
         _check_labels(labels, counted, student.shape[1])
     num_tokens = counted.sum()
-    weights = _per_token("token_weights", token_weights, N, student.device)
-    row_scale = torch.ones(N, device=student.device) if weights is None else weights.expand(N)
+    # fp32 but for the reference in float64, which must not round 1.33
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    weights = 1.0 if token_weights is None else token_weights
+    row_scale = _per_token("token_weights", weights, N, student.device, dtype).expand(N)
     if reduction == "mean":
+        if num_items is not None and not isinstance(num_items, Tensor) and num_items <= 0:
+            raise ValueError(f"num_items must be positive, got {num_items}")
         divisor = num_tokens.clamp_min(1) if num_items is None else num_items
         row_scale = row_scale / divisor
     elif reduction not in ("sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    temperature = _per_token("temperature", objective.temperature, N, student.device)
-    alpha = _per_token("alpha", objective.alpha, N, student.device)
-    assert temperature is not None
-    assert alpha is not None
+    temperature = _per_token("temperature", objective.temperature, N, student.device, dtype)
+    alpha = _per_token("alpha", objective.alpha, N, student.device, dtype)
 
     if backend == "reference":
-        compute = student if student.dtype == torch.float64 else student.float()
         rows = reference.distillation_rows(
-            compute,
+            student.to(dtype),
             teacher.detach(),
             labels,
             temperature,
@@ -93,7 +99,8 @@ def distillation_loss(
             temperature_power=objective.temperature_power,
             ignore_index=ignore_index,
         )
-        per_row, stats = rows.loss * torch.where(counted, row_scale, 0.0), torch.stack([value.detach() for value in rows])
+        per_row = rows.loss * torch.where(counted, row_scale, 0.0)
+        stats = torch.stack([value.detach() for value in rows])
     else:
         needs_grad = student.requires_grad and torch.is_grad_enabled()
         per_row, stats, _ = ops.distillation_rows(
@@ -116,7 +123,14 @@ def distillation_loss(
 class DistillationLoss(nn.Module):
     """`distillation_loss` as a module that holds its `Objective`."""
 
-    def __init__(self, objective: Objective, *, reduction: Reduction = "mean", ignore_index: int = -100, backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         self.objective = objective
         self.reduction: Reduction = reduction
@@ -163,17 +177,20 @@ def _as_rows(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, 
         raise ValueError(f"student_logits must be [N, V] or [B, T, V], got shape {tuple(student.shape)}")
     if teacher.shape[:-1] != student.shape[:-1]:
         raise ValueError(
-            f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have the same tokens:"
-            " all but the last dimension must be equal"
+            f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must be of the same"
+            " tokens: all but the last dimension must be equal"
         )
     if labels.shape != student.shape[:-1]:
-        raise ValueError(f"labels must have the logits' shape without the vocabulary, {tuple(student.shape[:-1])}; got {tuple(labels.shape)}")
+        raise ValueError(f"labels must be {tuple(student.shape[:-1])}, one a row of logits; got {tuple(labels.shape)}")
     if labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"labels must be int32 or int64, got {labels.dtype}")
     if student.shape[-1] == 0 or teacher.shape[-1] == 0:
         raise ValueError("the vocabulary is empty: student_logits and teacher_logits need at least one column")
     if not (student.device == teacher.device == labels.device):
-        raise ValueError(f"student_logits, teacher_logits and labels are on {student.device}, {teacher.device} and {labels.device}; move them to one")
+        raise ValueError(
+            f"student_logits, teacher_logits and labels are on {student.device}, {teacher.device} and {labels.device};"
+            " move them to one"
+        )
     return _rows(student), _rows(teacher), labels.reshape(-1)
 
 
@@ -182,18 +199,21 @@ def _rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _choose_backend(backend: str, student: Tensor, teacher: Tensor) -> str:
+def _choose_backend(backend: Backend, student: Tensor, teacher: Tensor) -> Backend:
     dtypes = {student.dtype, teacher.dtype}
     if not all(dtype.is_floating_point for dtype in dtypes):
         raise ValueError(f"logits must be floating-point, got {student.dtype} and {teacher.dtype}")
     if backend == "auto":
         if torch.float64 in dtypes:
             return "reference"
-        return {"cuda": "triton", "cpu": "cpp"}.get(student.device.type, "reference")
+        by_device: dict[str, Backend] = {"cuda": "triton", "cpu": "cpp"}
+        return by_device.get(student.device.type, "reference")
     if backend not in ("triton", "cpp", "reference"):
         raise ValueError(f'backend must be "auto", "triton", "cpp" or "reference", got {backend!r}')
     if backend != "reference" and not dtypes <= set(_FUSED_DTYPES):
-        raise ValueError(f"backend {backend!r} takes fp32, bf16 and fp16 logits, got {student.dtype} and {teacher.dtype}")
+        raise ValueError(
+            f"backend {backend!r} takes fp32, bf16 and fp16 logits, got {student.dtype} and {teacher.dtype}"
+        )
     if backend == "cpp" and student.device.type != "cpu":
         raise ValueError(f'backend "cpp" takes CPU tensors, got {student.device}')
     return backend
@@ -206,16 +226,14 @@ def _check_labels(labels: Tensor, counted: Tensor, V: int) -> None:
         raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
 
 
-def _per_token(name: str, value: Tensor | float | None, N: int, device: torch.device) -> Tensor | None:
-    """A number or tensor as fp32 [1] or [N] on the device, without looking into it."""
-    if value is None:
-        return None
+def _per_token(name: str, value: Tensor | float, N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number or tensor as [1] or [N] on the device, without looking into it."""
     if not isinstance(value, Tensor):
-        return torch.full((1,), float(value), device=device)
+        return torch.full((1,), float(value), device=device, dtype=dtype)
     flat = value.detach().reshape(-1)
     if flat.numel() not in (1, N):
         raise ValueError(f"{name} must be one value or one a token ({N}), got shape {tuple(value.shape)}")
-    return flat.to(device=device, dtype=torch.float32, non_blocking=True)
+    return flat.to(device=device, dtype=dtype, non_blocking=True)
 
 
 def _output(loss: Tensor, stats: Tensor, num_tokens: Tensor) -> LossOutput:

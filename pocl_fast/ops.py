@@ -1,7 +1,8 @@
-"""The torch operators behind the losses: one custom op that gives losses and gradient together, dispatched to a backend.
+"""The torch operators behind the losses: one custom op that gives losses and gradient together, by a backend.
 
-CPU tensors go to C++ (`pocl_fast._C`), CUDA and ROCm tensors to Triton (`pocl_fast.kernels`). Autograd lives here: the gradient
-is computed with the loss, and backward only multiplies it by what comes in. Checks nothing that `losses.py` has checked.
+CPU tensors go to C++ (`pocl_fast._C`), CUDA and ROCm tensors to Triton (`pocl_fast.kernels`). Autograd lives here: the
+gradient is computed with the loss, and backward only multiplies it by what comes in. Checks nothing that `losses.py`
+has checked.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def distillation_rows(
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scaled loss of each token [N], what else is known of it [7, N] (the rows of `reference.Rows`, unscaled; both fp32), and
-    d Σ loss / d student [N, V_s] (empty unless `needs_grad`)."""
+    """The scaled loss of each token [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the gradient of
+    the losses' sum [N, V_s], empty unless `needs_grad`."""
     rows = backend_module(backend).distillation_rows
     stats, grad = rows(
         student,
@@ -80,40 +81,55 @@ def _(grad: Tensor, upstream: Tensor, backend: str) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.needs_grad, ctx.backend = inputs[-2], inputs[-1]
-    ctx.save_for_backward(output[2])
+    ctx.set_materialize_grads(False)  # zeros for the stats and the gradient would cost as much as the kernel
+    _loss, stats, grad = output
+    ctx.mark_non_differentiable(stats, grad)
+    needs_grad, ctx.backend = inputs[-2], inputs[-1]
+    # not save_for_backward: handed over for good, so that autograd takes the buffer as it is instead of a copy
+    ctx.grad = grad if needs_grad else None
 
 
-def _backward(ctx: Any, upstream: Tensor, _stats: Tensor, _grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 10
+    if upstream is None or not ctx.needs_input_grad[0]:
+        return None, *nothing
+    if type(upstream) is not Tensor:  # traced by a compiler: a multiplication that it can join to what follows
+        return (ctx.grad * upstream[:, None]).to(ctx.grad.dtype), *nothing
+    if torch.is_grad_enabled():
         raise RuntimeError(
             "the fused distillation loss can be differentiated once: its gradient is computed with it and is not itself"
             " differentiable. For create_graph=True use backend='reference'"
         )
-    nothing = (None,) * 10
-    if not ctx.needs_grad:
-        return None, *nothing
-    try:
-        (grad,) = ctx.saved_tensors
-    except RuntimeError as error:
+    if ctx.grad is None:
         raise RuntimeError(
-            "backward was called twice through one fused distillation loss, whose only gradient buffer the first call has"
-            " scaled; compute the loss again, or add the losses and call backward once"
-        ) from error
-    if torch.compiler.is_compiling() or grad.is_cuda or not bool((upstream == 1).all()):  # on a CPU looking is free
-        scale_rows(grad, upstream.contiguous(), ctx.backend)
+            "backward was called a second time through one fused distillation loss; pass retain_graph=True to the first"
+            " call, or add the losses and call backward once"
+        )
+    if _graph_is_kept():
+        grad = ctx.grad.clone()
+    else:
+        grad, ctx.grad = ctx.grad, None
+    scale_rows(grad, upstream.contiguous(), ctx.backend)
     return grad, *nothing
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward now running was called with retain_graph=True, so that another may follow."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
 distillation_rows.register_autograd(_backward, setup_context=_setup_context)
 
 
 def backend_module(backend: str) -> Any:
-    """The module that implements `distillation_rows` and `scale_rows_` for a backend; an error that says how to get it."""
+    """The module of a backend's `distillation_rows` and `scale_rows_`, or an error that says how to get it."""
     if backend == "cpp":
-        return _module("pocl_fast.cpp", "the C++ part of pocl_fast is not built: install the package (pip install -e .) with g++")
+        return _module(
+            "pocl_fast.cpp", "the C++ part of pocl_fast is not built: install the package (pip install -e .) with g++"
+        )
     return _module(
-        "pocl_fast.kernels.dense", 'backend "triton" needs triton: pip install "pocl-fast[gpu]", or pass backend="reference"'
+        "pocl_fast.kernels.dense",
+        'backend "triton" needs triton: pip install "pocl-fast[gpu]", or pass backend="reference"',
     )
 
 

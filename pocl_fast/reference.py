@@ -1,7 +1,8 @@
 """Every objective in plain, obvious torch: the specification that the kernels are tested against. Imports torch alone.
 
-A −inf logit on either side leaves that vocabulary entry out of D: p and q are normalised over what remains, so that D stays a
-divergence of two distributions (0 where nothing remains). Differentiable by autograd, in any floating-point dtype.
+A −inf logit on either side leaves that vocabulary entry out of D: p and q are normalised over what remains, so that D
+stays a divergence of two distributions (0 where nothing remains). A label whose logit is −inf has infinite CE.
+Differentiable by autograd, in any floating-point dtype.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def distillation_rows(
     s = torch.where(counted[:, None], s, torch.zeros_like(s))
     t = torch.where(counted[:, None], t, torch.zeros_like(t))
     label = torch.where(counted, labels, torch.zeros_like(labels)).long()
-    ce = -torch.log_softmax(s, -1).gather(1, label[:, None])[:, 0]
+    empty = (s == -torch.inf).all(-1)  # no softmax: CE is infinite and nothing can lower it
+    s_all = torch.where(empty[:, None], torch.zeros_like(s), s)
+    ce = torch.where(empty, torch.inf, -torch.log_softmax(s_all, -1).gather(1, label[:, None])[:, 0])
 
     tau = temperature.to(s.dtype).reshape(-1, 1)
     out = (s[:, :V] == -torch.inf) | (t[:, :V] == -torch.inf)
@@ -61,11 +64,12 @@ def distillation_rows(
     # a weight of 0 also silences a term that is infinite (a label whose logit is −inf), but never a NaN
     weighted_ce = torch.where((a == 0) & ~ce.isnan(), torch.zeros_like(ce), a * ce)
     loss = weighted_ce + (1 - a) * tau[:, 0] ** temperature_power * D
+    both_largest = (s_shared == s_shared.amax(-1, keepdim=True)) & (t_shared == t_shared.amax(-1, keepdim=True))
     metrics = (
         -(q * log_q).sum(-1),
         -(p * log_p).sum(-1),
-        (s.gather(1, label[:, None])[:, 0] == s.amax(-1)).to(s.dtype),
-        (~out & (s_shared == s_shared.amax(-1, keepdim=True)) & (t_shared == t_shared.amax(-1, keepdim=True))).any(-1).to(s.dtype),
+        (~empty & (s.gather(1, label[:, None])[:, 0] == s.amax(-1))).to(s.dtype),
+        (~out & both_largest).any(-1).to(s.dtype),
     )
     return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
 

@@ -383,14 +383,17 @@ def make_curriculum(difficulty: Any, config: RunConfig) -> Curriculum:
     index = difficulty["index"].to_numpy()
     if schedule.curriculum == "none":
         plain = no_curriculum(len(index), temperature=schedule.temperature[0], alpha=schedule.alpha[0])
-        return replace(plain, order=index[plain.order])
+        return replace(plain, order=index)
     fused = reciprocal_rank_fusion(
         [difficulty["rouge_l"].to_numpy(), difficulty["cross_entropy"].to_numpy()], descending=[True, False], k=schedule.rrf_k
     )
-    curriculum = baby_steps(
-        fused.order, fused.score, stages=schedule.stages, temperatures=schedule.temperature, alphas=schedule.alpha
+    return baby_steps(
+        index[fused.order],  # samples that were skipped leave gaps in the index
+        fused.score[fused.order],
+        stages=schedule.stages,
+        temperatures=schedule.temperature,
+        alphas=schedule.alpha,
     )
-    return replace(curriculum, order=index[curriculum.order])  # samples that were skipped leave gaps in the index
 
 
 def open_run(output: Path, options: dict[str, Any], say: Say = print) -> Run:

@@ -3,8 +3,7 @@
 // A pair of rows fits the second-level cache, so memory is read once and every later pass is served from there:
 //   1. the maxima, and whether some logit is -inf;
 //   2. the normalisers of CE, q and p, and the entropies;
-//   3. D, as a sum of terms p (log p - log q) - (p - q), none of which is negative: the sum of the brackets is 0, and no small D
-//      is the difference of two large sums;
+//   3. D, as a sum of terms none of which is negative (`divergence_term`): no small D is the difference of two large sums;
 //   4. the gradient (for forward KL in the same pass as 3, since its gradient does not need D).
 #pragma once
 #include <math.h>
@@ -40,6 +39,7 @@ struct RowFacts {
     float max_ce;                   // over the student's whole row
     float max_s, max_t;             // over the entries that D compares
     bool some_out, all_out;         // some, or all, entries have a logit of -inf on either side
+    bool nothing_ce = false;        // the student's whole row is -inf
     double log_z_ce, log_z_q, log_z_p;
     double entropy_q, entropy_p;
     bool agree;
@@ -57,25 +57,45 @@ inline void shift(const RowFacts& f, Float s, Float t, Float& x, Float& y) {
     y = (t - f.max_t) * f.inv_tau;
 }
 
+/// The maxima over the entries that D compares, where some logit of the first V is -inf.
 template <class S, class T>
-inline void find_maxima(const typename S::Storage* s_row, const typename T::Storage* t_row, std::int64_t V, std::int64_t V_s,
-                        RowFacts& f) {
-    Float max_s = broadcast(-kInf), max_t = max_s, max_ce = max_s;
-    Int some_out = {};
-    for_vectors(0, V, [&](std::int64_t v, int count, auto rest) {
+inline void find_maxima_without(const typename S::Storage* s_row, const typename T::Storage* t_row, std::int64_t V, RowFacts& f) {
+    Float max_s = broadcast(-kInf), max_t = max_s;
+    for_vectors(0, V, [&](std::int64_t v, int count, auto) {
         const Float s = load<S>(s_row, v, count), t = load<T>(t_row, v, count);
         const Int out = (s == -kInf) | (t == -kInf);
-        max_ce = max(s, max_ce);
         max_s = max(select(out, broadcast(-kInf), s), max_s);
         max_t = max(select(out, broadcast(-kInf), t), max_t);
-        if constexpr (!rest.value) some_out |= out;
-        else for (int i = 0; i < count; ++i) some_out[i] |= out[i];  // not what it was filled up with
     });
     f.max_s = max_lane(max_s);
     f.max_t = max_lane(max_t);
-    for_vectors(V, V_s, [&](std::int64_t v, int count, auto) { max_ce = max(load<S>(s_row, v, count), max_ce); });
-    f.max_ce = max_lane(max_ce);
-    f.some_out = any(some_out);
+}
+
+template <class S, class T>
+inline void find_maxima(const typename S::Storage* s_row, const typename T::Storage* t_row, std::int64_t V, std::int64_t V_s,
+                        RowFacts& f) {
+    Float max_s = broadcast(-kInf), max_t = max_s, min_s = broadcast(kInf), min_t = min_s;
+    for_vectors(0, V, [&](std::int64_t v, int count, auto rest) {
+        Float s, t;
+        if constexpr (rest.value) {  // filled up with NaN, which max and min pass over
+            s = load_some<S>(s_row + v, count, __builtin_nanf(""));
+            t = load_some<T>(t_row + v, count, __builtin_nanf(""));
+        } else {
+            s = S::load(s_row + v);
+            t = T::load(t_row + v);
+        }
+        max_s = max(s, max_s);
+        max_t = max(t, max_t);
+        min_s = min(s, min_s);
+        min_t = min(t, min_t);
+    });
+    f.max_s = max_lane(max_s);
+    f.max_t = max_lane(max_t);
+    for_vectors(V, V_s, [&](std::int64_t v, int count, auto) { max_s = max(load<S>(s_row, v, count), max_s); });
+    f.max_ce = max_lane(max_s);
+    if (f.max_ce == -kInf) f.max_ce = 0;  // nothing but -inf (then z_ce is 0) or NaN: -inf - -inf would make a NaN of the first
+    f.some_out = any((min_s == -kInf) | (min_t == -kInf));
+    if (f.some_out) find_maxima_without<S, T>(s_row, t_row, V, f);
     f.all_out = f.max_s == -kInf || f.max_t == -kInf;
 }
 
@@ -120,10 +140,23 @@ inline void find_normalisers(const typename S::Storage* s_row, const typename T:
     }
     f.log_z_q = ::log(z_q);
     f.log_z_p = ::log(z_p);
-    f.log_z_ce = SameCE ? f.log_z_q : ::log(z_ce);
+    f.nothing_ce = !SameCE && z_ce == 0;
+    f.log_z_ce = SameCE ? f.log_z_q : f.nothing_ce ? 0 : ::log(z_ce);
     f.entropy_q = f.log_z_q - sx / z_q;
     f.entropy_p = f.log_z_p - sy / z_p;
     f.agree = any(agree);
+}
+
+/// a log(a/b) - a + b >= 0, gap being log(a/b): the terms of KL(a‖b), their sum being the same because a and b both sum to 1.
+/// Near 0 it is a times (e^-gap - 1 + gap) by its series: its error is then relative to D itself, down to D = 0 between equals, and
+/// an error in the normalisers counts only squared.
+inline Float divergence_term(Float a, Float b, Float gap) {
+    Float h = gap * 1.3888889e-3f - 8.3333333e-3f;
+    h = h * gap + 4.1666667e-2f;
+    h = h * gap - 1.6666667e-1f;
+    h = h * gap + 0.5f;
+    const Float square = gap * gap;
+    return select(square < 0.0625f, a * (square * h), a * gap - (a - b));
 }
 
 /// D's terms and, where wanted, the gradient. `Divergence` false leaves D out (it is known), `Gradient` false the gradient.
@@ -135,6 +168,7 @@ inline double sweep(const typename S::Storage* s_row, const typename T::Storage*
     const Float inv_z_p = broadcast(static_cast<float>(::exp(-f.log_z_p)));
     const Float inv_z_ce = broadcast(weight_ce * static_cast<float>(::exp(-f.log_z_ce)));
     const Float known = broadcast(static_cast<float>(D));
+    const Float max_gap = broadcast(f.max_t - f.max_s);
     double total = 0;
     const auto put = [&](std::int64_t v, int count, Float g) {
         if (count != kWidth) store_some<S>(g_row + v, g, count);
@@ -149,9 +183,9 @@ inline double sweep(const typename S::Storage* s_row, const typename T::Storage*
             Float x, y;
             shift<some_out>(f, s, t, x, y);
             const Float q = exp_negative(x) * inv_z_q, p = exp_negative(y) * inv_z_p;
-            Float gap = (y - x) - gap_shift;  // log p - log q
+            Float gap = ((t - s) - max_gap) * f.inv_tau - gap_shift;  // log p - log q; y - x would lose digits of near logits
             if constexpr (some_out) gap = select(x == -kInf, Float{}, gap);
-            if constexpr (Divergence) terms += family == Family::forward_kl ? p * gap - (p - q) : (p - q) - q * gap;
+            if constexpr (Divergence) terms += family == Family::forward_kl ? divergence_term(p, q, gap) : divergence_term(q, p, -gap);
             if constexpr (Gradient) {
                 Float g = weight_d * (family == Family::forward_kl ? q - p : q * (-gap - known));
                 if (weight_ce != 0.0f) g += inv_z_ce * exp_negative(s - f.max_ce);
@@ -167,10 +201,7 @@ inline double sweep(const typename S::Storage* s_row, const typename T::Storage*
             put(v, count, g);
         });
     }
-    // the brackets' sum is 0 but for the rounding of the two inverse normalisers, which is known
-    const double tilt = static_cast<double>(inv_z_p[0]) * ::exp(f.log_z_p) - static_cast<double>(inv_z_q[0]) * ::exp(f.log_z_q);
-    total += family == Family::forward_kl ? tilt : -tilt;
-    return total < 0 ? 0 : total;  // rounding alone; a NaN stays
+    return total;
 }
 
 template <Family family, bool SomeOut, bool Gradient, bool Stream, class S, class T>
@@ -210,10 +241,12 @@ void one_row(const Task& task, std::int64_t n) {
     f.alpha = task.alpha[n];
     find_maxima<S, T>(s_row, t_row, V, V_s, f);
     const float row_scale = task.row_scale[n], c = ::powf(f.tau, static_cast<float>(task.temperature_power));
-    const float weight_d = row_scale * (1.0f - f.alpha) * c * f.inv_tau, weight_ce = row_scale * f.alpha;
+    const float weight_d = row_scale * (1.0f - f.alpha) * c * f.inv_tau;
+    float weight_ce = row_scale * f.alpha;
     double D;
     if (f.some_out) {
         find_normalisers<true, false, S, T>(s_row, t_row, V, V_s, f);
+        if (f.nothing_ce) weight_ce = 0;  // the label's CE is infinite and nothing can lower it
         if (f.all_out) {  // nothing to compare: only CE is left, and sums over nothing must not become NaN
             f.log_z_q = f.log_z_p = f.entropy_q = f.entropy_p = 0;
             f.max_s = f.max_t = 0;

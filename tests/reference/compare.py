@@ -1,0 +1,79 @@
+"""One comparison for every kernel test: a backend's loss, metrics and gradient against the reference in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocl_fast.losses import LossOutput, distillation_loss
+from pocl_fast.objectives import Objective
+
+# of a gradient's norm: the rounding of each element to the student's dtype; in fp32 that of the log-ratios, about
+# 1e-6, of which reverse KL's gradient keeps only the differences: small ones where one token holds nearly all of q
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| in norm; where both are 0 it is 0."""
+    got, want = got.detach().double(), want.detach().double()
+    distance = (got - want).norm()
+    return 0.0 if distance == 0 else float(distance / want.norm())
+
+
+def in_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def both(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    backend: str,
+    upstream: Any = None,
+    **options: Any,
+) -> tuple[LossOutput, Tensor, LossOutput, Tensor]:
+    """The backend's output and gradient, then the float64 reference's."""
+    exact = replace(objective, temperature=in_float64(objective.temperature), alpha=in_float64(objective.alpha))
+    results: list[Any] = []
+    for s, t, o, side in (
+        (student, teacher, objective, backend),
+        (student.double(), teacher.double(), exact, "reference"),
+    ):
+        s = s.detach().requires_grad_(True)
+        out = distillation_loss(s, t, labels, o, backend=side, **options)  # type: ignore[arg-type]
+        (out.loss if upstream is None else out.loss * upstream).sum().backward()
+        assert s.grad is not None
+        results += [out, s.grad]
+    return results[0], results[1], results[2], results[3]
+
+
+def assert_matches(student: Tensor, teacher: Tensor, labels: Tensor, objective: Objective, **options: Any) -> None:
+    """Loss, every metric of every token and the gradient agree to the dtype's rounding."""
+    got, gradient, want, exact_gradient = both(student, teacher, labels, objective, **options)
+    assert gradient.dtype == student.dtype
+    assert gradient.shape == student.shape
+    assert got.num_tokens == want.num_tokens
+    assert relative_error(got.loss, want.loss) <= 2e-6
+    for name, exact in want.per_token.items():
+        # a term is a sum of numbers as large as the logits: where it is near 0 it keeps their absolute rounding
+        torch.testing.assert_close(
+            got.per_token[name].double(), exact, rtol=2e-6, atol=3e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert relative_error(gradient, exact_gradient) <= GRADIENT_TOLERANCE[student.dtype]
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 3.0) -> Tensor:
+    return (torch.randn(shape) * spread).to(dtype)
+
+
+def some_labels(N: int, V: int, ignored: bool = True) -> Tensor:
+    """Random labels; every third is ignored."""
+    labels = torch.randint(0, V, (N,))
+    if ignored:
+        labels[2::3] = -100
+    return labels

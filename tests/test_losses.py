@@ -1,0 +1,360 @@
+"""What `distillation_loss` promises besides its numbers: arguments, autograd, compilation. Numbers: tests/reference."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pocl_fast import ops, reference
+from pocl_fast.losses import DistillationLoss, distillation_loss, shift_labels
+from pocl_fast.objectives import DIVERGENCES, Objective
+
+BACKENDS = ["cpp", "reference"]
+N, V = 6, 83
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(torch.seed() % 2**31)
+    print(f"seed {torch.initial_seed()}")
+    labels = torch.randint(0, V, (N,))
+    labels[1] = -100
+    return torch.randn(N, V) * 3, torch.randn(N, V) * 3, labels
+
+
+def gradient(student, teacher, labels, objective=None, **options):
+    s = student.detach().requires_grad_(True)
+    distillation_loss(s, teacher, labels, objective or Objective(alpha=0.3), **options).loss.sum().backward()
+    return s.grad
+
+
+# ---- the definition ----
+
+
+# torch's own kl_div and cross_entropy, combined by hand: neither the kernel nor the reference
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_loss_is_what_the_paper_writes(batch, backend, divergence):
+    student, teacher, labels = batch
+    tau, alpha = 1.7, 0.3
+    kept = labels != -100
+    s, t = student[kept].double(), teacher[kept].double()
+    log_q, log_p = torch.log_softmax(s / tau, -1), torch.log_softmax(t / tau, -1)
+    first, second = (log_q, log_p) if divergence == "forward_kl" else (log_p, log_q)
+    kd = F.kl_div(first, second, log_target=True, reduction="batchmean")
+    ce = F.cross_entropy(s, labels[kept])
+    out = distillation_loss(student, teacher, labels, Objective(divergence, tau, alpha), backend=backend)
+    torch.testing.assert_close(out.loss.double(), alpha * ce + (1 - alpha) * tau**2 * kd, rtol=2e-6, atol=0)
+    torch.testing.assert_close(out.divergence.double(), kd, rtol=2e-6, atol=0)
+    torch.testing.assert_close(out.ce.double(), ce, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_metrics_are_means_over_supervised_tokens(batch, backend):
+    student, teacher, labels = batch
+    teacher[0] = student[0] + 0.1 * torch.rand(V)  # one agreement, one right answer
+    labels[0] = student[0].argmax()
+    out = distillation_loss(student, teacher, labels, Objective(), backend=backend)
+    kept = labels != -100
+    s, t = student[kept], teacher[kept]
+    entropies = [torch.distributions.Categorical(logits=x).entropy().mean() for x in (s, t)]
+    torch.testing.assert_close(out.metrics["student_entropy"], entropies[0])
+    torch.testing.assert_close(out.metrics["teacher_entropy"], entropies[1])
+    torch.testing.assert_close(out.metrics["accuracy"], (s.argmax(-1) == labels[kept]).float().mean())
+    torch.testing.assert_close(out.metrics["agreement"], (s.argmax(-1) == t.argmax(-1)).float().mean())
+    assert out.num_tokens == kept.sum()
+    assert all(value.shape == (N,) for value in out.per_token.values())
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("V_s", "V_t"), [(7, 7), (9, 7), (7, 9)])
+@pytest.mark.parametrize("with_infinities", [False, True])
+def test_the_references_gradient_is_that_of_its_loss(divergence, V_s, V_t, with_infinities):
+    student = torch.randn(4, V_s, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, V_t, dtype=torch.float64)
+    labels = torch.tensor([0, -100, 3, 2])
+    if with_infinities:
+        teacher[0, 1] = teacher[2, 4] = -torch.inf
+
+    def loss(s):
+        return distillation_loss(
+            s, teacher, labels, Objective(divergence, temperature=1.3, alpha=0.3), reduction="none"
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (student,))
+    assert torch.autograd.gradgradcheck(loss, (student,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_ignored_tokens_costs_nothing(batch, backend):
+    student, teacher, labels = batch
+    student = student.requires_grad_(True)
+    out = distillation_loss(student, teacher, torch.full_like(labels, -100), Objective(alpha=0.3), backend=backend)
+    out.loss.backward()
+    assert (out.loss, out.ce, out.divergence, out.num_tokens) == (0, 0, 0, 0)
+    assert student.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_costs_nothing(backend):
+    student = torch.randn(0, V, requires_grad=True)
+    out = distillation_loss(student, torch.randn(0, V), torch.zeros(0, dtype=torch.int64), Objective(), backend=backend)
+    out.loss.backward()
+    assert out.loss == 0
+    assert student.grad.shape == (0, V)
+
+
+def test_batches_of_sequences_are_rows(batch):
+    student, teacher, labels = batch
+    flat = distillation_loss(student, teacher, labels, Objective(alpha=0.3))
+    folded = distillation_loss(student.view(2, 3, V), teacher.view(2, 3, V), labels.view(2, 3), Objective(alpha=0.3))
+    assert torch.equal(flat.loss, folded.loss)
+
+
+def test_labels_may_be_int32_and_the_ignored_one_another(batch):
+    student, teacher, labels = batch
+    usual = distillation_loss(student, teacher, labels, Objective(alpha=0.3)).loss
+    other = torch.where(labels == -100, -1, labels).int()
+    assert torch.equal(distillation_loss(student, teacher, other, Objective(alpha=0.3), ignore_index=-1).loss, usual)
+
+
+def test_labels_shift_as_transformers_shifts_them():
+    assert shift_labels(torch.tensor([[1, 2, 3], [4, -100, 6]])).tolist() == [[2, 3, -100], [-100, 6, -100]]
+
+
+def test_the_module_gives_what_the_function_gives(batch):
+    student, teacher, labels = batch
+    module = DistillationLoss(Objective(alpha=0.3), reduction="none")
+    weights = torch.rand(N)
+    got = module(student, teacher, labels, token_weights=weights)
+    want = distillation_loss(student, teacher, labels, module.objective, reduction="none", token_weights=weights)
+    assert torch.equal(got.loss, want.loss)
+    assert "forward_kl" in repr(module)
+
+
+# ---- autograd ----
+
+
+def test_only_the_loss_is_part_of_the_graph(batch):
+    student, teacher, labels = batch
+    out = distillation_loss(student.requires_grad_(True), teacher.requires_grad_(True), labels, Objective(alpha=0.3))
+    assert out.loss.requires_grad
+    assert not any(x.requires_grad for x in (out.ce, out.divergence, *out.metrics.values(), *out.per_token.values()))
+    out.loss.backward()
+    assert teacher.grad is None
+
+
+def test_without_need_of_a_gradient_the_loss_is_the_same(batch):
+    student, teacher, labels = batch
+    with torch.no_grad():
+        quiet = distillation_loss(student.clone().requires_grad_(True), teacher, labels, Objective(alpha=0.3)).loss
+    assert not quiet.requires_grad
+    assert torch.equal(
+        quiet, distillation_loss(student.requires_grad_(True), teacher, labels, Objective(alpha=0.3)).loss.detach()
+    )
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_loss_used_twice_has_both_gradients(batch, factor):
+    student, teacher, labels = batch
+    s = student.clone().requires_grad_(True)
+    loss = distillation_loss(s, teacher, labels, Objective(alpha=0.3)).loss
+    (loss + factor * loss).backward()
+    torch.testing.assert_close(s.grad, (1 + factor) * gradient(student, teacher, labels))
+
+
+def test_a_retained_graph_gives_its_gradient_again(batch):
+    student, teacher, labels = batch
+    s = student.clone().requires_grad_(True)
+    loss = distillation_loss(s, teacher, labels, Objective(alpha=0.3)).loss
+    (once,) = torch.autograd.grad(loss, s, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, s)
+    assert torch.equal(once, gradient(student, teacher, labels))
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_a_second_backward_without_retained_graph_says_so(batch):
+    student, teacher, labels = batch
+    loss = distillation_loss(student.requires_grad_(True), teacher, labels, Objective()).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_second_differentiation_says_that_there_is_none(batch):
+    student, teacher, labels = batch
+    loss = distillation_loss(student.requires_grad_(True), teacher, labels, Objective()).loss
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+def test_gradients_accumulate_over_parts_of_a_step(batch):
+    """Divided by the whole step's tokens, two parts give what one batch gives."""
+    student, teacher, labels = batch
+    s = student.clone().requires_grad_(True)
+    items = (labels != -100).sum()
+    for part in (slice(0, 2), slice(2, N)):
+        distillation_loss(s[part], teacher[part], labels[part], Objective(alpha=0.3), num_items=items).loss.backward()
+    torch.testing.assert_close(s.grad, gradient(student, teacher, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_buffer_is_handed_over_and_not_copied(dtype):
+    """Besides the logits a step holds one [N, V] buffer, its gradient: no zeros for the op's other outputs, no copy."""
+    student = torch.randn(64, 4096).to(dtype).requires_grad_(True)
+    labels = torch.zeros(64, dtype=torch.int64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        distillation_loss(student, student.detach(), labels, Objective(alpha=0.3)).loss.backward()
+    size = student.numel() * student.element_size()
+    large = [e for e in profile.events() if e.name == "[memory]" and e.cpu_memory_usage >= size]
+    assert len(large) <= 1
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert size <= allocated < 1.5 * size
+
+
+def test_autocast_changes_nothing(batch):
+    student, teacher, labels = batch
+    plain = distillation_loss(student, teacher, labels, Objective(alpha=0.3)).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = distillation_loss(student, teacher, labels, Objective(alpha=0.3)).loss
+        through = gradient(student, teacher, labels)
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, plain)
+    assert torch.equal(through, gradient(student, teacher, labels))
+
+
+# ---- compilation ----
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_compiles_without_a_break(batch, reduction):
+    student, teacher, labels = batch
+    temperature = torch.tensor(1.3)
+
+    def step(hidden, weight, temperature):
+        objective = Objective("reverse_kl", temperature=temperature, alpha=0.3)
+        out = distillation_loss(hidden @ weight, teacher, labels, objective, reduction=reduction)
+        return out.loss.sum() * 0.5, out.metrics["agreement"]
+
+    compiled = torch.compile(step, fullgraph=True)
+    for value in (1.3, 2.0):  # a new temperature is data
+        temperature.fill_(value)
+        results = []
+        for function in (step, compiled):
+            hidden = student[:, :5].clone().requires_grad_(True)
+            weight = teacher[:5].clone()
+            loss, agreement = function(hidden, weight, temperature)
+            loss.backward()
+            results.append((loss.detach(), agreement, hidden.grad))
+        for eager, traced in zip(*results, strict=True):
+            torch.testing.assert_close(traced, eager)
+
+
+def test_a_compiled_loss_refuses_a_label_outside_the_vocabulary(batch):
+    student, teacher, labels = batch
+    labels[3] = V
+    compiled = torch.compile(lambda s: distillation_loss(s, teacher, labels, Objective()).loss, fullgraph=True)
+    with pytest.raises(ValueError, match=f"label {V} at token 3"):
+        compiled(student)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_the_operators_are_registered_as_torch_wants_them(batch, needs_grad):
+    student, teacher, labels = batch
+    one = torch.ones(1)
+    scale = torch.rand(N)
+    arguments = (
+        student.requires_grad_(needs_grad),
+        teacher,
+        labels,
+        one,
+        0.3 * one,
+        scale,
+        "forward_kl",
+        2,
+        -100,
+        needs_grad,
+        "cpp",
+    )
+    torch.library.opcheck(ops.distillation_rows, arguments)
+    torch.library.opcheck(ops.scale_rows, (torch.randn(N, V), scale, "cpp"))
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_logits": torch.zeros(V)}, r"student_logits must be \[N, V\] or \[B, T, V\]"),
+        ({"teacher_logits": torch.zeros(N + 1, V)}, "all but the last dimension"),
+        ({"labels": torch.zeros(N + 1, dtype=torch.int64)}, "labels must be"),
+        ({"labels": torch.zeros(N)}, "int32 or int64"),
+        ({"labels": torch.full((N,), V)}, f"label {V} at token 0 is outside the student's vocabulary of {V}"),
+        ({"labels": torch.full((N,), -1)}, "label -1 at token 0"),
+        ({"teacher_logits": torch.zeros(N, 0)}, "vocabulary is empty"),
+        ({"student_logits": torch.zeros(N, V, dtype=torch.int64)}, "floating-point"),
+        ({"token_weights": torch.ones(N - 1)}, "token_weights must be one value or one a token"),
+        ({"objective": Objective(temperature=torch.ones(N + 1))}, "temperature must be one value"),
+        ({"objective": Objective(alpha=torch.ones(2))}, "alpha must be one value"),
+        ({"num_items": 0}, "num_items must be positive"),
+        ({"reduction": "median"}, "reduction must be"),
+        ({"backend": "cuda"}, "backend must be"),
+        ({"backend": "cpp", "student_logits": torch.zeros(N, V, dtype=torch.float64)}, "fp32, bf16 and fp16"),
+    ],
+)
+def test_a_wrong_argument_is_refused_at_the_door(change, message):
+    arguments = {
+        "student_logits": torch.zeros(N, V),
+        "teacher_logits": torch.zeros(N, V),
+        "labels": torch.zeros(N, dtype=torch.int64),
+        "objective": Objective(),
+    }
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(**(arguments | change))
+
+
+def test_the_instruction_set_can_be_chosen_and_a_wrong_one_is_refused(batch, monkeypatch):
+    monkeypatch.setenv("POCL_FAST_ISA", "avx1024")
+    with pytest.raises(RuntimeError, match="plain, avx2 or avx512"):
+        distillation_loss(*batch, Objective(), backend="cpp")
+
+
+@pytest.mark.parametrize(
+    ("missing", "backend", "hint"),
+    [("pocl_fast._C", "cpp", "pip install -e ."), ("triton", "triton", r"pocl-fast\[gpu\]")],
+)
+def test_a_backend_that_is_not_installed_says_how_to_get_it(missing, backend, hint):
+    """In a process of its own, where the module cannot be imported."""
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+import torch
+from pocl_fast.losses import distillation_loss
+from pocl_fast.objectives import Objective
+logits = torch.zeros(1, 2)
+distillation_loss(logits, logits, torch.zeros(1, dtype=torch.int64), Objective(), backend={backend!r})
+"""
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert failed.returncode != 0
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError")
+    assert hint.replace("\\", "") in last
+
+
+def test_float64_goes_to_the_reference(batch):
+    student, teacher, labels = (x.double() if x.is_floating_point() else x for x in batch)
+    got = distillation_loss(student, teacher, labels, Objective(temperature=1.33, alpha=0.3)).loss
+    rows = reference.distillation_rows(
+        student,
+        teacher,
+        labels,
+        torch.tensor([1.33]).double(),
+        torch.tensor([0.3]).double(),
+        divergence="forward_kl",
+        temperature_power=2,
+    )
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, rows.loss.sum() / 5, rtol=1e-6, atol=0)

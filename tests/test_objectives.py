@@ -1,0 +1,69 @@
+"""`Objective` says what is wrong with it before any tensor is touched."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from pocl_fast.objectives import DIVERGENCES, Objective
+
+
+def test_an_unknown_divergence_is_refused_with_the_list_of_those_there_are():
+    with pytest.raises(ValueError, match=r"forward_kl, reverse_kl; got 'hellinger'"):
+        Objective("hellinger")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"alpha": -0.1},
+        {"alpha": 1.1},
+        {"alpha": float("nan")},
+        {"beta": 0.0},
+        {"beta": 1.0},
+        {"skew": 1.0},
+        {"temperature_scaling": "tau3"},
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        Objective(**wrong)
+
+
+def test_tensors_are_taken_as_they_are():
+    temperature = torch.tensor([1.0, 2.0])
+    assert Objective(temperature=temperature, alpha=torch.tensor(0.3)).temperature is temperature
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("scaling", "power"), [("auto", 2), ("none", 0), ("tau", 1), ("tau2", 2)])
+def test_the_power_of_the_temperature_follows_the_scaling(divergence, scaling, power):
+    assert Objective(divergence, temperature_scaling=scaling).temperature_power == power
+
+
+# POCL's published code scales forward KL by the squared temperature, and reverse KL not at all
+@pytest.mark.parametrize(("divergence", "power"), [("forward_kl", 2), ("reverse_kl", 0)])
+def test_the_papers_presets(divergence, power):
+    preset = Objective.preset(f"paper:{divergence}")
+    assert (preset.divergence, preset.temperature, preset.alpha) == (divergence, 1.0, 0.3)
+    assert preset.temperature_power == power
+
+
+def test_a_preset_takes_changes():
+    last_stage = Objective.preset("paper:forward_kl", temperature=2.0, alpha=0.0)
+    assert (last_stage.temperature, last_stage.alpha, last_stage.temperature_scaling) == (2.0, 0.0, "tau2")
+
+
+def test_an_unknown_preset_is_refused_with_the_list_of_those_there_are():
+    with pytest.raises(ValueError, match="paper:forward_kl, paper:reverse_kl"):
+        Objective.preset("paper")
+
+
+def test_an_objective_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Objective().temperature = 2.0
