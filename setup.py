@@ -17,7 +17,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         if not (os.environ.get("CXX") or any(shutil.which(c) for c in ("c++", "g++", "clang++"))):
-            sys.exit("pocl-fast: no C++ compiler found. Install g++ 10 or newer (Debian: apt-get install g++) or set CXX.")
+            sys.exit(
+                "pocl-fast: no C++ compiler found. Install g++ 10 or newer (Debian: apt-get install g++) or set CXX."
+            )
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -35,12 +37,15 @@ class CMakeBuild(build_ext):
             try:
                 subprocess.run(command, check=True)
             except FileNotFoundError:
-                sys.exit("pocl-fast: cmake was not found. Build with `pip install .`, or `pip install cmake ninja pybind11` first.")
+                sys.exit(
+                    "pocl-fast: cmake was not found. Build with `pip install .`,"
+                    " or `pip install cmake ninja pybind11` first."
+                )
             except subprocess.CalledProcessError as error:
                 sys.exit(
-                    f"pocl-fast: the C++ build failed (`{' '.join(command[:3])} ...` gave {error.returncode}); the compiler's"
-                    " message is above. Needed: a C++20 compiler (g++ 10+ or clang++ 12+) and Python's headers"
-                    " (Debian: apt-get install g++ python3-dev)."
+                    f"pocl-fast: the C++ build failed (`{' '.join(command[:3])} ...` gave {error.returncode});"
+                    " the compiler's message is above. Needed: a C++20 compiler (g++ 10+ or clang++ 12+) and"
+                    " Python's headers (Debian: apt-get install g++ python3-dev)."
                 )
 
 

@@ -1,8 +1,10 @@
-"""A distillation step of PoclTrainer is several times faster than TRL's GKD trainer and a plain loop, at the same losses.
+"""A distillation step of PoclTrainer is several times faster than TRL's GKD trainer and a plain loop, at the same
+losses.
 
-All sides train the same student on the same batches of the same samples under the same objective (forward KL, temperature 1,
-no cross-entropy), each in a process of its own, one after the other, in rounds. Prints seconds a step in the first epoch and in
-later ones (where ours reads the teacher from its cache), peak memory, and the largest relative difference of the losses.
+All sides train the same student on the same batches of the same samples under the same objective (forward KL,
+temperature 1, no cross-entropy), each in a process of its own, one after the other, in rounds. Prints seconds a step in
+the first epoch and in later ones (where ours reads the teacher from its cache), peak memory, and the largest relative
+difference of the losses.
 
     python benchmarks/train_step.py --data dolly.jsonl [--steps 8] [--rounds 2] [--precision fp32]
 """
@@ -35,7 +37,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8, help="steps an epoch")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="as pocl-fast's option, for every side")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="as pocl-fast's option, for every side"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
@@ -74,8 +78,8 @@ def report(results: dict[str, list[Any]]) -> None:
         if side != "ours" and ours is not None:
             a, b = middle[side], middle["ours"]
             print(
-                f"ours against {side}: first epoch {a['first'] / b['first']:.1f}x, later epochs {a['later'] / b['later']:.1f}x faster,"
-                f" peak memory {b['peak'] / a['peak']:.2f}x"
+                f"ours against {side}: first epoch {a['first'] / b['first']:.1f}x,"
+                f" later epochs {a['later'] / b['later']:.1f}x faster, peak memory {b['peak'] / a['peak']:.2f}x"
             )
 
 
@@ -94,7 +98,12 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(options.teacher)
     samples = read_samples(options.data)
     encoded, _ = encode_all(
-        samples, SampleEncoder(tokenizer), max_length=512, max_prompt_length=384, long_prompts="skip", name=str(options.data)
+        samples,
+        SampleEncoder(tokenizer),
+        max_length=512,
+        max_prompt_length=384,
+        long_prompts="skip",
+        name=str(options.data),
     )
     encoded = encoded[: options.steps * options.batch_size]
     teacher = models.load_model(options.teacher, device=device)
@@ -130,7 +139,10 @@ class Clock:
         info = psutil.Process().memory_info()
         status = Path("/proc/self/status")
         if status.exists():
-            return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+            return (
+                int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+                * 1024
+            )
         return info.rss
 
 
@@ -181,7 +193,9 @@ def in_file_order(trainer: type) -> type:
     return InFileOrder
 
 
-def train_ours(student: Any, teacher: Any, encoded: Any, options: Any, clock: Clock, folder: Path, _: Any) -> list[float]:
+def train_ours(
+    student: Any, teacher: Any, encoded: Any, options: Any, clock: Clock, folder: Path, _: Any
+) -> list[float]:
     from transformers import TrainingArguments
 
     from pocl_fast.objectives import Objective
@@ -206,7 +220,9 @@ def train_ours(student: Any, teacher: Any, encoded: Any, options: Any, clock: Cl
     return losses
 
 
-def train_trl(student: Any, teacher: Any, encoded: Any, options: Any, clock: Clock, folder: Path, tokenizer: Any) -> list[float]:
+def train_trl(
+    student: Any, teacher: Any, encoded: Any, options: Any, clock: Clock, folder: Path, tokenizer: Any
+) -> list[float]:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -224,7 +240,9 @@ def train_trl(student: Any, teacher: Any, encoded: Any, options: Any, clock: Clo
     return losses
 
 
-def train_plain(student: Any, teacher: Any, encoded: Any, options: Any, clock: Clock, _: Path, tokenizer: Any) -> list[float]:
+def train_plain(
+    student: Any, teacher: Any, encoded: Any, options: Any, clock: Clock, _: Path, tokenizer: Any
+) -> list[float]:
     """What one would write by hand: rectangles padded to the longest, all logits, the teacher at every step."""
     student.train()
     device = next(student.parameters()).device

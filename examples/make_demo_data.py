@@ -1,9 +1,11 @@
-"""Makes the demo's samples: instructions composed from templates and topics, responses written by SmolLM2-135M-Instruct.
+"""Makes the demo's samples: instructions composed from templates and topics, responses written by
+SmolLM2-135M-Instruct.
 
     python examples/make_demo_data.py [--output pocl_fast/data]
 
-Every template is filled with every topic of its list; the bundled teacher answers each instruction greedily; answers that are cut,
-too long, repeat themselves or talk about the assistant are left out. Deterministic but for rounding; about ten minutes on two cores.
+Every template is filled with every topic of its list; the bundled teacher answers each instruction greedily; answers
+that are cut, too long, repeat themselves or talk about the assistant are left out. Deterministic but for rounding;
+about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -135,7 +137,10 @@ TEMPLATES = [
     ("Write a short title for the following text.", "{}", STORIES),
     ("Who or what is the following text about? Answer in one short sentence.", "{}", STORIES),
 ]
-TALK = re.compile(r"as an ai|i'm sorry|i am sorry|i cannot|i can't|language model|smollm|hugging face|here is|here's|sure|certainly", re.I)
+TALK = re.compile(
+    r"as an ai|i'm sorry|i am sorry|i cannot|i can't|language model|smollm|hugging face|here is|here's|sure|certainly",
+    re.I,
+)
 
 
 def compose() -> list[dict[str, str]]:
@@ -150,9 +155,10 @@ def compose() -> list[dict[str, str]]:
 
 
 def acceptable(answer: str, ended: bool) -> bool:
-    """Whether an answer ended by itself, is short plain text, and neither repeats itself nor talks about the assistant."""
+    """Whether an answer ended by itself, is short plain text, and neither repeats itself nor talks about the
+    assistant."""
     words = answer.lower().split()
-    threes = list(zip(words, words[1:], words[2:]))
+    threes = list(zip(words, words[1:], words[2:], strict=False))
     return (
         ended
         and FEWEST_WORDS <= len(words) <= MOST_WORDS

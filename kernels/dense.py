@@ -1,7 +1,8 @@
 """Logits in, losses, metrics and gradient out, one launch: the Triton side of `pocl_fast/ops.py`.
 
-One program a row, two passes over it in tiles. The first finds every normaliser online, and D with them; the second, in reverse
-order so that it starts on what the caches still hold, writes the gradient. What is computed is `pocl_fast/reference.py`.
+One program a row, two passes over it in tiles. The first finds every normaliser online, and D with them; the second, in
+reverse order so that it starts on what the caches still hold, writes the gradient. What is computed is
+`pocl_fast/reference.py`.
 """
 
 import torch
@@ -137,7 +138,9 @@ def _rows_kernel(
             tl.store(grad_row + offs, g.to(grad_ptr.dtype.element_ty), mask=offs < V)
 
 
-_rows_kernel = triton.jit(_rows_kernel.fn, do_not_specialize=["N", "ignore_index", "temperature_stride_n", "alpha_stride_n"])
+_rows_kernel = triton.jit(
+    _rows_kernel.fn, do_not_specialize=["N", "ignore_index", "temperature_stride_n", "alpha_stride_n"]
+)
 
 
 @triton.jit
@@ -184,7 +187,8 @@ def distillation_rows(
         student, teacher, labels, temperature, alpha, row_scale, stats, grad,
         N, V_S, V, student.stride(0), teacher.stride(0), V_S,
         int(temperature.numel() > 1), int(alpha.numel() > 1), ignore_index,
-        FAMILY=FAMILIES[divergence], POWER=temperature_power, NEEDS_GRAD=needs_grad, BLOCK_V=BLOCK_V, num_warps=num_warps,
+        FAMILY=FAMILIES[divergence], POWER=temperature_power, NEEDS_GRAD=needs_grad, BLOCK_V=BLOCK_V,
+        num_warps=num_warps,
     )  # fmt: skip
     return stats, grad
 
@@ -196,4 +200,6 @@ def scale_rows_(grad: torch.Tensor, upstream: torch.Tensor) -> None:
         return
     BLOCK_V, num_warps = tile(V)
     grid = (N, triton.cdiv(V, BLOCK_V))
-    _scale_rows_kernel[grid](grad, upstream, V, grad.stride(0), upstream.stride(0), BLOCK_V=BLOCK_V, num_warps=num_warps)
+    _scale_rows_kernel[grid](
+        grad, upstream, V, grad.stride(0), upstream.stride(0), BLOCK_V=BLOCK_V, num_warps=num_warps
+    )

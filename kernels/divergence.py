@@ -1,7 +1,7 @@
 """The maths of each divergence on one tile, in base 2: x and y are log2 of the unnormalised q and p.
 
-A family is two functions: `moment`, what pass 1 sums up so that D needs no pass of its own, and `gradient`, dD/ds · tau of one
-entry. What they compute is `pocl_fast/reference.py`.
+A family is two functions: `moment`, what pass 1 sums up so that D needs no pass of its own, and `gradient`, dD/ds · tau
+of one entry. What they compute is `pocl_fast/reference.py`.
 """
 
 import triton
@@ -17,7 +17,8 @@ FORWARD_KL = tl.constexpr(FAMILIES["forward_kl"])
 @triton.jit
 def moment(q, p, x, y, out, FAMILY: tl.constexpr):
     """The terms of Σ p (y - x) for forward KL, Σ q (x - y) for reverse KL: a difference of near values where the two
-    distributions are near, so D of a close student keeps its digits. `out` entries are not part of D (their x, y are −inf)."""
+    distributions are near, so D of a close student keeps its digits. `out` entries are not part of D (their x, y are
+    −inf)."""
     if FAMILY == FORWARD_KL:
         return tl.where(out, 0.0, p * (y - x))
     return tl.where(out, 0.0, q * (x - y))

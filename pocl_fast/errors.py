@@ -2,4 +2,5 @@
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message says what, where, and what to do. The CLI prints it without a traceback."""
+    """Something the user gave is wrong; the message says what, where, and what to do. The CLI prints it without a
+    traceback."""

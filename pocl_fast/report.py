@@ -22,7 +22,9 @@ def write_report(run: Path) -> Path:
     if not (run / "steps.json").exists():
         raise InputError(f"{run} holds no run; make one with `pocl-fast distill`")
     stamps = _json(run / "steps.json")
-    page = Environment(loader=PackageLoader("pocl_fast", "."), autoescape=select_autoescape(default=True)).get_template("report.jinja")
+    page = Environment(loader=PackageLoader("pocl_fast", "."), autoescape=select_autoescape(default=True)).get_template(
+        "report.jinja"
+    )
     text = page.render(
         version=__version__,
         name=run.name,
@@ -41,7 +43,8 @@ def write_report(run: Path) -> Path:
 
 
 def summary_table(run: Path) -> str:
-    """The run in a few lines for the terminal: scores before and after, speed, memory, time of each step, the report's path."""
+    """The run in a few lines for the terminal: scores before and after, speed, memory, time of each step, the report's
+    path."""
     stamps = _json(run / "steps.json")
     lines = [f"{'held-out':<28}{'before':>14}{'after':>14}"]
     for row in result_rows(run):
@@ -81,7 +84,9 @@ def step_rows(stamps: dict[str, Any]) -> list[dict[str, str]]:
     rows = [{"name": n, "time": _time(s["seconds"]), "memory": _gib(s["peak_bytes"])} for n, s in done.items()]
     if done:
         total = sum(s["seconds"] for s in done.values())
-        rows.append({"name": "in all", "time": _time(total), "memory": _gib(max(s["peak_bytes"] for s in done.values()))})
+        rows.append(
+            {"name": "in all", "time": _time(total), "memory": _gib(max(s["peak_bytes"] for s in done.values()))}
+        )
     return rows
 
 
@@ -97,8 +102,13 @@ def training_figure(run: Path) -> Any:
     steps = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "eval_rouge_l" in r]
     figure, (left, right) = _axes(2)
-    for name, label, colour in (("ce", "cross-entropy", COLOURS[0]), ("divergence", "divergence to the teacher", COLOURS[1])):
-        left.plot([offset[r["stage"]] + r["step"] for r in steps], [r[name] for r in steps], color=colour, label=label, lw=1.4)
+    for name, label, colour in (
+        ("ce", "cross-entropy", COLOURS[0]),
+        ("divergence", "divergence to the teacher", COLOURS[1]),
+    ):
+        left.plot(
+            [offset[r["stage"]] + r["step"] for r in steps], [r[name] for r in steps], color=colour, label=label, lw=1.4
+        )
     left.set(xlabel="step", ylabel="nats a token", title="Training")
     places = [offset[r["stage"]] + r["step"] for r in evaluations]
     right.plot(places, [r["eval_rouge_l"] for r in evaluations], "o-", color=COLOURS[2], label="dev ROUGE-L, greedy")
@@ -106,7 +116,13 @@ def training_figure(run: Path) -> Any:
     for axis in (left, right):
         for stage in sorted(offset):
             axis.axvline(offset[stage], color="#999", lw=0.8, ls=":")
-            axis.annotate(f" stage {stage + 1}", (offset[stage], 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="#666")
+            axis.annotate(
+                f" stage {stage + 1}",
+                (offset[stage], 0.02),
+                xycoords=("data", "axes fraction"),
+                fontsize=8,
+                color="#666",
+            )
         axis.legend(frameon=False)
     return figure
 
@@ -128,10 +144,18 @@ def difficulty_figure(run: Path) -> Any:
         before = stage.size
         colour, label = COLOURS[stage.index % len(COLOURS)], f"from stage {stage.index + 1}"
         cross_entropy = [table["cross_entropy"][r] for r in rows]
-        scatter.scatter(cross_entropy, [100 * table["rouge_l"][r] for r in rows], s=9, alpha=0.7, color=colour, label=label)
+        scatter.scatter(
+            cross_entropy, [100 * table["rouge_l"][r] for r in rows], s=9, alpha=0.7, color=colour, label=label
+        )
         histogram.hist(cross_entropy, bins=30, alpha=0.6, color=colour, label=label)
-    scatter.set(xlabel="cross-entropy of the reference, nats a token", ylabel="ROUGE-L of the student's answer", title="Difficulty")
-    histogram.set(xlabel="cross-entropy of the reference, nats a token", ylabel="samples", title="Samples each stage brings in")
+    scatter.set(
+        xlabel="cross-entropy of the reference, nats a token",
+        ylabel="ROUGE-L of the student's answer",
+        title="Difficulty",
+    )
+    histogram.set(
+        xlabel="cross-entropy of the reference, nats a token", ylabel="samples", title="Samples each stage brings in"
+    )
     for axis in (scatter, histogram):
         axis.legend(frameon=False, fontsize=8)
     return figure

@@ -1,14 +1,14 @@
-"""The run directory and the steps over it: measure, rank, train, evaluate, report; `distill` is all of them in order.
+"""The steps of a run: measure, rank, train, evaluate, report; `distill` is all of them in order.
 
-Each step reads files, writes files, and leaves a stamp of what it was made from, so that the same command goes on where an
-interrupted one stopped, and a changed option never meets an old result.
+Each step reads and writes files in the run directory, so that the same command goes on where an interrupted one
+stopped.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -19,118 +19,16 @@ import numpy as np
 import torch
 
 from pocl_fast import evaluation, models
-from pocl_fast.config import RunConfig, from_options, recorded_config, to_yaml
+from pocl_fast.config import RunConfig, Schedule, from_options, recorded_config
 from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum, reciprocal_rank_fusion
 from pocl_fast.difficulty import measure, read_difficulty
 from pocl_fast.errors import InputError
 from pocl_fast.packing import enable_packing, packing_error
-from pocl_fast.progress import measured
-from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, encode_all, file_fingerprint, read_samples
+from pocl_fast.run_directory import WRITES, RunDirectory, required, write_json, write_text
+from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, encode_all, read_samples
 from pocl_fast.student import as_trainable, cut_layers, num_parameters
 
 Say = Callable[[str], None]
-
-_STUDENT = ("student", "student_layers", "precision", "trust_remote_code")
-_LENGTHS = ("template", "max_length", "max_prompt_length", "long_prompts")
-# What each step is made from: options, and files by their content.
-READS = {
-    "measure": (*_STUDENT, *_LENGTHS, "max_new_tokens", "generation_batch_size", "train"),
-    "rank": ("curriculum", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet"),
-    "train": (
-        *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens", "divergence",
-        "temperature_scaling", "epochs_per_stage", "batch_size", "gradient_accumulation_steps", "learning_rate",
-        "weight_decay", "max_grad_norm", "cache_dtype", "seed", "curriculum.json",
-    ),
-    "evaluate-before": (*_STUDENT, *_LENGTHS, "dev", "max_new_tokens", "generation_batch_size", "eval_seeds"),
-    "evaluate-after": (*_LENGTHS, "precision", "dev", "max_new_tokens", "generation_batch_size", "eval_seeds", "student/model.safetensors"),
-}  # fmt: skip
-WRITES = {
-    "measure": "difficulty.parquet",
-    "rank": "curriculum.json",
-    "train": "student",
-    "evaluate-before": "answers-before.jsonl",
-    "evaluate-after": "answers-after.jsonl",
-}
-
-
-class RunDirectory:
-    """A folder that holds one run: its configuration, the stamps of its steps, and their files."""
-
-    def __init__(self, path: Path) -> None:
-        """Opens or creates the folder and locks it. Raises `InputError` where it holds something else, or is in use."""
-        self.path = path
-        if path.is_file():
-            raise InputError(f"--output {path} is a file; give a folder")
-        known = path / "config.yaml"
-        if path.is_dir() and not known.exists() and any(p.name != ".lock" for p in path.iterdir()):
-            raise InputError(f"--output {path} holds other files and is not a run; give a new or an empty folder")
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held until the process ends)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another pocl-fast is working in {path}; wait for it, or give another --output") from error
-        self._stamps_path = path / "steps.json"
-        self.stamps: dict[str, Any] = json.loads(self._stamps_path.read_text()) if self._stamps_path.exists() else {}
-
-    def begin(self, step: str, config: RunConfig) -> bool:
-        """Whether the step is still to be done. Raises `InputError` where it was begun with other options or files."""
-        made_from = self._made_from(step, config)
-        stamp = self.stamps.get(step)
-        output = self.path / WRITES[step]
-        if stamp and (stamp["done"] is False or output.exists()):
-            before = stamp["made_from"]
-            changed = [name for name in made_from if before.get(name) != made_from[name]]
-            if changed:
-                what = "; ".join(f"{n}: was {_short(before.get(n))}, now {_short(made_from[n])}" for n in changed)
-                state = "was made" if stamp["done"] else "was begun"
-                raise InputError(
-                    f"{self.path} holds another run: its step {step!r} {state} with other input ({what})."
-                    f" Give the same options to go on, another --output for a new run, or delete {output} and"
-                    f" `{step}` from {self._stamps_path.name} to do this step again"
-                )
-            if stamp["done"]:
-                return False
-        (self.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        seconds = stamp["seconds"] if stamp and not stamp["done"] else 0.0
-        self.stamps[step] = {"done": False, "made_from": made_from, "seconds": seconds, "peak_bytes": 0}
-        self._save_stamps()
-        return True
-
-    def note(self, step: str, *, seconds: float, peak_bytes: int, done: bool, **facts: Any) -> None:
-        """Adds the time and memory of a step, and that it is done."""
-        stamp = self.stamps[step]
-        stamp["seconds"] += seconds
-        stamp["peak_bytes"] = max(stamp["peak_bytes"], peak_bytes)
-        stamp |= {"done": done, **facts}
-        self._save_stamps()
-
-    def _made_from(self, step: str, config: RunConfig) -> dict[str, Any]:
-        options = config.flat()
-        made_from: dict[str, Any] = {}
-        for name in READS[step]:
-            if name in ("train", "dev"):
-                made_from[f"{name} data"] = file_fingerprint(_required(options[name], f"--{name}"))
-            elif name in options:
-                made_from[name] = options[name]
-            elif not (self.path / name).exists():
-                maker = next(s for s, output in WRITES.items() if name.split("/")[0] == output)
-                raise InputError(f"{self.path / name} is not there: run `pocl-fast {maker} --output {self.path}` first")
-            else:
-                made_from[name] = file_fingerprint(self.path / name)
-        if "student" in made_from and not made_from["student"]:
-            made_from["student"] = f"cut from {options['teacher']}"
-        return made_from
-
-    def _save_stamps(self) -> None:
-        write_json(self._stamps_path, self.stamps)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a temporary name, then renames: `path` is whole or as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 class Run:
@@ -147,9 +45,10 @@ class Run:
     # -- the steps --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Reads both data sets and both tokenizers, so that what is wrong with them is said before anything runs."""
-        _ = self.train_set, self.dev_set
-        student, teacher = self._student_source, _required(self.config.models.teacher, "--teacher")
+        """Reads data, tokenizers and schedule, so that what is wrong with them is said before anything runs."""
+        (_, encoded), _ = self.train_set, self.dev_set
+        stages_over(np.arange(len(encoded)), np.zeros(len(encoded)), self.config.schedule)
+        student, teacher = self._student_source, required(self.config.models.teacher, "--teacher")
         if student != teacher:
             models.check_same_vocabulary(self.tokenizer, models.load_tokenizer(teacher))
 
@@ -158,7 +57,7 @@ class Run:
             return self.say(f"measure: done before, {self.path / 'difficulty.parquet'}")
         samples, encoded = self.train_set
         generation = self.config.generation
-        with self._timed("measure") as facts:
+        with self.directory.timed("measure") as facts:
             student, packed = self.initial_student()
             with self.precision.autocast():
                 table = measure(
@@ -172,13 +71,13 @@ class Run:
                     packed=packed,
                 )
             facts["samples"] = len(table)
-        rouge = 100 * np.mean(table["rouge_l"].to_numpy())
-        self.say(f"measure: {len(table)} samples, student's ROUGE-L {rouge:.2f}, cross-entropy {np.mean(table['cross_entropy'].to_numpy()):.3f}")
+        rouge, loss = 100 * np.mean(table["rouge_l"].to_numpy()), np.mean(table["cross_entropy"].to_numpy())
+        self.say(f"measure: {len(table)} samples, student's ROUGE-L {rouge:.2f}, cross-entropy {loss:.3f}")
 
     def rank(self) -> None:
         if not self.directory.begin("rank", self.config):
             return self.say(f"rank: done before, {self.path / 'curriculum.json'}")
-        with self._timed("rank"):
+        with self.directory.timed("rank"):
             curriculum = make_curriculum(read_difficulty(self.path / "difficulty.parquet"), self.config)
             curriculum.save(self.path / "curriculum.json")
         stages = ", ".join(f"{s.size} at temperature {s.temperature:g}, alpha {s.alpha:g}" for s in curriculum.stages)
@@ -193,7 +92,7 @@ class Run:
         (_, encoded), (dev_samples, dev_encoded) = self.train_set, self.dev_set
         curriculum = Curriculum.load(self.path / "curriculum.json")
         options = self.config.training
-        with self._timed("train") as facts:
+        with self.directory.timed("train") as facts:
             student, packed = self.initial_student()
             self._initial_student = None
             teacher_model = self.teacher_model()
@@ -202,16 +101,31 @@ class Run:
             with self.precision.autocast():
                 teacher = Teacher(teacher_model, self.path / "teacher_cache", cache_dtype=cache_dtype)
             sizes = [f"{num_parameters(model) / 1e6:.1f}M" for model in (student, teacher_model)]
-            self.say(f"train: student {sizes[0]} parameters, teacher {sizes[1]}; {self.device.type}, {self.precision.name}")
-            self._teacher_model = teacher_model = None  # its body is the Teacher's alone now, to be freed once it is cached
+            self.say(
+                f"train: student {sizes[0]} parameters, teacher {sizes[1]}; {self.device.type}, {self.precision.name}"
+            )
+            self._teacher_model = teacher_model = (
+                None  # its body is the Teacher's alone now, to be freed once it is cached
+            )
             dev = DevSet(dev_samples, dev_encoded, self.encoder, self.config.generation)
             train_stages(
-                as_trainable(student), teacher, encoded, curriculum, dev, options, self.path, packed=packed, precision=self.precision
+                as_trainable(student),
+                teacher,
+                encoded,
+                curriculum,
+                dev,
+                options,
+                self.path,
+                packed=packed,
+                precision=self.precision,
             )
             self._save_student(student)
             steps = [m for m in read_metrics(self.path / "metrics.jsonl") if "loss" in m]
             tokens = sum(m["tokens"] for m in steps)
-            facts |= {"tokens": tokens, "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in steps)}
+            facts |= {
+                "tokens": tokens,
+                "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in steps),
+            }
 
     def evaluate(self, when: str) -> None:
         """`when` is "before" (the student as given) or "after" (as trained)."""
@@ -220,7 +134,7 @@ class Run:
             return self.say(f"{step}: done before, {self.path / 'evaluation.json'}")
         samples, encoded = self.dev_set
         generation = self.config.generation
-        with self._timed(step):
+        with self.directory.timed(step):
             if when == "before":
                 student, packed = self.initial_student()
             else:
@@ -240,7 +154,7 @@ class Run:
             known = self.path / "evaluation.json"
             results = json.loads(known.read_text()) if known.exists() else {}
             write_json(known, results | {when: scores.to_dict()})
-            self._save_answers(self.path / WRITES[step], samples, encoded, answers)
+            self._save_answers(self.path / WRITES[step][0], samples, encoded, answers)
         self.say(
             f"{step}: ROUGE-L {scores.rouge_l:.2f} ± {scores.rouge_l_spread:.2f} over {len(scores.seeds)} seeds,"
             f" exact match {scores.exact_match:.1f} %, cross-entropy {scores.cross_entropy:.3f}"
@@ -270,7 +184,7 @@ class Run:
         chosen = self.config.models
         if chosen.student is None and chosen.student_layers is None:
             raise InputError("give --student, or --student-layers to cut one from the teacher")
-        return chosen.student or _required(chosen.teacher, "--teacher (or --student)")
+        return chosen.student or required(chosen.teacher, "--teacher (or --student)")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -289,7 +203,7 @@ class Run:
         return self._read(self.config.data.dev, "--dev")
 
     def _read(self, path: Path | None, option: str) -> tuple[list[Sample], list[EncodedSample]]:
-        path = Path(_required(path, option))
+        path = Path(required(path, option))
         data = self.config.data
         samples = read_samples(path)
         encoded, report = encode_all(
@@ -307,8 +221,10 @@ class Run:
         """The teacher, loaded once and kept until training takes it."""
         if self._teacher_model is None:
             chosen = self.config.models
-            teacher = _required(chosen.teacher, "--teacher")
-            self.say(f"loading the teacher {teacher}" + (f" in {q}" if (q := chosen.teacher_quantization) != "none" else ""))
+            teacher = required(chosen.teacher, "--teacher")
+            self.say(
+                f"loading the teacher {teacher}" + (f" in {q}" if (q := chosen.teacher_quantization) != "none" else "")
+            )
             self._teacher_model = models.load_model(
                 teacher,
                 dtype=torch.bfloat16 if self.device.type == "cuda" and self.precision.name == "bf16" else torch.float32,
@@ -325,7 +241,9 @@ class Run:
             if chosen.student is None and chosen.teacher_quantization == "none":
                 student = self.teacher_model()
             else:
-                student = models.load_model(self._student_source, device=self.device, trust_remote_code=chosen.trust_remote_code)
+                student = models.load_model(
+                    self._student_source, device=self.device, trust_remote_code=chosen.trust_remote_code
+                )
             if chosen.student_layers is not None:
                 student = cut_layers(student, chosen.student_layers)
             self._initial_student = self._ready(student.float())
@@ -335,46 +253,27 @@ class Run:
         enable_packing(model)
         packed = packing_error(model, model.config.vocab_size) < 1e-2
         if not packed:
-            self.say(f"{type(model).__name__} does not support packed batches: they are padded instead, which is slower")
+            self.say(
+                f"{type(model).__name__} does not support packed batches: they are padded instead, which is slower"
+            )
         return model, packed
 
     def _save_student(self, student: Any) -> None:
-        partial = self.path / "student.partial"
+        partial, folder = self.path / "student.partial", self.path / "student"
         student.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
-        os.replace(partial, self.path / "student")
+        shutil.rmtree(folder, ignore_errors=True)  # there if a crash came just before the stamp
+        os.replace(partial, folder)
 
     @staticmethod
     def _save_answers(path: Path, samples: list[Sample], encoded: list[EncodedSample], answers: list[str]) -> None:
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            for one, answer in zip(encoded, answers, strict=True):
-                sample = samples[one.index]
-                prompt = sample.messages[-1]["content"]
-                record = {"line": sample.line, "prompt": prompt, "references": sample.references, "answer": answer}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-
-    def _timed(self, step: str) -> _TimedStep:
-        return _TimedStep(self.directory, step)
-
-
-class _TimedStep:
-    """Stamps a step with its time and memory when it ends, and as not done when it fails."""
-
-    def __init__(self, directory: RunDirectory, step: str) -> None:
-        self.directory, self.step = directory, step
-        self.facts: dict[str, Any] = {}
-
-    def __enter__(self) -> dict[str, Any]:
-        self._measured = measured()
-        self._usage = self._measured.__enter__()
-        return self.facts
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._measured.__exit__(kind, error, trace)
-        usage = self._usage
-        self.directory.note(self.step, seconds=usage.seconds, peak_bytes=usage.peak_bytes, done=kind is None, **self.facts)
+        lines = []
+        for one, answer in zip(encoded, answers, strict=True):
+            sample = samples[one.index]
+            prompt = sample.messages[-1]["content"]
+            record = {"line": sample.line, "prompt": prompt, "references": sample.references, "answer": answer}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        write_text(path, "".join(lines))
 
 
 def make_curriculum(difficulty: Any, config: RunConfig) -> Curriculum:
@@ -382,32 +281,31 @@ def make_curriculum(difficulty: Any, config: RunConfig) -> Curriculum:
     schedule = config.schedule
     index = difficulty["index"].to_numpy()
     if schedule.curriculum == "none":
-        plain = no_curriculum(len(index), temperature=schedule.temperature[0], alpha=schedule.alpha[0])
-        return replace(plain, order=index)
+        return stages_over(index, np.zeros(len(index)), schedule)
     fused = reciprocal_rank_fusion(
-        [difficulty["rouge_l"].to_numpy(), difficulty["cross_entropy"].to_numpy()], descending=[True, False], k=schedule.rrf_k
+        [difficulty["rouge_l"].to_numpy(), difficulty["cross_entropy"].to_numpy()],
+        descending=[True, False],
+        k=schedule.rrf_k,
     )
-    return baby_steps(
-        index[fused.order],  # samples that were skipped leave gaps in the index
-        fused.score[fused.order],
-        stages=schedule.stages,
-        temperatures=schedule.temperature,
-        alphas=schedule.alpha,
-    )
+    return stages_over(
+        index[fused.order], fused.score[fused.order], schedule
+    )  # skipped samples leave gaps in the index
 
 
-def open_run(output: Path, options: dict[str, Any], say: Say = print) -> Run:
-    """The run in a folder, with `options` over what it recorded."""
-    directory = RunDirectory(output)
+def stages_over(order: np.ndarray, score: np.ndarray, schedule: Schedule) -> Curriculum:
+    """The schedule's stages over samples in this order. Raises `InputError` for settings that do not fit them."""
+    try:
+        if schedule.curriculum == "none":
+            plain = no_curriculum(len(order), temperature=schedule.temperature[0], alpha=schedule.alpha[0])
+            return replace(plain, order=order)
+        return baby_steps(
+            order, score, stages=schedule.stages, temperatures=schedule.temperature, alphas=schedule.alpha
+        )
+    except ValueError as error:
+        raise InputError(f"--stages, --temperature or --alpha: {error}") from error
+
+
+def open_run(output: Path, options: dict[str, Any], *, restart: bool = False, say: Say = print) -> Run:
+    """The run in a folder, with `options` over what it recorded; see `RunDirectory` for `restart`."""
+    directory = RunDirectory(output, restart=restart)
     return Run(directory, from_options(options, recorded_config(output)), say)
-
-
-def _required(value: Any, option: str) -> Any:
-    if value is None:
-        raise InputError(f"{option} is missing")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text[:12] + "..." if len(text) == 64 and " " not in text else text

@@ -25,19 +25,21 @@ ALPACA_NO_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
-    "that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
 FORMATS = (
-    'one of {"instruction", "input" (may be missing), "output"}, {"prompt", "response"} or {"messages": [{"role", "content"}]};'
-    ' "output" and "response" are a string or a list of accepted references'
+    'one of {"instruction", "input" (may be missing), "output"}, {"prompt", "response"} or'
+    ' {"messages": [{"role", "content"}]}; "output" and "response" are a string or a list of accepted references'
 )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One instruction with its accepted answers. `messages` end before the answer; the first reference is trained on."""
+    """One instruction with its accepted answers. `messages` end before the answer; the first reference is trained
+    on."""
 
     index: int  # position among the samples of the file, from 0
     line: int  # line in the file, from 1
@@ -123,7 +125,9 @@ def _parse(text: str, index: int, line: int, where: str) -> Sample:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a line, {FORMATS}") from error
+        raise InputError(
+            f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a line, {FORMATS}"
+        ) from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}; expected {FORMATS}")
     if "messages" in record:
@@ -167,7 +171,9 @@ def _references(record: dict[str, Any], field: str, where: str) -> tuple[str, ..
         raise InputError(f'{where}: field "{field}" is an empty list')
     for position, reference in enumerate(value):
         if not isinstance(reference, str) or not reference.strip():
-            raise InputError(f'{where}: field "{field}", item {position}: expected a non-empty string, got {reference!r}')
+            raise InputError(
+                f'{where}: field "{field}", item {position}: expected a non-empty string, got {reference!r}'
+            )
     return tuple(value)
 
 
@@ -187,17 +193,20 @@ def _chat(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], str]:
 
 
 class SampleEncoder:
-    """Turns samples into tokens: the tokenizer's chat template where it has one, else the Alpaca template of the paper's code.
+    """Turns samples into tokens: the tokenizer's chat template where it has one, else the Alpaca template of the
+    paper's code.
 
-    Of a conversation the last answer is the response; the turns before it are the prompt. `end_ids` are the tokens that end
-    an answer in generation.
+    Of a conversation the last answer is the response; the turns before it are the prompt. `end_ids` are the tokens that
+    end an answer in generation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> None:
         if template == "chat" and not tokenizer.chat_template:
             raise InputError("--template chat: the tokenizer has no chat template; use --template alpaca")
         if tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has no end-of-sequence token, so no answer could ever end; set one in its files")
+            raise InputError(
+                "the tokenizer has no end-of-sequence token, so no answer could ever end; set one in its files"
+            )
         self.tokenizer = tokenizer
         self.template: Template = ("chat" if tokenizer.chat_template else "alpaca") if template == "auto" else template
         end = self._encode_response(({"role": "user", "content": "a"},), "b")[-1]
@@ -219,7 +228,9 @@ class SampleEncoder:
         """Tokens up to where the answer starts."""
         if self.template == "alpaca":
             if len(sample.messages) > 1:
-                raise InputError(f"line {sample.line}: a conversation of several turns needs a tokenizer with a chat template")
+                raise InputError(
+                    f"line {sample.line}: a conversation of several turns needs a tokenizer with a chat template"
+                )
             form = ALPACA_WITH_INPUT if sample.input else ALPACA_NO_INPUT
             return list(self.tokenizer(form.format(instruction=sample.instruction, input=sample.input)).input_ids)
         return self._tokens(self._render(sample.messages, answer=None))

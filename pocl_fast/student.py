@@ -13,9 +13,9 @@ from pocl_fast.errors import InputError
 def evenly_spaced_layers(num_layers: int, keep: int) -> list[int]:
     """Which layers a student of `keep` layers takes: the first, the last, and the others evenly between them.
 
-    The first layers read the embeddings and the last ones write for the lm_head, so both ends must stay for the cut model to
-    speak at all; residual layers in between refine one stream, so an even choice loses least of any one step (DistilBERT's
-    initialisation, arXiv 1910.01108 section 3).
+    The first layers read the embeddings and the last ones write for the lm_head, so both ends must stay for the cut
+    model to speak at all; residual layers in between refine one stream, so an even choice loses least of any one step
+    (DistilBERT's initialisation, arXiv 1910.01108 section 3).
     """
     if not 1 <= keep <= num_layers:
         raise InputError(f"--student-layers {keep}: the model to cut from has {num_layers} layers")
@@ -25,8 +25,8 @@ def evenly_spaced_layers(num_layers: int, keep: int) -> list[int]:
 
 
 def cut_layers(model: Any, keep: int) -> Any:
-    """A copy of a transformers causal language model with `keep` of its layers (see `evenly_spaced_layers`) and everything
-    else, embeddings, final norm and lm_head, as it is."""
+    """A copy of a transformers causal language model with `keep` of its layers (see `evenly_spaced_layers`) and
+    everything else, embeddings, final norm and lm_head, as it is."""
     stack_name, stack = _layer_stack(model)
     chosen = evenly_spaced_layers(len(stack), keep)
     config = type(model.config).from_dict(model.config.to_dict())

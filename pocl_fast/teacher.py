@@ -25,18 +25,23 @@ from pocl_fast.models import weights_fingerprint
 from pocl_fast.packing import forward_kwargs, pack, packing_error, supervised_hidden
 from pocl_fast.samples import EncodedSample
 
-PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.1 and more, bf16 rounding is 4e-3
+PACKING_TOLERANCE = (
+    1e-2  # relative; families that do not support packing are off by 0.1 and more, bf16 rounding is 4e-3
+)
 
 
 class TeacherCache:
     """Final hidden states at supervised positions, on disk, by sample.
 
-    Keyed by the teacher's weights and the sample's tokens, so that a changed teacher, tokenizer, template or length limit
-    never finds an old entry. Shards are complete or absent (written to a temporary name, then renamed).
+    Keyed by the teacher's weights and the sample's tokens, so that a changed teacher, tokenizer, template or length
+    limit never finds an old entry. Shards are complete or absent (written to a temporary name, then renamed).
     """
 
-    def __init__(self, folder: str | Path, *, teacher: str, dtype: torch.dtype = torch.bfloat16, shard_bytes: int = 1 << 25) -> None:
-        """`teacher` identifies the teacher's weights; `shard_bytes` are collected in memory before a shard is written."""
+    def __init__(
+        self, folder: str | Path, *, teacher: str, dtype: torch.dtype = torch.bfloat16, shard_bytes: int = 1 << 25
+    ) -> None:
+        """`teacher` identifies the teacher's weights; `shard_bytes` are collected in memory before a shard is
+        written."""
         self.folder = Path(folder) / f"{teacher[:16]}-{str(dtype).removeprefix('torch.')}"
         self.dtype = dtype
         self._shard_bytes = shard_bytes
@@ -88,7 +93,9 @@ class TeacherCache:
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            raise InputError(f"cannot write the teacher cache {path}: {error}. Free some space and run the command again") from error
+            raise InputError(
+                f"cannot write the teacher cache {path}: {error}. Free some space and run the command again"
+            ) from error
         self._pending.clear()
         self._pending_bytes = 0
         self._open_shard(path)
@@ -116,8 +123,8 @@ class Teacher:
     """A frozen language model that gives its logits at the supervised positions of packed samples."""
 
     def __init__(self, model: Any, cache_folder: str | Path, *, cache_dtype: torch.dtype = torch.bfloat16) -> None:
-        """`model` is a transformers causal language model whose packing is enabled. Raises `InputError` where its logits are
-        not its lm_head applied to its last hidden states."""
+        """`model` is a transformers causal language model whose packing is enabled. Raises `InputError` where its
+        logits are not its lm_head applied to its last hidden states."""
         self._model: Any | None = model.requires_grad_(False).eval()
         self.config = model.config
         head = model.get_output_embeddings()
@@ -132,7 +139,8 @@ class Teacher:
         return self._weight.shape[0]
 
     def logits(self, samples: Sequence[EncodedSample]) -> Tensor:
-        """[N, V_t] logits at the supervised positions of the samples, in their order; the body runs only for new ones."""
+        """[N, V_t] logits at the supervised positions of the samples, in their order; the body runs only for new
+        ones."""
         with torch.no_grad():
             return self._head(self.hidden(samples))
 
@@ -176,6 +184,6 @@ class Teacher:
         theirs = model(**forward_kwargs(batch)).logits[0, batch.supervised].float()
         if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
             raise InputError(
-                f"{type(model).__name__} does more to its logits than apply its lm_head to the last hidden states, which"
-                " pocl-fast does not know how to repeat from cached hidden states; use another teacher architecture"
+                f"{type(model).__name__} does more to its logits than apply its lm_head to the last hidden states,"
+                " which pocl-fast does not know how to repeat from cached hidden states; use another architecture"
             )

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from pocl_fast.config import Generation, Training
@@ -33,6 +34,7 @@ from pocl_fast.packing import PackedBatch, pack, supervised_logits
 from pocl_fast.progress import progress_bar
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
+from pocl_fast.student import num_parameters
 from pocl_fast.teacher import Teacher
 
 
@@ -57,13 +59,15 @@ class DevSet:
 class PoclTrainer(Trainer):
     """A `transformers.Trainer` that distils packed samples from a `Teacher` under one `Objective`.
 
-    The train dataset is a list of `EncodedSample`. Evaluation gives greedy ROUGE-L (percent) and cross-entropy (nats a token)
-    on the dev set. The loss is the mean over all supervised tokens of a step, gradient accumulation included.
+    The train dataset is a list of `EncodedSample`. Evaluation gives greedy ROUGE-L (percent) and cross-entropy (nats a
+    token) on the dev set. The loss is the mean over all supervised tokens of a step, gradient accumulation included.
     """
 
     def __init__(self, *, teacher: Teacher, objective: Objective, dev: DevSet, packed: bool, **kwargs: Any) -> None:
         super().__init__(data_collator=_collate, **kwargs)
-        self.teacher, self.objective, self.dev, self.packed = teacher, objective, dev, packed
+        self.remove_callback(PrinterCallback)  # what it prints is in the progress bar and in the logs
+        self.teacher, self.dev, self.packed = teacher, dev, packed
+        self.objective: Objective = objective
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's tokens, not by its batches
         self._sums: dict[str, Tensor] = {}
         self._tokens = 0
@@ -93,21 +97,30 @@ class PoclTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training flops of a batch by the usual 6 · parameters · tokens."""
-        return 6 * self.model.num_parameters(exclude_embeddings=True) * inputs["packed"].input_ids.numel()
+        model: Any = self.model
+        return 6 * num_parameters(model) * inputs["packed"].input_ids.numel()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds what the kernel measured on the way to the training loss: CE, divergence, entropies, agreement, tokens/s."""
+        """Adds what the kernel measured on the way to the training loss: CE, divergence, entropies, agreement,
+        tokens/s."""
         if "loss" in logs and self._sums:
             tokens = self._sums.pop("tokens").item()
             logs |= {name: value.item() / max(tokens, 1) for name, value in self._sums.items()}
             now = time.perf_counter()
-            logs |= {"tokens_per_second": self._tokens / (now - self._since), "tokens": self._tokens, "supervised_tokens": tokens}
+            logs |= {
+                "tokens_per_second": self._tokens / (now - self._since),
+                "tokens": self._tokens,
+                "supervised_tokens": tokens,
+            }
             self._sums, self._tokens, self._since = {}, 0, now
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Greedy ROUGE-L and cross-entropy of the dev set."""
-        dev, model = self.dev, self.model
+        dev = self.dev
+        model: Any = self.model
         start = time.perf_counter()
         model.eval()
         answers = answer_all(
@@ -143,10 +156,11 @@ def train_stages(
     packed: bool,
     precision: Precision,
 ) -> None:
-    """Trains `student` (in place) through the curriculum's stages, each from the best checkpoint (dev ROUGE-L) of the one before.
+    """Trains `student` (in place) through the curriculum's stages, each from the best checkpoint (dev ROUGE-L) of the
+    one before.
 
-    `folder` gets `metrics.jsonl` and `checkpoints/stage-i/`; a second call on the same folder goes on from the newest checkpoint.
-    Raises `Interrupted` after SIGINT or SIGTERM, once a checkpoint is written.
+    `folder` gets `metrics.jsonl` and `checkpoints/stage-i/`; a second call on the same folder goes on from the newest
+    checkpoint. Raises `Interrupted` after SIGINT or SIGTERM, once a checkpoint is written.
     """
     by_index = {sample.index: sample for sample in encoded}
     subsets = [[by_index[int(i)] for i in curriculum.subset(stage.index)] for stage in curriculum.stages]
@@ -179,7 +193,9 @@ def train_stages(
                 ),
                 dev=dev,
                 packed=packed,
-                callbacks=[_Watch(stage, len(curriculum.stages), log, bar, signals, teacher, encoded, options.save_minutes)],
+                callbacks=[
+                    _Watch(stage, len(curriculum.stages), log, bar, signals, teacher, encoded, options.save_minutes)
+                ],
             )
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             teacher.cache.flush()
@@ -290,7 +306,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class _Signals:
-    """Notes SIGINT and SIGTERM instead of dying from them, so that the step in progress ends and is saved. A second one kills."""
+    """Notes SIGINT and SIGTERM instead of dying from them, so that the step in progress ends and is saved. A second one
+    kills."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -357,8 +374,9 @@ class _Watch(TrainerCallback):
             return
         if not np.isfinite(logs.get("loss", 0.0)):
             raise InputError(
-                f"the loss is {logs['loss']} at stage {self.stage.index}, step {state.global_step}: lower --learning-rate"
-                f" (now {args.learning_rate}), or look for damaged weights in the models. The last checkpoint is whole"
+                f"the loss is {logs['loss']} at stage {self.stage.index}, step {state.global_step}: lower"
+                f" --learning-rate (now {args.learning_rate}), or look for damaged weights in the models."
+                " The last checkpoint is whole"
             )
         place = {"stage": self.stage.index, "step": state.global_step, "epoch": state.epoch}
         setting = {"temperature": self.stage.temperature, "alpha": self.stage.alpha}
@@ -367,7 +385,8 @@ class _Watch(TrainerCallback):
         if "loss" in logs:
             self.bar.set_postfix_str(
                 f"loss {logs['loss']:.3f}, ce {logs['ce']:.3f}, kd {logs['divergence']:.3f},"
-                f" {logs['tokens_per_second']:.0f} tok/s, {where}"
+                f" {logs['tokens_per_second']:.0f} tok/s, {where}",
+                refresh=sys.stderr.isatty(),  # in a log file the bar's own rhythm, a line every 15 s, is enough
             )
         else:
             tqdm.write(

@@ -15,7 +15,8 @@ def run(model, prompts=PROMPTS, **kwargs):
 
 def test_greedy_answers_are_those_of_transformers_generate_one_by_one():
     model = tiny_model()
-    # with random weights no answer would end: make some early token of each an end token, so that rows leave at different times
+    # with random weights no answer would end: make some early token of each an end token, so that rows leave at
+    # different times
     ends = {row[min(3 * i, len(row) - 1)] for i, row in enumerate(run(model))}
     got = run(model, end_ids=ends)
     for prompt, answer in zip(PROMPTS, got, strict=True):

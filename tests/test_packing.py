@@ -29,7 +29,10 @@ def samples():
     generator = torch.Generator().manual_seed(3)
     sizes = [(3, 4), (1, 9), (12, 1)]
     rows = [torch.randint(0, 97, (p + r,), generator=generator).tolist() for p, r in sizes]
-    return [EncodedSample(i, tuple(row[:p]), tuple(row[p:]), False) for i, (row, (p, _)) in enumerate(zip(rows, sizes))]
+    return [
+        EncodedSample(i, tuple(row[:p]), tuple(row[p:]), False)
+        for i, (row, (p, _)) in enumerate(zip(rows, sizes, strict=True))
+    ]
 
 
 def small_model(config):
@@ -90,7 +93,10 @@ def test_gradients_do_not_cross_from_one_sample_to_another():
 
 
 def test_the_check_accepts_a_family_that_packs_and_finds_one_that_does_not():
-    good, bad = small_model(CONFIGS["llama"]), small_model(OPTConfig(**{**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}))
+    good, bad = (
+        small_model(CONFIGS["llama"]),
+        small_model(OPTConfig(**{**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32})),
+    )
     for model in (good, bad):
         enable_packing(model)
     assert packing_error(good, 97) < 1e-4

@@ -45,7 +45,10 @@ def test_blank_lines_are_passed_over_and_line_numbers_stay_true(tmp_path):
         ('{"instruction": "a", "input": 3, "output": "b"}', 'field "input" must be a string'),
         ('{"text": "a"}', "no known field in ['text']"),
         ('{"messages": [{"role": "user", "content": "a"}]}', 'field "messages" must be a list of at least'),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "must be the assistant's"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+            "must be the assistant's",
+        ),
         ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}', 'expected "role" and "content"'),
     ],
 )
@@ -118,7 +121,9 @@ def test_a_prompt_over_the_limit_stops_the_run_or_is_skipped_when_asked(tmp_path
     records = [{"prompt": "a", "response": "b"}, {"prompt": "a" * 200, "response": "b"}]
     samples = read_samples(write_jsonl(tmp_path / "a.jsonl", records))
     encoder = SampleEncoder(tokenizer)
-    with pytest.raises(InputError, match=r"1 of 2 prompts are over --max-prompt-length 80 tokens \(line 2; the longest has"):
+    with pytest.raises(
+        InputError, match=r"1 of 2 prompts are over --max-prompt-length 80 tokens \(line 2; the longest has"
+    ):
         encode_all(samples, encoder, **LIMITS)
     encoded, report = encode_all(samples, encoder, **{**LIMITS, "long_prompts": "skip"})
     assert [one.index for one in encoded] == [0]

@@ -108,7 +108,9 @@ SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 @pytest.mark.parametrize(
     "config",
     [
-        Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=None),
+        Gemma2Config(
+            **SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=None
+        ),
         GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=4.0),
     ],
     ids=["gemma2-softcap", "granite-scaling"],

@@ -1,4 +1,5 @@
-"""Tiny models and data for the tests: a two-layer Llama with random weights and a byte-level tokenizer, made in milliseconds."""
+"""Tiny models and data for the tests: a two-layer Llama with random weights and a byte-level tokenizer, made in
+milliseconds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compiles every dense kernel for GPUs that need not be there, and prints as JSON what the machine code holds.
 
-Run as a script, in a process where Triton's interpreter is off: `python tests/kernels/compile_report.py`. One line a kernel:
-registers, spilled and stack bytes, and its global loads and stores by width in bits.
+Run as a script, in a process where Triton's interpreter is off: `python tests/kernels/compile_report.py`. One line a
+kernel: registers, spilled and stack bytes, and its global loads and stores by width in bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ from pocl_fast.kernels.divergence import FAMILIES
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 V = 151936
 DIVISIBLE = ("V_S", "V", "student_stride_n", "teacher_stride_n", "grad_stride_n")
-POINTERS = ("student_ptr", "teacher_ptr", "labels_ptr", "temperature_ptr", "alpha_ptr", "row_scale_ptr", "stats_ptr", "grad_ptr")
+POINTERS = (
+    "student_ptr",
+    "teacher_ptr",
+    "labels_ptr",
+    "temperature_ptr",
+    "alpha_ptr",
+    "row_scale_ptr",
+    "stats_ptr",
+    "grad_ptr",
+)
 
 
 def source(student: str, teacher: str, family: str, needs_grad: bool) -> tuple[ASTSource, int]:
@@ -52,19 +61,30 @@ def cubin_facts(cubin: bytes) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found is not None, usage
     accesses: dict[str, int] = {}
     for op, modifiers in re.findall(r"\b(LDG|STG)\.([A-Z0-9_.]+)", sass):
-        bits = next((width for width in ("256", "128", "64") if re.search(rf"\b{width}\b", modifiers.replace(".", " "))), None)
+        bits = next(
+            (width for width in ("256", "128", "64") if re.search(rf"\b{width}\b", modifiers.replace(".", " "))), None
+        )
         bits = bits or next((w for w in ("U16", "S16", "U8", "S8") if w in modifiers.split(".")), "32")
         accesses[f"{op}.{bits}"] = accesses.get(f"{op}.{bits}", 0) + 1
-    registers, stack, shared, local = map(int, found.groups())
+    registers, stack, _shared, local = map(int, found.groups())
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     exponentials = len(re.findall(r"\bMUFU\.EX2\b", sass))
-    return {"registers": registers, "stack": stack, "local": local, "spills": spills, "ex2": exponentials, "accesses": accesses}
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "spills": spills,
+        "ex2": exponentials,
+        "accesses": accesses,
+    }
 
 
 def main() -> None:

@@ -1,0 +1,177 @@
+"""The run directory: its configuration, its lock, and the stamps that say what each step was made from.
+
+Knows files and options. Does not know what the steps do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pocl_fast import models
+from pocl_fast.config import RunConfig, to_yaml
+from pocl_fast.errors import InputError
+from pocl_fast.progress import measured
+from pocl_fast.samples import file_fingerprint
+
+_STUDENT = ("student", "student_layers", "precision", "trust_remote_code")
+_LENGTHS = ("template", "max_length", "max_prompt_length", "long_prompts")
+_ANSWERS = ("max_new_tokens", "generation_batch_size", "eval_seeds")
+# What each step is made from: options, and files by their content.
+READS = {
+    "measure": (*_STUDENT, *_LENGTHS, "max_new_tokens", "generation_batch_size", "train"),
+    "rank": ("curriculum", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet"),
+    "train": (
+        *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens", "divergence",
+        "temperature_scaling", "epochs_per_stage", "batch_size", "gradient_accumulation_steps", "learning_rate",
+        "weight_decay", "max_grad_norm", "cache_dtype", "seed", "curriculum.json",
+    ),
+    "evaluate-before": (*_STUDENT, *_LENGTHS, *_ANSWERS, "dev"),
+    "evaluate-after": (*_LENGTHS, *_ANSWERS, "precision", "dev", "student/model.safetensors"),
+}  # fmt: skip
+# What each step leaves: its result, then what an interrupted one may have begun.
+WRITES = {
+    "measure": ("difficulty.parquet", "difficulty.parts"),
+    "rank": ("curriculum.json",),
+    "train": ("student", "checkpoints", "metrics.jsonl"),
+    "evaluate-before": ("answers-before.jsonl",),
+    "evaluate-after": ("answers-after.jsonl",),
+}
+
+
+class RunDirectory:
+    """A folder that holds one run: its configuration, the stamps of its steps, and their files."""
+
+    def __init__(self, path: Path, *, restart: bool = False) -> None:
+        """Opens or creates the folder and locks it; `restart` lets steps made from other input be done again.
+
+        Raises `InputError` where it holds something else, or is in use.
+        """
+        self.path, self.restart = path, restart
+        if path.is_file():
+            raise InputError(f"--output {path} is a file; give a folder")
+        known = path / "config.yaml"
+        if path.is_dir() and not known.exists() and any(p.name != ".lock" for p in path.iterdir()):
+            raise InputError(f"--output {path} holds other files and is not a run; give a new or an empty folder")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+        except OSError as error:
+            raise InputError(f"cannot write to --output {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"another pocl-fast is working in {path}; wait for it, or give another --output"
+            ) from error
+        self._stamps_path = path / "steps.json"
+        self.stamps: dict[str, Any] = json.loads(self._stamps_path.read_text()) if self._stamps_path.exists() else {}
+
+    def begin(self, step: str, config: RunConfig) -> bool:
+        """Whether the step is still to be done. Raises `InputError` where it was begun with other options or files."""
+        made_from = self._made_from(step, config)
+        stamp = self.stamps.get(step)
+        if stamp and stamp["done"] and not (self.path / WRITES[step][0]).exists():
+            stamp = None  # somebody deleted the result, to have it made again
+        if stamp:
+            changed = [name for name in made_from if stamp["made_from"].get(name) != made_from[name]]
+            if changed and not self.restart:
+                before = stamp["made_from"]
+                what = "; ".join(f"{n}: was {_short(before.get(n))}, now {_short(made_from[n])}" for n in changed)
+                state = "was made" if stamp["done"] else "was begun"
+                raise InputError(
+                    f"{self.path} holds another run: its step {step!r} {state} with other input ({what})."
+                    " Give the same options to go on, another --output for a new run,"
+                    " or --restart to do this step again in this one"
+                )
+            if changed:
+                stamp = None
+            elif stamp["done"]:
+                return False
+        if stamp is None:
+            self._clear(step)
+        write_text(self.path / "config.yaml", to_yaml(config))
+        seconds, peak = (stamp["seconds"], stamp["peak_bytes"]) if stamp else (0.0, 0)
+        self.stamps[step] = {"done": False, "made_from": made_from, "seconds": seconds, "peak_bytes": peak}
+        self._save_stamps()
+        return True
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[dict[str, Any]]:
+        """Stamps a step as done when the block ends, and with its time and memory however it ends.
+
+        Gives a dict for facts that the stamp is to hold besides.
+        """
+        facts: dict[str, Any] = {}
+        done = False
+        try:
+            with measured() as usage:
+                yield facts
+            done = True
+        finally:
+            stamp = self.stamps[step]
+            stamp["seconds"] += usage.seconds
+            stamp["peak_bytes"] = max(stamp["peak_bytes"], usage.peak_bytes)
+            stamp |= {"done": done, **facts}
+            self._save_stamps()
+
+    def _made_from(self, step: str, config: RunConfig) -> dict[str, Any]:
+        options = config.flat()
+        made_from: dict[str, Any] = {}
+        for name in READS[step]:
+            if name in ("train", "dev"):
+                made_from[f"{name} data"] = file_fingerprint(required(options[name], f"--{name}"))
+            elif name == "teacher" or (name == "student" and options["student"]):
+                made_from[name] = models.source_fingerprint(required(options[name], f"--{name}"))
+            elif name == "student":
+                made_from[name] = "cut from " + models.source_fingerprint(required(options["teacher"], "--teacher"))
+            elif name in options:
+                made_from[name] = options[name]
+            elif not (self.path / name).exists():
+                maker = next(s for s, outputs in WRITES.items() if name.split("/")[0] == outputs[0])
+                raise InputError(f"{self.path / name} is not there: run `pocl-fast {maker} --output {self.path}` first")
+            else:
+                made_from[name] = file_fingerprint(self.path / name)
+        return made_from
+
+    def _clear(self, step: str) -> None:
+        """Removes what an earlier try at the step left."""
+        for name in WRITES[step]:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _save_stamps(self) -> None:
+        write_json(self._stamps_path, self.stamps)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, then renames: `path` is whole or as it was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON as `write_text` writes text."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def required(value: Any, option: str) -> Any:
+    """The value of an option that must be there. Raises `InputError` where it is None."""
+    if value is None:
+        raise InputError(f"{option} is missing")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "..." if len(text) == 64 and " " not in text else text
