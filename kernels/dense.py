@@ -171,8 +171,10 @@ def distillation_rows(
     row_scale: torch.Tensor,  # [N] fp32
     *,
     divergence: str,
+    teacher_share: float,
     temperature_power: int,
     ignore_index: int,
+    transforms: list[float],
     needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stats [7, N] fp32 and the gradient [N, V_s] in the student's dtype, or [0]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -41,6 +42,10 @@ def distillation_loss(
     num_items: Tensor | float | None = None,
     reduction: Reduction = "mean",
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_logit_softcap: float | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
     """alpha · CE + (1 - alpha) · c(τ) · D of each token, reduced, with the gradient computed in the same pass.
@@ -58,6 +63,9 @@ def distillation_loss(
             accumulation or data parallelism.
         reduction: "mean" over supervised tokens, "sum", or "none" for one loss a token ([N]). Whatever it is,
             `per_token` of the result holds each token's ce, divergence, entropies, accuracy and agreement, [N] each.
+        logit_scale, logit_softcap: the student's logits are softcap · tanh(scale · student_logits / softcap), or the
+            scaled ones without a softcap: for the lm_head's own output of Gemma, Granite or Cohere. The gradient is
+            that of student_logits. `teacher_logit_scale`, `teacher_logit_softcap`: the teacher's, apart.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, and the reference for float64.
 
     A −inf logit on either side leaves its entry out of D. Any other NaN or +inf makes that row's loss NaN and no
@@ -88,6 +96,8 @@ def distillation_loss(
     temperature = _per_token("temperature", objective.temperature, N, student.device, dtype)
     alpha = _per_token("alpha", objective.alpha, N, student.device, dtype)
 
+    student_transform = _transform("logit", logit_scale, logit_softcap)
+    teacher_transform = _transform("teacher_logit", teacher_logit_scale, teacher_logit_softcap)
     if backend == "reference":
         rows = reference.distillation_rows(
             student.to(dtype),
@@ -95,9 +105,12 @@ def distillation_loss(
             labels,
             temperature,
             alpha,
-            divergence=objective.divergence,
+            divergence=objective.family,
+            teacher_share=objective.teacher_share,
             temperature_power=objective.temperature_power,
             ignore_index=ignore_index,
+            student_transform=student_transform,
+            teacher_transform=teacher_transform,
         )
         per_row = rows.loss * torch.where(counted, row_scale, 0.0)
         stats = torch.stack([value.detach() for value in rows])
@@ -110,9 +123,11 @@ def distillation_loss(
             temperature,
             alpha,
             row_scale.float().contiguous(),
-            objective.divergence,
+            objective.family,
+            objective.teacher_share,
             objective.temperature_power,
             ignore_index,
+            [*student_transform, *teacher_transform],
             needs_grad,
             backend,
         )
@@ -129,6 +144,10 @@ class DistillationLoss(nn.Module):
         *,
         reduction: Reduction = "mean",
         ignore_index: int = -100,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_logit_softcap: float | None = None,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -136,6 +155,12 @@ class DistillationLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
         self.backend: Backend = backend
+        self.transforms = {
+            "logit_scale": logit_scale,
+            "logit_softcap": logit_softcap,
+            "teacher_logit_scale": teacher_logit_scale,
+            "teacher_logit_softcap": teacher_logit_softcap,
+        }
 
     def forward(
         self,
@@ -157,6 +182,7 @@ class DistillationLoss(nn.Module):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             backend=self.backend,
+            **self.transforms,  # type: ignore[arg-type]
         )
 
     def extra_repr(self) -> str:
@@ -234,6 +260,15 @@ def _per_token(name: str, value: Tensor | float, N: int, device: torch.device, d
     if flat.numel() not in (1, N):
         raise ValueError(f"{name} must be one value or one a token ({N}), got shape {tuple(value.shape)}")
     return flat.to(device=device, dtype=dtype, non_blocking=True)
+
+
+def _transform(name: str, scale: float, softcap: float | None) -> tuple[float, float]:
+    """(scale, softcap), softcap 0 for none."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{name}_scale must be positive and finite, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{name}_softcap must be positive and finite, or None; got {softcap}")
+    return float(scale), float(softcap or 0.0)
 
 
 def _output(loss: Tensor, stats: Tensor, num_tokens: Tensor) -> LossOutput:

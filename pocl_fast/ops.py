@@ -25,8 +25,10 @@ def distillation_rows(
     alpha: Tensor,  # [1] or [N] fp32
     row_scale: Tensor,  # [N] fp32: token weight over the divisor, folded into loss and gradient
     divergence: str,
+    teacher_share: float,
     temperature_power: int,
     ignore_index: int,
+    transforms: list[float],  # scale and softcap (0: none) of the student, then of the teacher
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +43,10 @@ def distillation_rows(
         alpha,
         row_scale,
         divergence=divergence,
+        teacher_share=teacher_share,
         temperature_power=temperature_power,
         ignore_index=ignore_index,
+        transforms=transforms,
         needs_grad=needs_grad,
     )
     # an ignored row's loss is 0 whatever its weight
@@ -58,8 +62,10 @@ def _(
     alpha: Tensor,
     row_scale: Tensor,
     divergence: str,
+    teacher_share: float,
     temperature_power: int,
     ignore_index: int,
+    transforms: list[float],  # scale and softcap (0: none) of the student, then of the teacher
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +96,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 10
+    nothing = (None,) * 12
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     if type(upstream) is not Tensor:  # traced by a compiler: a multiplication that it can join to what follows

@@ -7,6 +7,7 @@ Differentiable by autograd, in any floating-point dtype.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,16 +34,20 @@ def distillation_rows(
     alpha: Tensor,  # 1 or N values
     *,
     divergence: str,
+    teacher_share: float = 0.5,
     temperature_power: int,
     ignore_index: int = -100,
+    student_transform: tuple[float, float] = (1.0, 0.0),
+    teacher_transform: tuple[float, float] = (1.0, 0.0),
 ) -> Rows:
-    """The loss and the metrics of each token."""
+    """The loss and the metrics of each token. A transform is (scale, softcap): see `transformed`."""
     counted = labels != ignore_index
     V = min(student_logits.shape[1], teacher_logits.shape[1])
     s, t = student_logits, teacher_logits.to(student_logits.dtype)
     # ignored rows may hold anything, NaN included: replace them before any arithmetic
     s = torch.where(counted[:, None], s, torch.zeros_like(s))
     t = torch.where(counted[:, None], t, torch.zeros_like(t))
+    s, t = transformed(s, *student_transform), transformed(t, *teacher_transform)
     label = torch.where(counted, labels, torch.zeros_like(labels)).long()
     empty = (s == -torch.inf).all(-1)  # no softmax: CE is infinite and nothing can lower it
     s_all = torch.where(empty[:, None], torch.zeros_like(s), s)
@@ -53,10 +58,19 @@ def distillation_rows(
     s_shared, t_shared = _without(s[:, :V], out), _without(t[:, :V], out)
     log_q, q = _log_softmax(s_shared / tau, out)
     log_p, p = _log_softmax(t_shared / tau, out)
+    log_m = mixture(log_p, log_q, teacher_share)
     if divergence == "forward_kl":
         D = (p * (log_p - log_q)).sum(-1)
     elif divergence == "reverse_kl":
         D = (q * (log_q - log_p)).sum(-1)
+    elif divergence == "jsd":
+        D = (teacher_share * p * (log_p - log_m) + (1 - teacher_share) * q * (log_q - log_m)).sum(-1)
+    elif divergence == "skew_forward_kl":
+        D = (p * (log_p - log_m)).sum(-1)
+    elif divergence == "skew_reverse_kl":
+        D = (q * (log_q - log_m)).sum(-1)
+    elif divergence == "tvd":
+        D = 0.5 * (p - q).abs().sum(-1)  # subgradient 0 where they are equal
     else:
         raise ValueError(f"unknown divergence {divergence!r}")
 
@@ -72,6 +86,20 @@ def distillation_rows(
         (~out & both_largest).any(-1).to(s.dtype),
     )
     return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
+
+
+def transformed(x: Tensor, scale: float, softcap: float) -> Tensor:
+    """softcap · tanh(scale · x / softcap), or scale · x where softcap is 0: a model's own logits from its lm_head's.
+    Infinities, which are masks or errors, stay what they are."""
+    if scale == 1.0 and not softcap:
+        return x
+    x = x * scale
+    return torch.where(x.isinf(), x, softcap * torch.tanh(x / softcap)) if softcap else x
+
+
+def mixture(log_p: Tensor, log_q: Tensor, teacher_share: float) -> Tensor:
+    """log(share · p + (1 - share) · q), also where p and q are too small for their own logarithms' exponentials."""
+    return torch.logaddexp(log_p + math.log(teacher_share), log_q + math.log1p(-teacher_share))
 
 
 def _without(x: Tensor, out: Tensor) -> Tensor:

@@ -273,8 +273,10 @@ def test_the_operators_are_registered_as_torch_wants_them(batch, needs_grad):
         0.3 * one,
         scale,
         "forward_kl",
+        0.5,
         2,
         -100,
+        [1.0, 0.0, 1.0, 0.0],
         needs_grad,
         "cpp",
     )

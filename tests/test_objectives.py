@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from pocl_fast.losses import distillation_loss
 from pocl_fast.objectives import DIVERGENCES, Objective
 
 
 def test_an_unknown_divergence_is_refused_with_the_list_of_those_there_are():
-    with pytest.raises(ValueError, match=r"forward_kl, reverse_kl; got 'hellinger'"):
+    with pytest.raises(ValueError, match=r"forward_kl, reverse_kl, jsd.*; got 'hellinger'"):
         Objective("hellinger")
 
 
@@ -23,8 +24,9 @@ def test_an_unknown_divergence_is_refused_with_the_list_of_those_there_are():
         {"alpha": -0.1},
         {"alpha": 1.1},
         {"alpha": float("nan")},
-        {"beta": 0.0},
-        {"beta": 1.0},
+        {"beta": -0.1},
+        {"beta": 1.1},
+        {"skew": 0.0},
         {"skew": 1.0},
         {"temperature_scaling": "tau3"},
     ],
@@ -41,13 +43,35 @@ def test_tensors_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(("scaling", "power"), [("auto", 2), ("none", 0), ("tau", 1), ("tau2", 2)])
+@pytest.mark.parametrize(("scaling", "power"), [("none", 0), ("tau", 1), ("tau2", 2)])
 def test_the_power_of_the_temperature_follows_the_scaling(divergence, scaling, power):
     assert Objective(divergence, temperature_scaling=scaling).temperature_power == power
 
 
-# POCL's published code scales forward KL by the squared temperature, and reverse KL not at all
-@pytest.mark.parametrize(("divergence", "power"), [("forward_kl", 2), ("reverse_kl", 0)])
+# at a high temperature both distributions flatten: a KL's gradient falls with τ², that of tvd with τ
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_automatic_scaling_keeps_the_gradients_size(divergence):
+    student, teacher = torch.randn(2, 4, 50, dtype=torch.float64).unbind()
+    norms = []
+    for temperature in (200.0, 400.0):
+        s = student.clone().requires_grad_(True)
+        objective = Objective(divergence, temperature=temperature)
+        distillation_loss(s, teacher, torch.zeros(4, dtype=torch.int64), objective).loss.backward()
+        norms.append(s.grad.norm())
+    torch.testing.assert_close(norms[0], norms[1], rtol=0.02, atol=0)
+
+
+def test_the_ends_of_jsd_are_the_two_kls():
+    assert Objective("jsd", beta=0.0).family == "forward_kl"
+    assert Objective("jsd", beta=1.0).family == "reverse_kl"
+    assert Objective("jsd", beta=0.3).family == "jsd"
+
+
+# POCL's published code scales forward KL, jsd and skew reverse KL by the squared temperature, the others not at all
+@pytest.mark.parametrize(
+    ("divergence", "power"),
+    [("forward_kl", 2), ("reverse_kl", 0), ("jsd", 2), ("skew_forward_kl", 0), ("skew_reverse_kl", 2), ("tvd", 0)],
+)
 def test_the_papers_presets(divergence, power):
     preset = Objective.preset(f"paper:{divergence}")
     assert (preset.divergence, preset.temperature, preset.alpha) == (divergence, 1.0, 0.3)
