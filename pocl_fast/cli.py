@@ -31,14 +31,20 @@ class Output:
 
     output: Path
     """The run directory: made if it is not there, continued if it holds this run."""
+
+
+@dataclass(frozen=True)
+class Step(Output):
+    """Where the run lives, and where its options come from."""
+
     config: Path | None = None
-    """A YAML file with any of these options (same names); options on the command line win over it."""
+    """A YAML file with any options of a run (same names); options on the command line win over it."""
     restart: bool = False
     """Do a step again where the run directory holds it made with other options or files; without this, that stops."""
 
 
 @dataclass(frozen=True)
-class Distill(Output):
+class Distill(Step):
     """Distil a teacher into a student: measure, rank, train, evaluate, report; stops and resumes at any point."""
 
     models: Models = field(default_factory=Models)
@@ -50,7 +56,7 @@ class Distill(Output):
 
 
 @dataclass(frozen=True)
-class Measure(Output):
+class Measure(Step):
     """Measure how hard each training sample is for the student -> difficulty.parquet."""
 
     models: Models = field(default_factory=Models)
@@ -59,14 +65,14 @@ class Measure(Output):
 
 
 @dataclass(frozen=True)
-class Rank(Output):
+class Rank(Step):
     """Rank the samples easy to hard and cut them into stages: difficulty.parquet -> curriculum.json."""
 
     schedule: Schedule = field(default_factory=Schedule)
 
 
 @dataclass(frozen=True)
-class Train(Output):
+class Train(Step):
     """Train the student along curriculum.json -> checkpoints, metrics.jsonl, student/."""
 
     models: Models = field(default_factory=Models)
@@ -76,7 +82,7 @@ class Train(Output):
 
 
 @dataclass(frozen=True)
-class Evaluate(Output):
+class Evaluate(Step):
     """Evaluate the student before and after training on the held-out samples -> evaluation.json, answers-*.jsonl."""
 
     models: Models = field(default_factory=Models)
@@ -106,9 +112,9 @@ def _distill(run: Any) -> None:
 
 
 def _evaluate(run: Any) -> None:
+    run.evaluate("before")
     if (run.path / "student").is_dir():
         run.evaluate("after")
-    run.evaluate("before")
 
 
 COMMANDS: dict[str, tuple[type[Output], Callable[[Any], Any]]] = {
@@ -137,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"pocl-fast: no command {arguments[0]!r}\n\n{_overview()}", file=sys.stderr)
         return 2
+    terminate = signal.signal(signal.SIGTERM, _terminate)
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
@@ -150,41 +157,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"\n{error}; the same command goes on from here", file=sys.stderr)
         return 128 + int(getattr(error, "signal_number", signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
     return 0
 
 
 def _run(name: str, arguments: list[str]) -> None:
     command, work = COMMANDS[name]
-    given = _parse(name, command, arguments)
+    given, options = _parse(name, command, arguments)
+    if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
+        raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     _quiet_libraries()
     from pocl_fast.run import open_run
 
-    options: dict[str, Any] = {}
-    for group in fields(given):
-        value = getattr(given, group.name)
-        if group.name not in ("output", "config", "restart"):
-            options |= {f.name: getattr(value, f.name) for f in fields(value)}
     if name == "demo":
         from pocl_fast.demo import demo_options
 
         options = demo_options()
-    signal.signal(signal.SIGTERM, _terminate)
-    if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
-        raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
-    work(open_run(given.output, options, restart=given.restart))
+    work(open_run(given.output, options, restart=getattr(given, "restart", False)))
 
 
-def _parse(name: str, command: type[Output], arguments: list[str]) -> Any:
-    """The command's options: the defaults, then what the run recorded, then the YAML file, then the command line."""
+def _parse(name: str, command: type[Output], arguments: list[str]) -> tuple[Any, dict[str, Any]]:
+    """What was given to the command, and all options of the run: the defaults, over them what the run recorded, then
+    the YAML file, then the command line."""
     import tyro
 
     base = recorded_config(output) if (output := _value_of(arguments, "--output")) else RunConfig()
-    if yaml_file := _value_of(arguments, "--config"):
+    if issubclass(command, Step) and (yaml_file := _value_of(arguments, "--config")):
         base = read_yaml(yaml_file, base)
     groups = {f.name: getattr(base, f.name) for f in fields(command) if hasattr(base, f.name)}
     default = command() if command is Demo else command(output=tyro.MISSING, **groups)  # type: ignore[call-arg]
     shown: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
-    return tyro.cli(shown, prog=f"pocl-fast {name}", description=command.__doc__, args=arguments, default=default)
+    given = tyro.cli(shown, prog=f"pocl-fast {name}", description=command.__doc__, args=arguments, default=default)
+    options = base.flat()
+    for group in groups:
+        value = getattr(given, group)
+        options |= {f.name: getattr(value, f.name) for f in fields(value)}
+    return given, options
 
 
 def _value_of(arguments: list[str], option: str) -> Path | None:

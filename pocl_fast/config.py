@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from pocl_fast.errors import InputError
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Training:
     """How the teacher's hidden states are kept on disk."""
     save_minutes: PositiveFloat = 10.0
     """A checkpoint is written at least this often, besides those at each epoch's end."""
-    seed: int = 42
+    seed: Seed = 42
     """Of the order of samples."""
 
 
@@ -111,7 +113,7 @@ class Training:
 class Evaluation:
     """The final evaluation: sampling at temperature 1, top-p 1."""
 
-    eval_seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    eval_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (10, 20, 30, 40, 50)
     """One set of sampled answers for each seed; scores are their mean and spread."""
 
 
@@ -141,19 +143,19 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_options(
-    options: Mapping[str, Any], base: RunConfig | None = None, *, where: str = "configuration"
-) -> RunConfig:
-    """A configuration from flat options (dashes or underscores in the names) over `base`.
+def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, where: str = "") -> RunConfig:
+    """A configuration from flat options (dashes or underscores in the names) over `base`; `where` they are from, for
+    messages.
 
-    Raises `InputError` naming every unknown option and every value of the wrong type.
+    Raises `InputError` naming every unknown option, and the values of the wrong type or out of range.
     """
     base = base or RunConfig()
+    where = where and f"{where}: "
     given = {str(name).replace("-", "_"): value for name, value in options.items()}
     known = base.flat()
     if unknown := sorted(set(given) - set(known)):
         what = "unknown options" if len(unknown) > 1 else "unknown option"
-        raise InputError(f"{where}: {what} {', '.join(unknown)}; known are {', '.join(known)}")
+        raise InputError(f"{where}{what} {', '.join(unknown)}; known are {', '.join(known)}")
     groups = {}
     for group in fields(base):
         current = getattr(base, group.name)
@@ -161,11 +163,15 @@ def from_options(
         try:
             groups[group.name] = TypeAdapter(type(current)).validate_python(values)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
-            )
-            raise InputError(f"{where}: {problems}") from error
+            problems = "; ".join(f"{_option(e['loc'])}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+            raise InputError(f"{where}{problems}") from error
     return RunConfig(**groups)
+
+
+def _option(place: tuple[int | str, ...]) -> str:
+    """Where pydantic found a wrong value, as an option's name: ("eval_seeds", 1) -> "--eval-seeds, value 2"."""
+    name = "--" + str(place[0]).replace("_", "-")
+    return name if len(place) == 1 else f"{name}, value {int(place[1]) + 1}"
 
 
 def read_yaml(path: str | Path, base: RunConfig | None = None) -> RunConfig:
@@ -194,6 +200,9 @@ def to_yaml(config: RunConfig) -> str:
     for group in fields(config):
         value = getattr(config, group.name)
         lines.append(f"\n# {(type(value).__doc__ or '').splitlines()[0]}")
-        part = {f.name: options[f.name] for f in fields(value)}
-        lines.append(yaml.safe_dump(part, sort_keys=False, default_flow_style=None, allow_unicode=True).rstrip())
+        for option in fields(value):
+            given = options[option.name]
+            in_one_line = None if isinstance(given, list) else False  # PyYAML's None: [lists] in one line
+            text = yaml.safe_dump({option.name: given}, default_flow_style=in_one_line, allow_unicode=True, width=1000)
+            lines.append(text.rstrip())
     return "\n".join(lines) + "\n"

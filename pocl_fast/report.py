@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pocl_fast import __version__
 from pocl_fast.errors import InputError
+from pocl_fast.metrics import read_metrics
 
 COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
 
@@ -92,8 +93,6 @@ def step_rows(stamps: dict[str, Any]) -> list[dict[str, str]]:
 
 def training_figure(run: Path) -> Any:
     """Loss, and dev ROUGE-L, over the steps of all stages; None before training."""
-    from pocl_fast.trainer import read_metrics
-
     if not (run / "metrics.jsonl").exists():
         return None
     records = read_metrics(run / "metrics.jsonl")
@@ -183,8 +182,6 @@ def _picture(figure: Any) -> str | None:
 
 def _stages(run: Path) -> list[dict[str, Any]]:
     """One row a stage: its samples and settings, and its last evaluation."""
-    from pocl_fast.trainer import read_metrics
-
     path = run / "curriculum.json"
     if not path.exists():
         return []

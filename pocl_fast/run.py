@@ -23,6 +23,7 @@ from pocl_fast.config import RunConfig, Schedule, from_options, recorded_config
 from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum, reciprocal_rank_fusion
 from pocl_fast.difficulty import measure, read_difficulty
 from pocl_fast.errors import InputError
+from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_error
 from pocl_fast.run_directory import WRITES, RunDirectory, required, write_json, write_text
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, encode_all, read_samples
@@ -48,9 +49,14 @@ class Run:
         """Reads data, tokenizers and schedule, so that what is wrong with them is said before anything runs."""
         (_, encoded), _ = self.train_set, self.dev_set
         stages_over(np.arange(len(encoded)), np.zeros(len(encoded)), self.config.schedule)
-        student, teacher = self._student_source, required(self.config.models.teacher, "--teacher")
-        if student != teacher:
-            models.check_same_vocabulary(self.tokenizer, models.load_tokenizer(teacher))
+        self._check_vocabularies()
+
+    def _check_vocabularies(self) -> None:
+        chosen = self.config.models
+        teacher = required(chosen.teacher, "--teacher")
+        if self._student_source != teacher:
+            theirs = models.load_tokenizer(teacher, trust_remote_code=chosen.trust_remote_code)
+            models.check_same_vocabulary(self.tokenizer, theirs)
 
     def measure(self) -> None:
         if not self.directory.begin("measure", self.config):
@@ -85,12 +91,18 @@ class Run:
 
     def train(self) -> None:
         from pocl_fast.teacher import Teacher
-        from pocl_fast.trainer import DevSet, read_metrics, train_stages
+        from pocl_fast.trainer import DevSet, train_stages
 
         if not self.directory.begin("train", self.config):
             return self.say(f"train: done before, {self.path / 'student'}")
+        self._check_vocabularies()
         (_, encoded), (dev_samples, dev_encoded) = self.train_set, self.dev_set
         curriculum = Curriculum.load(self.path / "curriculum.json")
+        if unknown := set(curriculum.order.tolist()) - {sample.index for sample in encoded}:
+            raise InputError(
+                f"{self.path / 'curriculum.json'} lists sample {min(unknown)}, which --train"
+                f" {self.config.data.train} does not have: run `pocl-fast measure` and `rank` on this file first"
+            )
         options = self.config.training
         with self.directory.timed("train") as facts:
             student, packed = self.initial_student()

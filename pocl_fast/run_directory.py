@@ -35,6 +35,8 @@ READS = {
     "evaluate-before": (*_STUDENT, *_LENGTHS, *_ANSWERS, "dev"),
     "evaluate-after": (*_LENGTHS, *_ANSWERS, "precision", "dev", "student/model.safetensors"),
 }  # fmt: skip
+# Whose result a step builds on without reading the data behind it: what both are made from must agree.
+BUILDS_ON = {"train": "measure"}
 # What each step leaves: its result, then what an interrupted one may have begun.
 WRITES = {
     "measure": ("difficulty.parquet", "difficulty.parts"),
@@ -43,6 +45,8 @@ WRITES = {
     "evaluate-before": ("answers-before.jsonl",),
     "evaluate-after": ("answers-after.jsonl",),
 }
+# What means nothing once a step is done anew.
+SPOILS = {"measure": "rank", "train": "evaluate-after"}
 
 
 class RunDirectory:
@@ -77,16 +81,15 @@ class RunDirectory:
         """Whether the step is still to be done. Raises `InputError` where it was begun with other options or files."""
         made_from = self._made_from(step, config)
         stamp = self.stamps.get(step)
-        if stamp and stamp["done"] and not (self.path / WRITES[step][0]).exists():
-            stamp = None  # somebody deleted the result, to have it made again
+        left = [name for name in WRITES[step] if (self.path / name).exists()]
+        if stamp and (WRITES[step][0] not in left if stamp["done"] else not left):
+            stamp = None  # somebody deleted the result to have it made again, or the step failed before it began
         if stamp:
-            changed = [name for name in made_from if stamp["made_from"].get(name) != made_from[name]]
+            changed = _changes(stamp["made_from"], made_from)
             if changed and not self.restart:
-                before = stamp["made_from"]
-                what = "; ".join(f"{n}: was {_short(before.get(n))}, now {_short(made_from[n])}" for n in changed)
                 state = "was made" if stamp["done"] else "was begun"
                 raise InputError(
-                    f"{self.path} holds another run: its step {step!r} {state} with other input ({what})."
+                    f"{self.path} holds another run: its step {step!r} {state} with other input ({changed})."
                     " Give the same options to go on, another --output for a new run,"
                     " or --restart to do this step again in this one"
                 )
@@ -94,6 +97,7 @@ class RunDirectory:
                 stamp = None
             elif stamp["done"]:
                 return False
+        self._check_earlier(step, made_from)
         if stamp is None:
             self._clear(step)
         write_text(self.path / "config.yaml", to_yaml(config))
@@ -140,8 +144,28 @@ class RunDirectory:
                 made_from[name] = file_fingerprint(self.path / name)
         return made_from
 
+    def _check_earlier(self, step: str, made_from: dict[str, Any]) -> None:
+        """Raises `InputError` where the step that this one builds on was made from other options or data."""
+        earlier = BUILDS_ON.get(step, "")
+        if earlier not in self.stamps:
+            return
+        before = self.stamps[earlier]["made_from"]
+        if changed := _changes(before, {name: value for name, value in made_from.items() if name in before}):
+            raise InputError(
+                f"{self.path} holds another run: its step {earlier!r}, which {step!r} builds on, was made with other"
+                f" input ({changed}). Give the same options to go on, another --output for a new run,"
+                f" or do that step again first: `pocl-fast {earlier} --restart` with the new options"
+            )
+
     def _clear(self, step: str) -> None:
-        """Removes what an earlier try at the step left."""
+        """Removes what an earlier try at the step left, and what was made of it."""
+        if step in SPOILS:
+            self._clear(SPOILS[step])
+        self.stamps.pop(step, None)
+        if (results := self.path / "evaluation.json").exists() and step.startswith("evaluate-"):
+            kept = json.loads(results.read_text(encoding="utf-8"))
+            kept.pop(step.removeprefix("evaluate-"), None)
+            write_json(results, kept)
         for name in WRITES[step]:
             path = self.path / name
             if path.is_dir():
@@ -170,6 +194,12 @@ def required(value: Any, option: str) -> Any:
     if value is None:
         raise InputError(f"{option} is missing")
     return value
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which values differ, old and new, for a message."""
+    changed = [name for name in now if before.get(name) != now[name]]
+    return "; ".join(f"{name}: was {_short(before.get(name))}, now {_short(now[name])}" for name in changed)
 
 
 def _short(value: Any) -> str:

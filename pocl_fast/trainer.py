@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -28,6 +30,7 @@ from pocl_fast.curriculum import Curriculum, Stage
 from pocl_fast.errors import InputError
 from pocl_fast.evaluation import answer_all, mean_token_cross_entropy
 from pocl_fast.losses import distillation_loss
+from pocl_fast.metrics import MetricsLog
 from pocl_fast.models import Precision
 from pocl_fast.objectives import Objective
 from pocl_fast.packing import PackedBatch, pack, supervised_logits
@@ -165,7 +168,7 @@ def train_stages(
     by_index = {sample.index: sample for sample in encoded}
     subsets = [[by_index[int(i)] for i in curriculum.subset(stage.index)] for stage in curriculum.stages]
     steps = [_steps(len(subset), options) * options.epochs_per_stage for subset in subsets]
-    log = _MetricsLog(folder / "metrics.jsonl")
+    log = MetricsLog(folder / "metrics.jsonl")
     with progress_bar(sum(steps), "train", "steps") as bar, _Signals() as signals:
         for stage, subset in zip(curriculum.stages, subsets, strict=True):
             checkpoints = folder / "checkpoints" / f"stage-{stage.index}"
@@ -233,6 +236,7 @@ def _arguments(options: Training, folder: Path, precision: Precision, stage: Sta
         logging_strategy="steps",
         logging_steps=5,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # transformers would log an average in a NaN's place, and train on
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
@@ -265,44 +269,24 @@ def _load_weights(student: Any, folder: Path) -> None:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole (its trainer_state.json is written last)."""
+    """The newest checkpoint that was written whole."""
     while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
-        if (Path(newest) / "trainer_state.json").is_file():
+        if _is_whole(Path(newest)):
             return Path(newest)
         print(f"checkpoint {newest} is incomplete and is left out", flush=True)
         shutil.rmtree(newest)
     return None
 
 
-class _MetricsLog:
-    """metrics.jsonl: one line a log or evaluation, each with its stage and step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, record: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def rewind(self, stage: int, step: int) -> None:
-        """Drops what comes after this step, which is about to be done again."""
-        if not self.path.exists():
-            return
-        kept = [line for line in read_metrics(self.path) if (line["stage"], line["step"]) <= (stage, step)]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self.path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line cut off by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are all there and none is cut off."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the last to be written
+        for weights in checkpoint.glob("*.safetensors"):
+            safe_open(weights, framework="pt")  # compares the header with the file's length
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt"))  # a zip's directory is at its end
 
 
 class _Signals:
@@ -339,7 +323,7 @@ class _Watch(TrainerCallback):
         self,
         stage: Stage,
         num_stages: int,
-        log: _MetricsLog,
+        log: MetricsLog,
         bar: tqdm,
         signals: _Signals,
         teacher: Teacher,
@@ -354,10 +338,12 @@ class _Watch(TrainerCallback):
         self.bar.update(1)
         if self.signals.received:
             control.should_training_stop = True
-            control.should_save = True
+        if self._ends_an_epoch(args, state):
+            return  # its evaluation comes first, then its checkpoint
+        if self.signals.received or time.monotonic() - self.saved > self.save_seconds:
+            control.should_log = control.should_save = True  # the log stops at a NaN, before it is saved
+        if self.signals.received:
             args.load_best_model_at_end = False
-        elif time.monotonic() - self.saved > self.save_seconds:
-            control.should_save = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
         self.saved = time.monotonic()
@@ -365,18 +351,23 @@ class _Watch(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.teacher.release_body_if_cached(self.all_samples)
-        if self.signals.received:
+        if not self._ends_an_epoch(args, state):  # stopped within it
             control.should_evaluate = False
+
+    @staticmethod
+    def _ends_an_epoch(args: Any, state: Any) -> bool:
+        return state.global_step % (state.max_steps // args.num_train_epochs) == 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
         if "loss" not in logs and "eval_rouge_l" not in logs:
             return
-        if not np.isfinite(logs.get("loss", 0.0)):
+        loss = logs["loss"] if "loss" in logs else logs["eval_cross_entropy"]
+        if not np.isfinite(loss):
+            what = "the loss" if "loss" in logs else "the dev cross-entropy"
             raise InputError(
-                f"the loss is {logs['loss']} at stage {self.stage.index}, step {state.global_step}: lower"
-                f" --learning-rate (now {args.learning_rate}), or look for damaged weights in the models."
-                " The last checkpoint is whole"
+                f"{what} is {loss} at stage {self.stage.index + 1}, step {state.global_step}: look for damaged weights"
+                f" in the models, or give a lower --learning-rate (now {args.learning_rate}) with --restart"
             )
         place = {"stage": self.stage.index, "step": state.global_step, "epoch": state.epoch}
         setting = {"temperature": self.stage.temperature, "alpha": self.stage.alpha}
