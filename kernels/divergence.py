@@ -1,50 +1,105 @@
-"""The maths of each divergence on one tile, in base 2: x and y are log2 of the unnormalised q and p.
+"""The maths of each divergence on one tile. What it computes is `pocl_fast/reference.py`.
 
-A family is two functions: `moment`, what pass 1 sums up so that D needs no pass of its own, and `gradient`, dD/ds · tau
-of one entry. What they compute is `pocl_fast/reference.py`.
+Everything starts from g = log2(p / q), taken from the logits themselves: near 0 it keeps the digits that p - q, or the
+difference of two logarithms, has lost. With the smaller and the larger of p and q, E = smaller / larger - 1 and the
+smaller's share κ of the mixture, m = larger · (1 + κE). A row is `close` where D is so small that it must be summed from
+terms none of which is negative; elsewhere the shorter formula is as good.
 """
 
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
+from pocl_fast.kernels.arithmetic import LN2, LOG2E, exp2_minus_1, log_1_plus
 
-FAMILIES = {"forward_kl": 0, "reverse_kl": 1}
+FAMILIES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4, "tvd": 5}
 FORWARD_KL = tl.constexpr(FAMILIES["forward_kl"])
+REVERSE_KL = tl.constexpr(FAMILIES["reverse_kl"])
+JSD = tl.constexpr(FAMILIES["jsd"])
+SKEW_FORWARD_KL = tl.constexpr(FAMILIES["skew_forward_kl"])
+SKEW_REVERSE_KL = tl.constexpr(FAMILIES["skew_reverse_kl"])
 
 
 @triton.jit
-def moment(q, p, x, y, out, FAMILY: tl.constexpr):
-    """The terms of Σ p (y - x) for forward KL, Σ q (x - y) for reverse KL: a difference of near values where the two
-    distributions are near, so D of a close student keeps its digits. `out` entries are not part of D (their x, y are
-    −inf)."""
-    if FAMILY == FORWARD_KL:
-        return tl.where(out, 0.0, p * (y - x))
-    return tl.where(out, 0.0, q * (x - y))
-
-
-@triton.jit
-def moment_shift(z_q, z_p, dx, dy, FAMILY: tl.constexpr):
-    """What the moment so far gains when every x moves by dx and every y by dy."""
-    if FAMILY == FORWARD_KL:
-        return z_p * (dy - dx)
-    return z_q * (dx - dy)
-
-
-@triton.jit
-def divergence(moment_sum, z_q, z_p, FAMILY: tl.constexpr):
-    """D in nats from the moment and the normalisers; never negative, NaN where something was."""
-    if FAMILY == FORWARD_KL:
-        d = (moment_sum / z_p + tl.log2(z_q / z_p)) * LN2
+def relative_size(teacher_share, FAMILY: tl.constexpr):
+    """About how large D is between near distributions, over their KL."""
+    if FAMILY == JSD:
+        return teacher_share * (1 - teacher_share)
+    elif FAMILY == SKEW_FORWARD_KL:
+        return (1 - teacher_share) * (1 - teacher_share)
+    elif FAMILY == SKEW_REVERSE_KL:
+        return teacher_share * teacher_share
     else:
-        d = (moment_sum / z_q + tl.log2(z_p / z_q)) * LN2
-    return tl.where(d < 0, 0.0, d)  # not maximum: that would lose a NaN
+        return 1.0
 
 
 @triton.jit
-def gradient(q, p, log2_q, log2_p, out, d, FAMILY: tl.constexpr):
-    """tau · dD/ds of each entry, from normalised q and p."""
-    if FAMILY == FORWARD_KL:
-        return q - p
-    return tl.where(out, 0.0, q * ((log2_q - log2_p) * LN2 - d))
+def kl_term(a, difference, gap):
+    """a · log(a / b) - a + b >= 0 for gap = log(a / b) and difference = a - b: the terms of KL(a‖b), whose sum is the
+    same because a and b both sum to 1. Near 0 it is a · (exp(-gap) - 1 + gap) by its series: the error is then relative
+    to D itself, down to 0 between equals, and an error in the normalisers counts only squared."""
+    h = tl.fma(gap, 1.3888889e-3, -8.3333333e-3)
+    h = tl.fma(h, gap, 4.1666667e-2)
+    h = tl.fma(h, gap, -1.6666667e-1)
+    h = tl.fma(h, gap, 0.5)
+    square = gap * gap
+    return tl.where(square < 0.0625, a * (square * h), a * gap - difference)
+
+
+@triton.jit
+def mixture(g, teacher_share, close):
+    """E, κE and log2(1 + κE): see the module."""
+    share = tl.where(g > 0, 1 - teacher_share, teacher_share)
+    h = -tl.abs(g)
+    if close:
+        e = exp2_minus_1(h)
+        w = share * e
+        log2_m = log_1_plus(w) * LOG2E
+    else:
+        e = tl.exp2(h) - 1.0
+        w = share * e
+        log2_m = tl.log2(1.0 + w)
+    return e, w, log2_m
+
+
+@triton.jit
+def slope(g, e, w, log2_m, teacher_share, FAMILY: tl.constexpr):
+    """u = ∂D/∂q of each entry, up to a constant; dD/ds is q · (u - Σ q u) / tau. Forward KL's is q - p, without this."""
+    log2_q_m = -log2_m - tl.maximum(g, 0.0)  # log2(q / m)
+    v = (1 - teacher_share) * tl.where(g > 0, -e, e) / (1.0 + w)  # (p - m) / m
+    if FAMILY == REVERSE_KL:
+        return g * -LN2
+    elif FAMILY == JSD:
+        return (1 - teacher_share) * LN2 * log2_q_m
+    elif FAMILY == SKEW_FORWARD_KL:
+        return (teacher_share - 1) * v
+    elif FAMILY == SKEW_REVERSE_KL:
+        return log2_q_m * LN2 + teacher_share * v
+    else:
+        return tl.where(g < 0, 0.5, tl.where(g > 0, -0.5, 0.0))
+
+
+@triton.jit
+def terms(p, q, larger, g, e, log2_m, teacher_share, close, FAMILY: tl.constexpr):
+    """The terms of D of a mixture or TVD, in nats."""
+    a, b = teacher_share, 1 - teacher_share
+    log_p_m = (tl.minimum(g, 0.0) - log2_m) * LN2
+    log_q_m = (-tl.maximum(g, 0.0) - log2_m) * LN2
+    difference = larger * tl.where(g > 0, -e, e)  # p - q
+    if FAMILY == JSD:
+        if close:
+            d = a * kl_term(p, b * difference, log_p_m) + b * kl_term(q, -a * difference, log_q_m)
+        else:
+            d = a * p * log_p_m + b * q * log_q_m
+    elif FAMILY == SKEW_FORWARD_KL:
+        if close:
+            d = kl_term(p, b * difference, log_p_m)
+        else:
+            d = p * log_p_m
+    elif FAMILY == SKEW_REVERSE_KL:
+        if close:
+            d = kl_term(q, -a * difference, log_q_m)
+        else:
+            d = q * log_q_m
+    else:
+        d = larger * (e * -0.5)
+    return d

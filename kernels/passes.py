@@ -1,0 +1,244 @@
+"""The passes over one token's two rows of logits. Each reads a tile ahead of the one it works on.
+
+Exponents are in base 2 and relative to a shift S = maximum · k, k = log2(e) / tau, rounded once and then used as it is:
+x = s · k - S is one fused multiply-add, and S's rounding cancels between a sum and what is divided by it.
+"""
+
+import triton
+import triton.language as tl
+
+from pocl_fast.kernels.arithmetic import FILL, FLOOR, LOG2E, exp2_by_polynomial, transformed
+from pocl_fast.kernels.divergence import FORWARD_KL, REVERSE_KL, kl_term, mixture, slope, terms
+from pocl_fast.kernels.tiles import lanes_of, load_tile, store_tile
+from pocl_fast.kernels.arithmetic import LN2
+
+
+@triton.jit
+def prepare(x, v, lanes, V, scale, softcap, BLOCK_V: tl.constexpr, HAS_TRANSFORM: tl.constexpr):
+    """A loaded tile as fp32 logits of the model, FILL past V; and their derivative by what was loaded."""
+    x = x.to(tl.float32)
+    dx = 1.0
+    if HAS_TRANSFORM:
+        x, dx = transformed(x, scale, softcap)
+    if v + BLOCK_V > V:
+        x = tl.where(v + lanes < V, x, FILL)
+    return x, dx
+
+
+@triton.jit
+def leave_out(s, t):
+    """FILL on both sides where either is −inf; nothing below FILL, so that no product with 0 is NaN. Keeps NaN."""
+    out = (s == -float("inf")) | (t == -float("inf"))
+    return tl.where(out | (s < FILL), FILL, s), tl.where(out | (t < FILL), FILL, t)
+
+
+@triton.jit
+def _add_exponentials(m, shift, z, s):
+    """The running maximum, shift and normaliser of CE, a lane each, with one more tile."""
+    m = tl.maximum(m, tl.max(s, 1))
+    new = m * LOG2E
+    z = z * tl.exp2(shift - new) + tl.sum(tl.exp2(tl.fma(s, LOG2E, -new[:, None])), 1)
+    return m, new, z
+
+
+@triton.jit
+def _joined(m, shift):
+    """The maximum of all lanes, its shift, and what moves each lane's sums to it."""
+    top = tl.max(shift, 0)
+    return tl.max(m, 0), top, tl.exp2(shift - top)
+
+
+@triton.jit
+def normalisers(
+    student_row, teacher_row, V_S, V, k, apart, anchor, s_scale, s_softcap, t_scale, t_softcap,
+    FAMILY: tl.constexpr, CAREFUL: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Maxima, shifts, normalisers and the moments of both rows, online and a lane each; then of all lanes.
+
+    Not CAREFUL takes every logit to be finite; otherwise x_sum or y_sum comes out NaN (0 · −inf), and the row must be
+    read again. `apart`: CE has exponentials of its own, for tau is not 1.
+    """
+    BLOCK_V: tl.constexpr = LANES * VEC
+    lanes = lanes_of(LANES, VEC)
+    m_s = tl.full([LANES], FLOOR, tl.float32)
+    m_t, m_ce, top = m_s, m_s, m_s
+    S_q, S_p, S_ce = m_s * k, m_s * k, m_s * LOG2E
+    z_q = tl.zeros([LANES], tl.float32)
+    z_p, z_ce, x_sum, y_sum, gap_sum = z_q, z_q, z_q, z_q, z_q
+    s_next = load_tile(student_row, 0, lanes, V, BLOCK_V, RAGGED, "evict_last")
+    t_next = load_tile(teacher_row, 0, lanes, V, BLOCK_V, RAGGED, "evict_last")
+    for v in range(0, V, BLOCK_V):
+        s, _ = prepare(s_next, v, lanes, V, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
+        t, _ = prepare(t_next, v, lanes, V, t_scale, t_softcap, BLOCK_V, HAS_TRANSFORM)
+        s_next = load_tile(student_row, v + BLOCK_V, lanes, V, BLOCK_V, RAGGED, "evict_last")
+        t_next = load_tile(teacher_row, v + BLOCK_V, lanes, V, BLOCK_V, RAGGED, "evict_last")
+        if CAREFUL:
+            m_ce, S_ce, z_ce = _add_exponentials(m_ce, S_ce, z_ce, s)
+            s, t = leave_out(s, t)
+        m_s_new, m_t_new = tl.maximum(m_s, tl.max(s, 1)), tl.maximum(m_t, tl.max(t, 1))
+        # the largest logit of the teacher where the student's is the largest
+        top = tl.where(m_s_new > m_s, FLOOR, top)
+        top = tl.maximum(top, tl.max(tl.where(s == m_s_new[:, None], t, FLOOR), 1))
+        m_s, m_t = m_s_new, m_t_new
+        S_q_new, S_p_new = m_s * k, m_t * k
+        x = tl.fma(s, k, -S_q_new[:, None])
+        y = tl.fma(t, k, -S_p_new[:, None])
+        q, p = tl.exp2(x), tl.exp2(y)
+        # what was summed relative to the old shifts, moved to the new ones
+        dx, dy = S_q - S_q_new, S_p - S_p_new
+        r_q, r_p = tl.exp2(dx), tl.exp2(dy)
+        x_sum = (x_sum + z_q * dx) * r_q + tl.sum(q * x, 1)
+        y_sum = (y_sum + z_p * dy) * r_p + tl.sum(p * y, 1)
+        z_q = z_q * r_q + tl.sum(q, 1)
+        z_p = z_p * r_p + tl.sum(p, 1)
+        gap = (t - s) - anchor
+        if FAMILY == REVERSE_KL:
+            gap_sum = gap_sum * r_q + tl.sum(q * gap, 1)
+        else:
+            gap_sum = gap_sum * r_p + tl.sum(p * gap, 1)
+        S_q, S_p = S_q_new, S_p_new
+        if not CAREFUL:
+            if apart:
+                S_ce_new = m_s * LOG2E
+                e = exp2_by_polynomial(tl.fma(s, LOG2E, -S_ce_new[:, None]))
+                z_ce = z_ce * tl.exp2(S_ce - S_ce_new) + tl.sum(e, 1)
+                S_ce = S_ce_new
+    if not CAREFUL:
+        m_ce = m_s
+        if not apart:
+            S_ce, z_ce = S_q, z_q
+    for v in range(V, V_S, BLOCK_V):  # entries that only the student has: CE alone
+        s = load_tile(student_row, v, lanes, V_S, BLOCK_V, True, "evict_last")
+        s, _ = prepare(s, v, lanes, V_S, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
+        m_ce, S_ce, z_ce = _add_exponentials(m_ce, S_ce, z_ce, s)
+
+    m_ce, S, r = _joined(m_ce, S_ce)
+    S_ce, z_ce = S, tl.sum(z_ce * r, 0)
+    m_q, S, r_q = _joined(m_s, S_q)
+    top = tl.max(tl.where(m_s == m_q, top, FLOOR), 0)
+    x_sum = tl.sum((x_sum + z_q * (S_q - S)) * r_q, 0)
+    S_q, z_q = S, tl.sum(z_q * r_q, 0)
+    m_p, S, r_p = _joined(m_t, S_p)
+    y_sum = tl.sum((y_sum + z_p * (S_p - S)) * r_p, 0)
+    S_p, z_p = S, tl.sum(z_p * r_p, 0)
+    gap_sum = tl.sum(gap_sum * (r_q if FAMILY == REVERSE_KL else r_p), 0)
+    nothing = (m_q == FLOOR) | (m_p == FLOOR)  # no entry is left to D
+    agree = (top == m_p) & (nothing == 0)
+    return m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, nothing
+
+
+@triton.jit
+def measure(
+    student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, share, careful, close,
+    s_scale, s_softcap, t_scale, t_softcap,
+    FAMILY: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """D in nats and Σ q u, from the last tile to the first: the first pass ended there."""
+    BLOCK_V: tl.constexpr = LANES * VEC
+    lanes = lanes_of(LANES, VEC)
+    d_sum = tl.zeros([LANES], tl.float32)
+    u_sum = d_sum
+    G = (S_p - S_q) + (log2_z_p - log2_z_q)  # of all entries: log2(p / q) = (t - s) · k - G
+    last = (V - 1) // BLOCK_V * BLOCK_V
+    s_next = load_tile(student_row, last, lanes, V, BLOCK_V, RAGGED, POLICY)
+    t_next = load_tile(teacher_row, last, lanes, V, BLOCK_V, RAGGED, POLICY)
+    for done in range(0, V, BLOCK_V):
+        v = last - done
+        s, _ = prepare(s_next, v, lanes, V, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
+        t, _ = prepare(t_next, v, lanes, V, t_scale, t_softcap, BLOCK_V, HAS_TRANSFORM)
+        s_next = load_tile(student_row, v - BLOCK_V, lanes, V, BLOCK_V, RAGGED, POLICY)
+        t_next = load_tile(teacher_row, v - BLOCK_V, lanes, V, BLOCK_V, RAGGED, POLICY)
+        if careful:
+            s, t = leave_out(s, t)
+        x = tl.fma(s, k, -S_q) - log2_z_q
+        y = tl.fma(t, k, -S_p) - log2_z_p
+        g = tl.fma(t - s, k, -G)
+        if FAMILY == FORWARD_KL:
+            q, p = tl.exp2(x), tl.exp2(y)
+            d_sum += tl.sum(kl_term(p, p - q, g * LN2), 1)
+        elif FAMILY == REVERSE_KL:
+            q, p = tl.exp2(x), tl.exp2(y)
+            d_sum += tl.sum(kl_term(q, q - p, g * -LN2), 1)
+        else:
+            larger = tl.exp2(tl.where(g > 0, y, x))
+            e, w, log2_m = mixture(g, share, close)
+            smaller = tl.fma(larger, e, larger)
+            q, p = tl.where(g > 0, smaller, larger), tl.where(g > 0, larger, smaller)
+            d_sum += tl.sum(terms(p, q, larger, g, e, log2_m, share, close, FAMILY), 1)
+            u_sum += tl.sum(q * slope(g, e, w, log2_m, share, FAMILY), 1)
+    return tl.sum(d_sum, 0), tl.sum(u_sum, 0)
+
+
+@triton.jit
+def gradient(
+    student_row, teacher_row, grad_row, V_S, V, k, label,
+    S_q, z_q, S_p, z_p, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
+    s_scale, s_softcap, t_scale, t_softcap,
+    FAMILY: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Writes weight_d · tau · dD/ds + weight_ce · dCE/ds; returns D in nats where the row is `close` and D a KL.
+
+    The gradient may lie over the student's logits: a tile is written after it was read for the last time, by the same
+    threads, and the tile that is read ahead is another.
+    """
+    BLOCK_V: tl.constexpr = LANES * VEC
+    KL: tl.constexpr = (FAMILY == FORWARD_KL) | (FAMILY == REVERSE_KL)
+    lanes = lanes_of(LANES, VEC)
+    c_ce = weight_ce / z_ce
+    c_q, c_p = weight_d / z_q, weight_d / z_p
+    log2_z_q, log2_z_p = tl.log2(z_q), tl.log2(z_p)
+    G = (S_p - S_q) + (log2_z_p - log2_z_q)
+    c_shared = 0.0  # CE's part where its exponential is q's
+    if (apart == 0) & (weight_ce != 0):
+        c_shared = c_ce * tl.exp2(S_q - S_ce)
+    own = apart & (weight_ce != 0)
+    d_sum = tl.zeros([LANES], tl.float32)
+    for v in range(V, V_S, BLOCK_V):
+        s = load_tile(student_row, v, lanes, V_S, BLOCK_V, True, "evict_first")
+        s, ds = prepare(s, v, lanes, V_S, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
+        grad = tl.zeros([LANES, VEC], tl.float32)
+        if weight_ce != 0:
+            grad = c_ce * tl.exp2(tl.fma(s, LOG2E, -S_ce)) - tl.where(v + lanes == label, weight_ce, 0.0)
+        store_tile(grad_row, v, lanes, grad * ds, V_S, BLOCK_V, True)
+    # each pass the other way than the one before it: the KL's is the second, the others' the third
+    last = (V - 1) // BLOCK_V * BLOCK_V
+    first = last if KL else 0
+    step = -BLOCK_V if KL else BLOCK_V
+    s_next = load_tile(student_row, first, lanes, V, BLOCK_V, RAGGED, "evict_first")
+    t_next = load_tile(teacher_row, first, lanes, V, BLOCK_V, RAGGED, "evict_first")
+    for done in range(0, V, BLOCK_V):
+        v = last - done if KL else done
+        s, ds = prepare(s_next, v, lanes, V, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
+        t, _ = prepare(t_next, v, lanes, V, t_scale, t_softcap, BLOCK_V, HAS_TRANSFORM)
+        s_next = load_tile(student_row, v + step, lanes, V, BLOCK_V, RAGGED, "evict_first")
+        t_next = load_tile(teacher_row, v + step, lanes, V, BLOCK_V, RAGGED, "evict_first")
+        grad = tl.zeros([LANES, VEC], tl.float32)
+        if own:
+            grad = c_ce * tl.exp2(tl.fma(s, LOG2E, -S_ce))
+        if careful:
+            s, t = leave_out(s, t)
+        q = tl.exp2(tl.fma(s, k, -S_q))
+        g = tl.fma(t - s, k, -G)
+        if FAMILY == FORWARD_KL:
+            p = tl.exp2(tl.fma(t, k, -S_p))
+            grad = tl.fma(q, c_q + c_shared, grad)
+            grad = tl.fma(p, -c_p, grad)
+            if close:
+                p, q = p / z_p, q / z_q
+                d_sum += tl.sum(kl_term(p, p - q, g * LN2), 1)
+        else:
+            e, w, log2_m = mixture(g, share, close)
+            u = slope(g, e, w, log2_m, share, FAMILY)
+            grad = tl.fma(q, tl.fma(u - mean_u, c_q, c_shared), grad)
+            if FAMILY == REVERSE_KL:
+                if close:
+                    q, p = q / z_q, tl.exp2(tl.fma(t, k, -S_p)) / z_p
+                    d_sum += tl.sum(kl_term(q, q - p, g * -LN2), 1)
+        if (label >= v) & (label < v + BLOCK_V):
+            grad = tl.where(v + lanes == label, grad - weight_ce, grad)
+        if HAS_TRANSFORM:
+            grad = grad * ds
+        store_tile(grad_row, v, lanes, grad, V, BLOCK_V, RAGGED)
+    return tl.sum(d_sum, 0)
