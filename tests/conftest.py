@@ -20,3 +20,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A distilled tiny run, for tests to read and to copy: its inputs' folder, and its run directory."""
+    from tiny_run import make_inputs, options, run
+
+    inputs = make_inputs(tmp_path_factory.mktemp("inputs"))
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert run("distill", output, *options(inputs)) == 0
+    return inputs, output
