@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <functional>
 #include <optional>
@@ -55,6 +56,10 @@ pocl::Isa chosen_isa() {
 pocl::Family family_of(const std::string& name) {
     if (name == "forward_kl") return pocl::Family::forward_kl;
     if (name == "reverse_kl") return pocl::Family::reverse_kl;
+    if (name == "jsd") return pocl::Family::jsd;
+    if (name == "skew_forward_kl") return pocl::Family::skew_forward_kl;
+    if (name == "skew_reverse_kl") return pocl::Family::skew_reverse_kl;
+    if (name == "tvd") return pocl::Family::tvd;
     throw std::invalid_argument("no divergence named " + name);
 }
 
@@ -62,7 +67,8 @@ pocl::Family family_of(const std::string& name) {
 void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher, const std::optional<pocl::Matrix>& gradient,
                        std::uintptr_t labels, std::uintptr_t temperature, std::int64_t temperatures, std::uintptr_t alpha,
                        std::int64_t alphas, std::uintptr_t row_scale, std::uintptr_t stats, const std::string& divergence,
-                       int temperature_power, std::int64_t ignore_index, int threads) {
+                       float teacher_share, int temperature_power, std::int64_t ignore_index, const std::array<float, 4>& transforms,
+                       int threads) {
     const std::int64_t N = student.rows;
     const bool fits = teacher.rows == N && (temperatures == 1 || temperatures == N) && (alphas == 1 || alphas == N) &&
                       (!gradient || (gradient->rows == N && gradient->columns == student.columns && gradient->dtype == student.dtype));
@@ -83,8 +89,11 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
         .row_scale = reinterpret_cast<const float*>(row_scale),
         .stats = reinterpret_cast<float*>(stats),
         .family = family_of(divergence),
+        .teacher_share = teacher_share,
         .temperature_power = temperature_power,
         .ignore_index = ignore_index,
+        .student_transform = {transforms[0], transforms[1]},
+        .teacher_transform = {transforms[2], transforms[3]},
     };
     const pocl::Isa isa = chosen_isa();
     py::gil_scoped_release release;
@@ -103,8 +112,16 @@ void bind_divergence(py::module_& m) {
              py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"));
     m.def("distillation_rows", &distillation_rows, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("gradient"),
           py::arg("labels"), py::arg("temperature"), py::arg("temperatures"), py::arg("alpha"), py::arg("alphas"),
-          py::arg("row_scale"), py::arg("stats"), py::arg("divergence"), py::arg("temperature_power"), py::arg("ignore_index"),
-          py::arg("threads"), "The fused loss of each row; see csrc/divergence/divergence.h.");
+          py::arg("row_scale"), py::arg("stats"), py::arg("divergence"), py::arg("teacher_share"),
+          py::arg("temperature_power"), py::arg("ignore_index"), py::arg("transforms"), py::arg("threads"), "The fused loss of each row; see csrc/divergence/divergence.h.");
+    m.def("vector_math", [](const std::string& function, const Array<float>& x) {
+        const std::vector<std::string> names{"exp2", "exp2_minus_1", "log1p", "tanh"};
+        const auto found = std::ranges::find(names, function);
+        if (found == names.end()) throw std::invalid_argument("no function named " + function);
+        py::array_t<float> y(x.size());
+        pocl::vector_math(static_cast<int>(found - names.begin()), x.data(), y.mutable_data(), x.size(), chosen_isa());
+        return y;
+    }, py::arg("function"), py::arg("x"), "The kernel's own exp2, exp2_minus_1, log1p or tanh of fp32 numbers, for their test.");
     m.def("isa", [] {
         const pocl::Isa isa = chosen_isa();
         for (const auto& [name, value] : kIsas)

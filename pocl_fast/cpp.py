@@ -44,8 +44,10 @@ def distillation_rows(
         row_scale=row_scale.data_ptr(),
         stats=stats.data_ptr(),
         divergence=divergence,
+        teacher_share=teacher_share,
         temperature_power=temperature_power,
         ignore_index=ignore_index,
+        transforms=transforms,
         threads=torch.get_num_threads(),
     )
     return stats, grad

@@ -58,16 +58,18 @@ def distillation_rows(
     s_shared, t_shared = _without(s[:, :V], out), _without(t[:, :V], out)
     log_q, q = _log_softmax(s_shared / tau, out)
     log_p, p = _log_softmax(t_shared / tau, out)
-    log_m = mixture(log_p, log_q, teacher_share)
     if divergence == "forward_kl":
         D = (p * (log_p - log_q)).sum(-1)
     elif divergence == "reverse_kl":
         D = (q * (log_q - log_p)).sum(-1)
     elif divergence == "jsd":
+        log_m = mixture(log_p, log_q, teacher_share)
         D = (teacher_share * p * (log_p - log_m) + (1 - teacher_share) * q * (log_q - log_m)).sum(-1)
     elif divergence == "skew_forward_kl":
+        log_m = mixture(log_p, log_q, teacher_share)
         D = (p * (log_p - log_m)).sum(-1)
     elif divergence == "skew_reverse_kl":
+        log_m = mixture(log_p, log_q, teacher_share)
         D = (q * (log_q - log_m)).sum(-1)
     elif divergence == "tvd":
         D = 0.5 * (p - q).abs().sum(-1)  # subgradient 0 where they are equal

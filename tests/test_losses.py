@@ -41,14 +41,51 @@ def test_the_loss_is_what_the_paper_writes(batch, backend, divergence):
     tau, alpha = 1.7, 0.3
     kept = labels != -100
     s, t = student[kept].double(), teacher[kept].double()
-    log_q, log_p = torch.log_softmax(s / tau, -1), torch.log_softmax(t / tau, -1)
-    first, second = (log_q, log_p) if divergence == "forward_kl" else (log_p, log_q)
-    kd = F.kl_div(first, second, log_target=True, reduction="batchmean")
+    q, p = torch.softmax(s / tau, -1), torch.softmax(t / tau, -1)
+
+    def kl(a, b):
+        return F.kl_div(b.log(), a, reduction="batchmean")
+
+    beta, skew = 0.3, 0.2
+    m = beta * p + (1 - beta) * q
+    kd = {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
+        "skew_forward_kl": lambda: kl(p, skew * p + (1 - skew) * q),
+        "skew_reverse_kl": lambda: kl(q, (1 - skew) * p + skew * q),
+        "tvd": lambda: (p - q).abs().sum() / (2 * len(p)),
+    }[divergence]()
+    factor = tau if divergence == "tvd" else tau**2
     ce = F.cross_entropy(s, labels[kept])
-    out = distillation_loss(student, teacher, labels, Objective(divergence, tau, alpha), backend=backend)
-    torch.testing.assert_close(out.loss.double(), alpha * ce + (1 - alpha) * tau**2 * kd, rtol=2e-6, atol=0)
+    objective = Objective(divergence, tau, alpha, beta=beta, skew=skew)
+    out = distillation_loss(student, teacher, labels, objective, backend=backend)
+    torch.testing.assert_close(out.loss.double(), alpha * ce + (1 - alpha) * factor * kd, rtol=2e-6, atol=0)
     torch.testing.assert_close(out.divergence.double(), kd, rtol=2e-6, atol=0)
     torch.testing.assert_close(out.ce.double(), ce, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+def test_jsd_at_its_ends_is_a_kl(batch, backend, beta, kl):
+    got, want = (distillation_loss(*batch, o, backend=backend) for o in (Objective("jsd", beta=beta), Objective(kl)))
+    assert torch.equal(got.loss, want.loss)
+
+
+# Gemma's, Granite's and Cohere's heads: what the model itself would have handed over, and the gradient before that
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_and_a_softcap_are_the_models_own(batch, backend):
+    student, teacher, labels = batch
+    raw = student.clone().requires_grad_(True)
+    capped = raw.clone()
+    options = {"logit_scale": 0.5, "logit_softcap": 2.0, "teacher_logit_softcap": 4.0}
+    got = distillation_loss(raw, teacher, labels, Objective(alpha=0.3), backend=backend, **options).loss
+    (gradient,) = torch.autograd.grad(got, raw)
+    by_hand = distillation_loss(
+        2 * torch.tanh(capped * 0.5 / 2), 4 * torch.tanh(teacher / 4), labels, Objective(alpha=0.3), backend="reference"
+    ).loss
+    torch.testing.assert_close(got, by_hand)
+    torch.testing.assert_close(gradient, torch.autograd.grad(by_hand, raw)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -126,10 +163,12 @@ def test_labels_shift_as_transformers_shifts_them():
 
 def test_the_module_gives_what_the_function_gives(batch):
     student, teacher, labels = batch
-    module = DistillationLoss(Objective(alpha=0.3), reduction="none")
+    module = DistillationLoss(Objective(alpha=0.3), reduction="none", logit_softcap=5.0)
     weights = torch.rand(N)
     got = module(student, teacher, labels, token_weights=weights)
-    want = distillation_loss(student, teacher, labels, module.objective, reduction="none", token_weights=weights)
+    want = distillation_loss(
+        student, teacher, labels, module.objective, reduction="none", token_weights=weights, logit_softcap=5.0
+    )
     assert torch.equal(got.loss, want.loss)
     assert "forward_kl" in repr(module)
 
@@ -304,6 +343,8 @@ def test_the_operators_are_registered_as_torch_wants_them(batch, needs_grad):
         ({"num_items": 0}, "num_items must be positive"),
         ({"reduction": "median"}, "reduction must be"),
         ({"backend": "cuda"}, "backend must be"),
+        ({"logit_scale": 0.0}, "logit_scale must be positive"),
+        ({"teacher_logit_softcap": -1.0}, "teacher_logit_softcap must be positive"),
         ({"backend": "cpp", "student_logits": torch.zeros(N, V, dtype=torch.float64)}, "fp32, bf16 and fp16"),
     ],
 )

@@ -1,6 +1,7 @@
 #include "divergence/divergence.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "divergence/rows.h"
 #include "parallel/parallel.h"
@@ -29,12 +30,23 @@ void advise_huge_pages([[maybe_unused]] const Matrix& gradient) {
 #endif
 }
 
+/// Memory of the calling thread's own, kept for its next rows.
+float* thread_scratch(std::int64_t size) {
+    thread_local std::unique_ptr<float[]> scratch;
+    thread_local std::int64_t held = 0;
+    if (held < size) {
+        scratch.reset(new float[static_cast<std::size_t>(size)]);
+        held = size;
+    }
+    return scratch.get();
+}
+
 }  // namespace
 
 bool supports(Isa isa) noexcept {
     if (isa == Isa::plain) return true;
 #if defined(__x86_64__)
-    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 #else
@@ -44,6 +56,17 @@ bool supports(Isa isa) noexcept {
 
 Isa best_isa() noexcept {
     return supports(Isa::avx512) ? Isa::avx512 : supports(Isa::avx2) ? Isa::avx2 : Isa::plain;
+}
+
+void vector_math(int function, const float* in, float* out, std::int64_t count, Isa isa) {
+    auto* math = &math_plain;
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) math = &math_avx512;
+    if (isa == Isa::avx2) math = &math_avx2;
+#else
+    (void)isa;
+#endif
+    math(function, in, out, count);
 }
 
 void distillation_rows(const Task& task, Isa isa, int threads) {
@@ -58,7 +81,9 @@ void distillation_rows(const Task& task, Isa isa, int threads) {
     // a thread takes neighbouring rows, so that two of them seldom wait for the same fresh page; yet enough pieces for all
     const std::int64_t row_bytes = std::max<std::int64_t>(1, task.student.columns * bytes_per_element(task.student.dtype));
     const std::int64_t grain = std::min(kHugePage / row_bytes, task.student.rows / (8 * std::max(threads, 1)));
-    parallel_for(task.student.rows, grain, threads, [&](std::int64_t begin, std::int64_t end) { rows(task, begin, end); });
+    parallel_for(task.student.rows, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+        rows(task, begin, end, thread_scratch(scratch_size(task)));
+    });
 }
 
 }  // namespace pocl

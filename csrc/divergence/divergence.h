@@ -6,7 +6,7 @@
 namespace pocl {
 
 enum class DType { float32, bfloat16, float16 };
-enum class Family { forward_kl, reverse_kl };
+enum class Family { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd };
 enum class Isa { plain, avx2, avx512 };  // instruction set that the kernel was compiled for
 
 /// A row-major matrix in somebody else's memory; rows are `row_stride` elements apart.
@@ -25,21 +25,33 @@ struct PerRow {
     float operator[](std::int64_t row) const { return data[row * stride]; }
 };
 
+/// softcap * tanh(scale * x / softcap), or scale * x where softcap is 0.
+struct Transform {
+    float scale = 1.0f;
+    float softcap = 0.0f;
+    bool identity() const { return scale == 1.0f && softcap == 0.0f; }
+};
+
 struct Task {
     Matrix student;                // [N, V_s]
     Matrix teacher;                // [N, V_t]
-    Matrix gradient;               // [N, V_s] in the student's dtype; data is null where no gradient is wanted
+    Matrix gradient;               // [N, V_s] in the student's dtype; data is null where no gradient is wanted. May be `student`
     const std::int64_t* labels;    // [N]
     PerRow temperature, alpha;
     const float* row_scale;        // [N], multiplied onto the gradient
     float* stats;                  // [7, N]: loss, ce, divergence, student and teacher entropy, correct, agree
     Family family;
+    float teacher_share;           // of the mixture of p and q, in families that have one
     int temperature_power;         // c(tau) = tau^power
     std::int64_t ignore_index;
+    Transform student_transform, teacher_transform;
 };
 
 /// Computes every row on at most `threads` threads; the same bits for any number of them. Labels must be within [0, V_s).
 void distillation_rows(const Task& task, Isa isa, int threads);
+
+/// The kernel's own functions on fp32 numbers, for their tests; which, see rows.h.
+void vector_math(int function, const float* in, float* out, std::int64_t count, Isa isa);
 
 /// Whether this processor, and this build, can run the kernel of an instruction set.
 bool supports(Isa isa) noexcept;

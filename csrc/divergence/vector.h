@@ -41,31 +41,14 @@ inline float max_lane(Float x) {
     return best;
 }
 inline double sum_lanes(Float x) {
-    double sum = 0;
-    for (int i = 0; i < kWidth; ++i) sum += x[i];
-    return sum;
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+    return x[0];
 }
 inline bool any(Int mask) {
     std::int32_t found = 0;
     for (int i = 0; i < kWidth; ++i) found |= mask[i];
     return found != 0;
-}
-
-/// e^x for x <= 0 (or NaN), to 1 ulp; 0 below the smallest normal number.
-inline Float exp_negative(Float x) {
-    const Float magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const Float shifted = x * 1.44269504f + magic;
-    const Float n = shifted - magic;
-    Float r = n * -0.693359375f + x;             // x - n ln 2, ln 2 in two parts (Cody and Waite)
-    r = n * 2.12194440e-4f + r;
-    Float p = r * 1.38146116e-3f + 8.36871099e-3f;  // e^r for |r| <= ln 2 / 2, minimax for the relative error
-    p = p * r + 4.16683890e-2f;
-    p = p * r + 1.66665211e-1f;
-    p = p * r + 4.99999940e-1f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const Float result = (Float)((Int)p + ((Int)shifted << 23));  // times 2^n: the bits of `magic` fall off at the top
-    return select(x < -87.3365f, Float{}, result);
 }
 
 // ---- rows in memory, by dtype -------------------------------------------------------------------------------------------
@@ -96,41 +79,64 @@ struct F16 {
     static Float load(const Storage* p) {
         Half bits;
         std::memcpy(&bits, p, sizeof bits);
-        return Format::widen(__builtin_convertvector(bits, Word));
+        return Format::widen(bits);
     }
     static void store(Storage* p, Float x) {
-        const Half bits = __builtin_convertvector(Format::narrow(x), Half);
+        const Half bits = Format::narrow(x);
         std::memcpy(p, &bits, sizeof bits);
     }
     static void stream(Storage* p, Float x) {
 #if defined(__AVX512F__)
-        _mm256_stream_si256((__m256i*)p, (__m256i)__builtin_convertvector(Format::narrow(x), Half));
+        _mm256_stream_si256((__m256i*)p, (__m256i)Format::narrow(x));
 #elif defined(__AVX2__)
-        _mm_stream_si128((__m128i*)p, (__m128i)__builtin_convertvector(Format::narrow(x), Half));
+        _mm_stream_si128((__m128i*)p, (__m128i)Format::narrow(x));
 #else
         store(p, x);
 #endif
     }
 };
 
+/// 16-bit lanes to 32-bit ones and back, the upper halves dropped: compilers take several instructions for it by themselves.
+#if defined(__AVX512F__)
+inline Word lengthen(Half x) { return (Word)_mm512_maskz_cvtepu16_epi32(kAll, (__m256i)x); }
+inline Half shorten(Word x) { return (Half)_mm512_maskz_cvtepi32_epi16(kAll, (__m512i)x); }
+#elif defined(__AVX2__)
+inline Word lengthen(Half x) { return (Word)_mm256_cvtepu16_epi32((__m128i)x); }
+inline Half shorten(Word x) {
+    const __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+    return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x88));
+}
+#else
+inline Word lengthen(Half x) { return __builtin_convertvector(x, Word); }
+inline Half shorten(Word x) { return __builtin_convertvector(x, Half); }
+#endif
+
 struct BFloat16Bits {
-    static Float widen(Word bits) { return (Float)(bits << 16); }
-    static Word narrow(Float x) {  // to nearest, ties to even; a NaN stays one
+    static Float widen(Half bits) { return (Float)(lengthen(bits) << 16); }
+    static Half narrow(Float x) {  // to nearest, ties to even; a NaN stays one
         const Word bits = (Word)x;
         const Word rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-        return x == x ? rounded : (bits >> 16) | 0x40u;
+        return shorten(x == x ? rounded : Word{} + 0x7FC0u);
     }
 };
 
 struct Float16Bits {
-    static Float widen(Word bits) {
+#if defined(__AVX512F__)
+    static Float widen(Half bits) { return (Float)_mm512_maskz_cvtph_ps(kAll, (__m256i)bits); }
+    static Half narrow(Float x) { return (Half)_mm512_maskz_cvtps_ph(kAll, (__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__AVX2__)
+    static Float widen(Half bits) { return (Float)_mm256_cvtph_ps((__m128i)bits); }
+    static Half narrow(Float x) { return (Half)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+    static Float widen(Half half) {
+        const Word bits = lengthen(half);
         const Word sign = (bits & 0x8000u) << 16;
         const Word body = (bits & 0x7FFFu) << 13;
-        const Float scaled = (Float)body * 5.192296858534828e33f;  // 2^112 moves the exponent's bias; exact for subnormals too
+        const Float scaled = (Float)body * 5.192296858534828e33f;  // 2^112 moves the exponent's bias; exact for subnormals
         const Word special = (Word)(body >= (Word{} + 0x0F800000u));  // infinity and NaN
         return (Float)(((Word)scaled | (special & 0x7F800000u)) | sign);
     }
-    static Word narrow(Float x) {  // to nearest, ties to even; overflow to infinity
+    static Half narrow(Float x) {  // to nearest, ties to even; overflow to infinity
         const Word bits = (Word)x;
         const Word sign = (bits >> 16) & 0x8000u;
         const Word body = bits & 0x7FFFFFFFu;
@@ -140,8 +146,9 @@ struct Float16Bits {
         Word result = body < (Word{} + (113u << 23)) ? subnormal : normal;
         result = body >= (Word{} + 0x47800000u) ? Word{} + 0x7C00u : result;
         result = x == x ? result : Word{} + 0x7E00u;
-        return result | sign;
+        return shorten(result | sign);
     }
+#endif
 };
 
 using BF16 = F16<BFloat16Bits>;

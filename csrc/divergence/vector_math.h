@@ -1,0 +1,98 @@
+// Exponentials and logarithms on vectors, in base 2 where that saves work: every e^x of a softmax is 2^(x log2 e).
+// Polynomials are minimax for the relative error; tests/reference/test_vector_math.py measures what is left after rounding.
+#pragma once
+#include "divergence/vector.h"
+
+namespace pocl {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr float kLn2f = 0.693147181f;
+
+/// (2^r - 1) / r for |r| <= 1/2.
+inline Float exp2_slope(Float r) {
+    Float p = r * 1.54035122e-4f + 1.33907353e-3f;
+    p = p * r + 9.61823761e-3f;
+    p = p * r + 5.55035733e-2f;
+    p = p * r + 2.40226492e-1f;
+    return p * r + 6.93147182e-1f;
+}
+
+/// The nearest integer to y, and 2^n of an integer n times p; below 2^-126 the result is 0. NaN stays NaN.
+#if defined(__AVX512F__)
+inline Float nearest(Float y) { return (Float)_mm512_maskz_roundscale_ps(kAll, (__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Float scaled(Float p, Float n) { return (Float)_mm512_maskz_scalef_ps(kAll, (__m512)p, (__m512)n); }
+#else
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
+inline Float nearest(Float y) { return max(broadcast(-200.0f), y) + kMagic - kMagic; }
+inline Float scaled(Float p, Float n) {
+    const Float exact = (Float)((Int)p + ((Int)(n + kMagic) << 23));  // the bits of kMagic fall off at the top
+    return select(n >= -126.0f, exact, select(n == n, Float{}, n));
+}
+#endif
+
+/// 2^y for y below 128. On AVX-512 the fraction of y comes in one instruction, when it counts from the floor.
+inline Float exp2_of(Float y) {
+#if defined(__AVX512F__)
+    const Float r = (Float)_mm512_maskz_reduce_ps(kAll, (__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Float p = r * 2.16129149e-4f + 1.24678470e-3f;
+    p = p * r + 9.67545155e-3f;
+    p = p * r + 5.54852821e-2f;
+    p = p * r + 2.40229309e-1f;
+    p = p * r + 6.93147063e-1f;
+    return scaled(p * r + 1.0f, y);
+#else
+    const Float n = nearest(y), r = y - n;
+    return scaled(exp2_slope(r) * r + 1.0f, n);
+#endif
+}
+
+/// 2^y - 1 for y <= 0, with all its digits also where y is near 0; `power` becomes 2^y.
+inline Float exp2_minus_1(Float y, Float& power) {
+    const Float n = nearest(y), r = y - n, w = exp2_slope(r) * r;
+    power = scaled(w + 1.0f, n);
+    return select(n == 0.0f, w, power - 1.0f);
+}
+
+/// log(1 + z) for -1 < z <= 0.4, with all its digits also where z is near 0; the natural logarithm.
+inline Float log1p_of(Float z) {
+    const Int bits = (Int)(z + 1.0f);
+    const Int e = (bits - 0x3f3504f3) >> 23;  // 1 + z = 2^e m, m between the square roots of 1/2 and 2
+    const Float m = (Float)(bits - (e << 23));
+    const Float x = select(e == 0, z, m - 1.0f);
+    Float p = x * -7.63449892e-2f + 1.27615780e-1f;
+    p = p * x - 1.31601826e-1f;
+    p = p * x + 1.42017573e-1f;
+    p = p * x - 1.66233569e-1f;
+    p = p * x + 2.00012267e-1f;
+    p = p * x - 2.50008196e-1f;
+    p = p * x + 3.33333313e-1f;
+    const Float square = x * x;
+    const Float low = p * x * square - 0.5f * square + __builtin_convertvector(e, Float) * -2.12194440e-4f;
+    const Float sum = low + x + __builtin_convertvector(e, Float) * 0.693359375f;  // ln 2 in two parts (Cody and Waite)
+    return select(z == z, sum, z);
+}
+
+/// tanh(x) of a finite x, with all its digits also where x is near 0; NaN stays.
+inline Float tanh_of(Float x) {
+    const Float magnitude = select(x < 0.0f, -x, x);
+    Float unused;
+    const Float e = exp2_minus_1(magnitude * (-2.0f * kLog2E), unused);
+    const Float t = -e / (e + 2.0f);
+    return select(x < 0.0f, -t, t);
+}
+
+/// See rows.h.
+inline void math(int function, const float* in, float* out, std::int64_t count) {
+    for (std::int64_t v = 0; v < count; v += kWidth) {
+        const int here = count - v < kWidth ? static_cast<int>(count - v) : kWidth;
+        const Float x = load_some<F32>(in + v, here, 0.0f);
+        Float power;
+        const Float y = function == 0 ? exp2_of(x) : function == 1 ? exp2_minus_1(x, power) : function == 2 ? log1p_of(x) : tanh_of(x);
+        store_some<F32>(out + v, y, here);
+    }
+}
+
+}  // namespace
+}  // namespace pocl
