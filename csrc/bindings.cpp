@@ -19,6 +19,7 @@
 #include <variant>
 #include <vector>
 
+#include "buffers/buffers.h"
 #include "divergence/divergence.h"
 #include "ranking/rank.h"
 #include "rouge/rouge.h"
@@ -136,6 +137,18 @@ void bind_divergence(py::module_& m) {
     }, "The instruction sets that this processor can run.");
 }
 
+// ---- buffers ----------------------------------------------------------------------------------------------------------
+
+void bind_buffers(py::module_& m) {
+    m.def("buffer", [](std::int64_t bytes) {
+        if (bytes < 1) throw std::invalid_argument("buffer: bytes must be positive");
+        void* const memory = pocl::take_buffer(bytes);
+        if (memory == nullptr) throw std::bad_alloc();
+        return py::array_t<std::uint8_t>(bytes, static_cast<std::uint8_t*>(memory), py::capsule(memory, pocl::give_back_buffer));
+    }, py::arg("bytes"), "Memory for a large tensor, kept for the next one when the last reference to it is gone.");
+    m.def("release_buffers", &pocl::release_buffers, "Gives kept memory back to the system; how many bytes that were.");
+}
+
 // ---- ranking ----------------------------------------------------------------------------------------------------------
 
 /// The threads asked for, or one for each processor that this process may use.
@@ -236,6 +249,7 @@ void bind_rouge(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ part of pocl_fast: the fused CPU loss, rank fusion and ROUGE-L.";
     bind_divergence(m);
+    bind_buffers(m);
     bind_ranking(m);
     bind_rouge(m);
 }

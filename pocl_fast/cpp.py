@@ -28,7 +28,7 @@ def distillation_rows(
     """Stats [7, N] fp32 and the gradient [N, V_s] in the student's dtype, or [0]."""
     N, V = student.shape
     stats = torch.empty((7, N), dtype=torch.float32)
-    grad = torch.empty((N, V) if needs_grad else (0,), dtype=student.dtype)
+    grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
     labels = labels.to(torch.int64).contiguous()
     temperature, alpha = temperature.contiguous(), alpha.contiguous()
     row_scale = row_scale.contiguous()
@@ -51,6 +51,23 @@ def distillation_rows(
         threads=torch.get_num_threads(),
     )
     return stats, grad
+
+
+LARGE = 1 << 22  # bytes from which malloc maps fresh pages every time
+
+
+def empty_rows(N: int, V: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised [N, V]. Large ones come from memory that is kept when the tensor is freed, at most one buffer:
+    taking in fresh pages costs more than the loss itself. `release_buffers` gives it back to the system."""
+    count = N * V
+    if count * dtype.itemsize < LARGE:
+        return torch.empty((N, V), dtype=dtype)
+    return torch.frombuffer(_C.buffer(count * dtype.itemsize), dtype=dtype, count=count).view(N, V)
+
+
+def release_buffers() -> int:
+    """Frees the gradient buffer that is kept for the next loss; how many bytes it had."""
+    return int(_C.release_buffers())
 
 
 def scale_rows_(grad: Tensor, upstream: Tensor) -> None:

@@ -6,29 +6,12 @@
 #include "divergence/rows.h"
 #include "parallel/parallel.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace pocl {
 namespace {
 
 constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
 
 std::int64_t bytes_per_element(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
-/// Asks the kernel for huge pages under a fresh gradient: taken in by 4 KiB, it costs more time than the loss itself. Advice only.
-void advise_huge_pages([[maybe_unused]] const Matrix& gradient) {
-#ifdef __linux__
-    const std::int64_t bytes = gradient.rows * gradient.row_stride * bytes_per_element(gradient.dtype);
-    if (gradient.data == nullptr || bytes < 2 * kHugePage) return;
-    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(gradient.data);
-    const std::uintptr_t first = (begin + page - 1) / page * page, end = (begin + static_cast<std::uintptr_t>(bytes)) / page * page;
-    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
 
 /// Memory of the calling thread's own, kept for its next rows.
 float* thread_scratch(std::int64_t size) {
@@ -77,7 +60,6 @@ void distillation_rows(const Task& task, Isa isa, int threads) {
 #else
     (void)isa;
 #endif
-    advise_huge_pages(task.gradient);
     // a thread takes neighbouring rows, so that two of them seldom wait for the same fresh page; yet enough pieces for all
     const std::int64_t row_bytes = std::max<std::int64_t>(1, task.student.columns * bytes_per_element(task.student.dtype));
     const std::int64_t grain = std::min(kHugePage / row_bytes, task.student.rows / (8 * std::max(threads, 1)));

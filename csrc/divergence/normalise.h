@@ -29,6 +29,9 @@ inline Float load(const typename Format::Storage* row, std::int64_t v, int count
     else return Format::load(row + v);
 }
 
+/// Has the cache take in a line, which need not be the program's own memory.
+inline void fetch(const void* line) { __builtin_prefetch(line, 0, 3); }
+
 /// Logits of one side as exponents of 2: x = (logit - max) * factor.
 struct Side {
     float factor = 0;          // log2(e) / tau
@@ -115,6 +118,10 @@ inline bool normalise(const typename S::Storage* s_row, const typename T::Storag
         const Exponents exponents_q(f.q), exponents_p(f.p), exponents_ce(f.ce);
         for_vectors(block, end, [&](std::int64_t v, int count, auto rest) {
             const Float s = load<S, rest.value>(s_row, v, count, f.floor), t = load<T, rest.value>(t_row, v, count, f.floor);
+            if constexpr (!rest.value) {  // the block after this one; behind a row's end lies, mostly, the next row
+                fetch(s_row + v + kBlock);
+                fetch(t_row + v + kBlock);
+            }
             const Float x = exponents_q(s), y = exponents_p(t);
             const Float q = exp2_of(x), p = exp2_of(y);
             q_sum += q;

@@ -170,13 +170,13 @@ void copied_row(const Row& row, const Output<G>& out) {
         f.floor = floor_before;
     }
     normalise_ce<F32>(c, 0, row.V_s, f.ce);
-    const Rows<F32, F32> rows{s, t, c, u, nullptr, nullptr};
+    const Rows<F32, F32> rows{s, t, c, u};
     finish<family, true, F32, F32, G>(row, rows, f, c[row.label], out);
 }
 
 /// The row where it lies: student and teacher of one dtype, untransformed. False where it holds a logit that is too low for that.
 template <Family family, class S>
-bool direct_row(const Row& row, const Output<S>& out, bool fetch_next) {
+bool direct_row(const Row& row, const Output<S>& out) {
     using Storage = typename S::Storage;
     const Task& task = *row.task;
     RowFacts f = begin_row(task, row.n);
@@ -193,9 +193,7 @@ bool direct_row(const Row& row, const Output<S>& out, bool fetch_next) {
     }
     if (!swept) return false;
     normalise_ce<S>(s, row.V, row.V_s, f.ce);
-    const auto* next_s = reinterpret_cast<const char*>(s + task.student.row_stride);
-    const auto* next_t = reinterpret_cast<const char*>(t + task.teacher.row_stride);
-    const Rows<S, S> rows{s, t, nullptr, row.scratch, fetch_next ? next_s : nullptr, next_t};
+    const Rows<S, S> rows{s, t, nullptr, row.scratch};
     finish<family, false, S, S, S>(row, rows, f, element<S>(s + row.label), out);
     return true;
 }
@@ -210,7 +208,6 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
                         task.teacher_transform.identity();
     // Past the caches when the gradient is too large to stay in them anyway; not over the student's own logits, which they hold.
     const bool stream = task.gradient.data != task.student.data && row_bytes * N > (std::int64_t{16} << 20);
-    const bool fetch_next = 2 * row_bytes <= (std::int64_t{400} << 10);  // two pairs of rows fit the second-level cache
     for (std::int64_t n = begin; n < end; ++n) {
         Storage* const g_row =
             task.gradient.data == nullptr ? nullptr : static_cast<Storage*>(task.gradient.data) + n * task.gradient.row_stride;
@@ -224,7 +221,7 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
         const Row row{n, V, V_s, label, task.row_scale[n], ::powf(tau, static_cast<float>(task.temperature_power)), &task, scratch};
         const Output<S> out{g_row, stream && g_row != nullptr};
         bool done = false;
-        if constexpr (!__is_same(S, FP16)) done = direct && direct_row<family, S>(row, out, fetch_next && n + 1 < end);
+        if constexpr (!__is_same(S, FP16)) done = direct && direct_row<family, S>(row, out);
         if (!done) copied_row<family, S>(row, out);
     }
 #if defined(__AVX2__)

@@ -214,14 +214,13 @@ inline float mixture_factor(Family family, float teacher_share) {
 
 // ---- the gradient -------------------------------------------------------------------------------------------------------
 
-/// What the gradient sweep reads, besides a row's facts. `next_*` are the following row's logits, fetched meanwhile; may be null.
+/// A row's logits and scratch.
 template <class S, class T>
 struct Rows {
     const typename S::Storage* s;
     const typename T::Storage* t;
     const float* c;  // CE's logits where they are not s: transformed, and -inf where only the student's are
     float* u;        // scratch of the mixtures
-    const char *next_s, *next_t;
 };
 
 /// The gradient over the shared vocabulary. `OwnCe`: CE's exponentials are not q's; `Copied`: the rows are copies, c is theirs.
@@ -251,10 +250,6 @@ inline void gradient(const Rows<S, T>& rows, std::int64_t V, const RowFacts& f, 
             g = (g + ce.gradient(c)) * w.slope(c);
         } else if constexpr (OwnCe) {
             g += ce.gradient(s);
-        }
-        if (rows.next_s != nullptr) {
-            __builtin_prefetch(rows.next_s + v * static_cast<std::int64_t>(sizeof(typename S::Storage)), 0, 2);
-            __builtin_prefetch(rows.next_t + v * static_cast<std::int64_t>(sizeof(typename T::Storage)), 0, 2);
         }
         put<G, rest.value>(out, v, count, g);
     });

@@ -180,9 +180,10 @@ def test_huge_and_tiny_logits_match(divergence, size):
     assert relative_error(gradient, exact) <= (1e-2 if loose else 2e-6)
 
 
-# the student a fine-tuned step away from the teacher, down to a divergence of 1e-9 nats
+# the student a fine-tuned step away from the teacher, down to a divergence of 1e-9 nats; about 0.01 is where it
+# begins to come from moments, exact to 1e-7 nats
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(("distance", "tolerance"), [(1e-1, 1e-6), (1e-2, 1e-6), (1e-3, 2e-6), (1e-4, 2e-5)])
+@pytest.mark.parametrize(("distance", "tolerance"), [(1e-1, 1e-5), (1e-2, 1e-6), (1e-3, 2e-6), (1e-4, 2e-5)])
 def test_a_small_divergence_keeps_its_digits(divergence, distance, tolerance):
     teacher = logits(5, 5003)
     student = teacher + distance * torch.randn(5, 5003)

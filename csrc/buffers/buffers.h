@@ -1,0 +1,18 @@
+// Large buffers that are kept when given back. A fresh one costs more than the loss that fills it: the system hands its pages out
+// zeroed, one fault after the other. No Python, no torch.
+#pragma once
+#include <cstdint>
+
+namespace pocl {
+
+/// Memory of at least `bytes`, aligned to a page, its content arbitrary: the buffer that was kept, where it fits, else fresh memory
+/// on huge pages where the system has them. Null where there is none.
+void* take_buffer(std::int64_t bytes);
+
+/// Ends the use of a buffer. The larger of it and the one kept so far is kept, the other goes back to the system.
+void give_back_buffer(void* buffer);
+
+/// Gives the kept buffer, if there is one, back to the system. Bytes that were kept.
+std::int64_t release_buffers();
+
+}  // namespace pocl
