@@ -1,3 +1,75 @@
-"""pocl-fast: fused distillation losses and the POCL curriculum for language models."""
+"""pocl-fast: fused distillation losses and the POCL curriculum for language models.
+
+The public names; each is imported from its module when it is first used, so that importing pocl_fast costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pocl_fast.curriculum import (
+        Curriculum,
+        RankFusion,
+        Stage,
+        baby_steps,
+        no_curriculum,
+        reciprocal_rank_fusion,
+    )
+    from pocl_fast.errors import InputError
+    from pocl_fast.losses import DistillationLoss, LossOutput, distillation_loss, shift_labels
+    from pocl_fast.objectives import Objective
+    from pocl_fast.rouge import RougeL, rouge_l
+    from pocl_fast.samples import SampleEncoder, read_samples
+    from pocl_fast.teacher import Teacher, TeacherCache
+    from pocl_fast.trainer import DevSet, PoclTrainer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Curriculum",
+    "DevSet",
+    "DistillationLoss",
+    "InputError",
+    "LossOutput",
+    "Objective",
+    "PoclTrainer",
+    "RankFusion",
+    "RougeL",
+    "SampleEncoder",
+    "Stage",
+    "Teacher",
+    "TeacherCache",
+    "baby_steps",
+    "distillation_loss",
+    "no_curriculum",
+    "read_samples",
+    "reciprocal_rank_fusion",
+    "rouge_l",
+    "shift_labels",
+]
+
+_MODULES = {
+    "curriculum": ("Curriculum", "RankFusion", "Stage", "baby_steps", "no_curriculum", "reciprocal_rank_fusion"),
+    "errors": ("InputError",),
+    "losses": ("DistillationLoss", "LossOutput", "distillation_loss", "shift_labels"),
+    "objectives": ("Objective",),
+    "rouge": ("RougeL", "rouge_l"),
+    "samples": ("SampleEncoder", "read_samples"),
+    "teacher": ("Teacher", "TeacherCache"),
+    "trainer": ("DevSet", "PoclTrainer"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
