@@ -191,8 +191,8 @@ class Budget:
         return self.end - time.monotonic()
 
     def allows(self, side: str, sides: list[str], rows_after: int) -> bool:
-        """The first row of all bears what happens once, so what is kept back is each side's least."""
-        kept_back = rows_after * sum(min(self.taken[cheaper], default=0) for cheaper in sides[: sides.index(side)])
+        """What is kept back is each side's least, without its first, which bears what happens once."""
+        kept_back = rows_after * sum(min(self.taken[cheaper][1:], default=0) for cheaper in sides[: sides.index(side)])
         cost = self.taken[side][-1] if self.taken[side] else FIRST_GUESS[side]
         return cost + kept_back < self.left()
 

@@ -24,14 +24,14 @@ def print_row(row: dict[str, Any]) -> None:
     cells.append(" ".join("-" if peak is None else f"{peak / 2**30:.2f}" for peak in memory))
     cells.append(" ".join("-" if error is None else f"{error:.0e}" for error in errors))
     line = f"{row['objective']:<19}{row['N']:>5} x {row['V']:<7}{cells[0]:>9}{share:>7}"
-    print(line + "{:>18}{:>18}{:>18}  {:<22}{}".format(*cells[1:]), flush=True)
+    print(line + "{:>19}{:>19}{:>19}  {:<22}{}".format(*cells[1:]), flush=True)
 
 
 def print_table(result: dict[str, Any]) -> None:
     print("\nms (over ours); floor: share of 6 bytes a logit at the copy's bandwidth; memory: GiB beyond inputs and")
     print(f"gradient, error: of the gradient against float64, in norm; both of {', '.join(SIDES)}")
     columns = ("ours", "floor", *SIDES[1:], "memory", "error")
-    print("{:<34}{:>9}{:>7}{:>18}{:>18}{:>18}  {:<22}{}".format("objective, N x V", *columns))
+    print("{:<34}{:>9}{:>7}{:>19}{:>19}{:>19}  {:<22}{}".format("objective, N x V", *columns))
     reasons: dict[str, list[str]] = {}
     for row in result["rows"]:
         print_row(row)
