@@ -98,7 +98,7 @@ class Training:
     learning_rate: PositiveFloat = 1e-4
     """Peak of the cosine."""
     weight_decay: NonNegativeFloat = 0.01
-    """AdamW's."""
+    """AdamW's, on all weights but biases and norms."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient is clipped to this norm."""
     cache_dtype: Literal["bf16", "fp32"] = "bf16"

@@ -219,7 +219,9 @@ class _readable_errors:
         known = (OSError, ValueError, KeyError, ImportError, SafetensorError)
         if isinstance(error, known) and not isinstance(error, InputError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"cannot load the {self.what} {self.source!r}: {first}") from error
+            here = self.source == BUNDLED or Path(self.source).expanduser().exists()
+            note = "" if here else " (no folder of this name is here)"  # it was asked of the hub
+            raise InputError(f"cannot load the {self.what} {self.source!r}{note}: {first}") from error
 
 
 @dataclass(frozen=True)

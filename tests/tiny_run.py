@@ -13,9 +13,9 @@ from pocl_fast.cli import main
 OUTPUTS = ("difficulty.parquet", "curriculum.json", "metrics.jsonl", "evaluation.json", "student/model.safetensors")
 
 
-def make_inputs(folder: Path, *, train: int = 24, dev: int = 8, layers: int = 4) -> Path:
+def make_inputs(folder: Path, *, train: int = 24, dev: int = 8, **model: int) -> Path:
     """A teacher's folder `teacher`, `train.jsonl` and `dev.jsonl`."""
-    save_tiny(folder / "teacher", layers=layers)
+    save_tiny(folder / "teacher", **({"layers": 4} | model))
     write_jsonl(folder / "train.jsonl", arithmetic(train))
     write_jsonl(folder / "dev.jsonl", arithmetic(dev, start=100))
     return folder

@@ -1,0 +1,182 @@
+"""Stopped at any point, training goes on to the same bits; so does what a crash has left."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_run import options, run, weights
+from tiny_training import before_each_batch, curriculum_of, same_bits, train, weights_of
+
+from pocl_fast import difficulty, trainer
+from pocl_fast.metrics import read_metrics
+from pocl_fast.trainer import Interrupted, PoclTrainer
+
+TWO_STAGES = {"curriculum": curriculum_of(24, stages=2), "epochs_per_stage": 2, "learning_rate": 1e-3}  # 6 + 12 steps
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return weights_of(train(folder, **TWO_STAGES)), metrics(folder)
+
+
+def metrics(folder):
+    """The evaluations, without their times."""
+    kept = ("stage", "step", "temperature", "eval_rouge_l", "eval_cross_entropy")
+    return [{k: r[k] for k in kept} for r in read_metrics(folder / "metrics.jsonl") if "eval_rouge_l" in r]
+
+
+def interrupt_at(monkeypatch, batch):
+    """Sends this process SIGINT before its `batch`-th training batch."""
+
+    def kill(number, *_):
+        if number == batch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before_each_batch(monkeypatch, kill)
+
+
+# Of the 18 steps: the first; within an epoch; an epoch's last; a stage's last; the next stage's first; within its
+# second epoch; the very last.
+@pytest.mark.parametrize("batch", [1, 2, 3, 6, 7, 14, 18])
+def test_a_training_interrupted_anywhere_ends_with_the_bits_of_one_that_was_not(tmp_path, uninterrupted, batch):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, batch)
+        with pytest.raises(Interrupted, match="stopped by SIGINT"):
+            train(tmp_path, **TWO_STAGES)
+    with pytest.MonkeyPatch.context() as patch:
+        redone = []
+        before_each_batch(patch, lambda number, *_: redone.append(number))
+        student = train(tmp_path, **TWO_STAGES)
+    assert len(redone) == 18 - batch
+    assert same_bits(weights_of(student), uninterrupted[0])
+    assert metrics(tmp_path) == uninterrupted[1]
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
+    def kill(number, *_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before_each_batch(monkeypatch, kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, **TWO_STAGES)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_during_the_last_evaluation_of_a_stage_is_heeded(tmp_path, uninterrupted):
+    evaluate, count = PoclTrainer.evaluate, []
+
+    def signalled(self, *args, **kwargs):
+        count.append(1)
+        if len(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PoclTrainer, "evaluate", signalled)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            train(tmp_path, **TWO_STAGES)
+    assert same_bits(weights_of(train(tmp_path, **TWO_STAGES)), uninterrupted[0])
+    assert metrics(tmp_path) == uninterrupted[1]
+
+
+def test_a_crash_between_a_stages_last_checkpoint_and_its_end_loses_nothing(tmp_path, uninterrupted):
+    def crash(*_):
+        raise RuntimeError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_finish_stage", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(tmp_path, **TWO_STAGES)
+    assert same_bits(weights_of(train(tmp_path, **TWO_STAGES)), uninterrupted[0])
+
+
+def cut(name):
+    def damage(checkpoint):
+        path = checkpoint / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return damage
+
+
+def without_state(checkpoint):
+    (checkpoint / "trainer_state.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut("model.safetensors"), cut("optimizer.pt"), cut("trainer_state.json"), without_state],
+    ids=["weights", "optimizer", "state", "no-state"],
+)
+def test_a_newest_checkpoint_cut_off_by_a_crash_is_left_out(tmp_path, capsys, uninterrupted, damage):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(Interrupted):
+            train(tmp_path, **TWO_STAGES)
+    assert sorted(p.name for p in tmp_path.rglob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
+    damage(tmp_path / "checkpoints" / "stage-0" / "checkpoint-5")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": 0, "st')
+    student = train(tmp_path, **TWO_STAGES)
+    assert "checkpoint-5 is incomplete and is left out" in capsys.readouterr().out
+    assert same_bits(weights_of(student), uninterrupted[0])
+    assert metrics(tmp_path) == uninterrupted[1]
+
+
+def test_checkpoints_are_also_written_by_the_clock(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        before_each_batch(patch, lambda number, *_: power_cut() if number == 6 else None)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(tmp_path, **TWO_STAGES, save_minutes=1e-6)
+    assert (tmp_path / "checkpoints" / "stage-0" / "checkpoint-5").is_dir()
+
+
+def power_cut():
+    raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signalled_command_leaves_a_whole_checkpoint_and_goes_on_to_the_same_student(
+    finished, tmp_path, signal_number
+):
+    inputs, _ = finished
+    words = options(inputs, epochs_per_stage=5, stages=2, generation_batch_size=4)
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-m", "pocl_fast.cli", "distill", "--output", str(output), *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (output / "metrics.jsonl").exists():
+        time.sleep(0.005)
+    process.send_signal(signal_number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal_number
+    assert f"stopped by {signal_number.name}; the same command goes on from here" in said
+    assert "Traceback" not in said
+    checkpoints = sorted((output / "checkpoints" / "stage-0").glob("checkpoint-*"))
+    state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
+    assert 1 <= state["global_step"] < 15
+    assert not (output / "student").exists()
+    assert run("distill", output, *words) == 0
+    if not (shared := inputs / "whole").exists():  # both signals are compared with one run
+        assert run("distill", whole, *words) == 0
+        shutil.copytree(whole, shared)
+    assert weights(output) == weights(shared)
+
+
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_outside_of_training_stops_with_a_message(
+    finished, tmp_path, capsys, monkeypatch, signal_number, status
+):
+    def signalled(*_, **__):
+        os.kill(os.getpid(), signal_number)
+        time.sleep(1)
+
+    monkeypatch.setattr(difficulty, "generate", signalled)
+    assert run("distill", tmp_path / "out", *options(finished[0])) == status
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "steps.json").read_text())["measure"]["done"] is False

@@ -1,0 +1,142 @@
+"""The report and the terminal's table say what the run directory holds, whole or in part."""
+
+import base64
+import html
+import json
+import re
+import shutil
+
+import pytest
+from tiny import arithmetic, write_jsonl
+from tiny_run import options, read_json, run, select
+
+from pocl_fast.errors import InputError
+from pocl_fast.report import result_rows, step_rows, summary_table, write_report
+
+
+def page(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def table_rows(text):
+    """The cells of every table row, as text."""
+    rows = re.findall(r"<tr>(.*?)</tr>", text, flags=re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)] for row in rows]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished[1], tmp_path / "copy")
+
+
+def test_the_report_holds_the_scores_the_steps_and_the_stages(finished):
+    _, output = finished
+    results = read_json(output / "evaluation.json")
+    rows = table_rows(page(output))
+    cells = [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after")]
+    assert ["loss (CE, nats a token)", *cells] in rows
+    steps = ["measure", "evaluate-before", "rank", "train", "evaluate-after", "in all"]
+    assert [row[0] for row in rows if row[-1].endswith("GiB")] == steps
+    stages = [row for row in rows if len(row) == 6][1:]
+    settings = [
+        ["1", "6", "1.0", "0.3"],
+        ["2", "12", "1.33", "0.2"],
+        ["3", "18", "1.67", "0.1"],
+        ["4", "24", "2.0", "0.0"],
+    ]
+    assert [tuple(row[:4]) for row in stages] == [(str(i + 1), *setting) for i, setting in enumerate(settings)]
+    last = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][-1]
+    assert stages[-1][4:] == [f"{last['eval_rouge_l']:.2f}", f"{last['eval_cross_entropy']:.3f}"]
+
+
+def test_the_report_is_one_file_with_both_pictures_in_it(finished):
+    text = page(finished[1])
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(pictures) == 2
+    for picture in pictures:
+        data = base64.b64decode(picture)
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 10_000
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+
+
+def test_the_report_shows_answers_to_the_same_prompts_and_the_options(finished):
+    _, output = finished
+    text = page(output)
+    before, after = (
+        [json.loads(line) for line in (output / f"answers-{when}.jsonl").read_text().splitlines()]
+        for when in ("before", "after")
+    )
+    shown = [row for row in table_rows(text) if len(row) == 4 and row[0].startswith("Say ")]
+    assert [row[1] for row in shown] == [answer["references"][0] for answer in before]
+    assert [answer["line"] for answer in before] == [answer["line"] for answer in after]
+    assert "batch_size: 4" in text
+
+
+def test_what_models_and_data_say_is_never_markup(finished, tmp_path):
+    output = shutil.copytree(finished[1], tmp_path / "copy")
+    for when in ("before", "after"):
+        record = {"line": 1, "prompt": "<script>alert(1)</script>", "references": ["<b>"], "answer": "&amp;"}
+        write_jsonl(output / f"answers-{when}.jsonl", [record])
+    text = write_report(output).read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "&amp;amp;" in text
+
+
+def test_a_report_of_a_run_that_has_only_measured_leaves_the_rest_out(finished, tmp_path):
+    inputs, _ = finished
+    output = tmp_path / "out"
+    assert run("measure", output, *select(options(inputs), "measure")) == 0
+    assert run("report", output) == 0
+    rows = table_rows(page(output))
+    assert ["ROUGE-L", "-", "-"] in rows
+    assert [row[0] for row in rows if row[-1].endswith("GiB")] == ["measure", "in all"]
+    assert "data:image" not in page(output)
+    assert "<h2>Stages</h2>" not in page(output)
+
+
+def test_a_report_after_measuring_other_samples_does_not_mix_in_the_old_order(finished, copied):
+    inputs, _ = finished
+    few = write_jsonl(copied.parent / "few.jsonl", arithmetic(8))
+    assert run("measure", copied, *select(options(inputs, train=few), "measure"), "--restart") == 0
+    assert run("report", copied) == 0
+    assert "<h2>Stages</h2>" not in page(copied)
+
+
+def test_a_report_without_a_run_is_one_clear_error(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} holds no run"):
+        write_report(tmp_path)
+
+
+def test_scores_have_their_spread_and_a_dash_where_there_are_none(tmp_path):
+    scores = {"rouge_l": 12.345, "rouge_l_spread": 0.5, "exact_match": 3.21, "cross_entropy": 1.5}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"before": scores}))
+    assert result_rows(tmp_path) == [
+        {"name": "ROUGE-L", "before": "12.35 ± 0.50", "after": "-"},
+        {"name": "exact match, %", "before": "3.2", "after": "-"},
+        {"name": "loss (CE, nats a token)", "before": "1.500", "after": "-"},
+    ]
+
+
+def test_steps_have_times_and_memory_and_their_sum_and_peak():
+    stamps = {
+        "measure": {"done": True, "seconds": 90.0, "peak_bytes": 1 << 30},
+        "train": {"done": True, "seconds": 100.5, "peak_bytes": 3 << 29},
+        "evaluate-after": {"done": False, "seconds": 7.0, "peak_bytes": 1 << 40},
+    }
+    assert step_rows(stamps) == [
+        {"name": "measure", "time": "90.0 s", "memory": "1.00 GiB"},
+        {"name": "train", "time": "100.5 s", "memory": "1.50 GiB"},
+        {"name": "in all", "time": "3 min 10 s", "memory": "1.50 GiB"},
+    ]
+
+
+def test_the_terminals_table_has_scores_times_speed_and_the_reports_place(finished):
+    _, output = finished
+    lines = summary_table(output).splitlines()
+    results = read_json(output / "evaluation.json")
+    assert lines[0].split() == ["held-out", "before", "after"]
+    assert lines[3].split()[-2:] == [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after")]
+    assert re.fullmatch(r"training speed: [\d,]+ tokens/s", lines[-2])
+    assert lines[-1] == f"report: {output / 'report.html'}"

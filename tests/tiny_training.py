@@ -1,0 +1,85 @@
+"""Training of a tiny student from a tiny teacher, without a run directory around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import arithmetic, tiny_model, tiny_tokenizer, write_jsonl
+
+from pocl_fast.config import Generation, Training
+from pocl_fast.curriculum import Curriculum, baby_steps
+from pocl_fast.models import Precision
+from pocl_fast.packing import enable_packing
+from pocl_fast.samples import EncodedSample, SampleEncoder, encode_all, read_samples
+from pocl_fast.teacher import Teacher
+from pocl_fast.trainer import DevSet, PoclTrainer, train_stages
+
+LIMITS: dict[str, Any] = {"max_length": 96, "max_prompt_length": 80, "long_prompts": "error", "name": "tiny"}
+
+
+def encoded_samples(folder: Path, count: int, start: int = 0) -> tuple[list[Any], list[EncodedSample]]:
+    samples = read_samples(write_jsonl(folder / f"samples-{start}.jsonl", arithmetic(count, start)))
+    return samples, encode_all(samples, SampleEncoder(tiny_tokenizer()), **LIMITS)[0]
+
+
+def student_model(seed: int = 0) -> Any:
+    student = tiny_model(layers=2, seed=seed).float()
+    enable_packing(student)
+    return student
+
+
+def teacher_model(seed: int = 1) -> Any:
+    teacher = tiny_model(layers=4, seed=seed)
+    enable_packing(teacher)
+    return teacher
+
+
+def curriculum_of(count: int, **settings: Any) -> Curriculum:
+    """Stages over the samples in file order."""
+    return baby_steps(np.arange(count), np.zeros(count), **settings)
+
+
+def train(
+    folder: Path, *, curriculum: Curriculum, student: Any = None, teacher: Teacher | None = None, **options: Any
+) -> Any:
+    """The student after `train_stages` on as many samples as the curriculum has; 4 dev samples."""
+    folder.mkdir(exist_ok=True)
+    _, encoded = encoded_samples(folder, len(curriculum.order))
+    dev_samples, dev_encoded = encoded_samples(folder, 4, start=200)
+    dev = DevSet(dev_samples, dev_encoded, SampleEncoder(tiny_tokenizer()), Generation(max_new_tokens=2))
+    student = student or student_model()
+    train_stages(
+        student,
+        teacher or Teacher(teacher_model(), folder / "teacher_cache", cache_dtype=torch.float32),
+        encoded,
+        curriculum,
+        dev,
+        Training(**({"batch_size": 4, "epochs_per_stage": 1} | options)),
+        folder,
+        packed=True,
+        precision=Precision("fp32", torch.device("cpu")),
+    )
+    return student
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def before_each_batch(monkeypatch: Any, do: Any) -> None:
+    """Calls `do(number, trainer, samples)` before each training batch, numbered from 1 over all stages."""
+    compute_loss, count = PoclTrainer.compute_loss, [0]
+
+    def wrapped(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        do(count[0], self, inputs["samples"])
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(PoclTrainer, "compute_loss", wrapped)
