@@ -111,8 +111,8 @@ def published(student: Tensor, teacher: Tensor, labels: Tensor, objective: Objec
     def summed(terms: Tensor) -> Tensor:
         return terms.masked_fill(infinite, 0).sum(-1)
 
-    def mixture() -> Tensor:
-        return (share * softmax(t) + (1 - share) * softmax(s)).log()
+    def log_mixture(p: Tensor, q: Tensor) -> Tensor:
+        return (share * p + (1 - share) * q).log()
 
     if family == "forward_kl":
         rows = -summed(softmax(t) * log_softmax(s))
@@ -120,14 +120,16 @@ def published(student: Tensor, teacher: Tensor, labels: Tensor, objective: Objec
         q = softmax(s)
         rows = summed(q * log_softmax(s)) - summed(q * log_softmax(t))
     elif family == "jsd":
-        p, q, log_m = softmax(t), softmax(s), mixture()
+        p, q = softmax(t), softmax(s)
+        log_m = log_mixture(p, q)
         rows = share * (summed(p * log_softmax(t)) - summed(p * log_m))
         rows = rows + (1 - share) * (summed(q * log_softmax(s)) - summed(q * log_m))
     elif family == "skew_forward_kl":
-        rows = -summed(softmax(t) * mixture())
+        p = softmax(t)
+        rows = -summed(p * log_mixture(p, softmax(s)))
     elif family == "skew_reverse_kl":
         q = softmax(s)
-        rows = summed(q * log_softmax(s)) - summed(q * mixture())
+        rows = summed(q * log_softmax(s)) - summed(q * log_mixture(softmax(t), q))
     elif family == "tvd":
         rows = 0.5 * summed((softmax(t) - softmax(s)).abs())
     else:
