@@ -31,6 +31,10 @@ def metrics(folder):
     return [{k: r[k] for k in kept} for r in read_metrics(folder / "metrics.jsonl") if "eval_rouge_l" in r]
 
 
+def power_cut(*_):
+    raise RuntimeError("power cut")
+
+
 def interrupt_at(monkeypatch, batch):
     """Sends this process SIGINT before its `batch`-th training batch."""
 
@@ -86,12 +90,24 @@ def test_a_signal_during_the_last_evaluation_of_a_stage_is_heeded(tmp_path, unin
     assert metrics(tmp_path) == uninterrupted[1]
 
 
-def test_a_crash_between_a_stages_last_checkpoint_and_its_end_loses_nothing(tmp_path, uninterrupted):
-    def crash(*_):
-        raise RuntimeError("power cut")
+def test_a_crash_in_an_epochs_evaluation_does_not_lose_the_evaluation(tmp_path, uninterrupted):
+    evaluate, count = PoclTrainer.evaluate, []
+
+    def crash(self, *args, **kwargs):
+        count.append(1)
+        return power_cut() if len(count) == 2 else evaluate(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_finish_stage", crash)
+        patch.setattr(PoclTrainer, "evaluate", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(tmp_path, **TWO_STAGES, save_minutes=1e-6)
+    assert same_bits(weights_of(train(tmp_path, **TWO_STAGES)), uninterrupted[0])
+    assert metrics(tmp_path) == uninterrupted[1]
+
+
+def test_a_crash_between_a_stages_last_checkpoint_and_its_end_loses_nothing(tmp_path, uninterrupted):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_finish_stage", power_cut)
         with pytest.raises(RuntimeError, match="power cut"):
             train(tmp_path, **TWO_STAGES)
     assert same_bits(weights_of(train(tmp_path, **TWO_STAGES)), uninterrupted[0])
@@ -135,10 +151,6 @@ def test_checkpoints_are_also_written_by_the_clock(tmp_path):
         with pytest.raises(RuntimeError, match="power cut"):
             train(tmp_path, **TWO_STAGES, save_minutes=1e-6)
     assert (tmp_path / "checkpoints" / "stage-0" / "checkpoint-5").is_dir()
-
-
-def power_cut():
-    raise RuntimeError("power cut")
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])

@@ -44,7 +44,7 @@ def test_the_report_holds_the_scores_the_steps_and_the_stages(finished):
         ["3", "18", "1.67", "0.1"],
         ["4", "24", "2.0", "0.0"],
     ]
-    assert [tuple(row[:4]) for row in stages] == [(str(i + 1), *setting) for i, setting in enumerate(settings)]
+    assert [row[:4] for row in stages] == settings
     last = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][-1]
     assert stages[-1][4:] == [f"{last['eval_rouge_l']:.2f}", f"{last['eval_cross_entropy']:.3f}"]
 

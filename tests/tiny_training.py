@@ -83,3 +83,12 @@ def before_each_batch(monkeypatch: Any, do: Any) -> None:
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(PoclTrainer, "compute_loss", wrapped)
+
+
+def transformers_loss(model: Any, sample: EncodedSample) -> float:
+    """transformers' own loss of a sample's response."""
+    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    labels = ids.clone()
+    labels[:, : len(sample.prompt_ids)] = -100
+    with torch.no_grad():
+        return model(input_ids=ids, labels=labels).loss.item()
