@@ -1,37 +1,32 @@
-"""Exponentials and logarithms of a tile that the special-function units do not compute, or not well enough near 0.
+"""Exponentials and logarithms of a tile, where Triton's own are too slow or not good enough near 0."""
 
-A multiprocessor passes 128 fused multiply-adds a clock but 16 exponentials: what is written here as a polynomial takes
-load off the scarcer unit. Plain arithmetic throughout, for any GPU that Triton compiles for.
-"""
-
+import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.extra import libdevice
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Logits below FLOOR count as none: what pads a tile is FILL, and a running maximum starts at FLOOR. Both finite, so that
-# 0 · x stays 0 and no difference of two of them becomes NaN; far enough apart that exp(FILL - FLOOR) is 0.
+# Logits below FLOOR count as none: what pads a tile is FILL, and a running maximum starts at FLOOR. Both are finite, so
+# that 0 · x stays 0 and no difference of two of them becomes NaN; far enough apart that exp(FILL - FLOOR) is 0.
 FILL = tl.constexpr(-1e28)
 FLOOR = tl.constexpr(-1e27)
+
+# Triton's log2 is a function of 20 instructions; NVIDIA's special-function units have one of 1, good to 2^-22
+_HAS_FAST_LOG2 = tl.constexpr(torch.version.hip is None and not knobs.runtime.interpret)
 
 # adding it rounds a small number to an integer, which the sum's low bits then hold
 _ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def exp2_by_polynomial(x):
-    """2^x for x <= 0 to 2e-7, without the special-function unit; below 2^-126 it stays that. Loses a NaN."""
-    x = tl.maximum(x, -126.0)
-    shifted = x + _ROUNDER
-    f = x - (shifted - _ROUNDER)  # -½ to ½
-    e = tl.fma(f, 1.33335e-3, 9.66625e-3)  # minimax of (2^f - 1) / f
-    e = tl.fma(e, f, 5.5505e-2)
-    e = tl.fma(e, f, 0.24022351)
-    e = tl.fma(e, f, 0.69314714)
-    e = tl.fma(e, f, 1.0)
-    exponent = shifted.to(tl.int32, bitcast=True) << 23
-    return (e.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
+def fast_log2(x):
+    """log2 x for normal x: within 2^-22 of it between ½ and 2, and of its own size elsewhere."""
+    if _HAS_FAST_LOG2:
+        return libdevice.fast_log2f(x)
+    return tl.log2(x)
 
 
 @triton.jit
@@ -57,7 +52,7 @@ def log_1_plus(w):
     e = tl.fma(e, w, 0.33285667)
     e = tl.fma(e, w, -0.5000105)
     e = tl.fma(e, w, 0.99999996)
-    return tl.where(w > -0.25, e * w, tl.log2(1.0 + w) * LN2)
+    return tl.where(w > -0.25, e * w, fast_log2(1.0 + w) * LN2)
 
 
 @triton.jit
@@ -66,7 +61,7 @@ def transformed(x, scale, softcap):
     slope = tl.zeros_like(x) + scale
     y = x * scale
     if softcap > 0:
-        # tanh z = (1 - r) / (1 + r) and its derivative 4r / (1 + r)², r = exp(-2|z|): never the difference of near numbers
+        # tanh z = (1 - r) / (1 + r) and its derivative 4r / (1 + r)², r = exp(-2|z|): no difference of near numbers
         twice = tl.abs(y) * ((-2 * LOG2E) / softcap)
         e = exp2_minus_1(twice)
         r = tl.exp2(twice)

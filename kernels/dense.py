@@ -39,7 +39,7 @@ def _rows_kernel(
         for j in tl.static_range(7):
             tl.store(stats_ptr + j * N + n, 0.0)
         if NEEDS_GRAD:
-            lanes = tiles.lanes_of(LANES, VEC)
+            lanes = tiles.offsets(LANES, VEC)
             for v in range(0, V_S, BLOCK_V):
                 tiles.store_tile(grad_row, v, lanes, tl.zeros([LANES, VEC], tl.float32), V_S, BLOCK_V, RAGGED)
         return
@@ -49,47 +49,44 @@ def _rows_kernel(
     alpha = tl.load(alpha_ptr + n * alpha_stride_n)
     k = (1.0 / tau) * LOG2E  # logits to base-2 exponents at temperature tau
     s_label = tl.load(student_row + label).to(tl.float32)
-    t_label = tl.load(teacher_row + tl.minimum(label, V - 1)).to(tl.float32)
     if HAS_TRANSFORM:
         s_label, _ = transformed(s_label, s_scale, s_softcap)
-        t_label, _ = transformed(t_label, t_scale, t_softcap)
-    # of t - s at an entry that counts: what is summed up is relative to it, so that an offset between the models is not
-    anchor = t_label - s_label
-    anchor = tl.where(tl.abs(anchor) < 1e4, anchor, 0.0)
 
     apart = tau != 1.0
     m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, nothing = normalisers(
-        student_row, teacher_row, V_S, V, k, apart, anchor, s_scale, s_softcap, t_scale, t_softcap,
+        student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
         FAMILY, False, HAS_TRANSFORM, RAGGED, LANES, VEC,
     )  # fmt: skip
     careful = (x_sum != x_sum) | (y_sum != y_sum)
     if careful:
         apart = True
         m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, nothing = normalisers(
-            student_row, teacher_row, V_S, V, k, apart, anchor, s_scale, s_softcap, t_scale, t_softcap,
+            student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
             FAMILY, True, HAS_TRANSFORM, RAGGED, LANES, VEC,
         )  # fmt: skip
         z_q = tl.where(nothing, 1.0, z_q)
         z_p = tl.where(nothing, 1.0, z_p)
+    # of one entry p = q = 1: no D, whatever the rounding of log2(p / q)
+    nothing = nothing | ((V == 1) & (x_sum == x_sum) & (y_sum == y_sum))
     log2_z_q, log2_z_p = tl.log2(z_q), tl.log2(z_p)
-    G = (S_p - S_q) + (log2_z_p - log2_z_q)
+    G = (S_p - S_q) + tl.log2(z_p / z_q)  # of all entries: log2(p / q) = (t - s) · k - G
     if FAMILY == REVERSE_KL:
-        d = (G - k * (gap_sum / z_q + anchor)) * LN2
+        d = (G - k * (gap_sum / z_q)) * LN2
     else:
-        d = (k * (gap_sum / z_p + anchor) - G) * LN2
-    close = d * relative_size(share, FAMILY) < CLOSE
-    d = tl.where(nothing, 0.0, d)
+        d = (k * (gap_sum / z_p) - G) * LN2
+    # D so small, or an offset between the models so large, that this difference of two sums has lost digits
+    close = d * relative_size(share, FAMILY) < CLOSE + 0.1 * tl.maximum(tl.abs(G) - 16.0, 0.0)
     mean_u = d
     if not KL:
         d, mean_u = measure(
-            student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, share, careful, close,
+            student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, G, share, careful, close,
             s_scale, s_softcap, t_scale, t_softcap,
             FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, "evict_last" if NEEDS_GRAD else "evict_first",
         )  # fmt: skip
-    elif not NEEDS_GRAD:
+    elif not NEEDS_GRAD:  # noqa: SIM102 (the outer is decided when compiling, the inner is data)
         if close:
             d, _ = measure(
-                student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, share, careful, close,
+                student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, G, share, careful, close,
                 s_scale, s_softcap, t_scale, t_softcap, FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, "evict_first",
             )  # fmt: skip
 
@@ -100,17 +97,17 @@ def _rows_kernel(
     if NEEDS_GRAD:
         row_scale = tl.load(row_scale_ptr + n)
         weight_d = tl.where(nothing, 0.0, row_scale * (1 - alpha) * c / tau)
-        weight_ce = tl.where(empty, 0.0, row_scale * alpha)
+        weight_ce = tl.where(empty | (V_S == 1), 0.0, row_scale * alpha)
         terms = gradient(
             student_row, teacher_row, grad_row, V_S, V, k, label,
-            S_q, z_q, S_p, z_p, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
+            S_q, z_q, S_p, z_p, G, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
             s_scale, s_softcap, t_scale, t_softcap, FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC,
         )  # fmt: skip
         if KL:
             d = tl.where(close, terms, d)
-    d = tl.where(d < 0, 0.0, d)  # not maximum: that would lose a NaN
-    # S_ce is m_ce · log2(e) rounded, and z_ce relative to it
-    ce = (m_ce - s_label) + (tl.log2(z_ce) - tl.fma(m_ce, LOG2E, -S_ce)) * LN2
+    d = tl.where(nothing | (d < 0), 0.0, d)  # not maximum: that would lose a NaN
+    largest = tl.exp2(tl.fma(m_ce, LOG2E, -S_ce))  # what 1 became, for S_ce is rounded
+    ce = (m_ce - s_label) + tl.log2(z_ce / largest) * LN2
     ce = tl.where(empty & (z_ce == z_ce), float("inf"), ce)
     weighted_ce = tl.where((alpha == 0) & (ce == ce), 0.0, alpha * ce)
     tl.store(stats_ptr + n, weighted_ce + (1 - alpha) * c * d)

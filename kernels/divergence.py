@@ -2,14 +2,14 @@
 
 Everything starts from g = log2(p / q), taken from the logits themselves: near 0 it keeps the digits that p - q, or the
 difference of two logarithms, has lost. With the smaller and the larger of p and q, E = smaller / larger - 1 and the
-smaller's share κ of the mixture, m = larger · (1 + κE). A row is `close` where D is so small that it must be summed from
-terms none of which is negative; elsewhere the shorter formula is as good.
+smaller's share κ of the mixture, m = larger · (1 + κE). A row is `close` where D is so small that it must be summed
+from terms none of which is negative; elsewhere the shorter formula is as good.
 """
 
 import triton
 import triton.language as tl
 
-from pocl_fast.kernels.arithmetic import LN2, LOG2E, exp2_minus_1, log_1_plus
+from pocl_fast.kernels.arithmetic import LN2, LOG2E, exp2_minus_1, fast_log2, log_1_plus
 
 FAMILIES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4, "tvd": 5}
 FORWARD_KL = tl.constexpr(FAMILIES["forward_kl"])
@@ -17,6 +17,7 @@ REVERSE_KL = tl.constexpr(FAMILIES["reverse_kl"])
 JSD = tl.constexpr(FAMILIES["jsd"])
 SKEW_FORWARD_KL = tl.constexpr(FAMILIES["skew_forward_kl"])
 SKEW_REVERSE_KL = tl.constexpr(FAMILIES["skew_reverse_kl"])
+TVD = tl.constexpr(FAMILIES["tvd"])
 
 
 @triton.jit
@@ -57,13 +58,13 @@ def mixture(g, teacher_share, close):
     else:
         e = tl.exp2(h) - 1.0
         w = share * e
-        log2_m = tl.log2(1.0 + w)
+        log2_m = fast_log2(1.0 + w)
     return e, w, log2_m
 
 
 @triton.jit
 def slope(g, e, w, log2_m, teacher_share, FAMILY: tl.constexpr):
-    """u = ∂D/∂q of each entry, up to a constant; dD/ds is q · (u - Σ q u) / tau. Forward KL's is q - p, without this."""
+    """u = ∂D/∂q of each entry, up to a constant; dD/ds is q · (u - Σ q u) / tau. (Forward KL's is q - p over tau.)"""
     log2_q_m = -log2_m - tl.maximum(g, 0.0)  # log2(q / m)
     v = (1 - teacher_share) * tl.where(g > 0, -e, e) / (1.0 + w)  # (p - m) / m
     if FAMILY == REVERSE_KL:

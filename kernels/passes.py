@@ -7,10 +7,9 @@ x = s · k - S is one fused multiply-add, and S's rounding cancels between a sum
 import triton
 import triton.language as tl
 
-from pocl_fast.kernels.arithmetic import FILL, FLOOR, LOG2E, exp2_by_polynomial, transformed
-from pocl_fast.kernels.divergence import FORWARD_KL, REVERSE_KL, kl_term, mixture, slope, terms
-from pocl_fast.kernels.tiles import lanes_of, load_tile, store_tile
-from pocl_fast.kernels.arithmetic import LN2
+from pocl_fast.kernels.arithmetic import FILL, FLOOR, LN2, LOG2E, transformed
+from pocl_fast.kernels.divergence import FORWARD_KL, REVERSE_KL, TVD, kl_term, mixture, slope, terms
+from pocl_fast.kernels.tiles import load_tile, offsets, store_tile
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def _joined(m, shift):
 
 @triton.jit
 def normalisers(
-    student_row, teacher_row, V_S, V, k, apart, anchor, s_scale, s_softcap, t_scale, t_softcap,
+    student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
     FAMILY: tl.constexpr, CAREFUL: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +59,7 @@ def normalisers(
     read again. `apart`: CE has exponentials of its own, for tau is not 1.
     """
     BLOCK_V: tl.constexpr = LANES * VEC
-    lanes = lanes_of(LANES, VEC)
+    lanes = offsets(LANES, VEC)
     m_s = tl.full([LANES], FLOOR, tl.float32)
     m_t, m_ce, top = m_s, m_s, m_s
     S_q, S_p, S_ce = m_s * k, m_s * k, m_s * LOG2E
@@ -92,16 +91,16 @@ def normalisers(
         y_sum = (y_sum + z_p * dy) * r_p + tl.sum(p * y, 1)
         z_q = z_q * r_q + tl.sum(q, 1)
         z_p = z_p * r_p + tl.sum(p, 1)
-        gap = (t - s) - anchor
+        gap = t - s
         if FAMILY == REVERSE_KL:
             gap_sum = gap_sum * r_q + tl.sum(q * gap, 1)
         else:
             gap_sum = gap_sum * r_p + tl.sum(p * gap, 1)
         S_q, S_p = S_q_new, S_p_new
-        if not CAREFUL:
+        if not CAREFUL:  # noqa: SIM102 (the outer is decided when compiling, the inner is data)
             if apart:
                 S_ce_new = m_s * LOG2E
-                e = exp2_by_polynomial(tl.fma(s, LOG2E, -S_ce_new[:, None]))
+                e = tl.exp2(tl.fma(s, LOG2E, -S_ce_new[:, None]))
                 z_ce = z_ce * tl.exp2(S_ce - S_ce_new) + tl.sum(e, 1)
                 S_ce = S_ce_new
     if not CAREFUL:
@@ -130,17 +129,19 @@ def normalisers(
 
 @triton.jit
 def measure(
-    student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, share, careful, close,
+    student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, G, share, careful, close,
     s_scale, s_softcap, t_scale, t_softcap,
     FAMILY: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     POLICY: tl.constexpr,
 ):  # fmt: skip
-    """D in nats and Σ q u, from the last tile to the first: the first pass ended there."""
+    """D in nats and Σ q u, from the last tile to the first: the first pass ended there.
+
+    TVD is of first order in an error of the normalisers, which makes p - q sum to r instead of 0: that of D is then
+    r · (mass where p > q - ½), and Σ q u is ½ less that mass."""
     BLOCK_V: tl.constexpr = LANES * VEC
-    lanes = lanes_of(LANES, VEC)
+    lanes = offsets(LANES, VEC)
     d_sum = tl.zeros([LANES], tl.float32)
-    u_sum = d_sum
-    G = (S_p - S_q) + (log2_z_p - log2_z_q)  # of all entries: log2(p / q) = (t - s) · k - G
+    u_sum, r_sum = d_sum, d_sum
     last = (V - 1) // BLOCK_V * BLOCK_V
     s_next = load_tile(student_row, last, lanes, V, BLOCK_V, RAGGED, POLICY)
     t_next = load_tile(teacher_row, last, lanes, V, BLOCK_V, RAGGED, POLICY)
@@ -166,15 +167,19 @@ def measure(
             e, w, log2_m = mixture(g, share, close)
             smaller = tl.fma(larger, e, larger)
             q, p = tl.where(g > 0, smaller, larger), tl.where(g > 0, larger, smaller)
-            d_sum += tl.sum(terms(p, q, larger, g, e, log2_m, share, close, FAMILY), 1)
+            d = terms(p, q, larger, g, e, log2_m, share, close, FAMILY)
+            d_sum += tl.sum(d, 1)
+            if FAMILY == TVD:
+                r_sum += tl.sum(tl.where(g > 0, d, -d), 1)
             u_sum += tl.sum(q * slope(g, e, w, log2_m, share, FAMILY), 1)
-    return tl.sum(d_sum, 0), tl.sum(u_sum, 0)
+    mean_u = tl.sum(u_sum, 0)
+    return tl.sum(d_sum, 0) + mean_u * 2.0 * tl.sum(r_sum, 0), mean_u
 
 
 @triton.jit
 def gradient(
     student_row, teacher_row, grad_row, V_S, V, k, label,
-    S_q, z_q, S_p, z_p, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
+    S_q, z_q, S_p, z_p, G, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
     s_scale, s_softcap, t_scale, t_softcap,
     FAMILY: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -185,11 +190,9 @@ def gradient(
     """
     BLOCK_V: tl.constexpr = LANES * VEC
     KL: tl.constexpr = (FAMILY == FORWARD_KL) | (FAMILY == REVERSE_KL)
-    lanes = lanes_of(LANES, VEC)
+    lanes = offsets(LANES, VEC)
     c_ce = weight_ce / z_ce
     c_q, c_p = weight_d / z_q, weight_d / z_p
-    log2_z_q, log2_z_p = tl.log2(z_q), tl.log2(z_p)
-    G = (S_p - S_q) + (log2_z_p - log2_z_q)
     c_shared = 0.0  # CE's part where its exponential is q's
     if (apart == 0) & (weight_ce != 0):
         c_shared = c_ce * tl.exp2(S_q - S_ce)
@@ -232,7 +235,7 @@ def gradient(
             e, w, log2_m = mixture(g, share, close)
             u = slope(g, e, w, log2_m, share, FAMILY)
             grad = tl.fma(q, tl.fma(u - mean_u, c_q, c_shared), grad)
-            if FAMILY == REVERSE_KL:
+            if FAMILY == REVERSE_KL:  # noqa: SIM102
                 if close:
                     q, p = q / z_q, tl.exp2(tl.fma(t, k, -S_p)) / z_p
                     d_sum += tl.sum(kl_term(q, q - p, g * -LN2), 1)
