@@ -85,8 +85,12 @@ class Schedule:
 class Training:
     """The optimisation, as in the paper: a fresh AdamW and a cosine to zero in each stage."""
 
-    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = "forward_kl"
     """What pulls the student to the teacher."""
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The teacher's weight in jsd."""
+    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share of the other distribution in a skew divergence."""
     temperature_scaling: Literal["auto", "none", "tau", "tau2"] = "auto"
     """Factor on the divergence; "auto" keeps its gradient's size when the temperature rises."""
     epochs_per_stage: PositiveInt = 8

@@ -28,9 +28,10 @@ READS = {
     "measure": (*_STUDENT, *_LENGTHS, "max_new_tokens", "generation_batch_size", "train"),
     "rank": ("curriculum", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet"),
     "train": (
-        *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens", "divergence",
-        "temperature_scaling", "epochs_per_stage", "batch_size", "gradient_accumulation_steps", "learning_rate",
-        "weight_decay", "max_grad_norm", "cache_dtype", "seed", "curriculum.json",
+        *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens",
+        "divergence", "beta", "skew", "temperature_scaling", "epochs_per_stage", "batch_size",
+        "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "cache_dtype", "seed",
+        "curriculum.json",
     ),
     "evaluate-before": (*_STUDENT, *_LENGTHS, *_ANSWERS, "dev"),
     "evaluate-after": (*_LENGTHS, *_ANSWERS, "precision", "dev", "student/model.safetensors"),

@@ -190,6 +190,8 @@ def train_stages(
                 teacher=teacher,
                 objective=Objective(
                     divergence=options.divergence,
+                    beta=options.beta,
+                    skew=options.skew,
                     temperature=stage.temperature,
                     alpha=stage.alpha,
                     temperature_scaling=options.temperature_scaling,
