@@ -214,6 +214,9 @@ def _overview() -> str:
 
 def _quiet_libraries() -> None:
     """Keeps libraries' notes and bars out of ours; their warnings of substance stay errors or are ours to say."""
+    # threads that wait sleep: spinning, as is the default, they slow everything down many times on a machine that does
+    # something else besides; read when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
