@@ -14,8 +14,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 FILL = tl.constexpr(-1e28)
 FLOOR = tl.constexpr(-1e27)
 
-# Triton's log2 is a function of 20 instructions; NVIDIA's special-function units have one of 1, good to 2^-22
-_HAS_FAST_LOG2 = tl.constexpr(torch.version.hip is None and not knobs.runtime.interpret)
+# Triton's log2 is a function of 20 instructions and its division has 8; NVIDIA's special-function units need 1 and 2
+_HAS_FAST = tl.constexpr(torch.version.hip is None and not knobs.runtime.interpret)
 
 # adding it rounds a small number to an integer, which the sum's low bits then hold
 _ROUNDER = tl.constexpr(12582912.0)
@@ -24,9 +24,17 @@ _ROUNDER = tl.constexpr(12582912.0)
 @triton.jit
 def fast_log2(x):
     """log2 x for normal x: within 2^-22 of it between ½ and 2, and of its own size elsewhere."""
-    if _HAS_FAST_LOG2:
+    if _HAS_FAST:
         return libdevice.fast_log2f(x)
     return tl.log2(x)
+
+
+@triton.jit
+def fast_divide(x, y):
+    """x / y to 2 ulp, for a y that is neither huge nor tiny."""
+    if _HAS_FAST:
+        return libdevice.fast_dividef(x, y)
+    return x / y
 
 
 @triton.jit

@@ -172,7 +172,8 @@ def distillation_rows(
         grad = torch.empty((N, V_S) if needs_grad else (0,), dtype=student.dtype, device=student.device)
     if N == 0:
         return stats, grad
-    tile = tiles.choose_tile(V_S, min(student.element_size(), teacher.element_size()), _capability(student.device))
+    capability = _capability(student.device)
+    tile = tiles.choose_tile(divergence, V_S, student.element_size(), teacher.element_size(), capability)
     s_scale, s_softcap, t_scale, t_softcap = transforms
     _rows_kernel[(N,)](
         student, teacher, labels, temperature, alpha, row_scale, stats, grad,

@@ -9,7 +9,7 @@ from terms none of which is negative; elsewhere the shorter formula is as good.
 import triton
 import triton.language as tl
 
-from pocl_fast.kernels.arithmetic import LN2, LOG2E, exp2_minus_1, fast_log2, log_1_plus
+from pocl_fast.kernels.arithmetic import LN2, LOG2E, exp2_minus_1, fast_divide, fast_log2, log_1_plus
 
 FAMILIES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4, "tvd": 5}
 FORWARD_KL = tl.constexpr(FAMILIES["forward_kl"])
@@ -66,7 +66,7 @@ def mixture(g, teacher_share, close):
 def slope(g, e, w, log2_m, teacher_share, FAMILY: tl.constexpr):
     """u = ∂D/∂q of each entry, up to a constant; dD/ds is q · (u - Σ q u) / tau. (Forward KL's is q - p over tau.)"""
     log2_q_m = -log2_m - tl.maximum(g, 0.0)  # log2(q / m)
-    v = (1 - teacher_share) * tl.where(g > 0, -e, e) / (1.0 + w)  # (p - m) / m
+    v = (1 - teacher_share) * fast_divide(tl.where(g > 0, -e, e), 1.0 + w)  # (p - m) / m
     if FAMILY == REVERSE_KL:
         return g * -LN2
     elif FAMILY == JSD:

@@ -185,8 +185,9 @@ def gradient(
 ):  # fmt: skip
     """Writes weight_d · tau · dD/ds + weight_ce · dCE/ds; returns D in nats where the row is `close` and D a KL.
 
-    The gradient may lie over the student's logits: a tile is written after it was read for the last time, by the same
-    threads, and the tile that is read ahead is another.
+    The gradient may lie over the student's logits: this pass is the last to read them, a tile is written when all of it
+    has been read (by the thread that read it, or after a barrier where the compiler moves it to another), and the tile
+    that is read ahead is another.
     """
     BLOCK_V: tl.constexpr = LANES * VEC
     KL: tl.constexpr = (FAMILY == FORWARD_KL) | (FAMILY == REVERSE_KL)

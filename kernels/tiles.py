@@ -19,25 +19,32 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def choose_tile(V: int, itemsize: int, capability: int) -> Tile:
-    """The tile for rows of V logits whose smaller dtype has `itemsize` bytes, on a GPU of compute `capability` (90:
-    H100; 0: not NVIDIA). Replace it to tune: `distillation_rows` looks it up in this module at each call.
+# Bytes of a pair of rows of which two a multiprocessor stay in L2, by compute capability: A100 has 40 MB for 108
+# multiprocessors, H100 50 for 132, B200 126 for 148.
+_PAIR_FOR_TWO = {80: 40_000_000 // 216, 90: 50_000_000 // 264, 100: 126_000_000 // 296}
 
-    One program a row, and later passes read the row again: they are served from L2 if the rows in flight fit it. A pair
-    of bf16 rows has 4·V bytes, and a multiprocessor runs 65536 / (32 · warps · registers) programs, registers being 65
-    to 128 (tests/kernels/test_compiled.py): two of 8 warps, one of 16.
 
-    | V       | pair    | in flight on H100 (132 multiprocessors, 50 MB of L2)                              |
-    | 32000   | 125 KiB | 8 warps: 264 rows, 32 MiB: fits, and one program's end hides behind the other     |
-    | 128256  | 501 KiB | 8 warps: 129 MiB; 16 warps: 132 rows, 65 MiB: the last 77 % of the row still there |
-    | 151936  | 594 KiB | 8 warps: 153 MiB; 16 warps: 132 rows, 77 MiB: 65 %                                |
+def choose_tile(divergence: str, V: int, student_bytes: int, teacher_bytes: int, capability: int) -> Tile:
+    """The tile for rows of V logits of so many bytes each, on a GPU of compute `capability` (90: H100; 0: not NVIDIA).
 
-    Passes alternate in direction, so each starts on what is still there: at 151936 a KL costs 4 + 4 · 0.35 + 2 = 7.4
-    bytes a logit instead of 10. A100 has 108 multiprocessors and 40 MB, B200 148 and 126 MB: there 8 warps fit longer.
+    Replace it to tune: `distillation_rows` looks it up in this module at each call. So far all divergences have the
+    same.
+
+    One program a row, and later passes read the row again: they are served from L2 if the rows in flight fit it. A
+    multiprocessor runs two programs of 8 warps, or one of 16: each has at most 128 registers a thread and mostly more
+    than 64 (tests/kernels/test_compiled.py). In bf16 on an H100, 50 MB of L2:
+
+    | V      | a pair  | in flight with 8 warps a row | with 16 warps                                          |
+    | 32000  | 125 KiB | 264 rows, 34 MB: fits        | 132 rows, 17 MB                                        |
+    | 128256 | 501 KiB | 135 MB                       | 68 MB: 74 % of a row are still there for the next pass |
+    | 151936 | 594 KiB | 160 MB                       | 80 MB: 62 %                                            |
+
+    Passes alternate in direction, so each starts on what is still there: at 151936 a KL costs 4 + 4 · 0.38 + 2 = 7.5
+    bytes a logit instead of 10.
     """
-    vec = 16 // itemsize
-    fits = 65536 if capability < 100 else 131072  # the longest rows of which two a multiprocessor stay in L2
-    wanted = 8 if fits >= V else 16
+    vec = 16 // min(student_bytes, teacher_bytes)
+    fits = _PAIR_FOR_TWO.get(capability // 10 * 10, _PAIR_FOR_TWO[90])
+    wanted = 8 if (student_bytes + teacher_bytes) * V <= fits else 16
     warp = 64 if torch.version.hip else 32
     lanes = min(wanted * 32, max(warp, triton.next_power_of_2(triton.cdiv(V, vec))))
     return Tile(lanes, vec, lanes // warp)

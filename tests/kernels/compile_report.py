@@ -1,7 +1,8 @@
-"""Compiles every dense kernel for GPUs that need not be there, and prints as JSON what the machine code holds.
+"""Compiles the dense kernel for GPUs that need not be there, and prints as JSON what the machine code holds.
 
-Run as a script, in a process where Triton's interpreter is off: `python tests/kernels/compile_report.py`. One line a
-kernel: registers, spilled and stack bytes, and its global loads and stores by width in bits.
+Run as a script, in a process where Triton's interpreter is off: `python tests/kernels/compile_report.py`; with `0 2`
+and `1 2` each half of the grid. One line a kernel: registers, spilled and stack bytes, global accesses by width in
+bits, and of each loop its instructions and what it asks of the special-function units.
 """
 
 from __future__ import annotations
@@ -18,84 +19,124 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pocl_fast.kernels import dense
+from pocl_fast.kernels import dense, tiles
 from pocl_fast.kernels.divergence import FAMILIES
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-V = 151936
-DIVISIBLE = ("V_S", "V", "student_stride_n", "teacher_stride_n", "grad_stride_n")
-POINTERS = (
-    "student_ptr",
-    "teacher_ptr",
-    "labels_ptr",
-    "temperature_ptr",
-    "alpha_ptr",
-    "row_scale_ptr",
-    "stats_ptr",
-    "grad_ptr",
-)
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+ALIGNED = ("student_ptr", "teacher_ptr", "grad_ptr", "student_stride_n", "teacher_stride_n", "grad_stride_n")
+FLOATS = ("share", "s_scale", "s_softcap", "t_scale", "t_softcap")
 
 
-def source(student: str, teacher: str, family: str, needs_grad: bool) -> tuple[ASTSource, int]:
-    """The row kernel as the launcher would specialise it for a vocabulary divisible by 16."""
-    block, warps = dense.tile(V)
+def cases() -> list[dict[str, object]]:
+    """On sm_90 every family and dtype with gradient, and half and mixed dtypes without. Of the rest, to keep it short,
+    what puts most into registers: sm_80 and sm_100 in bf16 with gradient, a ragged, a short and a softcapped row."""
+    plain = {"arch": 90, "V": 151936, "ragged": False, "transform": False, "grad": True}
+    dtypes = [("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32"), ("fp16", "fp16")]
+    grid = [plain | {"student": s, "teacher": t, "family": f} for (s, t), f in itertools.product(dtypes, FAMILIES)]
+    bf16 = grid[: len(FAMILIES)]
+    grid += [case | {"grad": False} for case in grid[: 2 * len(FAMILIES)]]
+    grid += [case | {"arch": arch} for arch in (80, 100) for case in bf16]
+    grid += [case | {"V": 50257, "ragged": True} for case in bf16]
+    for changes in ({"V": 32000}, {"transform": True}):
+        grid += [case | changes for case in bf16 if case["family"] in ("forward_kl", "skew_reverse_kl")]
+    return grid
+
+
+def source(case: dict) -> tuple[ASTSource, tiles.Tile]:
+    """The row kernel as the launcher specialises it where rows start at multiples of 16 bytes, and V, too, is a
+    multiple of 16 unless the case is ragged."""
     kernel = dense._rows_kernel
-    types = {
-        "student_ptr": f"*{student}",
-        "teacher_ptr": f"*{teacher}",
-        "labels_ptr": "*i64",
-        "grad_ptr": f"*{student}",
-        "FAMILY": "constexpr",
-        "POWER": "constexpr",
-        "NEEDS_GRAD": "constexpr",
-        "BLOCK_V": "constexpr",
+    sizes = ITEMSIZE[case["student"]], ITEMSIZE[case["teacher"]]
+    tile = tiles.choose_tile(case["family"], case["V"], *sizes, case["arch"])
+    constants = {
+        "FAMILY": FAMILIES[case["family"]],
+        "POWER": 2,
+        "NEEDS_GRAD": case["grad"],
+        "HAS_TRANSFORM": case["transform"],
+        "RAGGED": case["ragged"],
+        "LANES": tile.lanes,
+        "VEC": tile.vec,
     }
-    signature = {name: types.get(name, "*fp32" if name in POINTERS else "i32") for name in kernel.arg_names}
-    constants = {"FAMILY": FAMILIES[family], "POWER": 2, "NEEDS_GRAD": needs_grad, "BLOCK_V": block}
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in POINTERS + DIVISIBLE}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned), warps
+    types = {
+        "student_ptr": f"*{case['student']}",
+        "teacher_ptr": f"*{case['teacher']}",
+        "grad_ptr": f"*{case['student']}",
+        "labels_ptr": "*i64",
+        **dict.fromkeys(constants, "constexpr"),
+        **dict.fromkeys(FLOATS, "fp32"),
+    }
+    signature = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
+    aligned = ALIGNED if case["ragged"] else (*ALIGNED, "V_S", "V")
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), tile
 
 
 def cubin_facts(cubin: bytes) -> dict[str, object]:
-    """Registers, local memory, and global accesses of a cubin."""
+    """Registers, local memory, global accesses and loops of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
+        usage = _output("cuobjdump", "-res-usage", path)
+        sass = _output("nvdisasm", "-c", path)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found is not None, usage
-    accesses: dict[str, int] = {}
-    for op, modifiers in re.findall(r"\b(LDG|STG)\.([A-Z0-9_.]+)", sass):
-        bits = next(
-            (width for width in ("256", "128", "64") if re.search(rf"\b{width}\b", modifiers.replace(".", " "))), None
-        )
-        bits = bits or next((w for w in ("U16", "S16", "U8", "S8") if w in modifiers.split(".")), "32")
-        accesses[f"{op}.{bits}"] = accesses.get(f"{op}.{bits}", 0) + 1
     registers, stack, _shared, local = map(int, found.groups())
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    exponentials = len(re.findall(r"\bMUFU\.EX2\b", sass))
     return {
         "registers": registers,
         "stack": stack,
         "local": local,
-        "spills": spills,
-        "ex2": exponentials,
-        "accesses": accesses,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "accesses": _accesses(sass),
+        "loops": _loops(sass),
     }
 
 
+def _output(tool: str, *arguments: str | Path) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _accesses(sass: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for op, modifiers in re.findall(r"\b(LDG|STG)\.([A-Z0-9_.]+)", sass):
+        words = modifiers.split(".")
+        width = next(
+            (word.strip("US") for word in words if word in ("256", "128", "64", "U16", "S16", "U8", "S8")), "32"
+        )
+        counts[f"{op}.{width}"] = counts.get(f"{op}.{width}", 0) + 1
+    return counts
+
+
+def _loops(sass: str) -> list[dict[str, int]]:
+    """Of each innermost loop the instructions, in all and by kind. What is branched around is counted too."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if found := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[found[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    loops: list[dict[str, int]] = []
+    innermost = -1
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+        start = labels.get(target[1], end) if target else end
+        if innermost < start < end:
+            innermost = end
+            body = instructions[start : end + 1]
+            kinds = ("MUFU.EX2", "MUFU.LG2", "MUFU.RCP", "LDG", "STG", "SHFL", "BAR")
+            loops.append({"all": len(body)} | {kind: sum(kind in line for line in body) for kind in kinds})
+    return loops
+
+
 def main() -> None:
-    quick = "--quick" in sys.argv
-    architectures = (90,) if quick else (80, 90, 100)
-    pairs = [("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp16"), ("fp32", "bf16")]
-    for arch, (student, teacher), family, grad in itertools.product(architectures, pairs, FAMILIES, (True, False)):
-        src, warps = source(student, teacher, family, grad)
-        compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-        facts = {"arch": arch, "student": student, "teacher": teacher, "family": family, "grad": grad, "warps": warps}
-        print(json.dumps(facts | cubin_facts(compiled.asm["cubin"])), flush=True)
+    part, parts = (int(word) for word in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
+    for case in cases()[part::parts]:
+        src, tile = source(case)
+        options = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
+        compiled = triton.compile(src, target=GPUTarget("cuda", case["arch"], 32), options=options)
+        facts = cubin_facts(compiled.asm["cubin"])
+        print(json.dumps(case | {"warps": tile.num_warps, "vec": tile.vec} | facts), flush=True)
 
 
 if __name__ == "__main__":
