@@ -43,6 +43,7 @@ def _rows_kernel(
             for v in range(0, V_S, BLOCK_V):
                 tiles.store_tile(grad_row, v, lanes, tl.zeros([LANES, VEC], tl.float32), V_S, BLOCK_V, RAGGED)
         return
+    tl.device_assert((label >= 0) & (label < V_S), "label outside the student's vocabulary")  # with TRITON_DEBUG=1
     student_row = student_ptr + n * student_stride_n
     teacher_row = teacher_ptr + n * teacher_stride_n
     tau = tl.load(temperature_ptr + n * temperature_stride_n)
