@@ -215,7 +215,7 @@ def test_a_divergence_is_never_negative_and_0_between_equals(divergence):
     labels = torch.zeros(6, dtype=torch.int64)
     nearly = student * (1 + 1e-7 * torch.randn(6, 1003))
     # TVD is of first order in the rounding of the shifted logits and of the normalisers, the others of second
-    small = 1e-6 if divergence == "tvd" else 1e-10
+    small = 1e-5 if divergence == "tvd" else 1e-10
     for teacher, limit in ((student, 0.0), (student + 8.0, small), (nearly, small)):
         out = distillation_loss(
             student, teacher, labels, Objective(divergence, temperature=1.3), reduction="none", backend="triton"
