@@ -6,7 +6,6 @@ Knows scores and sample indices. Does not know models, texts or training.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 import pocl_fast._C as _C
 from pocl_fast.errors import InputError
+from pocl_fast.files import write_text
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,12 @@ class Curriculum:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, under a temporary name first: a crash leaves the old file or the new one, never half of one."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         record = {
             "stages": [asdict(s) for s in self.stages],
             "order": self.order.tolist(),
             "score": self.score.tolist(),
         }
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(Path(path), json.dumps(record))
 
     @classmethod
     def load(cls, path: str | Path) -> Curriculum:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pocl_fast import __version__
 from pocl_fast.errors import InputError
+from pocl_fast.files import write_text
 from pocl_fast.metrics import read_metrics
 
 COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
@@ -37,9 +37,7 @@ def write_report(run: Path) -> Path:
         difficulty=_picture(difficulty_figure(run)),
         answers=_answers(run),
     )
-    partial = run / "report.html.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, run / "report.html")
+    write_text(run / "report.html", text)
     return run / "report.html"
 
 

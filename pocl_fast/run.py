@@ -23,9 +23,10 @@ from pocl_fast.config import RunConfig, Schedule, from_options, recorded_config
 from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum, reciprocal_rank_fusion
 from pocl_fast.difficulty import measure, read_difficulty
 from pocl_fast.errors import InputError
+from pocl_fast.files import write_json, write_text
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_error
-from pocl_fast.run_directory import WRITES, RunDirectory, required, write_json, write_text
+from pocl_fast.run_directory import WRITES, RunDirectory, required
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, encode_all, read_samples
 from pocl_fast.student import as_trainable, cut_layers, num_parameters
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from pocl_fast import models
 from pocl_fast.config import RunConfig, to_yaml
 from pocl_fast.errors import InputError
+from pocl_fast.files import write_json, write_text
 from pocl_fast.progress import measured
 from pocl_fast.samples import file_fingerprint
 
@@ -176,18 +176,6 @@ class RunDirectory:
 
     def _save_stamps(self) -> None:
         write_json(self._stamps_path, self.stamps)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then renames: `path` is whole or as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON as `write_text` writes text."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def required(value: Any, option: str) -> Any:
