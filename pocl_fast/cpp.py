@@ -24,11 +24,14 @@ def distillation_rows(
     ignore_index: int,
     transforms: list[float],
     needs_grad: bool,
+    grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stats [7, N] fp32 and the gradient [N, V_s] in the student's dtype, or [0]."""
+    """Stats [7, N] fp32 and the gradient [N, V_s] in the student's dtype, or [0]. The gradient is written to `grad`
+    where that is given: of the student's shape and dtype, rows may be strided; it may be `student` itself."""
     N, V = student.shape
     stats = torch.empty((7, N), dtype=torch.float32)
-    grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
+    if grad is None:
+        grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
     labels = labels.to(torch.int64).contiguous()
     temperature, alpha = temperature.contiguous(), alpha.contiguous()
     row_scale = row_scale.contiguous()
