@@ -1,4 +1,4 @@
-"""The torch operators behind the losses: one custom op that gives losses and gradient together, by a backend.
+"""The torch operators behind the losses: custom ops that give losses and gradient together, by a backend.
 
 CPU tensors go to C++ (`pocl_fast._C`), CUDA and ROCm tensors to Triton (`pocl_fast.kernels`). Autograd lives here: the
 gradient is computed with the loss, and backward only multiplies it by what comes in. Checks nothing that `losses.py`
@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 NUM_STATS = 7  # the fields of reference.Rows
+ONCE = (
+    "the fused distillation loss can be differentiated once: its gradient is computed with it and is not itself"
+    " differentiable. For create_graph=True use backend='reference'"
+)
+SECOND_BACKWARD = (
+    "backward was called a second time through one fused distillation loss; pass retain_graph=True to the first call,"
+    " or add the losses and call backward once"
+)
 
 
 @torch.library.custom_op("pocl_fast::distillation_rows", mutates_args=())
@@ -34,23 +42,22 @@ def distillation_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scaled loss of each token [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the gradient of
     the losses' sum [N, V_s], empty unless `needs_grad`."""
-    rows = backend_module(backend).distillation_rows
-    stats, grad = rows(
+    return _run(
         student,
         teacher,
         labels,
         temperature,
         alpha,
         row_scale,
-        divergence=divergence,
-        teacher_share=teacher_share,
-        temperature_power=temperature_power,
-        ignore_index=ignore_index,
-        transforms=transforms,
-        needs_grad=needs_grad,
+        divergence,
+        teacher_share,
+        temperature_power,
+        ignore_index,
+        transforms,
+        needs_grad,
+        backend,
+        None,
     )
-    # an ignored row's loss is 0 whatever its weight
-    return torch.where(labels == ignore_index, 0.0, stats[0] * row_scale), stats, grad
 
 
 @distillation_rows.register_fake
@@ -73,6 +80,59 @@ def _(
     loss = student.new_empty((N,), dtype=torch.float32)
     stats = student.new_empty((NUM_STATS, N), dtype=torch.float32)
     return loss, stats, student.new_empty((N, V) if needs_grad else (0,))
+
+
+@torch.library.custom_op("pocl_fast::distillation_rows_", mutates_args=("student",))
+def distillation_rows_(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    alpha: Tensor,
+    row_scale: Tensor,
+    divergence: str,
+    teacher_share: float,
+    temperature_power: int,
+    ignore_index: int,
+    transforms: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The first two of `distillation_rows`; the gradient takes the place of the logits in `student`. Autograd learns of
+    it by `with_gradient`: an operator that writes over an argument cannot have a derivative itself."""
+    loss, stats, _ = _run(
+        student,
+        teacher,
+        labels,
+        temperature,
+        alpha,
+        row_scale,
+        divergence,
+        teacher_share,
+        temperature_power,
+        ignore_index,
+        transforms,
+        True,
+        backend,
+        student,
+    )
+    return loss, stats
+
+
+@distillation_rows_.register_fake
+def _(student: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
+    N = student.shape[0]
+    return student.new_empty((N,), dtype=torch.float32), student.new_empty((NUM_STATS, N), dtype=torch.float32)
+
+
+@torch.library.custom_op("pocl_fast::with_gradient", mutates_args=())
+def with_gradient(loss: Tensor, student: Tensor, backend: str) -> Tensor:
+    """`loss` [N], of which the gradient by `student` [N, V] is what lies in the memory of `student`, row by row."""
+    return loss.clone()
+
+
+@with_gradient.register_fake
+def _(loss: Tensor, student: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(loss)
 
 
 @torch.library.custom_op("pocl_fast::scale_rows", mutates_args=("grad",))
@@ -99,42 +159,93 @@ def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> t
     nothing = (None,) * 12
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
-    if type(upstream) is not Tensor:  # traced by a compiler: a multiplication that it can join to what follows
-        return (ctx.grad * upstream[:, None]).to(ctx.grad.dtype), *nothing
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the fused distillation loss can be differentiated once: its gradient is computed with it and is not itself"
-            " differentiable. For create_graph=True use backend='reference'"
-        )
     if ctx.grad is None:
         raise RuntimeError(
             "backward was called a second time through one fused distillation loss; pass retain_graph=True to the first"
             " call, or add the losses and call backward once"
         )
+    grad = ctx.grad
+    if type(upstream) is Tensor and not _graph_is_kept():
+        ctx.grad = None
+    return _scaled(grad, upstream, ctx.backend), *nothing
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    _loss, student, ctx.backend = inputs
+    ctx.save_for_backward(student)  # so that a later change of this memory is an error, by its version
+
+
+def _backward_of_saved(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None, None]:
+    (grad,) = ctx.saved_tensors
+    return None, _scaled(grad.detach(), upstream, ctx.backend), None
+
+
+def _scaled(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """`grad` [N, V] times `upstream` [N]: in place, but where the graph is kept for another backward."""
+    if type(upstream) is not Tensor:  # traced by a compiler: a multiplication that it can join to what follows
+        return (grad * upstream[:, None]).to(grad.dtype)
+    if torch.is_grad_enabled():
+        raise RuntimeError(ONCE)
     if _graph_is_kept():
-        grad = ctx.grad.clone()
-    else:
-        grad, ctx.grad = ctx.grad, None
-    scale_rows(grad, upstream.contiguous(), ctx.backend)
-    return grad, *nothing
+        grad = grad.clone()
+    scale_rows(grad, upstream.contiguous(), backend)
+    return grad
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the backward now running was called with retain_graph=True, so that another may follow."""
     return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
 distillation_rows.register_autograd(_backward, setup_context=_setup_context)
+with_gradient.register_autograd(_backward_of_saved, setup_context=_save_gradient)
 
 
-def backend_module(backend: str) -> Any:
-    """The module of a backend's `distillation_rows` and `scale_rows_`, or an error that says how to get it."""
+def _run(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    alpha: Tensor,
+    row_scale: Tensor,
+    divergence: str,
+    teacher_share: float,
+    temperature_power: int,
+    ignore_index: int,
+    transforms: list[float],
+    needs_grad: bool,
+    backend: str,
+    grad: Tensor | None,  # where the gradient goes, or None for memory of its own
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three of `distillation_rows`."""
+    stats, grad = backend_module(backend).distillation_rows(
+        student,
+        teacher,
+        labels,
+        temperature,
+        alpha,
+        row_scale,
+        divergence=divergence,
+        teacher_share=teacher_share,
+        temperature_power=temperature_power,
+        ignore_index=ignore_index,
+        transforms=transforms,
+        needs_grad=needs_grad,
+        grad=grad,
+    )
+    # an ignored row's loss is 0 whatever its weight
+    return torch.where(labels == ignore_index, 0.0, stats[0] * row_scale), stats, grad
+
+
+def backend_module(backend: str, kernel: str = "dense") -> Any:
+    """The module of a backend's `distillation_rows` and `scale_rows_`, or with "sparse" of its
+    `sparse_distillation_rows`; or an error that says how to get it."""
     if backend == "cpp":
         return _module(
             "pocl_fast.cpp", "the C++ part of pocl_fast is not built: install the package (pip install -e .) with g++"
         )
     return _module(
-        "pocl_fast.kernels.dense",
+        f"pocl_fast.kernels.{kernel}",
         'backend "triton" needs triton: pip install "pocl-fast[gpu]", or pass backend="reference"',
     )
 
