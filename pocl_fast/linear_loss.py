@@ -6,12 +6,21 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocl_fast import linear_ops, reference
-from pocl_fast.losses import Backend, LossOutput, Reduction, _check_labels, _choose_backend, _output, _per_token, _transform
+from pocl_fast.losses import (
+    Backend,
+    LossOutput,
+    Reduction,
+    _check_labels,
+    _choose_backend,
+    _output,
+    _per_token,
+    _transform,
+)
 from pocl_fast.objectives import Objective
-from pocl_fast.teachers import DenseTeacher, LinearTeacher, Teacher, TopKTeacher
+from pocl_fast.teachers import DenseTeacher, LinearTeacher, TeacherOutput, TopKTeacher
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
 
@@ -19,7 +28,7 @@ Weight: TypeAlias = Tensor | Callable[[], Tensor]
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Weight,
-    teacher: Teacher | None,
+    teacher: TeacherOutput | None,
     labels: Tensor,
     objective: Objective,
     *,
@@ -141,12 +150,13 @@ def linear_distillation_loss(
 
 def gathered(weight: Tensor) -> Tensor:
     """A weight that FSDP has sharded, whole; its gradient goes back to the shards, summed over the ranks."""
-    if not hasattr(weight, "full_tensor"):
+    if type(weight) in (Tensor, torch.nn.Parameter):  # no import of torch.distributed for nothing
         return weight
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
-    mesh = weight.device_mesh
-    return weight.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)  # type: ignore[no-any-return]
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def _product_dtype(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> torch.dtype:
@@ -188,7 +198,7 @@ def _check_tokens(tokens: torch.Size, labels: Tensor, device: torch.device) -> N
 
 
 def _unpacked(
-    teacher: Teacher | None, tokens: torch.Size, device: torch.device, objective: Objective
+    teacher: TeacherOutput | None, tokens: torch.Size, device: torch.device, objective: Objective
 ) -> tuple[str, list[Tensor], tuple[float, float]]:
     """The teacher's kind, tensors with a row a token, and transform."""
     if teacher is None:
@@ -222,7 +232,9 @@ def _unpacked(
         )
     for name, x in rows:
         if x.shape[:-1] != tokens or x.shape[-1] == 0:
-            raise ValueError(f"{name} must be {[*tokens, '...']}, one row a token of student_hidden; got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must be {[*tokens, '...']}, one row a token of student_hidden; got {tuple(x.shape)}"
+            )
         if x.device != device:
             raise ValueError(f"student_hidden is on {device} and {name} on {x.device}; move them to one")
     transform = (1.0, 0.0)
