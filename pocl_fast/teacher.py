@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocl_fast.errors import InputError
+from pocl_fast.heads import check_head, lm_head
 from pocl_fast.models import weights_fingerprint
-from pocl_fast.packing import forward_kwargs, pack, packing_error, supervised_hidden
+from pocl_fast.packing import pack, packing_error, supervised_hidden
 from pocl_fast.samples import EncodedSample
+from pocl_fast.teachers import LinearTeacher
 
 PACKING_TOLERANCE = (
     1e-2  # relative; families that do not support packing are off by 0.1 and more, bf16 rounding is 4e-3
@@ -127,22 +129,25 @@ class Teacher:
         logits are not its lm_head applied to its last hidden states."""
         self._model: Any | None = model.requires_grad_(False).eval()
         self.config = model.config
-        head = model.get_output_embeddings()
-        self._weight: Tensor = head.weight
-        self._bias: Tensor | None = getattr(head, "bias", None)
+        self.lm_head = lm_head(model)
         self._packed = packing_error(model, self.config.vocab_size) < PACKING_TOLERANCE
-        self._check_head(model)
+        check_head(model)
         self.cache = TeacherCache(cache_folder, teacher=weights_fingerprint(model), dtype=cache_dtype)
 
     @property
     def vocab_size(self) -> int:
-        return self._weight.shape[0]
+        return self.lm_head.weight.shape[0]
 
+    def output(self, samples: Sequence[EncodedSample]) -> LinearTeacher:
+        """What a loss takes as its teacher at the supervised positions of the samples, in their order; the body runs
+        only for new ones."""
+        head = self.lm_head
+        return LinearTeacher(self.hidden(samples), head.weight, head.bias, head.logit_scale, head.logit_softcap)
+
+    @torch.no_grad()
     def logits(self, samples: Sequence[EncodedSample]) -> Tensor:
-        """[N, V_t] logits at the supervised positions of the samples, in their order; the body runs only for new
-        ones."""
-        with torch.no_grad():
-            return self._head(self.hidden(samples))
+        """[N, V_t] logits at the supervised positions of the samples, in their order."""
+        return self.lm_head.logits(self.hidden(samples))
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[EncodedSample]) -> Tensor:
@@ -151,39 +156,18 @@ class Teacher:
         if new:
             if self._model is None:
                 raise RuntimeError("the teacher's body was released before every sample was cached")
-            batch = pack(new).to(self._weight.device)
+            batch = pack(new).to(self.lm_head.weight.device)
             hidden = supervised_hidden(self._model.get_decoder(), batch, packed=self._packed)
             for sample, rows in zip(new, hidden.split(batch.counts), strict=True):
                 self.cache.put(sample, rows)
-        return torch.cat([self.cache.get(sample) for sample in samples]).to(self._weight.device, self._weight.dtype)
+        return torch.cat([self.cache.get(sample) for sample in samples]).to(
+            self.lm_head.weight.device, self.lm_head.weight.dtype
+        )
 
     def release_body_if_cached(self, samples: Sequence[EncodedSample]) -> bool:
         """Frees all but the lm_head once every one of the samples is in the cache; says whether the body is gone."""
         if self._model is not None and all(sample in self.cache for sample in samples):
             self.cache.flush()
-            self._weight = self._weight.detach().clone()
-            self._bias = None if self._bias is None else self._bias.detach().clone()
+            self.lm_head = self.lm_head.detached()
             self._model = None
         return self._model is None
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits = nn.functional.linear(hidden, self._weight, self._bias)
-        if getattr(self.config, "logit_scale", None):  # Cohere
-            logits = logits * self.config.logit_scale
-        if getattr(self.config, "logits_scaling", None):  # Granite
-            logits = logits / self.config.logits_scaling
-        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma 2
-            logits = cap * torch.tanh(logits / cap)
-        return logits
-
-    @torch.no_grad()
-    def _check_head(self, model: Any) -> None:
-        sample = EncodedSample(0, tuple(range(1, 5)), tuple(range(5, 9)), False)
-        batch = pack([sample]).to(self._weight.device)
-        ours = self._head(supervised_hidden(model.get_decoder(), batch, packed=True).to(self._weight.dtype)).float()
-        theirs = model(**forward_kwargs(batch)).logits[0, batch.supervised].float()
-        if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
-            raise InputError(
-                f"{type(model).__name__} does more to its logits than apply its lm_head to the last hidden states,"
-                " which pocl-fast does not know how to repeat from cached hidden states; use another architecture"
-            )
