@@ -131,7 +131,8 @@ def model_hidden(model: nn.Module, batch: PackedBatch, *, packed: bool) -> Tenso
     """`supervised_hidden` of a whole model, run through whatever wraps it (DDP, FSDP, a compiler), so that this sees a
     forward; the lm_head is given no row."""
     hidden: list[Tensor] = []
-    body = getattr(model, "module", model).get_decoder()
+    inner: Any = getattr(model, "module", model)
+    body = inner.get_decoder()
     handle = body.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state))
     kwargs, where = (forward_kwargs(batch), batch.supervised) if packed else _pad(batch)
     try:
