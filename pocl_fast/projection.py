@@ -20,9 +20,7 @@ class Head:
     """An lm_head [V, H], its bias [V] or None, and the dtype to which the inputs of products are rounded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight = (
-            weight if on_cpu(weight) else weight.to(dtype)
-        )  # under autocast a copy, once and not for each chunk
+        self.weight = weight if on_cpu(weight) else weight.to(dtype)  # a copy under autocast, once
         self.bias, self.dtype = bias, dtype
         self._buffer: Tensor | None = None  # kept, for fresh pages cost more than the conversion into them
 
