@@ -17,6 +17,7 @@ from pocl_fast.losses import (
     _choose_backend,
     _output,
     _per_token,
+    _row_scale,
     _transform,
 )
 from pocl_fast.objectives import Objective
@@ -80,19 +81,15 @@ def linear_distillation_loss(
     fp = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     counted = labels != ignore_index
     num_tokens = counted.sum()
-    scale = _per_token("token_weights", 1.0 if token_weights is None else token_weights, N, hidden.device, fp).expand(N)
-    if reduction == "mean":
-        if num_items is not None and not isinstance(num_items, Tensor) and num_items <= 0:
-            raise ValueError(f"num_items must be positive, got {num_items}")
-        scale = scale / (num_tokens.clamp_min(1) if num_items is None else num_items)
-    elif reduction not in ("sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    scale = _row_scale(token_weights, num_items, reduction, num_tokens, N, fp)
     for name, value in (("chunk_tokens", chunk_tokens), ("max_supervised", max_supervised)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None; got {value}")
     temperature = _per_token("temperature", objective.temperature, N, hidden.device, fp)
     alpha = _per_token("alpha", objective.alpha, N, hidden.device, fp)
     transform = _transform("logit", logit_scale, logit_softcap)
+    if teacher is None:  # the student is compared with itself, so that D is 0
+        teacher_transform = transform
 
     if backend == "reference":
         if labels.device.type == "cpu":
@@ -119,6 +116,10 @@ def linear_distillation_loss(
         return _output(loss, torch.stack([value.detach() for value in rows]), num_tokens)
 
     with_grad = torch.is_grad_enabled()
+    # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
+    late = reduction == "mean" and torch.float16 in (dtype, hidden.dtype)
+    if late:
+        scale = _row_scale(token_weights, None, "sum", num_tokens, N, fp)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, stats, *_ = linear_ops.linear_distillation(
             hidden,
@@ -145,6 +146,8 @@ def linear_distillation_loss(
             with_grad and bias is not None and bias.requires_grad,
             backend,
         )
+    if late:
+        loss = loss / (num_tokens.clamp_min(1) if num_items is None else num_items)
     return _output(loss, stats.detach(), num_tokens)
 
 
