@@ -94,23 +94,24 @@ def linear_distillation_loss(
     if backend == "reference":
         if labels.device.type == "cpu":
             _check_labels(labels, counted, weight.shape[0])
-        rows = reference.linear_distillation_rows(
-            hidden,
-            weight,
-            bias,
-            [x.detach() for x in tensors],
-            labels,
-            temperature,
-            alpha,
-            teacher_kind=kind,
-            tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
-            divergence=objective.family,
-            teacher_share=objective.teacher_share,
-            temperature_power=objective.temperature_power,
-            ignore_index=ignore_index,
-            student_transform=transform,
-            teacher_transform=teacher_transform,
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = reference.linear_distillation_rows(
+                hidden.to(dtype),
+                weight.to(dtype),
+                bias,
+                [x.detach() for x in tensors],
+                labels,
+                temperature,
+                alpha,
+                teacher_kind=kind,
+                tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
+                divergence=objective.family,
+                teacher_share=objective.teacher_share,
+                temperature_power=objective.temperature_power,
+                ignore_index=ignore_index,
+                student_transform=transform,
+                teacher_transform=teacher_transform,
+            )
         per_row = rows.loss * torch.where(counted, scale, 0.0)
         loss = per_row if reduction == "none" else per_row.sum()
         return _output(loss, torch.stack([value.detach() for value in rows]), num_tokens)
