@@ -3,7 +3,8 @@
 1024 of 4096 tokens are supervised; student and teacher in bf16, both with their gradients off but for the student's
 hidden states and lm_head. "by hand" multiplies every token, as a model's forward does, and takes log-softmaxes in fp32;
 "by hand, supervised" selects the tokens first. For cross-entropy alone the other side is torch's
-`linear_cross_entropy`, as it comes and chunked, on the supervised tokens. All sides run in turns on the same tensors;
+`linear_cross_entropy`, as it comes and chunked, on the supervised tokens. "products alone" are the lm_heads' matrix
+products and nothing else, "liger" is its chunked JSD (on a GPU). All sides run in turns on the same tensors;
 memory is measured with each side in a process of its own, beyond inputs and gradients. The last table is the error of
 the hidden states' gradient against float64 when the teacher's logits are within 0.05 of the student's.
 
@@ -16,8 +17,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.objectives import Objective
 from pocl_fast.teachers import LinearTeacher
 
+JSD = Objective("jsd", temperature=1.33, alpha=0.3, beta=0.5, temperature_scaling="none")
 OBJECTIVE = Objective("forward_kl", temperature=1.33, alpha=0.3)
 CE = Objective(alpha=1.0)
 
@@ -83,6 +87,34 @@ def naive_supervised(x: Inputs, _number: int) -> Tensor:
     return by_hand(F.linear(hidden, x.weight), F.linear(teacher_hidden, x.teacher_weight), labels, OBJECTIVE)
 
 
+def our_jsd(x: Inputs, number: int) -> Tensor:
+    teacher = LinearTeacher(x.teacher_hidden, x.teacher_weight)
+    return linear_distillation_loss(x.hidden, x.weight, teacher, x.labels, JSD, max_supervised=number).loss
+
+
+def liger_jsd(x: Inputs, _number: int) -> Tensor:
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+    hidden, teacher_hidden, labels = x.rows()
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.3, weight_soft_loss=0.7, beta=0.5, temperature=1.33, chunk_size=1024
+    )
+    out = loss(hidden, x.weight, teacher_hidden, x.teacher_weight, labels)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def products(x: Inputs, number: int) -> Tensor:
+    """The four matrix products on the supervised tokens, in chunks, rounded to bf16 as torch does."""
+    hidden, teacher_hidden, _ = x.rows()
+    for first in range(0, number, 1024):
+        h, t = hidden[first : first + 1024].detach(), teacher_hidden[first : first + 1024]
+        logits = h @ x.weight.detach().t()
+        t @ x.teacher_weight.t()
+        logits @ x.weight.detach()
+        logits.t() @ h
+    return x.hidden.sum() * 0
+
+
 def our_ce(x: Inputs, number: int) -> Tensor:
     return linear_distillation_loss(x.hidden, x.weight, None, x.labels, CE, max_supervised=number).loss
 
@@ -97,52 +129,66 @@ def torch_ce_chunked(x: Inputs, _number: int) -> Tensor:
     return F.linear_cross_entropy(hidden, x.weight, labels, options=torch.nn.LinearCrossEntropyOptions())
 
 
-SIDES = {"ours": ours, "by hand, masked": naive_masked, "by hand": naive, "by hand, supervised": naive_supervised}
-CE_SIDES = {"ours": our_ce}
+TABLES = {
+    "forward KL + CE": {
+        "ours": ours,
+        "products alone": products,
+        "by hand, masked": naive_masked,
+        "by hand": naive,
+        "by hand, supervised": naive_supervised,
+    },
+    "cross-entropy alone": {"ours": our_ce},
+}
 if hasattr(F, "linear_cross_entropy"):
-    CE_SIDES |= {"torch": torch_ce, "torch, chunked": torch_ce_chunked}
+    TABLES["cross-entropy alone"] |= {"torch": torch_ce, "torch, chunked": torch_ce_chunked}
+if torch.cuda.is_available() and find_spec("liger_kernel"):
+    TABLES["JSD + CE"] = {"ours": our_jsd, "products alone": products, "liger": liger_jsd}
 
 
-def step(side: str, ce: bool, x: Inputs, number: int) -> None:
+def step(table: str, side: str, x: Inputs, number: int) -> None:
     x.hidden.grad = x.weight.grad = None
-    (CE_SIDES if ce else SIDES)[side](x, number).backward()
+    TABLES[table][side](x, number).backward()
     if x.hidden.is_cuda:
         torch.cuda.synchronize()
 
 
-def extra_peak(side: str, ce: bool, options: argparse.Namespace) -> float:
+def extra_peak(table: str, side: str, options: argparse.Namespace) -> float:
     """The peak of memory beyond inputs and gradients, MiB. Runs in a process of its own."""
     torch.set_num_threads(options.threads)
     small = argparse.Namespace(**{**vars(options), "tokens": 32, "supervised": 8, "vocabulary": 64})
-    step(side, ce, Inputs(small), 8)
+    step(table, side, Inputs(small), 8)
     x = Inputs(options)
     gradients = sum(t.numel() * t.element_size() for t in (x.hidden, x.weight))
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(side, ce, x, options.supervised)
+        step(table, side, x, options.supervised)
         return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    step(side, ce, x, options.supervised)
+    step(table, side, x, options.supervised)
     return (resident_bytes("VmHWM") - before - gradients) / 2**20
 
 
-def print_sides(ce: bool, options: argparse.Namespace) -> None:
-    sides = CE_SIDES if ce else SIDES
+def print_table(table: str, options: argparse.Namespace) -> None:
     x = Inputs(options)
-    runs = {name: partial(step, name, ce, x, options.supervised) for name in sides}
+    runs: dict[str, Callable[[], None]] = {}
+    for side in TABLES[table]:
+        try:
+            step(table, side, x, options.supervised)
+            runs[side] = partial(step, table, side, x, options.supervised)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            print(f"\n{table}, {side}: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
     times = median_seconds(runs, options.repeats)
-    title = "cross-entropy alone" if ce else "forward KL + CE"
-    print("\n{:<24}{:>10}{:>11}{:>14}{:>11}".format(title, "time", "over ours", "extra peak", "over ours"))
+    print("\n{:<24}{:>10}{:>11}{:>14}{:>11}".format(table, "time", "over ours", "extra peak", "over ours"))
     ours_peak = None
-    for name in sides:
-        line = f"{name:<24}{1e3 * times[name]:>7.0f} ms{times[name] / times['ours']:>10.2f}x"
-        if not options.no_memory:
+    for side in runs:
+        line = f"{side:<24}{1e3 * times[side]:>7.0f} ms{times[side] / times['ours']:>10.2f}x"
+        if not options.no_memory and side != "products alone":
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                peak = pool.submit(extra_peak, name, ce, options).result()
+                peak = pool.submit(extra_peak, table, side, options).result()
             ours_peak = ours_peak or peak
             line += f"{peak:>10.0f} MiB{peak / ours_peak:>10.2f}x"
         print(line, flush=True)
@@ -190,8 +236,8 @@ def main() -> None:
         f"{options.device}, {options.threads} threads, {options.supervised} of {options.tokens} tokens supervised,"
         f" V {options.vocabulary}, H {options.hidden}, teacher's {options.teacher_hidden}, bf16; forward and backward"
     )
-    for ce in (False, True):
-        print_sides(ce, options)
+    for table in TABLES:
+        print_table(table, options)
     print_gradient_error(options)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocl_fast.models import exact_products
 from pocl_fast.samples import EncodedSample
 
 PACKED_ATTENTION = "pocl_packed_sdpa"
@@ -127,6 +128,21 @@ def supervised_hidden(body: nn.Module, batch: PackedBatch, *, packed: bool) -> T
     return body(**padded).last_hidden_state.flatten(0, 1)[where]
 
 
+def model_hidden(model: nn.Module, batch: PackedBatch, *, packed: bool) -> Tensor:
+    """`supervised_hidden` of a whole model, run through whatever wraps it (DDP, FSDP, a compiler), so that this sees a
+    forward; the lm_head is given no row."""
+    hidden: list[Tensor] = []
+    inner: Any = getattr(model, "module", model)
+    body = inner.get_decoder()
+    handle = body.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state))
+    kwargs, where = (forward_kwargs(batch), batch.supervised) if packed else _pad(batch)
+    try:
+        model(**kwargs, logits_to_keep=torch.empty(0, dtype=torch.int64, device=batch.input_ids.device))
+    finally:
+        handle.remove()
+    return hidden[0].flatten(0, 1)[where]
+
+
 def _pad(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     """The batch as a right-padded rectangle [B, longest], and where its supervised positions are in the flattened
     one."""
@@ -176,7 +192,8 @@ def _packed_sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if packed_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        with exact_products():
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
     kwargs.pop("is_causal", None)
     outputs = []
@@ -184,9 +201,10 @@ def _packed_sdpa(
     for length in packed_lengths:
         part = slice(start, start + length)
         mask = attention_mask[..., part, part] if window and window < length and attention_mask is not None else None
-        output, _ = sdpa_attention_forward(
-            module, query[:, :, part], key[:, :, part], value[:, :, part], mask, is_causal=mask is None, **kwargs
-        )
+        with exact_products():
+            output, _ = sdpa_attention_forward(
+                module, query[:, :, part], key[:, :, part], value[:, :, part], mask, is_causal=mask is None, **kwargs
+            )
         outputs.append(output)
         start += length
     return torch.cat(outputs, dim=1), None  # [1, T, heads, head size]
