@@ -17,6 +17,7 @@ from pocl_fast.losses import (
     _choose_backend,
     _output,
     _per_token,
+    _row_scale,
     _transform,
 )
 from pocl_fast.objectives import Objective
@@ -49,8 +50,10 @@ def linear_distillation_loss(
     Args:
         student_hidden: [N, H] or [B, T, H], after the final norm; fp32, bf16 or fp16 (float64 by the reference alone).
         student_weight: [V, H], the lm_head's, of the hidden states' dtype but under autocast; or a function that gives
-            it (an lm_head with LoRA: `lambda: W + scale * B @ A`), differentiated through. A DTensor is gathered, its
-            gradient reduced, by torch. What does not require a gradient skips its part of the work.
+            it (an lm_head with LoRA: `lambda: W + scale * B @ A`), differentiated through. A DTensor, as FSDP makes,
+            is gathered and its gradient averaged over the ranks; DeepSpeed ZeRO-3 gathers its own within the forward
+            of the engine's module, or in `deepspeed.zero.GatheredParameters` around loss and backward. What does not
+            require a gradient skips its part of the work.
         teacher: `DenseTeacher`, `LinearTeacher` or `TopKTeacher`, of the same tokens; never differentiated. None for
             cross-entropy alone, with an objective whose alpha is 1.
         labels, objective, token_weights, num_items, ignore_index, logit_scale, logit_softcap: as in
@@ -80,45 +83,46 @@ def linear_distillation_loss(
     fp = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     counted = labels != ignore_index
     num_tokens = counted.sum()
-    scale = _per_token("token_weights", 1.0 if token_weights is None else token_weights, N, hidden.device, fp).expand(N)
-    if reduction == "mean":
-        if num_items is not None and not isinstance(num_items, Tensor) and num_items <= 0:
-            raise ValueError(f"num_items must be positive, got {num_items}")
-        scale = scale / (num_tokens.clamp_min(1) if num_items is None else num_items)
-    elif reduction not in ("sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    scale = _row_scale(token_weights, num_items, reduction, num_tokens, N, fp)
     for name, value in (("chunk_tokens", chunk_tokens), ("max_supervised", max_supervised)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None; got {value}")
     temperature = _per_token("temperature", objective.temperature, N, hidden.device, fp)
     alpha = _per_token("alpha", objective.alpha, N, hidden.device, fp)
     transform = _transform("logit", logit_scale, logit_softcap)
+    if teacher is None:  # the student is compared with itself, so that D is 0
+        teacher_transform = transform
 
     if backend == "reference":
         if labels.device.type == "cpu":
             _check_labels(labels, counted, weight.shape[0])
-        rows = reference.linear_distillation_rows(
-            hidden,
-            weight,
-            bias,
-            [x.detach() for x in tensors],
-            labels,
-            temperature,
-            alpha,
-            teacher_kind=kind,
-            tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
-            divergence=objective.family,
-            teacher_share=objective.teacher_share,
-            temperature_power=objective.temperature_power,
-            ignore_index=ignore_index,
-            student_transform=transform,
-            teacher_transform=teacher_transform,
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = reference.linear_distillation_rows(
+                hidden.to(dtype),
+                weight.to(dtype),
+                bias,
+                [x.detach() for x in tensors],
+                labels,
+                temperature,
+                alpha,
+                teacher_kind=kind,
+                tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
+                divergence=objective.family,
+                teacher_share=objective.teacher_share,
+                temperature_power=objective.temperature_power,
+                ignore_index=ignore_index,
+                student_transform=transform,
+                teacher_transform=teacher_transform,
+            )
         per_row = rows.loss * torch.where(counted, scale, 0.0)
         loss = per_row if reduction == "none" else per_row.sum()
         return _output(loss, torch.stack([value.detach() for value in rows]), num_tokens)
 
     with_grad = torch.is_grad_enabled()
+    # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
+    late = reduction == "mean" and torch.float16 in (dtype, hidden.dtype)
+    if late:
+        scale = _row_scale(token_weights, None, "sum", num_tokens, N, fp)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, stats, *_ = linear_ops.linear_distillation(
             hidden,
@@ -145,11 +149,19 @@ def linear_distillation_loss(
             with_grad and bias is not None and bias.requires_grad,
             backend,
         )
+    if late:
+        loss = loss / (num_tokens.clamp_min(1) if num_items is None else num_items)
     return _output(loss, stats.detach(), num_tokens)
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """A weight that FSDP has sharded, whole; its gradient goes back to the shards, summed over the ranks."""
+    """A weight that FSDP has sharded, whole; its gradient goes back to the shards averaged over the ranks, as FSDP
+    averages every other. Raises ValueError for one that DeepSpeed has sharded, which only DeepSpeed gathers."""
+    if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
+        raise ValueError(
+            "student_weight or student_bias is partitioned by DeepSpeed ZeRO-3: call the loss within the forward of the"
+            " engine's module, or call the loss and backward within deepspeed.zero.GatheredParameters([...])"
+        )
     if type(weight) in (Tensor, torch.nn.Parameter):  # no import of torch.distributed for nothing
         return weight
     from torch.distributed.tensor import DTensor, Partial

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pocl_fast import ops
-from pocl_fast.projection import Head, add_weight_grad_
+from pocl_fast.projection import Head, add_weight_grad_, on_cpu
 
 # Two chunks of logits (student and teacher) at most, on a CPU: beyond 256 rows its products gain nothing
 CPU_BUDGET = 128 << 20
@@ -73,7 +73,7 @@ def linear_distillation(
         logits = workspace.take("student", len(chunk_hidden), V)
         head.logits(chunk_hidden, logits)
         # a GPU multiplies gradients in the inputs' dtype; on a CPU they stay fp32, over the logits they came from
-        apart = hidden.is_cuda and dtype != torch.float32 and any(needs)
+        apart = not on_cpu(hidden) and dtype != torch.float32 and any(needs)
         grad = workspace.take("grad", len(logits), V, dtype) if apart else logits
         chunk_values = tuple(rows.take(value, part) if value.numel() > 1 else value for value in (temperature, alpha))
         chunk_scale = rows.row_scale[part]
@@ -131,7 +131,7 @@ class _Rows:
     def __init__(self, labels: Tensor, row_scale: Tensor, ignore_index: int, max_supervised: int, V: int) -> None:
         counted = labels != ignore_index
         self.index: Tensor | None = None  # None: all, where they lie
-        if not labels.is_cuda:
+        if on_cpu(labels):
             _check_labels(labels, counted, V)
             self.index = counted.nonzero()[:, 0]
             if 0 < max_supervised < len(self.index):
@@ -270,7 +270,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_others: None) -> tuple[Any, .
         grads = ctx.grads
     keep = type(upstream) is Tensor and ops.graph_is_kept()
     out = tuple(
-        _finished(grad, upstream, dtype, keep, ctx.backend) if needed and grad.numel() else None
+        _finished(grad, upstream, dtype, keep, ctx.backend) if needed else None
         for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
     )
     if not ctx.per_token and type(upstream) is Tensor and not keep:
@@ -300,7 +300,7 @@ def _finished(grad: Tensor, upstream: Tensor | None, dtype: torch.dtype, keep: b
 
 
 def _converted(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    if grad.is_cuda or type(upstream) is not Tensor or grad.dtype == dtype:
+    if not on_cpu(grad) or type(upstream) is not Tensor or grad.dtype == dtype:
         return (grad * upstream).to(dtype)
     out = torch.empty_like(grad, dtype=dtype)
     for first in range(0, len(grad), 4096):  # a CPU would hold all of the product in fp32 once more
