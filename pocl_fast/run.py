@@ -20,17 +20,15 @@ import torch
 
 from pocl_fast import evaluation, models
 from pocl_fast.config import RunConfig, Schedule, from_options, recorded_config
-from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum
-from pocl_fast.difficulty import LoadedModel, measure
+from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum, reciprocal_rank_fusion
+from pocl_fast.difficulty import measure, read_difficulty
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.frozen import freeze_linears
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_error
-from pocl_fast.ranking import SignalScores, read_scores
 from pocl_fast.run_directory import WRITES, RunDirectory, required
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, encode_all, read_samples
-from pocl_fast.signals import chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable, cut_layers, num_parameters
 
 if TYPE_CHECKING:
@@ -87,7 +85,6 @@ class Run:
                     max_new_tokens=generation.max_new_tokens,
                     batch_size=generation.generation_batch_size,
                     packed=packed,
-                    teacher=self._resident_teacher() if teacher_columns(self.config.difficulty.signals) else None,
                 )
             facts["samples"] = len(table)
         rouge, loss = 100 * np.mean(table["rouge_l"].to_numpy()), np.mean(table["cross_entropy"].to_numpy())
@@ -97,11 +94,8 @@ class Run:
         if not self.directory.begin("rank", self.config):
             return self.say(f"rank: done before, {self.path / 'curriculum.json'}")
         with self.directory.timed("rank"):
-            known = read_scores(self.path / "difficulty.parquet", chosen_signals(self.config.difficulty.signals))
-            curriculum = make_curriculum(known, self.config.schedule)
+            curriculum = make_curriculum(read_difficulty(self.path / "difficulty.parquet"), self.config)
             curriculum.save(self.path / "curriculum.json")
-        for name, count in known.missing().items():
-            self.say(f"rank: {count} of {len(known.index)} samples have no {name}; they rank last by it")
         stages = ", ".join(f"{s.size} at temperature {s.temperature:g}, alpha {s.alpha:g}" for s in curriculum.stages)
         self.say(f"rank: {len(curriculum.stages)} stages of samples: {stages}")
 
@@ -266,10 +260,6 @@ class Run:
             )
         return self._teacher_model
 
-    def _resident_teacher(self) -> LoadedModel:
-        """The teacher, to be asked about each sample's response."""
-        return LoadedModel(*self._ready(self.teacher_model()))
-
     def _cached_teacher(self) -> Teacher:
         """The teacher with its cache, which owns the model from now on, to free its body once it is cached."""
         from pocl_fast.teacher import Teacher
@@ -330,13 +320,20 @@ class Run:
         write_text(path, "".join(lines))
 
 
-def make_curriculum(known: SignalScores, schedule: Schedule) -> Curriculum:
-    """Stages of the samples, by reciprocal rank fusion of their scores."""
+def make_curriculum(difficulty: Any, config: RunConfig) -> Curriculum:
+    """Stages of the samples in a difficulty table, by reciprocal rank fusion of ROUGE-L and cross-entropy."""
+    schedule = config.schedule
+    index = difficulty["index"].to_numpy()
     if schedule.curriculum == "none":
-        return stages_over(known.index, np.zeros(len(known.index)), schedule)
-    fused = known.fused(schedule.rrf_k)
-    # samples that were left out leave gaps in the index
-    return stages_over(known.index[fused.order], fused.score[fused.order], schedule)
+        return stages_over(index, np.zeros(len(index)), schedule)
+    fused = reciprocal_rank_fusion(
+        [difficulty["rouge_l"].to_numpy(), difficulty["cross_entropy"].to_numpy()],
+        descending=[True, False],
+        k=schedule.rrf_k,
+    )
+    return stages_over(
+        index[fused.order], fused.score[fused.order], schedule
+    )  # skipped samples leave gaps in the index
 
 
 def stages_over(order: np.ndarray, score: np.ndarray, schedule: Schedule) -> Curriculum:
