@@ -134,7 +134,9 @@ class Teacher:
                 return read()
             except MissingSamples as damage:  # of one shard, which the cache has forgotten: every turn has one less
                 if self._model is None:
-                    raise InputError(f"{damage} by the same command, run again: the teacher has left memory") from damage
+                    raise InputError(
+                        f"{damage} by the same command, run again: the teacher has left memory"
+                    ) from damage
 
     def _compute(self, samples: Sequence[EncodedSample]) -> None:
         if self._model is None:
