@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from torch import Tensor, nn
 
 from pocl_fast.linear_loss import linear_distillation_loss
@@ -19,13 +18,6 @@ pytestmark = [
     pytest.mark.usefixtures("seed"),
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"),
 ]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
 
 
 # ---- FSDP2 ----
@@ -127,19 +119,19 @@ def sharded_step(student: Student, batch: Batch, way: str) -> tuple[Tensor, list
         ("outside, the head apart", "DTensor", False),  # FSDP does not take one parameter in two groups
     ],
 )
-def test_a_sharded_students_loss_and_gradients_are_those_of_one_process(two, way, kind, tied):
+def test_a_sharded_students_loss_and_gradients_are_those_of_one_process(two_ranks, way, kind, tied):
     student, batch = Student(tied), Batch(2)
     want, exact = one_process(student, batch)
-    for loss, gradients, seen in two(sharded_step, student, batch, way):
+    for loss, gradients, seen in two_ranks(sharded_step, student, batch, way):
         assert seen == kind
         torch.testing.assert_close(loss, want)
         torch.testing.assert_close(gradients, exact)
 
 
-def test_a_student_sharded_with_mixed_precision_has_gradients_near_those_of_one_process(two):
+def test_a_student_sharded_with_mixed_precision_has_gradients_near_those_of_one_process(two_ranks):
     student, batch = Student(), Batch(2)
     want, exact = one_process(student, batch)
-    for loss, gradients, _ in two(sharded_step, student, batch, "inside, bf16"):
+    for loss, gradients, _ in two_ranks(sharded_step, student, batch, "inside, bf16"):
         torch.testing.assert_close(loss, want, rtol=1e-2, atol=0)
         for gradient, value in zip(gradients, exact, strict=True):
             assert gradient.dtype == torch.float32
@@ -181,10 +173,10 @@ def zero3_step(student: Student, batch: Batch, way: str) -> tuple[Tensor, list[T
 
 
 @pytest.mark.parametrize("way", ["inside", "outside"])
-def test_a_student_sharded_by_deepspeed_has_the_loss_and_gradients_of_one_process(two, way):
+def test_a_student_sharded_by_deepspeed_has_the_loss_and_gradients_of_one_process(two_ranks, way):
     pytest.importorskip("deepspeed")
     student, batch = Student(), Batch(2)
     want, exact = one_process(student, batch)
-    for loss, gradients in two(zero3_step, student, batch, way, seconds=300):  # it compiles, once
+    for loss, gradients in two_ranks(zero3_step, student, batch, way, seconds=300):  # it compiles, once
         torch.testing.assert_close(loss, want)
         torch.testing.assert_close(gradients, exact)
