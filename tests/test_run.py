@@ -31,7 +31,8 @@ def state(folder):
 def test_distill_leaves_every_file_of_its_steps(finished):
     _, output = finished
     table = pq.read_table(output / "difficulty.parquet")
-    assert table.column_names == ["index", "rouge_l", "cross_entropy", "answer"]
+    columns = ["index", "rouge_l", "cross_entropy", "answer_length", "prompt", "reference", "answer"]
+    assert table.column_names == columns
     assert table["index"].to_pylist() == list(range(24))
     curriculum = Curriculum.load(output / "curriculum.json")
     assert sorted(curriculum.order.tolist()) == list(range(24))
