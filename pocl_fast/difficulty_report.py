@@ -21,6 +21,7 @@ from pocl_fast.signals import chosen_signals
 
 COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
 POINTS = 4000  # of a scatter; more hide each other
+SAMPLED = 200_000  # of a correlation: its error is 0.002 by then
 BINS = 40
 
 
@@ -34,10 +35,10 @@ class Ranked:
 
     @cached_property
     def stage_of(self) -> np.ndarray:
-        """The stage that brings each sample in, -1 for samples in none: [samples] int64, in the scores' order."""
+        """The stage that brings each sample in, -1 for samples in none: [samples] int32, in the scores' order."""
         row_of = np.full(int(self.known.index.max(initial=-1)) + 1, -1, dtype=np.int64)
         row_of[self.known.index] = np.arange(len(self.known.index))
-        stages = np.full(len(self.known.index), -1, dtype=np.int64)
+        stages = np.full(len(self.known.index), -1, dtype=np.int32)
         for stage, new in enumerate(self.new_samples()):
             stages[row_of[new]] = stage
         return stages
@@ -47,18 +48,20 @@ class Ranked:
         sizes = [0, *(stage.size for stage in self.curriculum.stages)]
         return [self.curriculum.order[before:size] for before, size in itertools.pairwise(sizes)]
 
+    @cached_property
     def rank_correlation(self) -> float | None:
         """Spearman's, between the first two signals, 1 where they call the same samples easy; None for one signal or
-        equal scores."""
-        if len(self.known.scores) < 2:
+        equal scores. To two decimals; of `SAMPLED` samples, evenly over the table, where there are more."""
+        ranks = [average_ranks(hardness) for hardness in self.hardness(SAMPLED)]
+        if len(ranks) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
             return None
-        ranks = [
-            average_ranks(-scores if one.signal.easy == "high" else scores)
-            for one, scores in zip(self.known.signals[:2], self.known.scores, strict=False)
-        ]
-        if any(np.ptp(rank) == 0 for rank in ranks):
-            return None
-        return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+        return round(float(np.corrcoef(ranks[0], ranks[1])[0, 1]), 2) + 0.0  # not -0.00
+
+    def hardness(self, count: int) -> list[np.ndarray]:
+        """The first two signals' scores, low where samples are easy; of `count` samples."""
+        both = zip(self.known.signals[:2], self.known.scores, strict=False)
+        picked = [(one.signal.easy, sampled(scores, count)) for one, scores in both]
+        return [-scores if easy == "high" else scores for easy, scores in picked]
 
 
 def read_ranked(run: Path) -> Ranked | None:
@@ -74,6 +77,11 @@ def read_ranked(run: Path) -> Ranked | None:
     return Ranked(known, curriculum, config.schedule.rrf_k)
 
 
+def sampled(array: np.ndarray, count: int) -> np.ndarray:
+    """Of more than `count` rows every n-th, about `count`."""
+    return array[:: max(1, len(array) // count)]
+
+
 def average_ranks(scores: np.ndarray) -> np.ndarray:
     """[samples] float64 ranks from 1, low scores first; equal scores share their mean rank, NaN ranks last."""
     _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
@@ -86,7 +94,7 @@ def stage_table(ranked: Ranked) -> str:
     lines = [f"{'stage':<8}{'new samples':>12}" + "".join(f"{name[-26:]:>28}" for name in names)]
     for row in stage_rows(ranked):
         lines.append(f"{row['stage']:<8}{row['new']:>12,}" + "".join(f"{cell:>28}" for cell in row["means"]))
-    correlation = ranked.rank_correlation()
+    correlation = ranked.rank_correlation
     if correlation is not None:
         lines.append(f"rank correlation of {names[0]} and {names[1]}: {correlation:.2f}")
     return "\n".join(lines)
@@ -130,9 +138,9 @@ def difficulty_figure(ranked: Ranked) -> Any:
     from matplotlib.figure import Figure
 
     histograms = list(zip(ranked.known.signals, ranked.known.scores, strict=True))[:3]
-    count = len(histograms) + (len(ranked.known.scores) > 1)
-    figure = Figure(figsize=(4.4 * count, 3.9), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
+    panels = len(histograms) + (len(ranked.known.scores) > 1)
+    figure = Figure(figsize=(4.4 * panels, 3.9), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, (one, scores) in zip(axes, histograms, strict=False):
         _histogram(axis, scores, ranked)
         axis.set(xlabel=one.signal.meaning, ylabel="samples", title=one.signal.name)
@@ -162,28 +170,25 @@ def _histogram(axis: Any, scores: np.ndarray, ranked: Ranked) -> None:
 
 
 def _rank_scatter(axis: Any, ranked: Ranked) -> None:
-    first, second = (
-        ordinal_ranks(scores, one.signal.easy)
-        for one, scores in zip(ranked.known.signals[:2], ranked.known.scores, strict=False)
-    )
-    rows = np.arange(0, len(first), max(1, len(first) // POINTS))
+    N = len(ranked.known.index)
+    first, second = (ordinal_ranks(hardness) for hardness in ranked.hardness(POINTS))
+    stage_of, scale = sampled(ranked.stage_of, POINTS), N / len(first)
     for stage in range(len(ranked.curriculum.stages)):
-        here = rows[ranked.stage_of[rows] == stage]
-        axis.scatter(first[here], second[here], s=6, alpha=0.6, color=_colour(stage), lw=0, rasterized=True)
+        here = stage_of == stage
+        axis.scatter(scale * first[here], scale * second[here], s=6, alpha=0.6, color=_colour(stage), lw=0)
     if len(ranked.known.scores) == 2:
         for cut in ranked.curriculum.stages[:-1]:
             axis.plot(*_cut(ranked, float(ranked.curriculum.score[cut.size - 1])), color="#333", lw=0.9, ls="--")
-    correlation = ranked.rank_correlation()
-    names = [one.signal.name for one in ranked.known.signals[:2]]
+    correlation, names = ranked.rank_correlation, [one.signal.name for one in ranked.known.signals[:2]]
     title = "the two ranks" if correlation is None else f"rank correlation {correlation:.2f}"
     axis.set(xlabel=f"rank by {names[0]}, 1 is easy", ylabel=f"rank by {names[1]}", title=f"{title}; stage cuts dashed")
-    axis.set(xlim=(0, len(first) + 1), ylim=(0, len(first) + 1))
+    axis.set(xlim=(0, N + 1), ylim=(0, N + 1))
 
 
-def ordinal_ranks(scores: np.ndarray, easy: str) -> np.ndarray:
-    """[samples] int64 ranks as the fusion takes them: the easiest has 1, ties go by place."""
+def ordinal_ranks(scores: np.ndarray) -> np.ndarray:
+    """[samples] int64 ranks from 1, low scores first, ties by place, NaN last: as the fusion takes them."""
     rank = np.empty(len(scores), dtype=np.int64)
-    rank[np.argsort(-scores if easy == "high" else scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    rank[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
     return rank
 
 
