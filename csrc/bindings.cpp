@@ -177,14 +177,17 @@ py::tuple rank_fusion(const std::vector<std::variant<Array<float>, Array<double>
             },
             scores[i]);
     }
+    if (n > pocl::kMostSamples) throw std::invalid_argument("rank_fusion: at most 2**32 samples");
     py::array_t<double> score(n);
     py::array_t<std::int64_t> rank(n), order(n);
+    py::array_t<std::uint32_t> scratch(2 * n);  // NumPy's memory: large arrays are in huge pages
     const auto size = static_cast<std::size_t>(n);
     const pocl::Fusion fusion{{score.mutable_data(), size}, {rank.mutable_data(), size}, {order.mutable_data(), size}};
+    const std::span<std::uint32_t> places(scratch.mutable_data(), 2 * size);
     const int team = team_size(threads);
     {
         py::gil_scoped_release release;
-        pocl::fuse(rankings, k, fusion, team);
+        pocl::fuse(rankings, k, fusion, places, team);
     }
     return py::make_tuple(score, rank, order);
 }

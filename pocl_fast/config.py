@@ -29,8 +29,9 @@ class Models:
     teacher_quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes, on CPU and CUDA."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products: "bf16" is autocast on a GPU, and on a CPU oneDNN's bf16 mode, whose results stay fp32.
-    Weights, optimizer and the loss are fp32 either way. "auto": bf16 where the hardware has it."""
+    """Of matrix products: "bf16" is autocast on a GPU; on a CPU it is oneDNN's bf16 mode, whose results stay fp32, and
+    bf16 for the teacher's body. Weights, optimizer and loss are fp32 either way. "auto": bf16 where the hardware has
+    it."""
     device: str = "auto"
     """Where to run: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1"."""
     trust_remote_code: bool = False
@@ -63,6 +64,15 @@ class Generation:
     """Longest answer, in tokens."""
     generation_batch_size: PositiveInt = 64
     """Prompts that are answered at once."""
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What makes a sample hard for the student."""
+
+    signals: str = "rouge_l,cross_entropy"
+    """What samples are ranked by, a fused ranking of all: rouge_l, cross_entropy, answer_length,
+    teacher_cross_entropy, cross_entropy_gap, mean_kl, or package.module:function; NAME=2 weighs double."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,7 @@ class RunConfig:
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)
     generation: Generation = field(default_factory=Generation)
+    difficulty: Difficulty = field(default_factory=Difficulty)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
     cache: Cache = field(default_factory=Cache)

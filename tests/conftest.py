@@ -33,6 +33,24 @@ def seed():
 
 
 @pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    from ranks import Ranks
+
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def three_ranks(tmp_path_factory):
+    from ranks import Ranks
+
+    ranks = Ranks(3, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A distilled tiny run, for tests to read and to copy: its inputs' folder, and its run directory."""
     from tiny_run import make_inputs, options, run

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-START, CALL = 60, 60  # seconds: a machine may be busy
+START, CALL = 120, 120  # seconds: a machine may be busy
 
 
 class Ranks:

@@ -1,7 +1,12 @@
 """Rank fusion against a NumPy twin, and the schedule of stages."""
 
 import json
+import subprocess
+import sys
+import threading
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +96,52 @@ def test_scores_that_differ_in_their_last_bits_fuse_as_in_numpy(n):
             assert_fused_as_in_numpy([scores, scores[::-1]], [high_is_easy, True], threads=threads)
 
 
+def peak_growth(before, then):
+    """Bytes by which the peak memory of a process of its own grew in `then`, after `before`; Python source both."""
+    code = f"""
+from pathlib import Path
+import numpy as np
+from pocl_fast.curriculum import baby_steps, reciprocal_rank_fusion
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+{before}
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+start = peak()
+{then}
+print(peak() - start)
+"""
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+
+
+@on_linux
+def test_a_fusion_takes_32_bytes_a_sample_beyond_its_inputs():
+    n = 8_000_000
+    grown = peak_growth(
+        f"scores = [np.random.default_rng(0).random({n}), np.random.default_rng(1).random({n}, dtype=np.float32)]\n"
+        # threads and libraries are there
+        "reciprocal_rank_fusion([s[:100_000] for s in scores], descending=[True, False])",
+        "fused = reciprocal_rank_fusion(scores, descending=[True, False])",
+    )
+    assert 24 < grown / n < 33.5  # 24 are the results; each array ends within a huge page
+
+
+@on_linux
+def test_saving_a_curriculum_takes_no_memory_a_sample(tmp_path):
+    n = 500_000
+    grown = peak_growth(
+        f"made = baby_steps(np.random.default_rng(0).permutation({n}), np.random.default_rng(1).random({n}))",
+        f"made.save({str(tmp_path / 'curriculum.json')!r})",
+    )
+    assert grown < 5_000_000  # as lists it would be 40,000,000
+    loaded = Curriculum.load(tmp_path / "curriculum.json")
+    np.testing.assert_array_equal(loaded.order, np.random.default_rng(0).permutation(n))
+    np.testing.assert_array_equal(loaded.score, np.random.default_rng(1).random(n))
+
+
 def test_ties_keep_the_earlier_sample_first():
     equal = np.full(5, 0.25)
     fused = reciprocal_rank_fusion([equal, equal], descending=[True, False])
@@ -100,6 +151,19 @@ def test_ties_keep_the_earlier_sample_first():
     fused = reciprocal_rank_fusion([np.array([2.0, 1.0]), np.array([1.0, 2.0])], descending=[True, True])
     assert fused.score[0] == fused.score[1]
     assert fused.order.tolist() == [0, 1]
+
+
+def test_other_python_threads_run_meanwhile():
+    scores = [np.random.default_rng(i).random(3_000_000) for i in range(2)]  # some tenths of a second
+    worker = threading.Thread(
+        target=reciprocal_rank_fusion, args=(scores,), kwargs={"descending": [True, False], "threads": 1}
+    )
+    worker.start()
+    turns = 0
+    while worker.is_alive():
+        turns += 1
+        time.sleep(0.001)
+    assert turns > 20
 
 
 def test_minus_zero_equals_zero():
