@@ -23,8 +23,9 @@ void pack_pairs_transposed(const Matrix& from, std::uint16_t* to);
 /// to = from + bias (or null), [rows, columns] fp32 with columns <= kBlock, from's rows kBlock apart; past the caches where it can be.
 void stream_rows(const float* from, const float* bias, const Matrix& to);
 
-/// Asks for a matrix's rows to be brought near.
-void prefetch(const Matrix& of);
+/// Asks for one of so many pieces of a matrix, by its rows, to be brought into the second-level cache. Factors come from memory row by
+/// row in short runs, which no processor foresees: the pieces of the next block are asked for while this one is multiplied.
+void prefetch(const Matrix& of, std::int64_t piece, std::int64_t pieces);
 
 constexpr std::int64_t padded(std::int64_t count, std::int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 

@@ -132,9 +132,9 @@ void stream_rows(const float* from, const float* bias, const Matrix& to) {
     _mm_sfence();  // such stores are not ordered with the ones by which a thread says that it is done
 }
 
-void prefetch(const Matrix& of) {
+void prefetch(const Matrix& of, Int piece, Int pieces) {
     const Int bytes = of.dtype == DType::float32 ? 4 : 2;
-    for (Int row = 0; row < of.rows; ++row) {
+    for (Int row = of.rows * piece / pieces; row < of.rows * (piece + 1) / pieces; ++row) {
         const char* const begin = static_cast<const char*>(of.data) + row * of.row_stride * bytes;
         for (Int at = 0; at < of.columns * bytes; at += 64) _mm_prefetch(begin + at, _MM_HINT_T1);
     }

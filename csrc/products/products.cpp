@@ -25,9 +25,9 @@ using Half = std::uint16_t;  // the bits of a bf16 number
 
 constexpr Int kRows = 32;       // of A at a time: few shapes for which a micro-kernel is made, whatever the number of tokens
 constexpr Int kInner = 1024;    // of K at a time, in logits: a block of B within 128 KB
-constexpr Int kPanel = 256;     // of V at a time, in hidden gradients: a panel of kWide columns of the weight within 384 KB
+constexpr Int kPanel = 128;     // of V at a time, in hidden gradients: a panel of kWide columns of the weight within 192 KB
 constexpr Int kWide = 768;
-constexpr Int kTall = 256;      // of V at a time, in weight gradients: what is read of a row of grad lies together
+constexpr Int kTall = 128;      // of V at a time, in weight gradients
 
 /// Memory that a thread keeps for its next product.
 template <class T>
@@ -57,13 +57,14 @@ thread_local Scratch<float> tile;
 Matrix part(const Matrix& of, Int row, Int rows, Int column, Int columns) {
     const Int bytes = of.dtype == DType::float32 ? 4 : 2;
     char* const data = static_cast<char*>(of.data) + (row * of.row_stride + column) * bytes;
-    return {data, of.dtype, std::min(rows, of.rows - row), std::min(columns, of.columns - column), of.row_stride};
+    return {data, of.dtype, std::clamp<Int>(of.rows - row, 0, rows), std::clamp<Int>(of.columns - column, 0, columns), of.row_stride};
 }
 
 float* at(const Matrix& of, Int row, Int column) { return static_cast<float*>(of.data) + row * of.row_stride + column; }
 
-/// parallel_for with a body that may throw; the first exception comes out.
-void each(Int count, Int grain, int threads, const std::function<void(Int)>& body) {
+/// parallel_for with a body that may throw; the first exception comes out. Neighbours go to one thread, which prefetches the next.
+void each(Int count, int threads, const std::function<void(Int)>& body) {
+    const Int grain = std::clamp<Int>(count / (8 * std::max(threads, 1)), 1, 16);
     std::exception_ptr error;
     std::mutex mutex;
     parallel_for(count, grain, threads, [&](Int begin, Int end) {
@@ -89,13 +90,15 @@ void logits_product(const Matrix& hidden, const Matrix& weight, const float* bia
     const Int n = hidden.rows, V = weight.rows, H = hidden.columns, ld_a = padded(H, kMultiple);
     Half* const A = shared.take(n * ld_a);
     pack_rows(hidden, A);
-    each((V + kBlock - 1) / kBlock, 4, threads, [&](Int block) {
+    each((V + kBlock - 1) / kBlock, threads, [&](Int block) {
         const Int v = block * kBlock, columns = std::min(kBlock, V - v);
         Half* const B = right.take(ld_a * kBlock);
         float* const C = tile.take(kRows * kBlock);
+        const Matrix next = part(weight, v + kBlock, kBlock, 0, H);
         for (Int k = 0; k < H; k += kInner) pack_pairs_transposed(part(weight, v, kBlock, k, kInner), B + k * kBlock);
         for (Int row = 0; row < n; row += kRows) {
             const Int rows = std::min(kRows, n - row);
+            prefetch(next, row / kRows, (n + kRows - 1) / kRows);
             for (Int k = 0; k < H; k += kInner)
                 multiply(rows, columns, std::min(kInner, ld_a - k), A + row * ld_a + k, ld_a, B + k * kBlock, C, kBlock, k > 0);
             stream_rows(C, bias == nullptr ? nullptr : bias + v, part(out, row, rows, v, columns));
@@ -108,19 +111,25 @@ void hidden_grad_product(const Matrix& grad, const Matrix& weight, const Matrix&
     // each part of the rows packs the weight, each part of the columns the gradient
     const Int row_parts = std::min<Int>(threads, (n + kRows - 1) / kRows), column_parts = (H + kWide - 1) / kWide;
     const Int tall = padded((n + row_parts - 1) / row_parts, kRows), wide = padded((H + column_parts - 1) / column_parts, kBlock);
-    each(row_parts * column_parts, 1, threads, [&](Int task) {
+    each(row_parts * column_parts, threads, [&](Int task) {
         const Int row = task % row_parts * tall, column = task / row_parts * wide;
         const Matrix C = part(out, row, tall, column, wide);
         if (C.rows <= 0 || C.columns <= 0) return;
+        const Int pieces = (C.rows + kRows - 1) / kRows * ((C.columns + kBlock - 1) / kBlock);
         Half* const A = left.take(tall * kPanel);
         Half* const B = right.take(kPanel * wide);
         for (Int v = 0; v < V; v += kPanel) {
             const Int K = padded(std::min(kPanel, V - v), kMultiple);
             pack_rows(part(grad, row, tall, v, kPanel), A);
             pack_pairs(part(weight, v, kPanel, column, wide), B);
-            for (Int h = 0; h < C.columns; h += kBlock)
-                for (Int i = 0; i < C.rows; i += kRows)
+            const Matrix next_grad = part(grad, row, tall, v + kPanel, kPanel), next_weight = part(weight, v + kPanel, kPanel, column, wide);
+            for (Int h = 0, piece = 0; h < C.columns; h += kBlock) {
+                for (Int i = 0; i < C.rows; i += kRows, ++piece) {
+                    prefetch(next_grad, piece, pieces);
+                    prefetch(next_weight, piece, pieces);
                     multiply(std::min(kRows, C.rows - i), std::min(kBlock, C.columns - h), K, A + i * K, K, B + h * K, at(C, i, h), C.row_stride, v > 0);
+                }
+            }
         }
     });
 }
@@ -129,14 +138,17 @@ void weight_grad_product(const Matrix& grad, const Matrix& hidden, const Matrix&
     const Int n = grad.rows, V = grad.columns, H = hidden.columns, K = padded(n, kMultiple);
     Half* const B = shared.take(K * padded(H, kBlock));
     pack_pairs(hidden, B);
-    each((V + kTall - 1) / kTall, 1, threads, [&](Int block) {
+    each((V + kTall - 1) / kTall, threads, [&](Int block) {
         const Int v = block * kTall;
         Half* const A = left.take(kTall * K);
         pack_columns(part(grad, 0, n, v, kTall), A);
-        for (Int i = 0; i < kTall && v + i < V; i += kBlock) {
-            for (Int h = 0; h < H; h += kBlock) {
+        const Matrix next = part(grad, 0, n, v + kTall, kTall);
+        const Int pieces = kTall / kBlock * ((H + kBlock - 1) / kBlock);
+        for (Int i = 0, piece = 0; i < kTall && v + i < V; i += kBlock) {
+            for (Int h = 0; h < H; h += kBlock, ++piece) {
                 const Matrix C = part(total, v + i, kBlock, h, kBlock);
-                if (h + kBlock < H) prefetch(part(total, v + i, kBlock, h + kBlock, kBlock));
+                prefetch(next, piece, pieces);
+                prefetch(part(total, v + i, kBlock, h + kBlock, kBlock), 0, 1);
                 multiply(C.rows, C.columns, K, A + i * K, K, B + h * K, at(C, 0, 0), C.row_stride, add);
             }
         }
