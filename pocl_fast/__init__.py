@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from pocl_fast.objectives import Objective
     from pocl_fast.rouge import RougeL, rouge_l
     from pocl_fast.samples import SampleEncoder, read_samples
-    from pocl_fast.teacher import Teacher, TeacherCache
+    from pocl_fast.teacher import Teacher
+    from pocl_fast.teacher_cache import TeacherCache
+    from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
     from pocl_fast.teachers import DenseTeacher, LinearTeacher, TopKTeacher
     from pocl_fast.trainer import DevSet, PoclTrainer
+    from pocl_fast.vocabulary_parallel import VocabularyShards
 
 __version__ = "0.1.0"
 
@@ -34,6 +37,7 @@ __all__ = [
     "DenseTeacher",
     "DevSet",
     "DistillationLoss",
+    "HiddenEntries",
     "InputError",
     "LinearTeacher",
     "LossOutput",
@@ -45,7 +49,10 @@ __all__ = [
     "Stage",
     "Teacher",
     "TeacherCache",
+    "TopK",
+    "TopKEntries",
     "TopKTeacher",
+    "VocabularyShards",
     "baby_steps",
     "distillation_loss",
     "linear_distillation_loss",
@@ -64,9 +71,12 @@ _MODULES = {
     "objectives": ("Objective",),
     "rouge": ("RougeL", "rouge_l"),
     "samples": ("SampleEncoder", "read_samples"),
-    "teacher": ("Teacher", "TeacherCache"),
+    "teacher": ("Teacher",),
+    "teacher_cache": ("TeacherCache",),
+    "teacher_shards": ("HiddenEntries", "TopK", "TopKEntries"),
     "teachers": ("DenseTeacher", "LinearTeacher", "TopKTeacher"),
     "trainer": ("DevSet", "PoclTrainer"),
+    "vocabulary_parallel": ("VocabularyShards",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

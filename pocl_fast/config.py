@@ -29,8 +29,9 @@ class Models:
     teacher_quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes, on CPU and CUDA."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products: "bf16" is autocast on a GPU, and on a CPU oneDNN's bf16 mode, whose results stay fp32.
-    Weights, optimizer and the loss are fp32 either way. "auto": bf16 where the hardware has it."""
+    """Of matrix products: "bf16" is autocast on a GPU; on a CPU it is oneDNN's bf16 mode, whose results stay fp32, and
+    bf16 for the teacher's body. Weights, optimizer and loss are fp32 either way. "auto": bf16 where the hardware has
+    it."""
     device: str = "auto"
     """Where to run: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1"."""
     trust_remote_code: bool = False
@@ -105,12 +106,22 @@ class Training:
     """AdamW's, on all weights but biases and norms."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient is clipped to this norm."""
-    cache_dtype: Literal["bf16", "fp32"] = "bf16"
-    """How the teacher's hidden states are kept on disk."""
     save_minutes: PositiveFloat = 10.0
     """A checkpoint is written at least this often, besides those at each epoch's end."""
     seed: Seed = 42
     """Of the order of samples."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What is kept on disk of the teacher, so that it runs once a sample."""
+
+    cache_mode: Literal["hidden", "topk"] = "hidden"
+    """"hidden": the last hidden states, which give the whole distribution; "topk": the most likely tokens alone."""
+    cache_dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    """How hidden states are kept; int8 has a scale for each token. What that loses is measured and printed."""
+    cache_top_k: PositiveInt = 64
+    """How many tokens "topk" keeps, at 8 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,7 @@ class RunConfig:
     generation: Generation = field(default_factory=Generation)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
+    cache: Cache = field(default_factory=Cache)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def flat(self) -> dict[str, Any]:

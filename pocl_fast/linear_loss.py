@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +17,14 @@ from pocl_fast.losses import (
     _choose_backend,
     _output,
     _per_token,
+    _row_scale,
     _transform,
 )
 from pocl_fast.objectives import Objective
 from pocl_fast.teachers import DenseTeacher, LinearTeacher, TeacherOutput, TopKTeacher
+
+if TYPE_CHECKING:
+    from pocl_fast.vocabulary_parallel import VocabularyShards
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
 
@@ -41,6 +45,7 @@ def linear_distillation_loss(
     logit_softcap: float | None = None,
     chunk_tokens: int | None = None,
     max_supervised: int | None = None,
+    vocabulary_shards: VocabularyShards | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
     """`distillation_loss` of logits that never are in memory: only supervised tokens meet the lm_heads, a chunk at a
@@ -49,8 +54,10 @@ def linear_distillation_loss(
     Args:
         student_hidden: [N, H] or [B, T, H], after the final norm; fp32, bf16 or fp16 (float64 by the reference alone).
         student_weight: [V, H], the lm_head's, of the hidden states' dtype but under autocast; or a function that gives
-            it (an lm_head with LoRA: `lambda: W + scale * B @ A`), differentiated through. A DTensor is gathered, its
-            gradient reduced, by torch. What does not require a gradient skips its part of the work.
+            it (an lm_head with LoRA: `lambda: W + scale * B @ A`), differentiated through. A DTensor, as FSDP makes,
+            is gathered and its gradient averaged over the ranks; DeepSpeed ZeRO-3 gathers its own within the forward
+            of the engine's module, or in `deepspeed.zero.GatheredParameters` around loss and backward. What does not
+            require a gradient skips its part of the work.
         teacher: `DenseTeacher`, `LinearTeacher` or `TopKTeacher`, of the same tokens; never differentiated. None for
             cross-entropy alone, with an objective whose alpha is 1.
         labels, objective, token_weights, num_items, ignore_index, logit_scale, logit_softcap: as in
@@ -59,6 +66,12 @@ def linear_distillation_loss(
         chunk_tokens: tokens whose logits are in memory at a time; None chooses by the memory that is free.
         max_supervised: on a GPU, the most tokens that are supervised: so many rows are multiplied. Counting them there
             would stop the GPU, so None multiplies all N. A batch that holds more has a NaN loss. A CPU counts.
+        vocabulary_shards: the ranks over which the lm_heads are cut along the vocabulary, as tensor parallelism cuts
+            them. Weights, biases and a `DenseTeacher`'s logits are this rank's parts, a DTensor's local ones; hidden
+            states, labels (ids of the whole vocabulary) and all else are the same on every rank, and so are the
+            results and the hidden states' gradient. The weight's and bias's are this rank's own. Every rank calls, and
+            of a loss a token every rank calls backward. Its logits go through torch, not a kernel: thirteen matrices of
+            a chunk's part are in memory.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, the reference for float64.
 
     The logits reach the softmax in fp32, unrounded, and the weight's gradient is summed in fp32. Nothing synchronises
@@ -67,58 +80,62 @@ def linear_distillation_loss(
     Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for a label outside the vocabulary.
     (arXiv 2506.05695, equation 4.)
     """
-    weight = gathered(student_weight() if callable(student_weight) else student_weight)
-    bias = None if student_bias is None else gathered(student_bias)
+    whole = gathered if vocabulary_shards is None else local
+    weight = whole(student_weight() if callable(student_weight) else student_weight)
+    bias = None if student_bias is None else whole(student_bias)
     dtype = _product_dtype("student_hidden", student_hidden, "student_weight", weight)
     _check_head("student", student_hidden, weight, bias)
     tokens = student_hidden.shape[:-1]
     _check_tokens(tokens, labels, student_hidden.device)
     kind, tensors, teacher_transform = _unpacked(teacher, tokens, student_hidden.device, objective)
+    if vocabulary_shards is not None:
+        _check_shards(vocabulary_shards, backend, weight, teacher)
     backend = _choose_backend(backend, student_hidden, tensors[0] if tensors else student_hidden)
     hidden, labels = student_hidden.reshape(-1, student_hidden.shape[-1]), labels.reshape(-1)
     N = labels.numel()
     fp = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     counted = labels != ignore_index
     num_tokens = counted.sum()
-    scale = _per_token("token_weights", 1.0 if token_weights is None else token_weights, N, hidden.device, fp).expand(N)
-    if reduction == "mean":
-        if num_items is not None and not isinstance(num_items, Tensor) and num_items <= 0:
-            raise ValueError(f"num_items must be positive, got {num_items}")
-        scale = scale / (num_tokens.clamp_min(1) if num_items is None else num_items)
-    elif reduction not in ("sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    scale = _row_scale(token_weights, num_items, reduction, num_tokens, N, fp)
     for name, value in (("chunk_tokens", chunk_tokens), ("max_supervised", max_supervised)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None; got {value}")
     temperature = _per_token("temperature", objective.temperature, N, hidden.device, fp)
     alpha = _per_token("alpha", objective.alpha, N, hidden.device, fp)
     transform = _transform("logit", logit_scale, logit_softcap)
+    if teacher is None:  # the student is compared with itself, so that D is 0
+        teacher_transform = transform
 
     if backend == "reference":
         if labels.device.type == "cpu":
             _check_labels(labels, counted, weight.shape[0])
-        rows = reference.linear_distillation_rows(
-            hidden,
-            weight,
-            bias,
-            [x.detach() for x in tensors],
-            labels,
-            temperature,
-            alpha,
-            teacher_kind=kind,
-            tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
-            divergence=objective.family,
-            teacher_share=objective.teacher_share,
-            temperature_power=objective.temperature_power,
-            ignore_index=ignore_index,
-            student_transform=transform,
-            teacher_transform=teacher_transform,
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = reference.linear_distillation_rows(
+                hidden.to(dtype),
+                weight.to(dtype),
+                bias,
+                [x.detach() for x in tensors],
+                labels,
+                temperature,
+                alpha,
+                teacher_kind=kind,
+                tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
+                divergence=objective.family,
+                teacher_share=objective.teacher_share,
+                temperature_power=objective.temperature_power,
+                ignore_index=ignore_index,
+                student_transform=transform,
+                teacher_transform=teacher_transform,
+            )
         per_row = rows.loss * torch.where(counted, scale, 0.0)
         loss = per_row if reduction == "none" else per_row.sum()
         return _output(loss, torch.stack([value.detach() for value in rows]), num_tokens)
 
     with_grad = torch.is_grad_enabled()
+    # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
+    late = reduction == "mean" and torch.float16 in (dtype, hidden.dtype)
+    if late:
+        scale = _row_scale(token_weights, None, "sum", num_tokens, N, fp)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, stats, *_ = linear_ops.linear_distillation(
             hidden,
@@ -144,12 +161,22 @@ def linear_distillation_loss(
             with_grad and weight.requires_grad,
             with_grad and bias is not None and bias.requires_grad,
             backend,
+            "" if vocabulary_shards is None else vocabulary_shards.group.group_name,
+            [weight.shape[0]] if vocabulary_shards is None else list(vocabulary_shards.student),
         )
+    if late:
+        loss = loss / (num_tokens.clamp_min(1) if num_items is None else num_items)
     return _output(loss, stats.detach(), num_tokens)
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """A weight that FSDP has sharded, whole; its gradient goes back to the shards, summed over the ranks."""
+    """A weight that FSDP has sharded, whole; its gradient goes back to the shards averaged over the ranks, as FSDP
+    averages every other. Raises ValueError for one that DeepSpeed has sharded, which only DeepSpeed gathers."""
+    if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
+        raise ValueError(
+            "student_weight or student_bias is partitioned by DeepSpeed ZeRO-3: call the loss within the forward of the"
+            " engine's module, or call the loss and backward within deepspeed.zero.GatheredParameters([...])"
+        )
     if type(weight) in (Tensor, torch.nn.Parameter):  # no import of torch.distributed for nothing
         return weight
     from torch.distributed.tensor import DTensor, Partial
@@ -157,6 +184,11 @@ def gathered(weight: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         return weight
     return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a weight that tensor parallelism has cut; its gradient stays with the part."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _product_dtype(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> torch.dtype:
@@ -186,6 +218,20 @@ def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
     for name, x in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{side}_hidden is on {hidden.device} and {name} on {x.device}; move them to one")
+
+
+def _check_shards(shards: VocabularyShards, backend: Backend, weight: Tensor, teacher: TeacherOutput | None) -> None:
+    if isinstance(teacher, TopKTeacher):
+        raise ValueError("vocabulary_shards takes a DenseTeacher or a LinearTeacher, got a TopKTeacher")
+    if backend != "auto" or weight.dtype == torch.float64:
+        raise ValueError(
+            'vocabulary_shards needs backend "auto" and fp32, bf16 or fp16 tensors;'
+            f" got backend {backend!r} and {weight.dtype}"
+        )
+    entries = None
+    if teacher is not None:
+        entries = teacher.logits.shape[-1] if isinstance(teacher, DenseTeacher) else len(teacher.weight)
+    shards.check(len(weight), entries)
 
 
 def _check_tokens(tokens: torch.Size, labels: Tensor, device: torch.device) -> None:

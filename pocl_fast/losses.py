@@ -251,7 +251,7 @@ def _check_overwritable(logits: Tensor, rows: Tensor, teacher: Tensor, backend: 
     if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
         raise ValueError(f"inplace=True needs rows of their own, got student_logits of strides {logits.stride()}")
     # a compiler copies what is read under two names
-    if not torch.compiler.is_compiling() and rows.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+    if not torch.compiler.is_compiling() and rows.untyped_storage()._cdata == teacher.untyped_storage()._cdata:
         raise ValueError("inplace=True would write over teacher_logits, which share their memory with student_logits")
 
 

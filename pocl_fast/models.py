@@ -6,9 +6,11 @@ wheel). Does not know teachers from students.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,11 +150,15 @@ def source_fingerprint(source: str) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters: equal exactly where the weights are."""
+    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of what else its state holds (the
+    scales of a quantised one): equal exactly where the weights are."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())  # a tied one once
+    untied = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {name: value for name, value in model.state_dict().items() if name not in untied}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -237,6 +243,15 @@ class Precision:
         on_gpu = self.device.type == "cuda"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.name == "bf16")
 
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """In what a CPU multiplies the layers of a model that only reads (see `freeze_linears`): bf16 where that was
+        chosen and is in the hardware."""
+        fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if self.name == "bf16" and fast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.bfloat16
+        return torch.float32
+
 
 def choose_precision(precision: str, device: torch.device) -> Precision:
     """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process.
@@ -257,3 +272,21 @@ def choose_precision(precision: str, device: torch.device) -> Precision:
         else:
             torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
     return Precision("bf16" if precision == "bf16" else "fp32", device)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 products of plain tensors are exact within it, whatever `choose_precision` set for the process.
+
+    For attention on a CPU: its products are so small that oneDNN's start-up is most of their time, up to ten times what
+    MKL takes for them.
+    """
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        yield
+        return
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before

@@ -179,7 +179,8 @@ def train_stages(
     subsets = [[by_index[int(i)] for i in curriculum.subset(stage.index)] for stage in curriculum.stages]
     steps = [_steps(len(subset), options) * options.epochs_per_stage for subset in subsets]
     log = MetricsLog(folder / "metrics.jsonl")
-    with progress_bar(sum(steps), "train", "steps") as bar, _Signals() as signals:
+    teacher.cache.reserve(encoded)
+    with teacher.cache, progress_bar(sum(steps), "train", "steps") as bar, _Signals() as signals:
         for stage, subset in zip(curriculum.stages, subsets, strict=True):
             checkpoints = folder / "checkpoints" / f"stage-{stage.index}"
             best = checkpoints / "best"
@@ -213,11 +214,9 @@ def train_stages(
                 ],
             )
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            teacher.cache.flush()
             if signals.received:
                 raise Interrupted(signals.received)
             _finish_stage(student, checkpoints, best)
-    teacher.cache.flush()
 
 
 def _collate(samples: list[EncodedSample]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from loss_batch import FUSED, N, V, some_step
 from memory import peak_of
 from torch.utils.checkpoint import checkpoint
 
@@ -9,22 +10,7 @@ from pocl_fast import ops
 from pocl_fast.losses import DistillationLoss, distillation_loss
 from pocl_fast.objectives import DIVERGENCES, Objective
 
-N, V, H = 6, 83, 5
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(torch.seed() % 2**31)
-    print(f"seed {torch.initial_seed()}")
-
-
-def some_batch(dtype=torch.float32):
-    """Hidden states and a head, both leaves; teacher logits; labels, one of them ignored."""
-    hidden = torch.randn(N, H).to(dtype).requires_grad_(True)
-    head = torch.randn(V, H).to(dtype).requires_grad_(True)
-    labels = torch.randint(0, V, (N,))
-    labels[1] = -100
-    return hidden, head, torch.randn(N, V).to(dtype) * 3, labels
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def step(hidden, head, teacher, labels, *, inplace, objective=None, factor=1.0, **options):
@@ -43,13 +29,11 @@ def assert_same(got, want):
 # ---- the same numbers ----
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_losses_and_gradients_have_the_same_bits(backend, divergence, dtype):
-    if backend == "triton":
-        pytest.importorskip("triton")
-    batch = some_batch(dtype)
+    batch = some_step(dtype)
     objective = Objective(divergence, temperature=1.3, alpha=0.3)
     results = [step(*batch, inplace=inplace, objective=objective, backend=backend) for inplace in (False, True)]
     assert_same(*results)
@@ -66,13 +50,13 @@ def test_losses_and_gradients_have_the_same_bits(backend, divergence, dtype):
     ],
 )
 def test_so_they_have_whatever_the_options(options):
-    batch = some_batch()
+    batch = some_step()
     assert_same(*(step(*batch, inplace=inplace, **options) for inplace in (False, True)))
 
 
 @pytest.mark.parametrize("V_t", [V - 20, V + 20])
 def test_so_they_have_with_another_vocabulary(V_t):
-    hidden, head, _, labels = some_batch()
+    hidden, head, _, labels = some_step()
     teacher = torch.randn(N, V_t)
     assert_same(*(step(hidden, head, teacher, labels, inplace=inplace) for inplace in (False, True)))
 
@@ -80,7 +64,7 @@ def test_so_they_have_with_another_vocabulary(V_t):
 # whole sequences are seen as rows where they lie; without their last token they are copied first
 @pytest.mark.parametrize("shorter", [0, 1])
 def test_so_they_have_in_sequences(shorter):
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     tokens = slice(0, 3 - shorter)
     results = []
     for inplace in (False, True):
@@ -93,7 +77,7 @@ def test_so_they_have_in_sequences(shorter):
 
 
 def test_a_retained_graph_gives_its_gradient_again():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     _, want, _ = step(hidden, head, teacher, labels, inplace=False)
     loss = distillation_loss(hidden @ head.T, teacher, labels, Objective(alpha=0.3), inplace=True).loss
     for factor, keep in ((1.0, True), (3.0, True), (2.0, False)):
@@ -105,7 +89,7 @@ def test_a_retained_graph_gives_its_gradient_again():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_it_may_be_inside_a_checkpoint(use_reentrant):
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     _, want, _ = step(hidden, head, teacher, labels, inplace=False)
     hidden.grad = None
 
@@ -137,7 +121,7 @@ def test_there_is_no_second_matrix_of_logits(compiled):
 
 
 def test_the_logits_hold_their_gradient():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     logits = hidden @ head.T
     logits.retain_grad()
     values = logits.detach().clone()
@@ -147,7 +131,7 @@ def test_the_logits_hold_their_gradient():
 
 
 def test_without_need_of_a_gradient_nothing_is_written():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     with torch.no_grad():
         logits = hidden @ head.T
         values = logits.clone()
@@ -160,7 +144,7 @@ def test_without_need_of_a_gradient_nothing_is_written():
 
 
 def test_what_needed_the_logits_before_cannot_be_differentiated_any_more():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     logits = hidden @ head.T
     penalty = logits.logsumexp(-1).square().mean()
     loss = distillation_loss(logits, teacher, labels, Objective(), inplace=True).loss
@@ -169,7 +153,7 @@ def test_what_needed_the_logits_before_cannot_be_differentiated_any_more():
 
 
 def test_a_later_change_of_the_logits_is_an_error_in_backward():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     logits = hidden @ head.T
     loss = distillation_loss(logits, teacher, labels, Objective(), inplace=True).loss
     logits.detach().zero_()
@@ -178,7 +162,7 @@ def test_a_later_change_of_the_logits_is_an_error_in_backward():
 
 
 def test_a_second_loss_in_the_same_place_is_an_error_in_backward():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     logits = hidden @ head.T
     losses = [distillation_loss(logits, teacher, labels, Objective(), inplace=True).loss for _ in range(2)]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -186,7 +170,7 @@ def test_a_second_loss_in_the_same_place_is_an_error_in_backward():
 
 
 def test_a_second_differentiation_says_that_there_is_none():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     loss = distillation_loss(hidden @ head.T, teacher, labels, Objective(), inplace=True).loss
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(loss, hidden, create_graph=True)
@@ -204,7 +188,7 @@ def test_a_leaf_and_its_views_are_not_written_over(view):
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(N, V)])
 def test_a_compiled_step_does_not_write_over_them_either(view):
     """Some of them torch itself refuses, with words of its own."""
-    _, _, teacher, labels = some_batch()
+    _, _, teacher, labels = some_step()
     compiled = torch.compile(lambda x: distillation_loss(x, teacher, labels, Objective(), inplace=True).loss)
     logits = view(torch.randn(N, V, requires_grad=True))
     values = logits.detach().clone()
@@ -215,20 +199,20 @@ def test_a_compiled_step_does_not_write_over_them_either(view):
 
 @pytest.mark.parametrize("options", [{"backend": "reference"}, {"dtype": torch.float64}])
 def test_the_reference_does_not_take_it(options):
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     logits = (hidden @ head.T).to(options.pop("dtype", torch.float32))
     with pytest.raises(ValueError, match="needs a fused backend"):
         distillation_loss(logits, teacher, labels, Objective(), inplace=True, **options)
 
 
 def test_rows_that_share_memory_are_not_written_over():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     with pytest.raises(ValueError, match="rows of their own"):
         distillation_loss((hidden @ head.T)[:1].expand(N, V), teacher, labels, Objective(), inplace=True)
 
 
 def test_a_teacher_in_the_same_memory_is_not_written_over():
-    hidden, head, _, labels = some_batch()
+    hidden, head, _, labels = some_step()
     logits = hidden @ head.T
     with pytest.raises(ValueError, match="share their memory"):
         distillation_loss(logits, logits.detach(), labels, Objective(), inplace=True)
@@ -239,7 +223,7 @@ def test_a_teacher_in_the_same_memory_is_not_written_over():
 
 @pytest.mark.parametrize("factor", [1.0, 2.5])
 def test_it_compiles_without_a_break(factor):
-    batch = some_batch()
+    batch = some_step()
     want = step(*batch, inplace=False, factor=factor)
     hidden, head, teacher, labels = batch
     hidden.grad = head.grad = None
@@ -253,7 +237,7 @@ def test_it_compiles_without_a_break(factor):
 
 
 def test_logits_that_a_compiled_loss_is_given_are_written_over():
-    hidden, head, teacher, labels = some_batch()
+    hidden, head, teacher, labels = some_step()
     _, want, _ = step(hidden, head, teacher, labels, inplace=False)
     hidden.grad = None
     compiled = torch.compile(
@@ -268,7 +252,7 @@ def test_logits_that_a_compiled_loss_is_given_are_written_over():
 
 
 def test_the_operators_are_registered_as_torch_wants_them():
-    _, _, teacher, labels = some_batch()
+    _, _, teacher, labels = some_step()
     one = torch.ones(1)
     settings = ("jsd", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0], "cpp")
     arguments = (torch.randn(N, V), teacher, labels, one, 0.3 * one, torch.rand(N), *settings)
