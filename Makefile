@@ -18,10 +18,10 @@ demo: $(VENV)/.core
 	$(BIN)/pocl-fast demo --output $(DEMO_OUTPUT)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 test-gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/pytest -m gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

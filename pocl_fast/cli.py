@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pocl_fast.config import (
     Cache,
     Data,
+    Difficulty,
     Evaluation,
     Generation,
     Models,
@@ -52,6 +53,7 @@ class Distill(Step):
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)
     generation: Generation = field(default_factory=Generation)
+    difficulty: Difficulty = field(default_factory=Difficulty)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
     cache: Cache = field(default_factory=Cache)
@@ -65,12 +67,14 @@ class Measure(Step):
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)
     generation: Generation = field(default_factory=Generation)
+    difficulty: Difficulty = field(default_factory=Difficulty)
 
 
 @dataclass(frozen=True)
 class Rank(Step):
     """Rank the samples easy to hard and cut them into stages: difficulty.parquet -> curriculum.json."""
 
+    difficulty: Difficulty = field(default_factory=Difficulty)
     schedule: Schedule = field(default_factory=Schedule)
 
 

@@ -67,6 +67,15 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Difficulty:
+    """What makes a sample hard for the student."""
+
+    signals: str = "rouge_l,cross_entropy"
+    """What samples are ranked by, a fused ranking of all: rouge_l, cross_entropy, answer_length,
+    teacher_cross_entropy, cross_entropy_gap, mean_kl, or package.module:function; NAME=2 weighs double."""
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The curriculum: which samples when, at what temperature and loss weight (arXiv 2506.05695)."""
 
@@ -139,6 +148,7 @@ class RunConfig:
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)
     generation: Generation = field(default_factory=Generation)
+    difficulty: Difficulty = field(default_factory=Difficulty)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
     cache: Cache = field(default_factory=Cache)

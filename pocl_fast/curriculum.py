@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 import pocl_fast._C as _C
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_text
+
+WRITTEN_AT_ONCE = 1 << 13  # samples
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,19 @@ class Curriculum:
         return self.order[: self.stages[stage].size]
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, under a temporary name first: a crash leaves the old file or the new one, never half of one."""
-        record = {
-            "stages": [asdict(s) for s in self.stages],
-            "order": self.order.tolist(),
-            "score": self.score.tolist(),
-        }
-        write_text(Path(path), json.dumps(record))
+        """Writes JSON, under a temporary name first: a crash leaves the old file or the new one, never half of one.
+        Beyond the curriculum itself, memory is that of a few thousand samples."""
+        write_text(Path(path), self._json())
+
+    def _json(self) -> Iterator[str]:
+        yield '{"stages": ' + json.dumps([asdict(s) for s in self.stages])
+        for name, array in (("order", self.order), ("score", self.score)):
+            yield f', "{name}": ['
+            for start in range(0, len(array), WRITTEN_AT_ONCE):
+                piece = array[start : start + WRITTEN_AT_ONCE].tolist()  # their Python objects take 10 times the array
+                yield (", " if start else "") + json.dumps(piece)[1:-1]
+            yield "]"
+        yield "}"
 
     @classmethod
     def load(cls, path: str | Path) -> Curriculum:
@@ -180,10 +188,16 @@ def _spread(name: str, given: Sequence[float], stages: int) -> list[float]:
     return [first, *between, last][:stages]
 
 
+def _repeats(order: np.ndarray) -> bool:
+    """Whether a number is there twice; np.unique's table of 10 million takes half a gigabyte."""
+    ascending = np.sort(order)
+    return bool((ascending[1:] == ascending[:-1]).any())
+
+
 def _checked(curriculum: Curriculum) -> Curriculum:
     """The curriculum, its order in int64. Raises ValueError where its parts do not fit or a setting is out of range."""
     order, score, stages = curriculum.order, curriculum.score, curriculum.stages
-    if order.ndim != 1 or order.dtype.kind not in "iu" or len(np.unique(order)) != len(order):
+    if order.ndim != 1 or order.dtype.kind not in "iu" or _repeats(order):
         raise ValueError("order must list each sample index once, as integers")
     if score.shape != order.shape:
         raise ValueError(f"order and score must be of one length, got shapes {order.shape} and {score.shape}")
@@ -197,4 +211,4 @@ def _checked(curriculum: Curriculum) -> Curriculum:
             raise ValueError(f"stage {i}: temperature must be positive and finite, got {stage.temperature}")
         if not 0 <= stage.alpha <= 1:
             raise ValueError(f"stage {i}: alpha must be within 0 to 1, got {stage.alpha}")
-    return Curriculum(order.astype(np.int64), score, stages)
+    return Curriculum(order.astype(np.int64, copy=False), score, stages)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then renames: `path` is whole or as it was."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Writes a text, or its pieces in turn, under a temporary name, then renames: `path` is whole or as it was."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     os.replace(partial, path)
 
 

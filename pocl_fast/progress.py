@@ -18,7 +18,7 @@ def progress_bar(total: int, what: str, unit: str) -> tqdm:
     """A bar with rate and time left: redrawn in place on a terminal, a line every 15 s in a log file."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
-    line = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}\n"
+    line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
     return tqdm(total=total, desc=what, unit=f" {unit}", bar_format=line, mininterval=15, maxinterval=60, smoothing=0.1)
 
 

@@ -11,11 +11,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pocl_fast import __version__
+from pocl_fast.difficulty_report import COLOURS, read_ranked, stage_rows, stage_samples
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_text
 from pocl_fast.metrics import read_metrics
-
-COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
 
 
 def write_report(run: Path) -> Path:
@@ -34,7 +33,7 @@ def write_report(run: Path) -> Path:
         steps=step_rows(stamps),
         stages=_stages(run),
         training_curve=_picture(training_figure(run)),
-        difficulty=_picture(difficulty_figure(run)),
+        **_difficulty(run),
         answers=_answers(run),
     )
     write_text(run / "report.html", text)
@@ -124,40 +123,6 @@ def training_figure(run: Path) -> Any:
     return figure
 
 
-def difficulty_figure(run: Path) -> Any:
-    """Both difficulty signals of every sample, coloured by the stage that brings the sample in; None before ranking."""
-    if not (run / "difficulty.parquet").exists() or not (run / "curriculum.json").exists():
-        return None
-    from pocl_fast.curriculum import Curriculum
-    from pocl_fast.difficulty import read_difficulty
-
-    table = read_difficulty(run / "difficulty.parquet").to_pydict()
-    row_of = {index: row for row, index in enumerate(table["index"])}
-    curriculum = Curriculum.load(run / "curriculum.json")
-    figure, (scatter, histogram) = _axes(2)
-    before = 0
-    for stage in curriculum.stages:
-        rows = [row_of[int(i)] for i in curriculum.order[before : stage.size]]
-        before = stage.size
-        colour, label = COLOURS[stage.index % len(COLOURS)], f"from stage {stage.index + 1}"
-        cross_entropy = [table["cross_entropy"][r] for r in rows]
-        scatter.scatter(
-            cross_entropy, [100 * table["rouge_l"][r] for r in rows], s=9, alpha=0.7, color=colour, label=label
-        )
-        histogram.hist(cross_entropy, bins=30, alpha=0.6, color=colour, label=label)
-    scatter.set(
-        xlabel="cross-entropy of the reference, nats a token",
-        ylabel="ROUGE-L of the student's answer",
-        title="Difficulty",
-    )
-    histogram.set(
-        xlabel="cross-entropy of the reference, nats a token", ylabel="samples", title="Samples each stage brings in"
-    )
-    for axis in (scatter, histogram):
-        axis.legend(frameon=False, fontsize=8)
-    return figure
-
-
 def _axes(count: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
@@ -176,6 +141,19 @@ def _picture(figure: Any) -> str | None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
     return base64.b64encode(data.getvalue()).decode()
+
+
+def _difficulty(run: Path) -> dict[str, Any]:
+    """The picture, the table of stages and three samples of each; nothing before ranking."""
+    ranked = read_ranked(run)
+    if ranked is None:
+        return {}
+    return {
+        "difficulty": base64.b64encode((run / "difficulty.png").read_bytes()).decode(),
+        "signals": [one.signal.name for one in ranked.known.signals],
+        "difficulty_stages": stage_rows(ranked),
+        "difficulty_samples": stage_samples(ranked, run / "difficulty.parquet"),
+    }
 
 
 def _stages(run: Path) -> list[dict[str, Any]]:

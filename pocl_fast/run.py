@@ -20,15 +20,17 @@ import torch
 
 from pocl_fast import evaluation, models
 from pocl_fast.config import RunConfig, Schedule, from_options, recorded_config
-from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum, reciprocal_rank_fusion
-from pocl_fast.difficulty import measure, read_difficulty
+from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum
+from pocl_fast.difficulty import LoadedModel, measure
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.frozen import freeze_linears
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_error
+from pocl_fast.ranking import SignalScores, read_scores
 from pocl_fast.run_directory import WRITES, RunDirectory, required
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, encode_all, read_samples
+from pocl_fast.signals import chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable, cut_layers, num_parameters
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class Run:
     def check(self) -> None:
         """Reads data, tokenizers and schedule, so that what is wrong with them is said before anything runs."""
         self._check_cache()
+        chosen_signals(self.config.difficulty.signals)
         (_, encoded), _ = self.train_set, self.dev_set
         stages_over(np.arange(len(encoded)), np.zeros(len(encoded)), self.config.schedule)
         self._check_vocabularies()
@@ -85,17 +88,26 @@ class Run:
                     max_new_tokens=generation.max_new_tokens,
                     batch_size=generation.generation_batch_size,
                     packed=packed,
+                    teacher=self._resident_teacher() if teacher_columns(self.config.difficulty.signals) else None,
                 )
             facts["samples"] = len(table)
         rouge, loss = 100 * np.mean(table["rouge_l"].to_numpy()), np.mean(table["cross_entropy"].to_numpy())
         self.say(f"measure: {len(table)} samples, student's ROUGE-L {rouge:.2f}, cross-entropy {loss:.3f}")
 
     def rank(self) -> None:
+        from pocl_fast.difficulty_report import Ranked, difficulty_figure, stage_table
+
         if not self.directory.begin("rank", self.config):
             return self.say(f"rank: done before, {self.path / 'curriculum.json'}")
         with self.directory.timed("rank"):
-            curriculum = make_curriculum(read_difficulty(self.path / "difficulty.parquet"), self.config)
+            known = read_scores(self.path / "difficulty.parquet", chosen_signals(self.config.difficulty.signals))
+            curriculum = make_curriculum(known, self.config.schedule)
             curriculum.save(self.path / "curriculum.json")
+            ranked = Ranked(known, curriculum, self.config.schedule.rrf_k)
+            difficulty_figure(ranked).savefig(self.path / "difficulty.png", dpi=120)
+        self.say(stage_table(ranked))
+        for name, count in known.missing().items():
+            self.say(f"rank: {count} of {len(known.index)} samples have no {name}; they rank last by it")
         stages = ", ".join(f"{s.size} at temperature {s.temperature:g}, alpha {s.alpha:g}" for s in curriculum.stages)
         self.say(f"rank: {len(curriculum.stages)} stages of samples: {stages}")
 
@@ -260,6 +272,11 @@ class Run:
             )
         return self._teacher_model
 
+    def _resident_teacher(self) -> LoadedModel:
+        """The teacher, to be asked about each sample's response."""
+        self._check_vocabularies()
+        return LoadedModel(*self._ready(self.teacher_model()))
+
     def _cached_teacher(self) -> Teacher:
         """The teacher with its cache, which owns the model from now on, to free its body once it is cached."""
         from pocl_fast.teacher import Teacher
@@ -276,6 +293,7 @@ class Run:
                 cache_dtype=HIDDEN_DTYPES[options.cache_dtype],
                 cache_mode=options.cache_mode,
                 top_k=options.cache_top_k,
+                precision=self.precision.name,
             )
 
     def initial_student(self) -> tuple[Any, bool]:
@@ -320,20 +338,13 @@ class Run:
         write_text(path, "".join(lines))
 
 
-def make_curriculum(difficulty: Any, config: RunConfig) -> Curriculum:
-    """Stages of the samples in a difficulty table, by reciprocal rank fusion of ROUGE-L and cross-entropy."""
-    schedule = config.schedule
-    index = difficulty["index"].to_numpy()
+def make_curriculum(known: SignalScores, schedule: Schedule) -> Curriculum:
+    """Stages of the samples, by reciprocal rank fusion of their scores."""
     if schedule.curriculum == "none":
-        return stages_over(index, np.zeros(len(index)), schedule)
-    fused = reciprocal_rank_fusion(
-        [difficulty["rouge_l"].to_numpy(), difficulty["cross_entropy"].to_numpy()],
-        descending=[True, False],
-        k=schedule.rrf_k,
-    )
-    return stages_over(
-        index[fused.order], fused.score[fused.order], schedule
-    )  # skipped samples leave gaps in the index
+        return stages_over(known.index, np.zeros(len(known.index)), schedule)
+    fused = known.fused(schedule.rrf_k)
+    # samples that were left out leave gaps in the index
+    return stages_over(known.index[fused.order], fused.score[fused.order], schedule)
 
 
 def stages_over(order: np.ndarray, score: np.ndarray, schedule: Schedule) -> Curriculum:

@@ -19,14 +19,15 @@ from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.progress import measured
 from pocl_fast.samples import file_fingerprint
+from pocl_fast.signals import teacher_columns
 
 _STUDENT = ("student", "student_layers", "precision", "trust_remote_code")
 _LENGTHS = ("template", "max_length", "max_prompt_length", "long_prompts")
 _ANSWERS = ("max_new_tokens", "generation_batch_size", "eval_seeds")
 # What each step is made from: options, and files by their content.
 READS = {
-    "measure": (*_STUDENT, *_LENGTHS, "max_new_tokens", "generation_batch_size", "train"),
-    "rank": ("curriculum", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet"),
+    "measure": (*_STUDENT, *_LENGTHS, "max_new_tokens", "generation_batch_size", "train", "teacher columns"),
+    "rank": ("curriculum", "signals", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet"),
     "train": (
         *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens",
         "divergence", "beta", "skew", "temperature_scaling", "epochs_per_stage", "batch_size",
@@ -41,7 +42,7 @@ BUILDS_ON = {"train": "measure"}
 # What each step leaves: its result, then what an interrupted one may have begun.
 WRITES = {
     "measure": ("difficulty.parquet", "difficulty.parts"),
-    "rank": ("curriculum.json",),
+    "rank": ("curriculum.json", "difficulty.png"),
     "train": ("student", "checkpoints", "metrics.jsonl"),
     "evaluate-before": ("answers-before.jsonl",),
     "evaluate-after": ("answers-after.jsonl",),
@@ -140,6 +141,8 @@ class RunDirectory:
                 made_from[name] = models.source_fingerprint(required(options[name], f"--{name}"))
             elif name == "student":
                 made_from[name] = "cut from " + models.source_fingerprint(required(options["teacher"], "--teacher"))
+            elif name == "teacher columns":
+                made_from |= self._teacher_columns_made_from(options)
             elif name in options:
                 made_from[name] = options[name]
             elif not (self.path / name).exists():
@@ -148,6 +151,15 @@ class RunDirectory:
             else:
                 made_from[name] = file_fingerprint(self.path / name)
         return made_from
+
+    @staticmethod
+    def _teacher_columns_made_from(options: dict[str, Any]) -> dict[str, Any]:
+        """The teacher, where a difficulty signal asks for it; a table with more columns than are asked for serves."""
+        columns = teacher_columns(options["signals"])
+        if not columns:
+            return {}
+        source = models.source_fingerprint(required(options["teacher"], f"--teacher (for --signals {columns[0]})"))
+        return {"teacher columns": f"of {source} in {options['teacher_quantization']}"}
 
     def _check_earlier(self, step: str, made_from: dict[str, Any]) -> None:
         """Raises `InputError` where the step that this one builds on was made from other options or data."""

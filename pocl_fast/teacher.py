@@ -47,13 +47,15 @@ class Teacher:
         cache_dtype: torch.dtype = torch.bfloat16,
         cache_mode: Literal["hidden", "topk"] = "hidden",
         top_k: int = 64,
+        precision: str = "",
         say: Callable[[str], object] = tqdm.write,
     ) -> None:
         """`model` is a transformers causal language model whose packing is enabled.
 
         In mode "hidden" the cache keeps hidden states in `cache_dtype` (bfloat16, float32, or int8 with a scale a
-        token), in mode "topk" the `top_k` largest log-probabilities; `say` is told what that loses. Raises `InputError`
-        where the model's logits are not its lm_head applied to its last hidden states.
+        token), in mode "topk" the `top_k` largest log-probabilities; `say` is told what that loses. What was computed
+        in another `precision` is not read. Raises `InputError` where the model's logits are not its lm_head applied to
+        its last hidden states.
         """
         self._model: Any | None = model.requires_grad_(False).eval()
         self.config = model.config
@@ -66,7 +68,7 @@ class Teacher:
             raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {self.vocab_size} tokens")
         self.cache = TeacherCache(
             cache_folder,
-            teacher=teacher_fingerprint(model),
+            teacher=teacher_fingerprint(model, precision),
             entries=TopKEntries(top_k) if cache_mode == "topk" else HiddenEntries(hidden_size, cache_dtype),
             say=say,
         )
@@ -195,10 +197,11 @@ def most_likely(head: LmHead, hidden: Tensor, k: int) -> TopK:
     return TopK(torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts]))
 
 
-def teacher_fingerprint(model: Any) -> str:
-    """Identifies what a teacher says: its weights and its configuration, but for the names of folders and versions."""
+def teacher_fingerprint(model: Any, precision: str = "") -> str:
+    """Identifies what a teacher says: its weights, its configuration but for the names of folders and versions, and the
+    precision it runs in."""
     settings = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
-    return hashlib.sha256(f"{weights_fingerprint(model)} {settings}".encode()).hexdigest()
+    return hashlib.sha256(f"{weights_fingerprint(model)} {settings} {precision}".encode()).hexdigest()
 
 
 def _lasting(settings: Any) -> Any:

@@ -96,25 +96,50 @@ def test_scores_that_differ_in_their_last_bits_fuse_as_in_numpy(n):
             assert_fused_as_in_numpy([scores, scores[::-1]], [high_is_easy, True], threads=threads)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_a_fusion_takes_32_bytes_a_sample_beyond_its_inputs():
-    code = """
+def peak_growth(before, then):
+    """Bytes by which the peak memory of a process of its own grew in `then`, after `before`; Python source both."""
+    code = f"""
 from pathlib import Path
 import numpy as np
-from pocl_fast.curriculum import reciprocal_rank_fusion
+from pocl_fast.curriculum import baby_steps, reciprocal_rank_fusion
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-n = 8_000_000
-scores = [np.random.default_rng(0).random(n), np.random.default_rng(1).random(n, dtype=np.float32)]
-reciprocal_rank_fusion([s[:100_000] for s in scores], descending=[True, False])  # threads and libraries are there
+{before}
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-before = peak()
-fused = reciprocal_rank_fusion(scores, descending=[True, False])
-print((peak() - before) / n)
+start = peak()
+{then}
+print(peak() - start)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert 24 < float(done.stdout) < 33.5  # 24 are the results; each array ends within a huge page
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+
+
+@on_linux
+def test_a_fusion_takes_32_bytes_a_sample_beyond_its_inputs():
+    n = 8_000_000
+    grown = peak_growth(
+        f"scores = [np.random.default_rng(0).random({n}), np.random.default_rng(1).random({n}, dtype=np.float32)]\n"
+        # threads and libraries are there
+        "reciprocal_rank_fusion([s[:100_000] for s in scores], descending=[True, False])",
+        "fused = reciprocal_rank_fusion(scores, descending=[True, False])",
+    )
+    assert 24 < grown / n < 33.5  # 24 are the results; each array ends within a huge page
+
+
+@on_linux
+def test_saving_a_curriculum_takes_no_memory_a_sample(tmp_path):
+    n = 500_000
+    grown = peak_growth(
+        f"made = baby_steps(np.random.default_rng(0).permutation({n}), np.random.default_rng(1).random({n}))",
+        f"made.save({str(tmp_path / 'curriculum.json')!r})",
+    )
+    assert grown < 5_000_000  # as lists it would be 40,000,000
+    loaded = Curriculum.load(tmp_path / "curriculum.json")
+    np.testing.assert_array_equal(loaded.order, np.random.default_rng(0).permutation(n))
+    np.testing.assert_array_equal(loaded.score, np.random.default_rng(1).random(n))
 
 
 def test_ties_keep_the_earlier_sample_first():

@@ -1,15 +1,13 @@
 """The measurement of difficulty against transformers' own loss and greedy answers."""
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from tiny_training import encoded_samples, student_model, transformers_loss
+from tiny_training import encoded_samples, student_model, teacher_model, transformers_loss
 
-from pocl_fast.difficulty import cross_entropy, measure, read_difficulty
-from pocl_fast.errors import InputError
+from pocl_fast.difficulty import LoadedModel, cross_entropy, measure, response_scores
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import SampleEncoder
 
@@ -46,6 +44,9 @@ def test_measure_writes_one_row_a_sample_in_file_order(tmp_path):
     assert table.equals(pq.read_table(tmp_path / "d.parquet"))
     assert table["index"].to_pylist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert table["cross_entropy"].to_pylist() == pytest.approx([transformers_loss(tiny_model(), s) for s in kept])
+    assert table["answer_length"].to_pylist() == [len(sample.response_ids) for sample in kept]
+    assert table["prompt"].to_pylist() == [samples[sample.index].messages[-1]["content"] for sample in kept]
+    assert table["reference"].to_pylist() == [samples[sample.index].references[0] for sample in kept]
     answers = table["answer"].to_pylist()
     references = [samples[sample.index].references for sample in kept]
     assert table["rouge_l"].to_pylist() == rouge_l(answers, [list(r) for r in references]).fmeasure.tolist()
@@ -54,13 +55,31 @@ def test_measure_writes_one_row_a_sample_in_file_order(tmp_path):
     assert answers[0] == tiny_tokenizer().decode(greedy[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_a_missing_damaged_or_foreign_difficulty_table_is_one_clear_error(tmp_path):
-    path = tmp_path / "difficulty.parquet"
-    with pytest.raises(InputError, match="is not there: run `pocl-fast measure` first"):
-        read_difficulty(path)
-    pq.write_table(pa.table({"index": [0], "rouge_l": [0.5]}), path)
-    with pytest.raises(InputError, match=r"lacks the columns \['cross_entropy'\]"):
-        read_difficulty(path)
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(InputError, match="is damaged"):
-        read_difficulty(path)
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_teacher_s_scores_are_those_of_its_logits(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr("pocl_fast.difficulty.TOKENS_A_BATCH", 100)  # several batches
+    monkeypatch.setattr("pocl_fast.difficulty.ROWS_OF_LOGITS", 3)  # each of several parts
+    _, encoded = encoded_samples(tmp_path, 7)
+    student, teacher = student_model(), teacher_model()
+    scores = response_scores(LoadedModel(student, packed), encoded, LoadedModel(teacher, packed))
+    assert scores["cross_entropy"] == pytest.approx([transformers_loss(tiny_model(), s) for s in encoded], rel=1e-5)
+    # plain models: the others' attention is packed by now
+    plain = tiny_model(layers=4, seed=1)
+    assert scores["teacher_cross_entropy"] == pytest.approx([transformers_loss(plain, s) for s in encoded], rel=1e-5)
+    for sample, mean_kl in zip(encoded, scores["mean_kl"], strict=True):
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        rows = slice(len(sample.prompt_ids) - 1, -1)
+        with torch.no_grad():
+            q, p = (model(ids).logits[0, rows].double().log_softmax(-1) for model in (tiny_model(), plain))
+        assert mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_measuring_with_a_teacher_adds_its_columns(tmp_path):
+    samples, encoded = encoded_samples(tmp_path, 5)
+    encoder = SampleEncoder(tiny_tokenizer())
+    student, teacher = LoadedModel(student_model(), True), LoadedModel(teacher_model(), True)
+    settings = {"max_new_tokens": 2, "batch_size": 2, "packed": True}
+    table = measure(student.model, samples, encoded, encoder, tmp_path / "d.parquet", **settings, teacher=teacher)
+    want = response_scores(student, encoded, teacher)
+    for name in ("cross_entropy", "teacher_cross_entropy", "mean_kl"):
+        assert table[name].to_pylist() == pytest.approx(want[name].tolist(), rel=1e-5)

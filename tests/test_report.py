@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tiny import arithmetic, write_jsonl
 from tiny_run import options, read_json, run, select
@@ -37,7 +39,8 @@ def test_the_report_holds_the_scores_the_steps_and_the_stages(finished):
     assert ["loss (CE, nats a token)", *cells] in rows
     steps = ["measure", "evaluate-before", "rank", "train", "evaluate-after", "in all"]
     assert [row[0] for row in rows if row[-1].endswith("GiB")] == steps
-    stages = [row for row in rows if len(row) == 6][1:]
+    header = rows.index(["stage", "samples", "temperature", "alpha", "best dev ROUGE-L", "dev cross-entropy"])
+    stages = rows[header + 1 : header + 5]
     settings = [
         ["1", "6", "1.0", "0.3"],
         ["2", "12", "1.33", "0.2"],
@@ -58,6 +61,31 @@ def test_the_report_is_one_file_with_both_pictures_in_it(finished):
         assert data.startswith(b"\x89PNG")
         assert len(data) > 10_000
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
+
+
+def test_the_report_has_the_difficulty_of_each_stage_and_three_samples_of_it(finished):
+    _, output = finished
+    rows = table_rows(page(output))
+    table = pq.read_table(output / "difficulty.parquet").to_pylist()
+    order = read_json(output / "curriculum.json")["order"]
+    header = rows.index(["stage", "new samples", "mean rouge_l", "mean cross_entropy"])
+    for stage, row in enumerate(rows[header + 1 : header + 5]):
+        new = [record for record in table if record["index"] in order[6 * stage : 6 * stage + 6]]
+        means = [f"{np.mean([record[name] for record in new]):.3f}" for name in ("rouge_l", "cross_entropy")]
+        assert row == [str(stage + 1), "6", *means]
+    header = rows.index(["stage", "rouge_l", "cross_entropy", "prompt", "reference", "the student's answer, before"])
+    shown = rows[header + 1 : header + 13]
+    assert [row[0] for row in shown] == [str(stage) for stage in (1, 2, 3, 4) for _ in range(3)]
+    picked = [order[6 * stage + place] for stage in range(4) for place in (0, 3, 5)]
+    record_of = {record["index"]: record for record in table}
+    assert [row[3] for row in shown] == [record_of[index]["prompt"] for index in picked]
+    assert [row[2] for row in shown] == [f"{record_of[index]['cross_entropy']:.3f}" for index in picked]
+
+
+def test_the_picture_of_difficulty_is_the_one_in_the_run_directory(finished):
+    _, output = finished
+    picture = base64.b64encode((output / "difficulty.png").read_bytes()).decode()
+    assert picture in page(output)
 
 
 def test_the_report_shows_answers_to_the_same_prompts_and_the_options(finished):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_fast import difficulty
 from pocl_fast.config import read_yaml
-from pocl_fast.curriculum import Curriculum
+from pocl_fast.curriculum import Curriculum, reciprocal_rank_fusion
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def state(folder):
 def test_distill_leaves_every_file_of_its_steps(finished):
     _, output = finished
     table = pq.read_table(output / "difficulty.parquet")
-    assert table.column_names == ["index", "rouge_l", "cross_entropy", "answer"]
+    columns = ["index", "rouge_l", "cross_entropy", "answer_length", "prompt", "reference", "answer"]
+    assert table.column_names == columns
     assert table["index"].to_pylist() == list(range(24))
     curriculum = Curriculum.load(output / "curriculum.json")
     assert sorted(curriculum.order.tolist()) == list(range(24))
@@ -236,3 +238,55 @@ def test_skipped_and_cut_samples_are_counted_and_left_out_or_kept(finished, tmp_
     index = pq.read_table(output / "difficulty.parquet")["index"].to_pylist()
     assert index == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11]
     assert sorted(Curriculum.load(output / "curriculum.json").order.tolist()) == index
+
+
+def test_signals_are_measured_where_they_need_the_teacher_and_ranked_by(finished, tmp_path, monkeypatch, capsys):
+    inputs, _ = finished
+    output = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_signal.py").write_text("def length(record):\n    return len(record['prompt'])\n")
+    signals = ("--signals", "mean_kl=2,cross_entropy_gap,own_signal:length")
+    assert run("measure", output, *select(options(inputs), "measure"), *signals) == 0
+    table = pq.read_table(output / "difficulty.parquet")
+    assert table.column_names[-2:] == ["teacher_cross_entropy", "mean_kl"]
+    assert min(table["mean_kl"].to_pylist()) > 0
+    assert run("rank", output) == 0  # as recorded by measure
+    lengths = [len(prompt) for prompt in table["prompt"].to_pylist()]
+    fused = reciprocal_rank_fusion(
+        [
+            table["mean_kl"].to_numpy(),
+            table["cross_entropy"].to_numpy() - table["teacher_cross_entropy"].to_numpy(),
+            np.array(lengths),
+        ],
+        descending=[False] * 3,
+        weights=[2.0, 1.0, 1.0],
+    )
+    assert Curriculum.load(output / "curriculum.json").order.tolist() == fused.order.tolist()
+    said = refusal(capsys, "rank", output, "--signals", "answer_length")
+    assert "signals: was mean_kl=2,cross_entropy_gap,own_signal:length, now answer_length" in said
+    assert run("rank", output, "--signals", "answer_length", "--restart") == 0
+    order = Curriculum.load(output / "curriculum.json").order
+    assert order.tolist() == np.argsort(table["answer_length"].to_numpy(), kind="stable").tolist()
+
+
+def test_a_signal_that_was_not_measured_says_what_to_do(copied, capsys):
+    inputs, output = copied
+    said = refusal(capsys, "rank", output, "--signals", "mean_kl", "--restart")
+    assert "lacks the columns ['mean_kl']" in said
+    assert "give `pocl-fast measure` the same --signals" in said
+    said = refusal(capsys, "measure", output, *select(options(inputs), "measure"), "--signals", "mean_kl")
+    assert "teacher columns: was None" in said
+    said = refusal(capsys, "rank", output, "--signals", "rougel", "--restart")
+    assert "no signal named 'rougel'" in said
+
+
+def test_ranking_leaves_a_table_and_a_picture(finished, tmp_path, capsys):
+    _, output = finished
+    copy = shutil.copytree(output, tmp_path / "copy")
+    (copy / "curriculum.json").unlink()
+    capsys.readouterr()
+    assert run("rank", copy) == 0
+    said = capsys.readouterr().out
+    assert "rank correlation of rouge_l and cross_entropy: " in said
+    assert [line.split()[:2] for line in said.splitlines()[1:5]] == [[str(i), "6"] for i in (1, 2, 3, 4)]
+    assert (copy / "difficulty.png").read_bytes().startswith(b"\x89PNG")

@@ -152,6 +152,12 @@ def test_another_teacher_finds_nothing_in_the_cache(tmp_path, change):
     assert Teacher(ready(other), tmp_path).cache.missing(samples()) == samples()
 
 
+def test_what_was_computed_in_another_precision_is_not_read(tmp_path):
+    Teacher(ready(tiny_model()), tmp_path, precision="fp32").fill(samples())
+    assert Teacher(ready(tiny_model()), tmp_path, precision="bf16").cache.missing(samples()) == samples()
+    assert Teacher(ready(tiny_model()), tmp_path, precision="fp32").cache.missing(samples()) == []
+
+
 def test_a_teacher_saved_elsewhere_and_loaded_again_is_the_same(tmp_path):
     tiny_model().save_pretrained(tmp_path / "copy")
     assert teacher_fingerprint(load_model(str(tmp_path / "copy"))) == teacher_fingerprint(tiny_model())

@@ -163,7 +163,7 @@ def test_a_head_under_autocast_hands_over_half_logits_and_gets_their_gradient(dt
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_grad_scaler_saves_the_digits_of_fp16_gradients(inplace):
     """Of a mean over many tokens most of the gradient is below fp16's smallest number, until the scaler multiplies."""
-    N, V = 2048, 4096
+    N, V = 512, 4096
     logits, teacher, labels = torch.randn(N, V) * 3, torch.randn(N, V) * 3, torch.randint(0, V, (N,))
     logits = logits.half().float().requires_grad_(True)
     want = gradient(logits.double(), teacher.double(), labels)
@@ -173,7 +173,7 @@ def test_a_grad_scaler_saves_the_digits_of_fp16_gradients(inplace):
     optimizer = torch.optim.SGD([logits], lr=1.0)
     scaler.unscale_(optimizer)
     error = (logits.grad.double() - want).norm() / want.norm()
-    assert error <= 4e-4  # two roundings to fp16; 3e-3, and 75 % zeros, if the division by the tokens comes first
+    assert error <= 4e-4  # two roundings to fp16; 1e-3, and 56 % zeros, if the division by the tokens comes first
     before = logits.detach().clone()
     scaler.step(optimizer)
     torch.testing.assert_close(logits.detach(), before - logits.grad)
