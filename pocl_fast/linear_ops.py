@@ -119,7 +119,7 @@ class Needs(NamedTuple):
 
 
 class _Outputs:
-    """What the operator returns, 0 as long as no chunk was added; but the weight's gradient is for the first to write."""
+    """What the operator returns, 0 as long as no chunk was added; the weight's gradient is not yet written."""
 
     def __init__(self, hidden: Tensor, V: int, needs: Needs, sharded: bool, empty: Callable[..., Tensor]) -> None:
         N, H = hidden.shape

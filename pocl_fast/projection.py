@@ -1,9 +1,9 @@
 """Products with an lm_head whose results are fp32, as they come out of the accumulators and not rounded to the inputs'
 dtype: rounding logits to bf16 costs 5 % of a distillation gradient, and all of it once student and teacher are close.
 
-On CUDA such products are one call (`out_dtype`). On a CPU that multiplies bf16, csrc/products has them. Elsewhere oneDNN
-offers them for fp32 tensors alone, whose values it may round to bf16, which changes nothing where they were bf16 before:
-slices of the weight are converted on the way.
+On CUDA such products are one call (`out_dtype`). On a CPU that multiplies bf16, csrc/products has them. Elsewhere
+oneDNN offers them for fp32 tensors alone, whose values it may round to bf16, which changes nothing where they were bf16
+before: slices of the weight are converted on the way.
 """
 
 from __future__ import annotations

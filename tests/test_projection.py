@@ -1,5 +1,5 @@
-"""Products with an lm_head against float64: what comes out is an fp32 sum of products of rounded inputs, whichever way it
-is computed. The C++ products run where the processor multiplies bf16 and torch has their micro-kernel."""
+"""Products with an lm_head against float64: what comes out is an fp32 sum of products of rounded inputs, whichever way
+it is computed. The C++ products run where the processor multiplies bf16 and torch has their micro-kernel."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pocl_fast import cpp, projection
 from pocl_fast.projection import Head, weight_grad_
 
 WEIGHTS = (torch.bfloat16, torch.float32)
-# each is below, at or past a block of the C++ products: rows 32, columns 64, of K 32 and 1024, panels of the vocabulary 128,
-# of the hidden size 768; odd sizes have no pairs and no whole vectors
+# each is below, at or past a block of the C++ products: rows 32, columns 64, of K 32 and 1024, panels of the vocabulary
+# 128, of the hidden size 768; odd sizes have no pairs and no whole vectors
 SIZES = [(1, 1, 1), (2, 64, 32), (31, 63, 37), (33, 129, 65), (64, 257, 1030), (70, 128, 769), (100, 1000, 2049)]
 
 
@@ -92,7 +92,19 @@ def test_gradients_of_an_lm_head_add_up(way, threads, n, V, H, hidden_dtype, add
     assert_sums(total, factors, before + factors[0] @ factors[1])
 
 
-# products of small integers are exact in bf16 and their sums in fp32: one element read from a wrong place changes the result
+@pytest.mark.parametrize(("n", "V"), [(0, 5), (3, 0)])
+def test_the_sum_of_no_terms_is_zero(way, n, V):
+    head, hidden = Head(torch.randn(V, 40).bfloat16(), None, torch.bfloat16), torch.randn(n, 40).bfloat16()
+    grad, total = torch.empty(n, V), torch.ones(V, 40)
+    head.logits(hidden, grad)
+    assert torch.equal(head.hidden_grad(grad, torch.float32), torch.zeros(n, 40))
+    weight_grad_(total, grad, hidden, torch.bfloat16, add=True)
+    assert torch.equal(total, torch.ones(V, 40))
+    weight_grad_(total, grad, hidden, torch.bfloat16, add=False)
+    assert torch.equal(total, torch.zeros(V, 40))
+
+
+# small integers are exact in bf16 and their sums in fp32: one element read from a wrong place changes the result
 @pytest.mark.parametrize(("n", "V", "H"), [*SIZES, (257, 4097, 96)])
 def test_sums_of_integers_are_exact(way, threads, n, V, H):
     def integers(*shape, dtype):

@@ -29,9 +29,9 @@ std::uint16_t bf16(int value) {  // exact for small integers
     return static_cast<std::uint16_t>(bits >> 16);
 }
 
-/// Small integers, whose products are exact: adds to what was there, and nothing beyond [M, N].
+/// A trial of a shape as products.cpp has them, with small integers, whose sums are exact: added to what was there, nothing beyond [M, N].
 bool works(const MicroKernel& kernel) {
-    constexpr int M = 3, N = 16, K = 6, kLdA = 8, kLdB = 64, kLdC = 64;
+    constexpr int M = 5, N = 37, K = 32, kLdA = 64, kLdB = 64, kLdC = 64;
     std::array<std::uint16_t, M * kLdA> A{};
     std::array<std::uint16_t, K * kLdB> B{};
     std::array<float, M * kLdC> C;

@@ -6,12 +6,11 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 
 #include "parallel/parallel.h"
 #include "products/micro_kernel.h"
 #include "products/packing.h"
-
-#include <stdexcept>
 
 namespace pocl {
 
@@ -62,6 +61,11 @@ Matrix part(const Matrix& of, Int row, Int rows, Int column, Int columns) {
 
 float* at(const Matrix& of, Int row, Int column) { return static_cast<float*>(of.data) + row * of.row_stride + column; }
 
+/// The sum of no terms.
+void clear(const Matrix& x) {
+    for (Int row = 0; row < x.rows; ++row) std::fill_n(at(x, row, 0), x.columns, 0.0f);
+}
+
 /// parallel_for with a body that may throw; the first exception comes out. Neighbours go to one thread, which prefetches the next.
 void each(Int count, int threads, const std::function<void(Int)>& body) {
     const Int grain = std::clamp<Int>(count / (8 * std::max(threads, 1)), 1, 16);
@@ -108,8 +112,9 @@ void logits_product(const Matrix& hidden, const Matrix& weight, const float* bia
 
 void hidden_grad_product(const Matrix& grad, const Matrix& weight, const Matrix& out, int threads) {
     const Int n = grad.rows, V = weight.rows, H = weight.columns;
+    if (n == 0 || V == 0) return clear(out);
     // each part of the rows packs the weight, each part of the columns the gradient
-    const Int row_parts = std::min<Int>(threads, (n + kRows - 1) / kRows), column_parts = (H + kWide - 1) / kWide;
+    const Int row_parts = std::clamp<Int>(threads, 1, (n + kRows - 1) / kRows), column_parts = (H + kWide - 1) / kWide;
     const Int tall = padded((n + row_parts - 1) / row_parts, kRows), wide = padded((H + column_parts - 1) / column_parts, kBlock);
     each(row_parts * column_parts, threads, [&](Int task) {
         const Int row = task % row_parts * tall, column = task / row_parts * wide;
@@ -136,6 +141,7 @@ void hidden_grad_product(const Matrix& grad, const Matrix& weight, const Matrix&
 
 void weight_grad_product(const Matrix& grad, const Matrix& hidden, const Matrix& total, bool add, int threads) {
     const Int n = grad.rows, V = grad.columns, H = hidden.columns, K = padded(n, kMultiple);
+    if (n == 0) return add ? void() : clear(total);
     Half* const B = shared.take(K * padded(H, kBlock));
     pack_pairs(hidden, B);
     each((V + kTall - 1) / kTall, threads, [&](Int block) {
