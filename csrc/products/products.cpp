@@ -113,13 +113,14 @@ void logits_product(const Matrix& hidden, const Matrix& weight, const float* bia
 void hidden_grad_product(const Matrix& grad, const Matrix& weight, const Matrix& out, int threads) {
     const Int n = grad.rows, V = weight.rows, H = weight.columns;
     if (n == 0 || V == 0) return clear(out);
-    // each part of the rows packs the weight, each part of the columns the gradient
-    const Int row_parts = std::clamp<Int>(threads, 1, (n + kRows - 1) / kRows), column_parts = (H + kWide - 1) / kWide;
+    // each part of the rows packs the weight, each part of the columns the gradient: few, yet one for each thread
+    const Int row_parts = std::clamp<Int>(threads, 1, (n + kRows - 1) / kRows);
+    const Int column_parts = std::max((H + kWide - 1) / kWide, std::min((threads + row_parts - 1) / row_parts, (H + kBlock - 1) / kBlock));
     const Int tall = padded((n + row_parts - 1) / row_parts, kRows), wide = padded((H + column_parts - 1) / column_parts, kBlock);
     each(row_parts * column_parts, threads, [&](Int task) {
         const Int row = task % row_parts * tall, column = task / row_parts * wide;
         const Matrix C = part(out, row, tall, column, wide);
-        if (C.rows <= 0 || C.columns <= 0) return;
+        if (C.rows == 0 || C.columns == 0) return;  // parts are whole blocks: the last may have none
         const Int pieces = (C.rows + kRows - 1) / kRows * ((C.columns + kBlock - 1) / kBlock);
         Half* const A = left.take(tall * kPanel);
         Half* const B = right.take(kPanel * wide);
@@ -127,12 +128,14 @@ void hidden_grad_product(const Matrix& grad, const Matrix& weight, const Matrix&
             const Int K = padded(std::min(kPanel, V - v), kMultiple);
             pack_rows(part(grad, row, tall, v, kPanel), A);
             pack_pairs(part(weight, v, kPanel, column, wide), B);
-            const Matrix next_grad = part(grad, row, tall, v + kPanel, kPanel), next_weight = part(weight, v + kPanel, kPanel, column, wide);
+            const Matrix next_grad = part(grad, row, tall, v + kPanel, kPanel);
+            const Matrix next_weight = part(weight, v + kPanel, kPanel, column, wide);
             for (Int h = 0, piece = 0; h < C.columns; h += kBlock) {
                 for (Int i = 0; i < C.rows; i += kRows, ++piece) {
                     prefetch(next_grad, piece, pieces);
                     prefetch(next_weight, piece, pieces);
-                    multiply(std::min(kRows, C.rows - i), std::min(kBlock, C.columns - h), K, A + i * K, K, B + h * K, at(C, i, h), C.row_stride, v > 0);
+                    const Int rows = std::min(kRows, C.rows - i), columns = std::min(kBlock, C.columns - h);
+                    multiply(rows, columns, K, A + i * K, K, B + h * K, at(C, i, h), C.row_stride, v > 0);
                 }
             }
         }
