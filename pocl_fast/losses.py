@@ -67,8 +67,8 @@ def distillation_loss(
         logit_scale, logit_softcap: the student's logits are softcap · tanh(scale · student_logits / softcap), or the
             scaled ones without a softcap: for the lm_head's own output of Gemma, Granite or Cohere. The gradient is
             that of student_logits. `teacher_logit_scale`, `teacher_logit_softcap`: the teacher's, apart.
-        inplace: write the gradient over student_logits, which saves their size in memory. Their values are lost: an
-            operation before or after it that needs or changes them makes backward raise, where autograd can see it.
+        inplace: write the gradient over student_logits, which saves their size in memory. Whoever reads them later
+            finds the gradient; backward raises if an earlier operation needs their values or a later one changed them.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, and the reference for float64.
 
     A −inf logit on either side leaves its entry out of D. Any other NaN or +inf makes that row's loss NaN and no
