@@ -58,12 +58,46 @@ def distillation_rows(
     return stats, grad
 
 
+def has_products() -> bool:
+    """Whether the bf16 products below can be computed here: see csrc/products/products.h."""
+    return bool(_C.has_products())
+
+
+def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [n, V] fp32 = hidden [n, H] · weightᵀ [H, V] + bias [V], the factors rounded to bf16."""
+    hidden, weight = _packable(hidden), _packable(weight)
+    bias = None if bias is None else bias.float().contiguous()
+    _C.logits_product(
+        _matrix(hidden), _matrix(weight), 0 if bias is None else bias.data_ptr(), _matrix(out), torch.get_num_threads()
+    )
+
+
+def hidden_grad_product(grad: Tensor, weight: Tensor) -> Tensor:
+    """[n, H] fp32 = grad [n, V] · weight [V, H], the factors rounded to bf16."""
+    grad, weight = _packable(grad), _packable(weight)
+    out = torch.empty((len(grad), weight.shape[1]), dtype=torch.float32)
+    _C.hidden_grad_product(_matrix(grad), _matrix(weight), _matrix(out), torch.get_num_threads())
+    return out
+
+
+def weight_grad_product(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
+    """total [V, H] fp32 = gradᵀ [V, n] · hidden [n, H], or += where `add`; the factors rounded to bf16."""
+    grad, hidden = _packable(grad), _packable(hidden)
+    _C.weight_grad_product(_matrix(grad), _matrix(hidden), _matrix(total), add, torch.get_num_threads())
+
+
+def _packable(x: Tensor) -> Tensor:
+    """fp32 or bf16 with rows that lie together; the products round fp32 themselves."""
+    x = x.float() if x.dtype == torch.float16 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 LARGE = 1 << 22  # bytes from which malloc maps fresh pages every time
 
 
 def empty_rows(N: int, V: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised [N, V]. Large ones come from memory that is kept when the tensor is freed, at most one buffer:
-    taking in fresh pages costs more than the loss itself. `release_buffers` gives it back to the system."""
+    """An uninitialised [N, V]. Large ones come from memory that is kept when the tensor is freed, at most four buffers:
+    taking in fresh pages costs more than the loss itself. `release_buffers` gives them back to the system."""
     count = N * V
     if count * dtype.itemsize < LARGE:
         return torch.empty((N, V), dtype=dtype)
@@ -71,7 +105,7 @@ def empty_rows(N: int, V: int, dtype: torch.dtype) -> Tensor:
 
 
 def release_buffers() -> int:
-    """Frees the gradient buffer that is kept for the next loss; how many bytes it had."""
+    """Frees the buffers that are kept for the next loss; how many bytes they had."""
     return int(_C.release_buffers())
 
 

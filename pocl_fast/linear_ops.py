@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pocl_fast import ops
-from pocl_fast.projection import Head, add_weight_grad_, on_cpu
+from pocl_fast.projection import Head, on_cpu, weight_grad_
 
 if TYPE_CHECKING:
     from pocl_fast.vocabulary_parallel import Shard
@@ -57,7 +57,7 @@ def linear_distillation(
     V = weight.shape[0]
     needs = Needs(*(need and not per_token for need in (needs_hidden, needs_weight, needs_bias)))
     shard = _shard(vocabulary_group, vocabulary_rows) if vocabulary_group else None
-    out = _Outputs(hidden, V, needs, shard is not None)
+    out = _Outputs(hidden, V, needs, shard is not None, _large)
     rows = _Rows(labels, row_scale, ignore_index, max_supervised, shard.V if shard else V)
     head = Head(weight, bias, dtype)
     workspace = _Workspace(hidden.device)
@@ -91,9 +91,11 @@ def linear_distillation(
         if needs.hidden:
             rows.put(out.grad_hidden, head.hidden_grad(grad, out.grad_hidden.dtype), part)
         if needs.weight:
-            add_weight_grad_(out.grad_weight, grad, chunk_hidden, dtype)
+            weight_grad_(out.grad_weight, grad, chunk_hidden, dtype, add=first > 0)
         if needs.bias:
             out.grad_bias += grad.sum(0, dtype=torch.float32)
+    if rows.count == 0:
+        out.grad_weight.zero_()
     if shard and needs.hidden:
         shard.add_up_(out.grad_hidden)
     return out.loss if per_token else out.loss.sum(), out.stats, out.grad_hidden, out.grad_weight, out.grad_bias
@@ -102,7 +104,9 @@ def linear_distillation(
 @linear_distillation.register_fake
 def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     per_token, *needs, _backend, vocabulary_group, _rows = others[-7:]
-    out = _Outputs(hidden, weight.shape[0], Needs(*(need and not per_token for need in needs)), bool(vocabulary_group))
+    out = _Outputs(
+        hidden, weight.shape[0], Needs(*(need and not per_token for need in needs)), bool(vocabulary_group), torch.empty
+    )
     return out.loss if per_token else out.loss.sum(), out.stats, out.grad_hidden, out.grad_weight, out.grad_bias
 
 
@@ -115,9 +119,9 @@ class Needs(NamedTuple):
 
 
 class _Outputs:
-    """What the operator returns, 0 as long as no chunk was added."""
+    """What the operator returns, 0 as long as no chunk was added; the weight's gradient is not yet written."""
 
-    def __init__(self, hidden: Tensor, V: int, needs: Needs, sharded: bool) -> None:
+    def __init__(self, hidden: Tensor, V: int, needs: Needs, sharded: bool, empty: Callable[..., Tensor]) -> None:
         N, H = hidden.shape
         self.loss = _zeros(hidden, N)
         self.stats = _zeros(hidden, ops.NUM_STATS, N)
@@ -125,12 +129,20 @@ class _Outputs:
         self.grad_hidden = hidden.new_zeros(
             (N, H) if needs.hidden else (0,), dtype=torch.float32 if sharded else hidden.dtype
         )
-        self.grad_weight = _zeros(hidden, V, H) if needs.weight else _zeros(hidden, 0)
+        shape = (V, H) if needs.weight else (0, 0)
+        self.grad_weight = empty(*shape, dtype=torch.float32, device=hidden.device)
         self.grad_bias = _zeros(hidden, V if needs.bias else 0)
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=like.device)
+
+
+def _large(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised matrix; on a CPU from memory that is kept for the next loss, as fresh pages cost dearly."""
+    if device.type == "cpu":
+        return ops.backend_module("cpp").empty_rows(rows, columns, dtype)
+    return torch.empty((rows, columns), dtype=dtype, device=device)
 
 
 def _shard(group_name: str, rows: list[int]) -> Shard:
@@ -207,7 +219,9 @@ class _Workspace:
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         held = self._held.get(name)
         if held is None or len(held) < rows:
-            self._held[name] = held = torch.empty((rows, columns), dtype=dtype, device=self.device)
+            # whole vectors, and no power of 2 apart: columns of such rows would share few places in the caches
+            stride = columns if self.device.type != "cpu" else (columns + 15) // 16 * 16 + 16 * (columns % 1024 == 0)
+            self._held[name] = held = _large(rows, stride, dtype=dtype, device=self.device)[:, :columns]
         return held[:rows]
 
 

@@ -1,17 +1,21 @@
 """Products with an lm_head whose results are fp32, as they come out of the accumulators and not rounded to the inputs'
 dtype: rounding logits to bf16 costs 5 % of a distillation gradient, and all of it once student and teacher are close.
 
-On CUDA such products are one call (`out_dtype`). On a CPU oneDNN offers them for fp32 tensors alone, whose values it
-then rounds to bf16, which changes nothing where they were bf16 before: slices of the weight are converted on the way.
+On CUDA such products are one call (`out_dtype`). On a CPU that multiplies bf16, csrc/products has them. Elsewhere
+oneDNN offers them for fp32 tensors alone, whose values it may round to bf16, which changes nothing where they were bf16
+before: slices of the weight are converted on the way.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pocl_fast import ops
 
 SLICE = 4096  # rows of the weight that are fp32 at a time: 2 to 30 MB, which stay in the caches
 
@@ -28,6 +32,9 @@ class Head:
         """out [n, V] fp32 = hidden [n, H] · weightᵀ + bias."""
         if not on_cpu(self.weight):
             _gpu_mm(hidden.to(self.dtype), self.weight.t(), out)
+        elif cpp := cpp_products(self.dtype, self.weight):
+            cpp.logits_product(hidden, self.weight, self.bias, out)
+            return
         else:
             x = hidden.to(self.dtype).float()
             with matmul_inputs(self.dtype):
@@ -44,6 +51,8 @@ class Head:
             out = grad.new_empty((len(grad), self.weight.shape[1]), dtype=torch.float32)
             _gpu_mm(grad.to(self.dtype), self.weight, out)
             return out.to(dtype)
+        if cpp := cpp_products(self.dtype, self.weight):
+            return cpp.hidden_grad_product(grad, self.weight).to(dtype)
         total = grad.new_zeros((len(grad), self.weight.shape[1]), dtype=torch.float32)
         with matmul_inputs(self.dtype):
             for part, weight in self._slices():
@@ -69,15 +78,27 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def add_weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
-    """total [V, H] fp32 += gradᵀ [V, n] · hidden [n, H], the factors rounded to `dtype`."""
-    if on_cpu(total):
-        with matmul_inputs(dtype):
-            total.addmm_(grad.t(), hidden.to(dtype).float())
-    elif dtype == torch.float32 or not _has_out_dtype():
-        total.addmm_(grad.float().t(), hidden.float())
+def cpp_products(dtype: torch.dtype, weight: Tensor) -> Any:
+    """The C++ backend, where it has the products of inputs rounded to `dtype`; else None."""
+    if dtype != torch.bfloat16 or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    cpp = ops.backend_module("cpp")
+    return cpp if cpp.has_products() else None
+
+
+def weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.dtype, *, add: bool) -> None:
+    """total [V, H] fp32 = gradᵀ [V, n] · hidden [n, H], or += where `add`; the factors rounded to `dtype`."""
+    beta = int(add)
+    if not on_cpu(total):
+        if dtype == torch.float32 or not _has_out_dtype():
+            total.addmm_(grad.float().t(), hidden.float(), beta=beta)
+        else:
+            torch.addmm(total, grad.to(dtype).t(), hidden.to(dtype), beta=beta, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    elif cpp := cpp_products(dtype, total):
+        cpp.weight_grad_product(grad, hidden, total, add)
     else:
-        torch.addmm(total, grad.to(dtype).t(), hidden.to(dtype), out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        with matmul_inputs(dtype):
+            total.addmm_(grad.t(), hidden.to(dtype).float(), beta=beta)
 
 
 def _gpu_mm(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -36,7 +36,7 @@ def products(monkeypatch):
 
     spy(linear_ops.Head, "logits", "logits", 1)
     spy(linear_ops.Head, "hidden_grad", "hidden", 1)
-    spy(linear_ops, "add_weight_grad_", "weight", 1)
+    spy(linear_ops, "weight_grad_", "weight", 1)
     return seen
 
 

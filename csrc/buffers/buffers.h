@@ -5,14 +5,14 @@
 
 namespace pocl {
 
-/// Memory of at least `bytes`, aligned to a page, its content arbitrary: the buffer that was kept, where it fits, else fresh memory
-/// on huge pages where the system has them. Null where there is none.
+/// Memory of at least `bytes`, aligned to a page, its content arbitrary: the smallest kept buffer that fits and is not twice as large,
+/// else fresh memory on huge pages where the system has them. Null where there is none.
 void* take_buffer(std::int64_t bytes);
 
-/// Ends the use of a buffer. The larger of it and the one kept so far is kept, the other goes back to the system.
+/// Ends the use of a buffer. The four largest that were given back are kept, the others go back to the system.
 void give_back_buffer(void* buffer);
 
-/// Gives the kept buffer, if there is one, back to the system. Bytes that were kept.
+/// Gives the kept buffers back to the system. Bytes that were kept.
 std::int64_t release_buffers();
 
 }  // namespace pocl

@@ -3,20 +3,12 @@
 #pragma once
 #include <cstdint>
 
+#include "matrix/matrix.h"
+
 namespace pocl {
 
-enum class DType { float32, bfloat16, float16 };
 enum class Family { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd };
 enum class Isa { plain, avx2, avx512 };  // instruction set that the kernel was compiled for
-
-/// A row-major matrix in somebody else's memory; rows are `row_stride` elements apart.
-struct Matrix {
-    void* data = nullptr;
-    DType dtype = DType::float32;
-    std::int64_t rows = 0;
-    std::int64_t columns = 0;
-    std::int64_t row_stride = 0;
-};
 
 /// One value a row (stride 1) or one for all (stride 0).
 struct PerRow {
