@@ -165,7 +165,7 @@ def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> t
             " call, or add the losses and call backward once"
         )
     grad = ctx.grad
-    if type(upstream) is Tensor and not _graph_is_kept():
+    if type(upstream) is Tensor and not graph_is_kept():
         ctx.grad = None
     return _scaled(grad, upstream, ctx.backend), *nothing
 
@@ -186,7 +186,7 @@ def _scaled(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
         return (grad * upstream[:, None]).to(grad.dtype)
     if torch.is_grad_enabled():
         raise RuntimeError(ONCE)
-    if _graph_is_kept():
+    if graph_is_kept():
         grad = grad.clone()
     scale_rows(grad, upstream.contiguous(), backend)
     return grad

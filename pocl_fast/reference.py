@@ -8,7 +8,7 @@ Differentiable by autograd, in any floating-point dtype.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +140,31 @@ def _rest(
     # no mass is p = 0, the limit of a small one; of reverse KL the limit is infinite, and the rest is out of D
     out = nothing | (no_mass & (divergence == "reverse_kl"))
     return x, torch.where(no_mass, torch.finfo(s.dtype).min / 4, y), out
+
+
+def linear_distillation_rows(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    teacher: list[Tensor],  # dense: logits; linear: hidden, weight, maybe bias; none: nothing
+    labels: Tensor,  # [N]
+    temperature: Tensor,
+    alpha: Tensor,
+    *,
+    teacher_kind: str,
+    tail: str,
+    **options: Any,
+) -> Rows:
+    """`distillation_rows` of lm_heads applied to hidden states; with no teacher, of CE alone."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)  # logits are not rounded
+    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    if teacher_kind == "none":
+        teacher_logits = logits.detach()
+    elif teacher_kind == "linear":
+        teacher_logits = torch.nn.functional.linear(*(x.to(dtype) for x in teacher))
+    else:
+        (teacher_logits,) = teacher
+    return distillation_rows(logits, teacher_logits, labels, temperature, alpha, **options)
 
 
 def transformed(x: Tensor, scale: float, softcap: float) -> Tensor:

@@ -1,0 +1,231 @@
+"""The fused linear loss: hidden states and lm_head in, losses out, with every check of the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pocl_fast import linear_ops, reference
+from pocl_fast.losses import Backend, LossOutput, Reduction, _check_labels, _choose_backend, _output, _per_token, _transform
+from pocl_fast.objectives import Objective
+from pocl_fast.teachers import DenseTeacher, LinearTeacher, Teacher, TopKTeacher
+
+Weight: TypeAlias = Tensor | Callable[[], Tensor]
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Weight,
+    teacher: Teacher | None,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    student_bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_tokens: int | None = None,
+    max_supervised: int | None = None,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """`distillation_loss` of logits that never are in memory: only supervised tokens meet the lm_heads, a chunk at a
+    time, and the gradients of hidden states, weight and bias are computed in the same pass.
+
+    Args:
+        student_hidden: [N, H] or [B, T, H], after the final norm; fp32, bf16 or fp16 (float64 by the reference alone).
+        student_weight: [V, H], the lm_head's, of the hidden states' dtype but under autocast; or a function that gives
+            it (an lm_head with LoRA: `lambda: W + scale * B @ A`), differentiated through. A DTensor is gathered, its
+            gradient reduced, by torch. What does not require a gradient skips its part of the work.
+        teacher: `DenseTeacher`, `LinearTeacher` or `TopKTeacher`, of the same tokens; never differentiated. None for
+            cross-entropy alone, with an objective whose alpha is 1.
+        labels, objective, token_weights, num_items, ignore_index, logit_scale, logit_softcap: as in
+            `distillation_loss`.
+        reduction: as in `distillation_loss`. With "none" the gradient is computed in backward, by doing the work again.
+        chunk_tokens: tokens whose logits are in memory at a time; None chooses by the memory that is free.
+        max_supervised: on a GPU, the most tokens that are supervised: so many rows are multiplied. Counting them there
+            would stop the GPU, so None multiplies all N. A batch that holds more has a NaN loss. A CPU counts.
+        backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, the reference for float64.
+
+    The logits reach the softmax in fp32, unrounded, and the weight's gradient is summed in fp32. Nothing synchronises
+    with a GPU; the gradient is not itself differentiable (backend "reference" is, and holds all logits).
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for a label outside the vocabulary.
+    (arXiv 2506.05695, equation 4.)
+    """
+    weight = gathered(student_weight() if callable(student_weight) else student_weight)
+    bias = None if student_bias is None else gathered(student_bias)
+    dtype = _product_dtype("student_hidden", student_hidden, "student_weight", weight)
+    _check_head("student", student_hidden, weight, bias)
+    tokens = student_hidden.shape[:-1]
+    _check_tokens(tokens, labels, student_hidden.device)
+    kind, tensors, teacher_transform = _unpacked(teacher, tokens, student_hidden.device, objective)
+    backend = _choose_backend(backend, student_hidden, tensors[0] if tensors else student_hidden)
+    hidden, labels = student_hidden.reshape(-1, student_hidden.shape[-1]), labels.reshape(-1)
+    N = labels.numel()
+    fp = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    counted = labels != ignore_index
+    num_tokens = counted.sum()
+    scale = _per_token("token_weights", 1.0 if token_weights is None else token_weights, N, hidden.device, fp).expand(N)
+    if reduction == "mean":
+        if num_items is not None and not isinstance(num_items, Tensor) and num_items <= 0:
+            raise ValueError(f"num_items must be positive, got {num_items}")
+        scale = scale / (num_tokens.clamp_min(1) if num_items is None else num_items)
+    elif reduction not in ("sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    for name, value in (("chunk_tokens", chunk_tokens), ("max_supervised", max_supervised)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None; got {value}")
+    temperature = _per_token("temperature", objective.temperature, N, hidden.device, fp)
+    alpha = _per_token("alpha", objective.alpha, N, hidden.device, fp)
+    transform = _transform("logit", logit_scale, logit_softcap)
+
+    if backend == "reference":
+        if labels.device.type == "cpu":
+            _check_labels(labels, counted, weight.shape[0])
+        rows = reference.linear_distillation_rows(
+            hidden,
+            weight,
+            bias,
+            [x.detach() for x in tensors],
+            labels,
+            temperature,
+            alpha,
+            teacher_kind=kind,
+            tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
+            divergence=objective.family,
+            teacher_share=objective.teacher_share,
+            temperature_power=objective.temperature_power,
+            ignore_index=ignore_index,
+            student_transform=transform,
+            teacher_transform=teacher_transform,
+        )
+        per_row = rows.loss * torch.where(counted, scale, 0.0)
+        loss = per_row if reduction == "none" else per_row.sum()
+        return _output(loss, torch.stack([value.detach() for value in rows]), num_tokens)
+
+    with_grad = torch.is_grad_enabled()
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, stats, *_ = linear_ops.linear_distillation(
+            hidden,
+            weight,
+            bias,
+            [x.detach() for x in tensors],
+            labels,
+            temperature,
+            alpha,
+            scale.float().contiguous(),
+            kind,
+            teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
+            objective.family,
+            objective.teacher_share,
+            objective.temperature_power,
+            ignore_index,
+            [*transform, *teacher_transform],
+            dtype,
+            chunk_tokens or 0,
+            max_supervised or 0,
+            reduction == "none",
+            with_grad and hidden.requires_grad,
+            with_grad and weight.requires_grad,
+            with_grad and bias is not None and bias.requires_grad,
+            backend,
+        )
+    return _output(loss, stats.detach(), num_tokens)
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """A weight that FSDP has sharded, whole; its gradient goes back to the shards, summed over the ranks."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial
+
+    mesh = weight.device_mesh
+    return weight.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)  # type: ignore[no-any-return]
+
+
+def _product_dtype(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> torch.dtype:
+    """What the products' inputs are rounded to: their own dtype, or autocast's."""
+    if not hidden.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(f"{hidden_name} and {weight_name} must be floating-point, got {hidden.dtype}, {weight.dtype}")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{hidden_name} is {hidden.dtype} and {weight_name} {weight.dtype}; convert one, or use torch.autocast"
+        )
+    return hidden.dtype
+
+
+def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"{side}_hidden must be [N, H] or [B, T, H], got shape {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{side}_weight must be [V, {hidden.shape[-1]}] for {side}_hidden of size {hidden.shape[-1]};"
+            f" got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{side}_bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    for name, x in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{side}_hidden is on {hidden.device} and {name} on {x.device}; move them to one")
+
+
+def _check_tokens(tokens: torch.Size, labels: Tensor, device: torch.device) -> None:
+    if labels.shape != tokens:
+        raise ValueError(f"labels must be {tuple(tokens)}, one a row of student_hidden; got {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"labels must be int32 or int64, got {labels.dtype}")
+    if labels.device != device:
+        raise ValueError(f"student_hidden is on {device} and labels on {labels.device}; move them to one")
+
+
+def _unpacked(
+    teacher: Teacher | None, tokens: torch.Size, device: torch.device, objective: Objective
+) -> tuple[str, list[Tensor], tuple[float, float]]:
+    """The teacher's kind, tensors with a row a token, and transform."""
+    if teacher is None:
+        if isinstance(objective.alpha, Tensor) or objective.alpha != 1:
+            raise ValueError(f"without a teacher the objective's alpha must be 1, got {objective.alpha}")
+        return "none", [], (1.0, 0.0)
+    if isinstance(teacher, DenseTeacher):
+        kind, rows, rest = "dense", [("teacher.logits", teacher.logits)], []
+    elif isinstance(teacher, LinearTeacher):
+        _check_head("teacher", teacher.hidden, teacher.weight, teacher.bias)
+        if teacher.hidden.dtype != teacher.weight.dtype:
+            raise ValueError(
+                f"teacher.hidden is {teacher.hidden.dtype} and teacher.weight {teacher.weight.dtype}; convert one"
+            )
+        kind, rows = "linear", [("teacher.hidden", teacher.hidden)]
+        rest = [teacher.weight] if teacher.bias is None else [teacher.weight, teacher.bias]
+    elif isinstance(teacher, TopKTeacher):
+        if teacher.indices.shape != teacher.log_probs.shape or teacher.indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"teacher.indices must be int32 or int64 of teacher.log_probs' shape {tuple(teacher.log_probs.shape)};"
+                f" got {teacher.indices.dtype} {tuple(teacher.indices.shape)}"
+            )
+        if teacher.tail not in ("bucket", "renormalise"):
+            raise ValueError(f'teacher.tail must be "bucket" or "renormalise", got {teacher.tail!r}')
+        kind, rest = "topk", []
+        rows = [("teacher.log_probs", teacher.log_probs), ("teacher.indices", teacher.indices)]
+    else:
+        raise TypeError(
+            "teacher must be a DenseTeacher, LinearTeacher, TopKTeacher or None (cross-entropy alone);"
+            f" got {type(teacher).__name__}"
+        )
+    for name, x in rows:
+        if x.shape[:-1] != tokens or x.shape[-1] == 0:
+            raise ValueError(f"{name} must be {[*tokens, '...']}, one row a token of student_hidden; got {tuple(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"student_hidden is on {device} and {name} on {x.device}; move them to one")
+    transform = (1.0, 0.0)
+    if not isinstance(teacher, TopKTeacher):
+        transform = _transform("teacher.logit", teacher.logit_scale, teacher.logit_softcap)
+    return kind, [x.reshape(-1, x.shape[-1]) for _, x in rows] + rest, transform

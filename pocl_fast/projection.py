@@ -1,0 +1,108 @@
+"""Products with an lm_head whose results are fp32, as they come out of the accumulators and not rounded to the inputs'
+dtype: rounding logits to bf16 costs 5 % of a distillation gradient, and all of it once student and teacher are close.
+
+On CUDA such products are one call (`out_dtype`). On a CPU oneDNN offers them for fp32 tensors alone, whose values it
+then rounds to bf16, which changes nothing where they were bf16 before: slices of the weight are converted on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SLICE = 4096  # rows of the weight that are fp32 at a time: 2 to 30 MB, which stay in the caches
+
+
+class Head:
+    """An lm_head [V, H], its bias [V] or None, and the dtype to which the inputs of products are rounded."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.weight, self.bias, self.dtype = weight, bias, dtype
+        self._buffer: Tensor | None = None  # kept, for fresh pages cost more than the conversion into them
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out [n, V] fp32 = hidden [n, H] · weightᵀ + bias."""
+        if self.weight.is_cuda:
+            _cuda_mm(hidden.to(self.dtype), self.weight.to(self.dtype).t(), out)
+        else:
+            x = hidden.to(self.dtype).float()
+            with matmul_inputs(self.dtype):
+                for part, weight in self._slices():
+                    torch.mm(x, weight.t(), out=out[:, part])
+        if self.bias is not None:
+            out += self.bias.float()
+
+    def hidden_grad(self, grad: Tensor) -> Tensor:
+        """[n, H] in `dtype` = grad [n, V] · weight."""
+        if self.weight.is_cuda:
+            return grad.to(self.dtype) @ self.weight.to(self.dtype)
+        total = grad.new_zeros((len(grad), self.weight.shape[1]), dtype=torch.float32)
+        with matmul_inputs(self.dtype):
+            for part, weight in self._slices():
+                total.addmm_(grad[:, part], weight)
+        return total.to(self.dtype)
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in fp32, slice by slice; a slice is overwritten by the next."""
+        V, H = self.weight.shape
+        if self.weight.dtype == torch.float32:  # oneDNN rounds while it reads
+            yield slice(0, V), self.weight
+            return
+        if self._buffer is None:
+            self._buffer = torch.empty((min(SLICE, V), H), dtype=torch.float32)
+        for first in range(0, V, SLICE):
+            part = slice(first, min(first + SLICE, V))
+            rows = self._buffer[: part.stop - first]
+            rows.copy_(self.weight[part])
+            yield part, rows
+
+
+def add_weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
+    """total [V, H] fp32 += gradᵀ [V, n] · hidden [n, H], the factors rounded to `dtype`."""
+    if not total.is_cuda:
+        with matmul_inputs(dtype):
+            total.addmm_(grad.t(), hidden.to(dtype).float())
+    elif dtype == torch.float32 or not _has_out_dtype():
+        total.addmm_(grad.float().t(), hidden.float())
+    else:
+        torch.addmm(total, grad.to(dtype).t(), hidden.to(dtype), out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+
+
+def _cuda_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == torch.float32 or not _has_out_dtype():  # exact products, at fp32's speed
+        torch.mm(a.float(), b.float(), out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+
+
+def _has_out_dtype() -> bool:
+    """Whether torch's matrix products take `out_dtype`: 2.8 and later."""
+    return "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+@contextlib.contextmanager
+def matmul_inputs(dtype: torch.dtype) -> Iterator[None]:
+    """On a CPU, within this context fp32 matrix products may round their inputs to `dtype`, where that is bf16 and the
+    processor multiplies it faster; fp16 has more digits than that and is multiplied as fp32. What the user has chosen
+    for fp32 stays for fp32."""
+    if dtype == torch.float32:
+        yield
+        return
+    wanted = "bf16" if dtype == torch.bfloat16 else "ieee"
+    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = wanted
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = before
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium" if wanted == "bf16" else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
