@@ -128,14 +128,14 @@ def _rest(
     """The logits at temperature τ of "some entry that is not listed", student and teacher, and whether it is out of D;
     [N, 1] each."""
     listed = torch.zeros_like(s).scatter_add(1, entries, (~absent).to(s.dtype)) > 0
-    others = (~listed).sum(-1, keepdim=True)
+    others = (~listed).sum(-1, keepdim=True).clamp_min(1).to(s.dtype)
     nothing = (listed | (s == -torch.inf)).all(-1, keepdim=True)
     x = torch.where(listed, -torch.inf, s) / tau
     x = torch.where(
         nothing, -torch.inf, torch.logsumexp(torch.where(nothing, torch.zeros_like(x), x), -1, keepdim=True)
     )
     mass = (1 - t.exp().sum(-1, keepdim=True)).clamp_min(0)
-    y = (mass / others.clamp_min(1)).log() / tau + others.clamp_min(1).log()
+    y = (mass / others).log() / tau + others.log()
     no_mass = mass == 0
     # no mass is p = 0, the limit of a small one; of reverse KL the limit is infinite, and the rest is out of D
     out = nothing | (no_mass & (divergence == "reverse_kl"))
