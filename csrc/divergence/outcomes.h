@@ -1,29 +1,40 @@
-// Two distributions over a few outcomes compared in double: what is left of D once the vocabulary has been summed up.
+// What lies between the two sweeps of a sparse row: the outcomes of D, which are the listed entries and the rest, compared in double.
 #pragma once
-#include <cstdint>
-
-#include "divergence/divergence.h"
+#include "divergence/sparse.h"
 
 namespace pocl {
 
-/// log sum exp of `values`; -inf where all of them are.
-double log_sum_exp(const double* values, std::int64_t count) noexcept;
-
-/// sum exp(value - log_z) * value over the values that are not -inf.
-double mean_under_softmax(const double* values, std::int64_t count, double log_z) noexcept;
-
-/// log of the weight at temperature `tau` of all entries that are not listed, the mass that `log_probs` leave being spread evenly over
-/// them: log(n (R/n)^(1/tau)); -inf where none is left.
-double log_rest_weight(const float* log_probs, std::int64_t K, std::int64_t V, double tau) noexcept;
-
-struct Comparison {
-    double D = 0;
-    double teacher_entropy = 0;
+/// Memory of one thread.
+struct SparseScratch {
+    double* s;               // [K + 1] logits of the listed entries, -inf where one is absent
+    double* ce;              // [K + 1] their probabilities at temperature 1
+    double* log_q;           // [K + 1] of the outcomes, the last of them the rest; so on to `gradient`
+    double* q;
+    double* log_p;
+    double* p;
+    double* gradient;        // tau dD/ds; the rest's is the sum over its entries
+    std::int32_t* by_block;  // [K] the present entries, those of the first block first
+    std::int32_t* ends;      // [blocks + 1] where each block's end in `by_block`
+    float* block;            // [kSparseBlock] logits, in fp32
 };
 
-/// Compares p and q given as logarithms of weights, which become probabilities' (log_p) and probabilities (`q` for log_q) in place.
-/// An outcome whose log_q is -inf is out of both; one whose log_p alone is has p = 0. `gradient` becomes q (u - mean of u), u = dD/dq,
-/// the derivative by an outcome's logit times the temperature.
-Comparison compare(Family family, double teacher_share, double* log_p, double* log_q, double* gradient, std::int64_t count) noexcept;
+/// The student's entries that are not listed. Without any, or where all are -inf, z is 0.
+struct RestSums {
+    double max = 0;                   // their largest logit
+    double z = 0, x_sum = 0;          // sums of 2^x and 2^x x for x = (logit - max) log2(e) / tau
+    double z_ce = 0;                  // sum of 2^x at temperature 1
+};
+
+struct RowSums {
+    double D = 0, student_entropy = 0, teacher_entropy = 0;
+    double log_z_ce = 0;              // of the student's whole vocabulary at temperature 1; -inf: no softmax
+    double log_rest = 0;              // log of the rest's sum of exponentials at temperature tau
+    double rest_ce = 0;               // the rest's probability at temperature 1
+    float largest = 0;                // logit of the student
+    bool agree = false;
+};
+
+/// From scratch.s and the rest: everything a row's stats need, scratch.ce and scratch.gradient.
+RowSums compare_outcomes(const SparseTask& task, std::int64_t n, const RestSums& rest, const SparseScratch& scratch) noexcept;
 
 }  // namespace pocl

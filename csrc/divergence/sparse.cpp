@@ -17,11 +17,11 @@ SparseScratch thread_scratch(std::int64_t K, std::int64_t V) {
     thread_local std::vector<double> doubles;
     thread_local std::vector<std::int32_t> integers;
     thread_local std::vector<float> block(kSparseBlock);
-    const auto k = static_cast<std::size_t>(K), blocks = static_cast<std::size_t>(V / kSparseBlock + 1);
-    if (doubles.size() < 4 * k + 4) doubles.resize(4 * k + 4);
+    const auto k = static_cast<std::size_t>(K) + 1, blocks = static_cast<std::size_t>(V / kSparseBlock + 1);
+    if (doubles.size() < 7 * k) doubles.resize(7 * k);
     if (integers.size() < k + blocks + 1) integers.resize(k + blocks + 1);
     double* const d = doubles.data();
-    return {d, d + k + 1, d + 2 * k + 2, d + 3 * k + 3, integers.data(), integers.data() + k, block.data()};
+    return {d, d + k, d + 2 * k, d + 3 * k, d + 4 * k, d + 5 * k, d + 6 * k, integers.data(), integers.data() + k, block.data()};
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 // the sweeps is outcomes.h, in double.
 #pragma once
 #include "divergence/normalise.h"
-#include "divergence/outcomes.h"
 #include "divergence/sparse_rows.h"
 #include "divergence/sweeps.h"
 
@@ -16,10 +15,7 @@ namespace {
 struct RestFacts {
     Side q, ce;             // at temperature tau and 1
     float s_label = 0;
-
-    static double log_of(const Side& side, double tau) {
-        return side.z == 0 ? -static_cast<double>(kInf) : side.max / tau + ::log(side.z);
-    }
+    float max() const { return q.max == -kInf ? 0.0f : q.max; }
 };
 
 inline Float model_logits(Float x, const Transform& transform) {
@@ -157,18 +153,6 @@ inline void write_rest(const typename S::Storage* row, std::int64_t V, float tau
 
 // ---- a row --------------------------------------------------------------------------------------------------------------
 
-/// Whether a listed entry of the teacher's largest log-probability, of those in D, has the student's largest logit.
-inline bool agreement(const float* log_probs, const SparseScratch& scratch, std::int64_t K, float largest) {
-    float best = -kInf;
-    bool agree = false;
-    for (std::int64_t j = 0; j < K; ++j) {
-        if (scratch.s[j] == -kInf || log_probs[j] < best) continue;
-        agree = (agree && log_probs[j] == best) || scratch.s[j] == largest;
-        best = log_probs[j];
-    }
-    return agree;
-}
-
 template <class S, bool transformed>
 inline void sparse_row(const SparseTask& task, std::int64_t n, const SparseScratch& scratch, const Output<S>& out) {
     const std::int64_t N = task.student.rows, V = task.student.columns, K = task.K, label = task.labels[n];
@@ -181,36 +165,13 @@ inline void sparse_row(const SparseTask& task, std::int64_t n, const SparseScrat
     else if (tau == 2.0f) sweep<S, transformed, OwnCe::at_tau_2>(task, n, scratch, f);
     else sweep<S, transformed, OwnCe::yes>(task, n, scratch, f);
 
-    // the student over its whole vocabulary
-    double *const s = scratch.s, *const log_p = scratch.log_p, *const log_q = scratch.log_q;
-    float largest = f.ce.max;
-    for (std::int64_t j = 0; j < K; ++j) {
-        if (s[j] > largest) largest = static_cast<float>(s[j]);
-        log_q[j] = s[j] / tau;
-        log_p[j] = static_cast<double>(log_probs[j]) / tau;
-    }
-    const double rest = RestFacts::log_of(f.q, tau), rest_ce = RestFacts::log_of(f.ce, 1);
-    s[K] = rest_ce;
-    log_q[K] = rest;
-    const double log_z = log_sum_exp(log_q, K + 1), log_z_ce = log_sum_exp(s, K + 1);
-    const bool no_softmax = log_z == -kInf;
-    const double ce = no_softmax || f.s_label == -kInf ? kInf : log_z_ce - f.s_label;
-    double student_entropy = 0;
-    if (!no_softmax) {
-        student_entropy = log_z - mean_under_softmax(log_q, K, log_z);
-        if (f.q.z != 0) student_entropy -= ::exp(rest - log_z) * (f.q.max / static_cast<double>(tau) + kLn2 * f.q.x_sum / f.q.z);
-    }
-
-    // the outcomes
-    log_p[K] = task.tail == Tail::bucket ? log_rest_weight(log_probs, K, V, tau) : -kInf;
-    const bool rest_is_out = task.tail == Tail::renormalise || (task.family == Family::reverse_kl && log_p[K] == -kInf);
-    if (rest_is_out) log_q[K] = -kInf;
-    const bool agree = agreement(log_probs, scratch, K, largest);
-    const Comparison comparison = compare(task.family, task.teacher_share, log_p, log_q, scratch.gradient, K + 1);
+    const RowSums sums = compare_outcomes(task, n, {f.max(), f.q.z, f.q.x_sum, f.ce.z}, scratch);
+    const bool no_softmax = sums.log_z_ce == -kInf;
+    const double ce = no_softmax || f.s_label == -kInf ? kInf : sums.log_z_ce - f.s_label;
     const float c = ::powf(tau, static_cast<float>(task.temperature_power));
     const double weighted_ce = alpha == 0.0f && ce == ce ? 0.0 : alpha * ce;
-    const double stats[7] = {weighted_ce + (1.0 - alpha) * c * comparison.D, ce, comparison.D, student_entropy,
-                             comparison.teacher_entropy, !no_softmax && f.s_label == largest ? 1.0 : 0.0, agree ? 1.0 : 0.0};
+    const double stats[7] = {weighted_ce + (1.0 - alpha) * c * sums.D, ce, sums.D, sums.student_entropy,
+                             sums.teacher_entropy, !no_softmax && f.s_label == sums.largest ? 1.0 : 0.0, sums.agree ? 1.0 : 0.0};
     for (int k = 0; k < 7; ++k) task.stats[k * N + n] = static_cast<float>(stats[k]);
     if (out.row == nullptr) return;
 
@@ -223,12 +184,12 @@ inline void sparse_row(const SparseTask& task, std::int64_t n, const SparseScrat
         if constexpr (transformed) one = one * transform.slope(broadcast(static_cast<float>(logit)));
         store_some<S>(out.row + v, one, 1);
     };
-    RestWeights w{f.q.max == -kInf ? 0.0f : f.q.max, f.q.factor, 0, 0, transform};
+    RestWeights w{f.max(), f.q.factor, 0, 0, transform};
     double label_d = weight_d * scratch.gradient[K];
     if (f.q.z != 0) {
         w.q = static_cast<float>(label_d / f.q.z);
-        w.ce = weight_ce == 0 ? 0.0f : static_cast<float>(weight_ce * ::exp(rest_ce - log_z_ce) / f.ce.z);
-        label_d *= ::exp(f.s_label / static_cast<double>(tau) - rest);
+        w.ce = weight_ce == 0 ? 0.0f : static_cast<float>(weight_ce * sums.rest_ce / f.ce.z);
+        label_d *= ::exp(f.s_label / static_cast<double>(tau) - sums.log_rest);
     }
     write_rest<S, transformed>(static_cast<const typename S::Storage*>(task.student.data) + n * task.student.row_stride, V, tau, t, w, out);
     for (std::int64_t j = 0; j < K; ++j) {
@@ -236,7 +197,7 @@ inline void sparse_row(const SparseTask& task, std::int64_t n, const SparseScrat
         const std::int64_t v = task.indices[n * K + j];
         const double d = weight_d * scratch.gradient[j];
         if (v == label) label_d = d;
-        put_one(v, d + (weight_ce == 0 ? 0 : weight_ce * ::exp(s[j] - log_z_ce)), s[j]);
+        put_one(v, weight_ce == 0 ? d : d + weight_ce * scratch.ce[j], scratch.s[j]);
     }
     if (weight_ce != 0) put_one(label, label_d + weight_ce * ::expm1(-ce), f.s_label);  // one rounding to the gradient's dtype, not two
 }
