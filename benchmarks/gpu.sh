@@ -5,7 +5,7 @@
 # With benchmarks/wheels/ (see prepare_gpu.sh) it needs no network: torch, triton and a compiler are taken from PYTHON
 # (python3), all else from the wheels, in a temporary folder. Without, `make env` installs everything into .venv first,
 # and the 9 minutes count from there. Needs no root. Results go to OUT (benchmarks/results): loss_cuda.json and .png,
-# gpu_tests.log. LIMIT: seconds for all of it (525). Exit status 1 if a test failed or a result was wrong.
+# linear_loss.txt, gpu_tests.log. LIMIT: seconds for all of it (525). Exit status 1 if a test failed or a result was wrong.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 wheels=$root/benchmarks/wheels
@@ -56,9 +56,22 @@ esac
 
 say "measuring"
 left=$((limit - SECONDS))
-budget=$((left - 15 < 420 ? left - 15 : 420))
+budget=$((left - 75 < 360 ? left - 75 : 360))  # a minute is kept for the linear loss
 case " $* " in *" --device cpu "* | *" --device=cpu "*) budget=60 ;; esac
-timeout --signal=INT --kill-after=15 "$left" \
+timeout --signal=INT --kill-after=15 "$((left - 60))" \
     "$python" "$root/benchmarks/loss_gpu.py" --budget "$budget" "$@" || status=1
+left=$((limit - SECONDS))
+case " $* " in
+    *" --device cpu "* | *" --device=cpu "*)
+        linear=(--device cpu --tokens 64 --supervised 32 --vocabulary 1000 --hidden 32 --teacher-hidden 48 --repeats 1) ;;
+    *) linear=(--device cuda --tokens 8192 --supervised 8192 --vocabulary 128256 --hidden 2048 --teacher-hidden 4096 --repeats 5) ;;
+esac
+if [ "$left" -gt 20 ]; then
+    say "the linear loss"
+    timeout --signal=INT --kill-after=10 "$((left - 10))" "$python" "$root/benchmarks/linear_loss.py" "${linear[@]}" |
+        tee "$OUT/linear_loss.txt" || status=1
+else
+    echo "no time left for the linear loss" && status=1
+fi
 say "done, exit status $status"
 exit "$status"

@@ -18,20 +18,27 @@ if TYPE_CHECKING:
         reciprocal_rank_fusion,
     )
     from pocl_fast.errors import InputError
+    from pocl_fast.linear_loss import linear_distillation_loss
     from pocl_fast.losses import DistillationLoss, LossOutput, distillation_loss, shift_labels
     from pocl_fast.objectives import Objective
     from pocl_fast.rouge import RougeL, rouge_l
     from pocl_fast.samples import SampleEncoder, read_samples
-    from pocl_fast.teacher import Teacher, TeacherCache
+    from pocl_fast.teacher import Teacher
+    from pocl_fast.teacher_cache import TeacherCache
+    from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
+    from pocl_fast.teachers import DenseTeacher, LinearTeacher, TopKTeacher
     from pocl_fast.trainer import DevSet, PoclTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Curriculum",
+    "DenseTeacher",
     "DevSet",
     "DistillationLoss",
+    "HiddenEntries",
     "InputError",
+    "LinearTeacher",
     "LossOutput",
     "Objective",
     "PoclTrainer",
@@ -41,8 +48,12 @@ __all__ = [
     "Stage",
     "Teacher",
     "TeacherCache",
+    "TopK",
+    "TopKEntries",
+    "TopKTeacher",
     "baby_steps",
     "distillation_loss",
+    "linear_distillation_loss",
     "no_curriculum",
     "read_samples",
     "reciprocal_rank_fusion",
@@ -53,11 +64,15 @@ __all__ = [
 _MODULES = {
     "curriculum": ("Curriculum", "RankFusion", "Stage", "baby_steps", "no_curriculum", "reciprocal_rank_fusion"),
     "errors": ("InputError",),
+    "linear_loss": ("linear_distillation_loss",),
     "losses": ("DistillationLoss", "LossOutput", "distillation_loss", "shift_labels"),
     "objectives": ("Objective",),
     "rouge": ("RougeL", "rouge_l"),
     "samples": ("SampleEncoder", "read_samples"),
-    "teacher": ("Teacher", "TeacherCache"),
+    "teacher": ("Teacher",),
+    "teacher_cache": ("TeacherCache",),
+    "teacher_shards": ("HiddenEntries", "TopK", "TopKEntries"),
+    "teachers": ("DenseTeacher", "LinearTeacher", "TopKTeacher"),
     "trainer": ("DevSet", "PoclTrainer"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pocl_fast.config import (
+    Cache,
     Data,
     Evaluation,
     Generation,
@@ -53,6 +54,7 @@ class Distill(Step):
     generation: Generation = field(default_factory=Generation)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
+    cache: Cache = field(default_factory=Cache)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 
@@ -73,6 +75,15 @@ class Rank(Step):
 
 
 @dataclass(frozen=True)
+class FillCache(Step):
+    """Run the teacher over the training samples ahead of training, which does it otherwise -> teacher_cache/."""
+
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    cache: Cache = field(default_factory=Cache)
+
+
+@dataclass(frozen=True)
 class Train(Step):
     """Train the student along curriculum.json -> checkpoints, metrics.jsonl, student/."""
 
@@ -80,6 +91,7 @@ class Train(Step):
     data: Data = field(default_factory=Data)
     generation: Generation = field(default_factory=Generation)
     training: Training = field(default_factory=Training)
+    cache: Cache = field(default_factory=Cache)
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ COMMANDS: dict[str, tuple[type[Output], Callable[[Any], Any]]] = {
     "distill": (Distill, _distill),
     "measure": (Measure, lambda run: run.measure()),
     "rank": (Rank, lambda run: run.rank()),
+    "cache": (FillCache, lambda run: run.cache()),
     "train": (Train, lambda run: run.train()),
     "evaluate": (Evaluate, _evaluate),
     "report": (Report, lambda run: run.report()),

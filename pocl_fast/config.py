@@ -105,12 +105,22 @@ class Training:
     """AdamW's, on all weights but biases and norms."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient is clipped to this norm."""
-    cache_dtype: Literal["bf16", "fp32"] = "bf16"
-    """How the teacher's hidden states are kept on disk."""
     save_minutes: PositiveFloat = 10.0
     """A checkpoint is written at least this often, besides those at each epoch's end."""
     seed: Seed = 42
     """Of the order of samples."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What is kept on disk of the teacher, so that it runs once a sample."""
+
+    cache_mode: Literal["hidden", "topk"] = "hidden"
+    """"hidden": the last hidden states, which give the whole distribution; "topk": the most likely tokens alone."""
+    cache_dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    """How hidden states are kept; int8 has a scale for each token. What that loses is measured and printed."""
+    cache_top_k: PositiveInt = 64
+    """How many tokens "topk" keeps, at 8 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ class RunConfig:
     generation: Generation = field(default_factory=Generation)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
+    cache: Cache = field(default_factory=Cache)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def flat(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -126,11 +128,16 @@ def release_buffers() -> int:
 
 def scale_rows_(grad: Tensor, upstream: Tensor) -> None:
     """Multiplies `grad` [N, V] in place by `upstream` [N]; touches no row whose factor is 1."""
-    rows = (upstream != 1).nonzero()[:, 0]
-    if len(rows) == len(grad):
-        grad.mul_(upstream[:, None])
-    elif len(rows):
-        grad[rows] = (grad[rows] * upstream[rows, None]).to(grad.dtype)
+    if grad.dtype == torch.float32:
+        if bool((upstream != 1).any()):
+            grad.mul_(upstream[:, None])
+        return
+    start = 0
+    for factor, run in groupby(upstream.tolist()):  # numbers: by a tensor of factors torch would copy halves to fp32
+        end = start + len(list(run))
+        if factor != 1:
+            grad[start:end].mul_(factor)
+        start = end
 
 
 def _matrix(tensor: Tensor) -> _C.Matrix:

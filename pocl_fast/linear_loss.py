@@ -6,12 +6,22 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocl_fast import linear_ops, reference
-from pocl_fast.losses import Backend, LossOutput, Reduction, _check_labels, _choose_backend, _output, _per_token, _transform
+from pocl_fast.losses import (
+    Backend,
+    LossOutput,
+    Reduction,
+    _check_labels,
+    _choose_backend,
+    _output,
+    _per_token,
+    _row_scale,
+    _transform,
+)
 from pocl_fast.objectives import Objective
-from pocl_fast.teachers import DenseTeacher, LinearTeacher, Teacher, TopKTeacher
+from pocl_fast.teachers import DenseTeacher, LinearTeacher, TeacherOutput, TopKTeacher
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
 
@@ -19,7 +29,7 @@ Weight: TypeAlias = Tensor | Callable[[], Tensor]
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Weight,
-    teacher: Teacher | None,
+    teacher: TeacherOutput | None,
     labels: Tensor,
     objective: Objective,
     *,
@@ -71,45 +81,46 @@ def linear_distillation_loss(
     fp = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     counted = labels != ignore_index
     num_tokens = counted.sum()
-    scale = _per_token("token_weights", 1.0 if token_weights is None else token_weights, N, hidden.device, fp).expand(N)
-    if reduction == "mean":
-        if num_items is not None and not isinstance(num_items, Tensor) and num_items <= 0:
-            raise ValueError(f"num_items must be positive, got {num_items}")
-        scale = scale / (num_tokens.clamp_min(1) if num_items is None else num_items)
-    elif reduction not in ("sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    scale = _row_scale(token_weights, num_items, reduction, num_tokens, N, fp)
     for name, value in (("chunk_tokens", chunk_tokens), ("max_supervised", max_supervised)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None; got {value}")
     temperature = _per_token("temperature", objective.temperature, N, hidden.device, fp)
     alpha = _per_token("alpha", objective.alpha, N, hidden.device, fp)
     transform = _transform("logit", logit_scale, logit_softcap)
+    if teacher is None:  # the student is compared with itself, so that D is 0
+        teacher_transform = transform
 
     if backend == "reference":
         if labels.device.type == "cpu":
             _check_labels(labels, counted, weight.shape[0])
-        rows = reference.linear_distillation_rows(
-            hidden,
-            weight,
-            bias,
-            [x.detach() for x in tensors],
-            labels,
-            temperature,
-            alpha,
-            teacher_kind=kind,
-            tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
-            divergence=objective.family,
-            teacher_share=objective.teacher_share,
-            temperature_power=objective.temperature_power,
-            ignore_index=ignore_index,
-            student_transform=transform,
-            teacher_transform=teacher_transform,
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = reference.linear_distillation_rows(
+                hidden.to(dtype),
+                weight.to(dtype),
+                bias,
+                [x.detach() for x in tensors],
+                labels,
+                temperature,
+                alpha,
+                teacher_kind=kind,
+                tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
+                divergence=objective.family,
+                teacher_share=objective.teacher_share,
+                temperature_power=objective.temperature_power,
+                ignore_index=ignore_index,
+                student_transform=transform,
+                teacher_transform=teacher_transform,
+            )
         per_row = rows.loss * torch.where(counted, scale, 0.0)
         loss = per_row if reduction == "none" else per_row.sum()
         return _output(loss, torch.stack([value.detach() for value in rows]), num_tokens)
 
     with_grad = torch.is_grad_enabled()
+    # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
+    late = reduction == "mean" and torch.float16 in (dtype, hidden.dtype)
+    if late:
+        scale = _row_scale(token_weights, None, "sum", num_tokens, N, fp)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, stats, *_ = linear_ops.linear_distillation(
             hidden,
@@ -136,17 +147,20 @@ def linear_distillation_loss(
             with_grad and bias is not None and bias.requires_grad,
             backend,
         )
+    if late:
+        loss = loss / (num_tokens.clamp_min(1) if num_items is None else num_items)
     return _output(loss, stats.detach(), num_tokens)
 
 
 def gathered(weight: Tensor) -> Tensor:
     """A weight that FSDP has sharded, whole; its gradient goes back to the shards, summed over the ranks."""
-    if not hasattr(weight, "full_tensor"):
+    if type(weight) in (Tensor, torch.nn.Parameter):  # no import of torch.distributed for nothing
         return weight
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
-    mesh = weight.device_mesh
-    return weight.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)  # type: ignore[no-any-return]
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def _product_dtype(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> torch.dtype:
@@ -188,7 +202,7 @@ def _check_tokens(tokens: torch.Size, labels: Tensor, device: torch.device) -> N
 
 
 def _unpacked(
-    teacher: Teacher | None, tokens: torch.Size, device: torch.device, objective: Objective
+    teacher: TeacherOutput | None, tokens: torch.Size, device: torch.device, objective: Objective
 ) -> tuple[str, list[Tensor], tuple[float, float]]:
     """The teacher's kind, tensors with a row a token, and transform."""
     if teacher is None:
@@ -222,7 +236,9 @@ def _unpacked(
         )
     for name, x in rows:
         if x.shape[:-1] != tokens or x.shape[-1] == 0:
-            raise ValueError(f"{name} must be {[*tokens, '...']}, one row a token of student_hidden; got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must be {[*tokens, '...']}, one row a token of student_hidden; got {tuple(x.shape)}"
+            )
         if x.device != device:
             raise ValueError(f"student_hidden is on {device} and {name} on {x.device}; move them to one")
     transform = (1.0, 0.0)

@@ -1,5 +1,5 @@
-"""The operator behind the fused linear loss: rows of hidden states go through both lm_heads chunk by chunk, each chunk's
-logits through the row kernel, and on into the gradients. No more logits than a chunk's are ever in memory.
+"""The operator behind the fused linear loss: hidden states go through both lm_heads chunk by chunk, each chunk's logits
+through the row kernel, and on into the gradients. No more logits than a chunk's are ever in memory.
 
 Autograd lives here. Checks nothing that `linear_loss.py` has checked.
 """
@@ -14,19 +14,11 @@ import torch
 from torch import Tensor
 
 from pocl_fast import ops
-from pocl_fast.projection import Head, add_weight_grad_
+from pocl_fast.projection import Head, add_weight_grad_, on_cpu
 
 # Two chunks of logits (student and teacher) at most, on a CPU: beyond 256 rows its products gain nothing
 CPU_BUDGET = 128 << 20
 CUDA_CHUNKS = (1024, 4096)  # fewer rows read the lm_head's gradient too often; more gain nothing
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
 
 
 @torch.library.custom_op("pocl_fast::linear_distillation", mutates_args=())
@@ -57,168 +49,140 @@ def linear_distillation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, [] or [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the loss's gradients by hidden
     [N, H], weight [V, H] fp32 and bias [V] fp32, each empty unless it is needed (and where `per_token`)."""
-    N, H = hidden.shape
     V = weight.shape[0]
     needs = Needs(*(need and not per_token for need in (needs_hidden, needs_weight, needs_bias)))
-    stats = torch.zeros((ops.NUM_STATS, N), dtype=torch.float32, device=hidden.device)
-    per_row = torch.zeros(N, dtype=torch.float32, device=hidden.device)
-    grad_hidden = hidden.new_zeros((N, H) if needs.hidden else (0,))
-    grad_weight = hidden.new_zeros((V, H) if needs.weight else (0,), dtype=torch.float32)
-    grad_bias = hidden.new_zeros((V,) if needs.bias else (0,), dtype=torch.float32)
-    rows, labels, row_scale = _supervised_rows(labels, row_scale, ignore_index, max_supervised, V)
-    n = N if rows is None else len(rows)
-    take = _taker(rows, N)
-
+    out = _Outputs(hidden, V, needs)
+    rows = _Rows(labels, row_scale, ignore_index, max_supervised, V)
     head = Head(weight, bias, dtype)
-    logits_of_teacher = _teacher_logits(teacher, teacher_kind, take)
-    chunk = min(chunk_tokens or default_chunk(hidden.device, V, _teacher_width(teacher, teacher_kind)), max(n, 1))
-    workspace = _Workspace(hidden.device, backend)
-    for first in range(0, n, chunk):
-        part = slice(first, min(first + chunk, n))
-        size = part.stop - first
-        chunk_hidden = take(hidden, part)
-        logits = workspace.take("student", size, V)
+    workspace = _Workspace(hidden.device)
+    row_kernel = _row_kernel(
+        backend,
+        _TeacherRows(teacher, teacher_kind, tail, rows, workspace),
+        transforms,
+        divergence=divergence,
+        teacher_share=teacher_share,
+        temperature_power=temperature_power,
+        ignore_index=ignore_index,
+        needs_grad=any(needs),
+    )
+    teacher_columns = teacher[1].shape[0] if teacher_kind == "linear" else 0
+    chunk = chunk_tokens or default_chunk(hidden.device, V, teacher_columns)
+    for first in range(0, rows.count, chunk):
+        part = slice(first, min(first + chunk, rows.count))
+        chunk_hidden = rows.take(hidden, part)
+        logits = workspace.take("student", len(chunk_hidden), V)
         head.logits(chunk_hidden, logits)
         # a GPU multiplies gradients in the inputs' dtype; on a CPU they stay fp32, over the logits they came from
-        grad = logits if not hidden.is_cuda or dtype == torch.float32 else workspace.take("grad", size, V, dtype)
-        shared: dict[str, Any] = dict(
-            divergence=divergence,
-            teacher_share=teacher_share,
-            temperature_power=temperature_power,
-            ignore_index=ignore_index,
-            needs_grad=any(needs),
-            grad=grad if any(needs) else None,
-        )
-        values = (
-            take(labels, part, chosen=True),
-            *(take(v, part) if v.numel() > 1 else v for v in (temperature, alpha)),
-            take(row_scale, part, chosen=True),
-        )
-        if teacher_kind == "topk":
-            chunk_stats, _ = ops.backend_module(backend, "sparse").sparse_distillation_rows(
-                logits, *(take(x, part) for x in teacher), *values, tail=tail, transform=transforms[:2], **shared
-            )
-        else:
-            teacher_logits = logits if teacher_kind == "none" else logits_of_teacher(part, workspace)
-            chunk_stats, _ = ops.backend_module(backend).distillation_rows(
-                logits, teacher_logits, *values, transforms=transforms, **shared
-            )
-        chunk_loss = torch.where(values[0] == ignore_index, 0.0, chunk_stats[0] * values[3])
-        _put(stats, chunk_stats, rows, part, 1)
-        _put(per_row, chunk_loss, rows, part, 0)
+        apart = not on_cpu(hidden) and dtype != torch.float32 and any(needs)
+        grad = workspace.take("grad", len(logits), V, dtype) if apart else logits
+        chunk_values = tuple(rows.take(value, part) if value.numel() > 1 else value for value in (temperature, alpha))
+        chunk_scale = rows.row_scale[part]
+        stats = row_kernel(part, logits, rows.labels[part], *chunk_values, chunk_scale, grad if any(needs) else None)
+        rows.put(out.stats, stats, part, dim=1)
+        rows.put(out.loss, torch.where(rows.labels[part] == ignore_index, 0.0, stats[0] * chunk_scale), part)
         if needs.hidden:
-            _put(grad_hidden, head.hidden_grad(grad).to(hidden.dtype), rows, part, 0)
+            rows.put(out.grad_hidden, head.hidden_grad(grad).to(hidden.dtype), part)
         if needs.weight:
-            add_weight_grad_(grad_weight, grad, chunk_hidden, dtype)
+            add_weight_grad_(out.grad_weight, grad, chunk_hidden, dtype)
         if needs.bias:
-            grad_bias += grad.sum(0, dtype=torch.float32)
-    return per_row if per_token else per_row.sum(), stats, grad_hidden, grad_weight, grad_bias
+            out.grad_bias += grad.sum(0, dtype=torch.float32)
+    return out.loss if per_token else out.loss.sum(), out.stats, out.grad_hidden, out.grad_weight, out.grad_bias
 
 
 @linear_distillation.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher: list[Tensor],
-    labels: Tensor,
-    temperature: Tensor,
-    alpha: Tensor,
-    row_scale: Tensor,
-    teacher_kind: str,
-    tail: str,
-    divergence: str,
-    teacher_share: float,
-    temperature_power: int,
-    ignore_index: int,
-    transforms: list[float],
-    dtype: torch.dtype,
-    chunk_tokens: int,
-    max_supervised: int,
-    per_token: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    N, H = hidden.shape
-    V = weight.shape[0]
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    per_token, *needs, _backend = others[-5:]
+    out = _Outputs(hidden, weight.shape[0], Needs(*(need and not per_token for need in needs)))
+    return out.loss if per_token else out.loss.sum(), out.stats, out.grad_hidden, out.grad_weight, out.grad_bias
 
-    def fp32(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=torch.float32)
 
-    return (
-        fp32(N) if per_token else fp32(),
-        fp32(ops.NUM_STATS, N),
-        hidden.new_empty((N, H) if needs_hidden and not per_token else (0,)),
-        fp32(V, H) if needs_weight and not per_token else fp32(0),
-        fp32(V) if needs_bias and not per_token else fp32(0),
-    )
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class _Outputs:
+    """What the operator returns, 0 as long as no chunk was added."""
+
+    def __init__(self, hidden: Tensor, V: int, needs: Needs) -> None:
+        N, H = hidden.shape
+        self.loss = _zeros(hidden, N)
+        self.stats = _zeros(hidden, ops.NUM_STATS, N)
+        self.grad_hidden = hidden.new_zeros((N, H) if needs.hidden else (0,))
+        self.grad_weight = _zeros(hidden, V, H) if needs.weight else _zeros(hidden, 0)
+        self.grad_bias = _zeros(hidden, V if needs.bias else 0)
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device=like.device)
 
 
 # ---- rows and memory ----
 
 
-def _supervised_rows(
-    labels: Tensor, row_scale: Tensor, ignore_index: int, max_supervised: int, V: int
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The rows to multiply (None: all, in place), their labels and scales. On a GPU nothing is counted, which would
-    stop it: `max_supervised` rows are taken, the supervised first."""
-    counted = labels != ignore_index
-    if not labels.is_cuda:
-        wrong = counted & ((labels < 0) | (labels >= V))
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
-            raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
-        rows = counted.nonzero()[:, 0]
-        if 0 < max_supervised < len(rows):
-            raise ValueError(f"max_supervised is {max_supervised}, and {len(rows)} tokens are supervised")
-    elif not max_supervised:
-        return None, labels, row_scale
-    else:
-        # stable, so that each token's place, and with it every sum, is the same each time
-        rows = torch.argsort((~counted).to(torch.int8), stable=True)[:max_supervised]
-        too_many = counted.sum() > max_supervised
-        row_scale = torch.where(too_many, float("nan"), row_scale)  # never silently dropped
-    if len(rows) == len(labels):
-        return None, labels, row_scale
-    return rows, labels[rows], row_scale[rows]
+class _Rows:
+    """The rows that are multiplied: the supervised ones, with their labels and scales.
+
+    On a GPU nothing is counted, which would stop it: `max_supervised` rows are taken, the supervised first, or all."""
+
+    def __init__(self, labels: Tensor, row_scale: Tensor, ignore_index: int, max_supervised: int, V: int) -> None:
+        counted = labels != ignore_index
+        self.index: Tensor | None = None  # None: all, where they lie
+        if on_cpu(labels):
+            _check_labels(labels, counted, V)
+            self.index = counted.nonzero()[:, 0]
+            if 0 < max_supervised < len(self.index):
+                raise ValueError(f"max_supervised is {max_supervised}, and {len(self.index)} tokens are supervised")
+        elif max_supervised:
+            # stable, so that each token's place, and with it every sum, is the same each time
+            self.index = torch.argsort((~counted).to(torch.int8), stable=True)[:max_supervised]
+            too_many = counted.sum() > max_supervised
+            row_scale = torch.where(too_many, float("nan"), row_scale)  # never silently dropped
+        if self.index is not None and len(self.index) == len(labels):
+            self.index = None
+        self.labels = labels if self.index is None else labels[self.index]
+        self.row_scale = row_scale if self.index is None else row_scale[self.index]
+        self.count = len(self.labels)
+
+    def take(self, x: Tensor, part: slice) -> Tensor:
+        """Of a tensor with a row a token, a chunk of these rows."""
+        return x[part] if self.index is None else x.index_select(0, self.index[part])
+
+    def put(self, out: Tensor, values: Tensor, part: slice, dim: int = 0) -> None:
+        """The opposite: the chunk's values to their tokens' places."""
+        if self.index is None:
+            out.narrow(dim, part.start, part.stop - part.start).copy_(values)
+        else:
+            out.index_copy_(dim, self.index[part], values)
 
 
-def _taker(rows: Tensor | None, N: int) -> Callable[..., Tensor]:
-    """A function of a tensor with a row a token: its rows of a chunk of the supervised ones. `chosen`: it holds these
-    alone already."""
-
-    def take(x: Tensor, part: slice, chosen: bool = False) -> Tensor:
-        return x[part] if rows is None or chosen else x.index_select(0, rows[part])
-
-    return take
+def _check_labels(labels: Tensor, counted: Tensor, V: int) -> None:
+    wrong = counted & ((labels < 0) | (labels >= V))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
 
 
-def _put(out: Tensor, values: Tensor, rows: Tensor | None, part: slice, dim: int) -> None:
-    if rows is None:
-        out.narrow(dim, part.start, part.stop - part.start).copy_(values)
-    else:
-        out.index_copy_(dim, rows[part], values)
-
-
-def default_chunk(device: torch.device, V: int, V_teacher: int) -> int:
+def default_chunk(device: torch.device, V: int, teacher_columns: int) -> int:
     """Rows whose logits are in memory at a time, by the memory that is free."""
-    row = 4 * (V + V_teacher)
+    row_bytes = 4 * (V + teacher_columns)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         least, most = CUDA_CHUNKS
-        return max(least, min(most, free // 4 // row // 128 * 128))
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(32, min(1024, min(CPU_BUDGET, available // 4) // row // 32 * 32))
+        return max(least, min(most, free // 4 // row_bytes // 128 * 128))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(32, min(1024, min(CPU_BUDGET, free // 4) // row_bytes // 32 * 32))
 
 
 class _Workspace:
     """Matrices that are taken anew for each chunk, out of the same memory."""
 
-    def __init__(self, device: torch.device, backend: str) -> None:
-        self.device, self.backend = device, backend
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._held: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -228,24 +192,51 @@ class _Workspace:
         return held[:rows]
 
 
-def _teacher_width(teacher: list[Tensor], kind: str) -> int:
-    """Columns of the teacher's logits that have to be made for each chunk."""
-    return teacher[1].shape[0] if kind == "linear" else 0
+# ---- the row kernels ----
 
 
-def _teacher_logits(teacher: list[Tensor], kind: str, take: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of a chunk: the teacher's logits of it."""
-    if kind == "linear":
-        hidden, weight = teacher[:2]
-        head = Head(weight, teacher[2] if len(teacher) > 2 else None, hidden.dtype)
+class _TeacherRows:
+    """A teacher's rows of a chunk: dense logits, made here where the teacher is linear, or its k best."""
 
-        def project(part: slice, workspace: _Workspace) -> Tensor:
-            out = workspace.take("teacher", part.stop - part.start, weight.shape[0])
-            head.logits(take(hidden, part), out)
-            return out
+    def __init__(self, tensors: list[Tensor], kind: str, tail: str, rows: _Rows, workspace: _Workspace) -> None:
+        self.tensors, self.kind, self.tail, self.rows, self.workspace = tensors, kind, tail, rows, workspace
+        if kind == "linear":
+            hidden, weight = tensors[:2]
+            self.head = Head(weight, tensors[2] if len(tensors) > 2 else None, hidden.dtype)
 
-        return project
-    return lambda part, workspace: take(teacher[0], part)
+    def logits(self, part: slice, student: Tensor) -> Tensor:
+        if self.kind == "none":
+            return student  # D is 0 then, and its row is in the cache
+        rows = self.rows.take(self.tensors[0], part)
+        if self.kind == "dense":
+            return rows
+        out = self.workspace.take("teacher", len(rows), self.head.weight.shape[0])
+        self.head.logits(rows, out)
+        return out
+
+
+def _row_kernel(backend: str, teacher: _TeacherRows, transforms: list[float], **options: Any) -> Callable[..., Tensor]:
+    """A function of a chunk, its student logits [n, V], labels, temperature, alpha, row_scale, and of the gradient's
+    place: the stats [7, n]."""
+    if teacher.kind == "topk":
+        sparse = ops.backend_module(backend, "sparse").sparse_distillation_rows
+
+        def topk(part: slice, logits: Tensor, *values: Tensor) -> Tensor:
+            log_probs, indices = (teacher.rows.take(x, part) for x in teacher.tensors)
+            return sparse(
+                logits, log_probs, indices, *values[:-1],
+                tail=teacher.tail, transform=transforms[:2], grad=values[-1], **options,
+            )[0]  # fmt: skip
+
+        return topk
+    dense = ops.backend_module(backend).distillation_rows
+
+    def rows(part: slice, logits: Tensor, *values: Tensor) -> Tensor:
+        return dense(
+            logits, teacher.logits(part, logits), *values[:-1], transforms=transforms, grad=values[-1], **options
+        )[0]  # fmt: skip
+
+    return rows
 
 
 # ---- autograd ----
@@ -279,7 +270,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_others: None) -> tuple[Any, .
         grads = ctx.grads
     keep = type(upstream) is Tensor and ops.graph_is_kept()
     out = tuple(
-        _finished(grad, upstream, dtype, keep, ctx.backend) if needed and grad.numel() else None
+        _finished(grad, upstream, dtype, keep, ctx.backend) if needed else None
         for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
     )
     if not ctx.per_token and type(upstream) is Tensor and not keep:
@@ -309,7 +300,7 @@ def _finished(grad: Tensor, upstream: Tensor | None, dtype: torch.dtype, keep: b
 
 
 def _converted(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    if grad.is_cuda or type(upstream) is not Tensor or grad.dtype == dtype:
+    if not on_cpu(grad) or type(upstream) is not Tensor or grad.dtype == dtype:
         return (grad * upstream).to(dtype)
     out = torch.empty_like(grad, dtype=dtype)
     for first in range(0, len(grad), 4096):  # a CPU would hold all of the product in fp32 once more

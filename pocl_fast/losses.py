@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
@@ -46,6 +46,7 @@ def distillation_loss(
     logit_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_logit_softcap: float | None = None,
+    inplace: bool = False,
     backend: Backend = "auto",
 ) -> LossOutput:
     """alpha · CE + (1 - alpha) · c(τ) · D of each token, reduced, with the gradient computed in the same pass.
@@ -66,17 +67,26 @@ def distillation_loss(
         logit_scale, logit_softcap: the student's logits are softcap · tanh(scale · student_logits / softcap), or the
             scaled ones without a softcap: for the lm_head's own output of Gemma, Granite or Cohere. The gradient is
             that of student_logits. `teacher_logit_scale`, `teacher_logit_softcap`: the teacher's, apart.
+        inplace: write the gradient over student_logits, which saves their size in memory. Their values are lost: an
+            operation before or after it that needs or changes them makes backward raise, where autograd can see it.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, and the reference for float64.
 
     A −inf logit on either side leaves its entry out of D. Any other NaN or +inf makes that row's loss NaN and no
     other's. No supervised token: loss 0, gradient 0. Arithmetic is fp32, the gradient in the logits' dtype; nothing
     synchronises with a GPU. The gradient is not itself differentiable (backend "reference" is).
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for a label outside the vocabulary.
-    (arXiv 2506.05695, equation 4.)
+    Under autocast the logits are taken in the dtype that they have, and the loss is fp32.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, for logits that `inplace` cannot write over, and on
+    a CPU for a label outside the vocabulary; on a GPU such a label is undefined, but for a process started with
+    TRITON_DEBUG=1, where it stops the kernel. (arXiv 2506.05695, equation 4.)
     """
     student, teacher, labels = _as_rows(student_logits, teacher_logits, labels)
     backend = _choose_backend(backend, student, teacher)
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    inplace = inplace and needs_grad
+    if inplace:
+        _check_overwritable(student_logits, student, teacher, backend)
     N = labels.numel()
     counted = labels != ignore_index
     if backend != "cpp" and labels.device.type == "cpu" and not torch.compiler.is_compiling():  # C++ looks for itself
@@ -84,15 +94,7 @@ def distillation_loss(
     num_tokens = counted.sum()
     # fp32 but for the reference in float64, which must not round 1.33
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    weights = 1.0 if token_weights is None else token_weights
-    row_scale = _per_token("token_weights", weights, N, student.device, dtype).expand(N)
-    if reduction == "mean":
-        if num_items is not None and not isinstance(num_items, Tensor) and num_items <= 0:
-            raise ValueError(f"num_items must be positive, got {num_items}")
-        divisor = num_tokens.clamp_min(1) if num_items is None else num_items
-        row_scale = row_scale / divisor
-    elif reduction not in ("sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    row_scale = _row_scale(token_weights, num_items, reduction, num_tokens, N, dtype)
     temperature = _per_token("temperature", objective.temperature, N, student.device, dtype)
     alpha = _per_token("alpha", objective.alpha, N, student.device, dtype)
 
@@ -115,52 +117,41 @@ def distillation_loss(
         per_row = rows.loss * torch.where(counted, row_scale, 0.0)
         stats = torch.stack([value.detach() for value in rows])
     else:
-        needs_grad = student.requires_grad and torch.is_grad_enabled()
-        per_row, stats, _ = ops.distillation_rows(
-            student,
-            teacher.detach(),
-            labels,
-            temperature,
-            alpha,
-            row_scale.float().contiguous(),
-            objective.family,
-            objective.teacher_share,
-            objective.temperature_power,
-            ignore_index,
-            [*student_transform, *teacher_transform],
-            needs_grad,
-            backend,
-        )
+        row_scale = row_scale.float().contiguous()
+        # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
+        half = student.dtype == torch.float16
+        scale = torch.ones_like(row_scale) if half else row_scale
+        tensors = (teacher.detach(), labels, temperature, alpha, scale)
+        settings = (objective.family, objective.teacher_share, objective.temperature_power, ignore_index)
+        transforms = [*student_transform, *teacher_transform]
+        if inplace:
+            per_row, stats = ops.distillation_rows_(student.detach(), *tensors, *settings, transforms, backend)
+            per_row = ops.with_gradient(per_row, student, backend)
+        else:
+            per_row, stats, _ = ops.distillation_rows(student, *tensors, *settings, transforms, needs_grad, backend)
+        if half:
+            per_row = per_row * torch.where(counted, row_scale, 0.0)
     loss = per_row if reduction == "none" else per_row.sum()
     return _output(loss, stats.detach(), num_tokens)
 
 
+@dataclass(eq=False, repr=False)
 class DistillationLoss(nn.Module):
-    """`distillation_loss` as a module that holds its `Objective`."""
+    """`distillation_loss` as a module that holds its `Objective` and options."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        *,
-        reduction: Reduction = "mean",
-        ignore_index: int = -100,
-        logit_scale: float = 1.0,
-        logit_softcap: float | None = None,
-        teacher_logit_scale: float = 1.0,
-        teacher_logit_softcap: float | None = None,
-        backend: Backend = "auto",
-    ) -> None:
+    objective: Objective
+    _: KW_ONLY
+    reduction: Reduction = "mean"
+    ignore_index: int = -100
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_logit_softcap: float | None = None
+    inplace: bool = False
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.objective = objective
-        self.reduction: Reduction = reduction
-        self.ignore_index = ignore_index
-        self.backend: Backend = backend
-        self.transforms = {
-            "logit_scale": logit_scale,
-            "logit_softcap": logit_softcap,
-            "teacher_logit_scale": teacher_logit_scale,
-            "teacher_logit_softcap": teacher_logit_softcap,
-        }
 
     def forward(
         self,
@@ -181,8 +172,12 @@ class DistillationLoss(nn.Module):
             num_items=num_items,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            teacher_logit_scale=self.teacher_logit_scale,
+            teacher_logit_softcap=self.teacher_logit_softcap,
+            inplace=self.inplace,
             backend=self.backend,
-            **self.transforms,  # type: ignore[arg-type]
         )
 
     def extra_repr(self) -> str:
@@ -245,6 +240,21 @@ def _choose_backend(backend: Backend, student: Tensor, teacher: Tensor) -> Backe
     return backend
 
 
+def _check_overwritable(logits: Tensor, rows: Tensor, teacher: Tensor, backend: Backend) -> None:
+    if backend == "reference":
+        raise ValueError('inplace=True needs a fused backend: backend "reference" leaves the gradient to autograd')
+    if logits.is_leaf or (not torch.compiler.is_compiling() and rows._base is not None and rows._base.is_leaf):
+        raise ValueError(
+            "inplace=True would write the gradient over student_logits that are a leaf, as a parameter is, or a view of"
+            " one; it is for what a model computes"
+        )
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(f"inplace=True needs rows of their own, got student_logits of strides {logits.stride()}")
+    # a compiler copies what is read under two names
+    if not torch.compiler.is_compiling() and rows.untyped_storage()._cdata == teacher.untyped_storage()._cdata:
+        raise ValueError("inplace=True would write over teacher_logits, which share their memory with student_logits")
+
+
 def _check_labels(labels: Tensor, counted: Tensor, V: int) -> None:
     wrong = counted & ((labels < 0) | (labels >= V))
     if bool(wrong.any()):
@@ -260,6 +270,28 @@ def _per_token(name: str, value: Tensor | float, N: int, device: torch.device, d
     if flat.numel() not in (1, N):
         raise ValueError(f"{name} must be one value or one a token ({N}), got shape {tuple(value.shape)}")
     return flat.to(device=device, dtype=dtype, non_blocking=True)
+
+
+def _row_scale(
+    token_weights: Tensor | None,
+    num_items: Tensor | float | None,
+    reduction: Reduction,
+    num_tokens: Tensor,
+    N: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What the reduction multiplies each token's loss by, [N]."""
+    weights = 1.0 if token_weights is None else token_weights
+    scale = _per_token("token_weights", weights, N, num_tokens.device, dtype).expand(N)
+    if reduction in ("sum", "none"):
+        return scale
+    if reduction != "mean":
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if num_items is None:
+        return scale / num_tokens.clamp_min(1)
+    if not isinstance(num_items, Tensor) and num_items <= 0:
+        raise ValueError(f"num_items must be positive, got {num_items}")
+    return scale / num_items
 
 
 def _transform(name: str, scale: float, softcap: float | None) -> tuple[float, float]:

@@ -148,11 +148,15 @@ def source_fingerprint(source: str) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters: equal exactly where the weights are."""
+    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of what else its state holds (the
+    scales of a quantised one): equal exactly where the weights are."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())  # a tied one once
+    untied = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {name: value for name, value in model.state_dict().items() if name not in untied}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -42,22 +42,9 @@ def distillation_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scaled loss of each token [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the gradient of
     the losses' sum [N, V_s], empty unless `needs_grad`."""
-    return _run(
-        student,
-        teacher,
-        labels,
-        temperature,
-        alpha,
-        row_scale,
-        divergence,
-        teacher_share,
-        temperature_power,
-        ignore_index,
-        transforms,
-        needs_grad,
-        backend,
-        None,
-    )
+    tensors = (student, teacher, labels, temperature, alpha, row_scale)
+    settings = (divergence, teacher_share, temperature_power, ignore_index, transforms)
+    return _run(backend, tensors, settings, needs_grad)
 
 
 @distillation_rows.register_fake
@@ -99,22 +86,9 @@ def distillation_rows_(
 ) -> tuple[Tensor, Tensor]:
     """The first two of `distillation_rows`; the gradient takes the place of the logits in `student`. Autograd learns of
     it by `with_gradient`: an operator that writes over an argument cannot have a derivative itself."""
-    loss, stats, _ = _run(
-        student,
-        teacher,
-        labels,
-        temperature,
-        alpha,
-        row_scale,
-        divergence,
-        teacher_share,
-        temperature_power,
-        ignore_index,
-        transforms,
-        True,
-        backend,
-        student,
-    )
+    tensors = (student, teacher, labels, temperature, alpha, row_scale)
+    settings = (divergence, teacher_share, temperature_power, ignore_index, transforms)
+    loss, stats, _ = _run(backend, tensors, settings, True, grad=student)
     return loss, stats
 
 
@@ -160,10 +134,7 @@ def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> t
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     if ctx.grad is None:
-        raise RuntimeError(
-            "backward was called a second time through one fused distillation loss; pass retain_graph=True to the first"
-            " call, or add the losses and call backward once"
-        )
+        raise RuntimeError(SECOND_BACKWARD)
     grad = ctx.grad
     if type(upstream) is Tensor and not graph_is_kept():
         ctx.grad = None
@@ -202,29 +173,16 @@ with_gradient.register_autograd(_backward_of_saved, setup_context=_save_gradient
 
 
 def _run(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    temperature: Tensor,
-    alpha: Tensor,
-    row_scale: Tensor,
-    divergence: str,
-    teacher_share: float,
-    temperature_power: int,
-    ignore_index: int,
-    transforms: list[float],
-    needs_grad: bool,
     backend: str,
-    grad: Tensor | None,  # where the gradient goes, or None for memory of its own
+    tensors: tuple[Tensor, ...],
+    settings: tuple[str, float, int, int, list[float]],
+    needs_grad: bool,
+    grad: Tensor | None = None,  # where the gradient goes; None: memory of its own
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three of `distillation_rows`."""
+    """What `distillation_rows` gives, by a backend."""
+    divergence, teacher_share, temperature_power, ignore_index, transforms = settings
     stats, grad = backend_module(backend).distillation_rows(
-        student,
-        teacher,
-        labels,
-        temperature,
-        alpha,
-        row_scale,
+        *tensors,
         divergence=divergence,
         teacher_share=teacher_share,
         temperature_power=temperature_power,
@@ -233,6 +191,7 @@ def _run(
         needs_grad=needs_grad,
         grad=grad,
     )
+    labels, row_scale = tensors[2], tensors[5]
     # an ignored row's loss is 0 whatever its weight
     return torch.where(labels == ignore_index, 0.0, stats[0] * row_scale), stats, grad
 

@@ -127,6 +127,21 @@ def supervised_hidden(body: nn.Module, batch: PackedBatch, *, packed: bool) -> T
     return body(**padded).last_hidden_state.flatten(0, 1)[where]
 
 
+def model_hidden(model: nn.Module, batch: PackedBatch, *, packed: bool) -> Tensor:
+    """`supervised_hidden` of a whole model, run through whatever wraps it (DDP, FSDP, a compiler), so that this sees a
+    forward; the lm_head is given no row."""
+    hidden: list[Tensor] = []
+    inner: Any = getattr(model, "module", model)
+    body = inner.get_decoder()
+    handle = body.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state))
+    kwargs, where = (forward_kwargs(batch), batch.supervised) if packed else _pad(batch)
+    try:
+        model(**kwargs, logits_to_keep=torch.empty(0, dtype=torch.int64, device=batch.input_ids.device))
+    finally:
+        handle.remove()
+    return hidden[0].flatten(0, 1)[where]
+
+
 def _pad(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     """The batch as a right-padded rectangle [B, longest], and where its supervised positions are in the flattened
     one."""

@@ -20,13 +20,14 @@ class Head:
     """An lm_head [V, H], its bias [V] or None, and the dtype to which the inputs of products are rounded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.weight = weight if on_cpu(weight) else weight.to(dtype)  # a copy under autocast, once
+        self.bias, self.dtype = bias, dtype
         self._buffer: Tensor | None = None  # kept, for fresh pages cost more than the conversion into them
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """out [n, V] fp32 = hidden [n, H] · weightᵀ + bias."""
-        if self.weight.is_cuda:
-            _cuda_mm(hidden.to(self.dtype), self.weight.to(self.dtype).t(), out)
+        if not on_cpu(self.weight):
+            _gpu_mm(hidden.to(self.dtype), self.weight.t(), out)
         else:
             x = hidden.to(self.dtype).float()
             with matmul_inputs(self.dtype):
@@ -37,8 +38,8 @@ class Head:
 
     def hidden_grad(self, grad: Tensor) -> Tensor:
         """[n, H] in `dtype` = grad [n, V] · weight."""
-        if self.weight.is_cuda:
-            return grad.to(self.dtype) @ self.weight.to(self.dtype)
+        if not on_cpu(self.weight):
+            return grad.to(self.dtype) @ self.weight
         total = grad.new_zeros((len(grad), self.weight.shape[1]), dtype=torch.float32)
         with matmul_inputs(self.dtype):
             for part, weight in self._slices():
@@ -60,9 +61,13 @@ class Head:
             yield part, rows
 
 
+def on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def add_weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
     """total [V, H] fp32 += gradᵀ [V, n] · hidden [n, H], the factors rounded to `dtype`."""
-    if not total.is_cuda:
+    if on_cpu(total):
         with matmul_inputs(dtype):
             total.addmm_(grad.t(), hidden.to(dtype).float())
     elif dtype == torch.float32 or not _has_out_dtype():
@@ -71,7 +76,7 @@ def add_weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.d
         torch.addmm(total, grad.to(dtype).t(), hidden.to(dtype), out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
 
 
-def _cuda_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _gpu_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     if a.dtype == torch.float32 or not _has_out_dtype():  # exact products, at fp32's speed
         torch.mm(a.float(), b.float(), out=out)
     else:

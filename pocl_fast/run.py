@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from pocl_fast.packing import enable_packing, packing_error
 from pocl_fast.run_directory import WRITES, RunDirectory, required
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, encode_all, read_samples
 from pocl_fast.student import as_trainable, cut_layers, num_parameters
+
+if TYPE_CHECKING:
+    from pocl_fast.teacher import Teacher
 
 Say = Callable[[str], None]
 
@@ -91,7 +94,6 @@ class Run:
         self.say(f"rank: {len(curriculum.stages)} stages of samples: {stages}")
 
     def train(self) -> None:
-        from pocl_fast.teacher import Teacher
         from pocl_fast.trainer import DevSet, train_stages
 
         if not self.directory.begin("train", self.config):
@@ -108,17 +110,10 @@ class Run:
         with self.directory.timed("train") as facts:
             student, packed = self.initial_student()
             self._initial_student = None
-            teacher_model = self.teacher_model()
-            enable_packing(teacher_model)
-            cache_dtype = torch.bfloat16 if options.cache_dtype == "bf16" else torch.float32
-            with self.precision.autocast():
-                teacher = Teacher(teacher_model, self.path / "teacher_cache", cache_dtype=cache_dtype)
-            sizes = [f"{num_parameters(model) / 1e6:.1f}M" for model in (student, teacher_model)]
+            sizes = [f"{num_parameters(model) / 1e6:.1f}M" for model in (student, self.teacher_model())]
+            teacher = self._cached_teacher()
             self.say(
                 f"train: student {sizes[0]} parameters, teacher {sizes[1]}; {self.device.type}, {self.precision.name}"
-            )
-            self._teacher_model = teacher_model = (
-                None  # its body is the Teacher's alone now, to be freed once it is cached
             )
             dev = DevSet(dev_samples, dev_encoded, self.encoder, self.config.generation)
             train_stages(
@@ -139,6 +134,17 @@ class Run:
                 "tokens": tokens,
                 "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in steps),
             }
+
+    def cache(self) -> None:
+        """Computes what the teacher's cache lacks of the training samples."""
+        self._check_vocabularies()
+        _, encoded = self.train_set
+        self.directory.record(self.config)
+        teacher = self._cached_teacher()
+        with self.precision.autocast():
+            teacher.fill(encoded)
+        size = teacher.cache.nbytes() / 2**20
+        self.say(f"cache: {len(encoded)} samples, {size:.1f} MiB in {teacher.cache.folder}")
 
     def evaluate(self, when: str) -> None:
         """`when` is "before" (the student as given) or "after" (as trained)."""
@@ -246,6 +252,23 @@ class Run:
                 trust_remote_code=chosen.trust_remote_code,
             )
         return self._teacher_model
+
+    def _cached_teacher(self) -> Teacher:
+        """The teacher with its cache, which owns the model from now on, to free its body once it is cached."""
+        from pocl_fast.teacher import Teacher
+        from pocl_fast.teacher_shards import HIDDEN_DTYPES
+
+        model, self._teacher_model = self.teacher_model(), None
+        enable_packing(model)
+        options = self.config.cache
+        with self.precision.autocast():
+            return Teacher(
+                model,
+                self.path / "teacher_cache",
+                cache_dtype=HIDDEN_DTYPES[options.cache_dtype],
+                cache_mode=options.cache_mode,
+                top_k=options.cache_top_k,
+            )
 
     def initial_student(self) -> tuple[Any, bool]:
         """The student before training, packing enabled where it holds (the second value says whether)."""

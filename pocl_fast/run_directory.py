@@ -30,8 +30,8 @@ READS = {
     "train": (
         *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens",
         "divergence", "beta", "skew", "temperature_scaling", "epochs_per_stage", "batch_size",
-        "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "cache_dtype", "seed",
-        "curriculum.json",
+        "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "cache_mode", "cache_dtype",
+        "cache_top_k", "seed", "curriculum.json",
     ),
     "evaluate-before": (*_STUDENT, *_LENGTHS, *_ANSWERS, "dev"),
     "evaluate-after": (*_LENGTHS, *_ANSWERS, "precision", "dev", "student/model.safetensors"),
@@ -101,11 +101,15 @@ class RunDirectory:
         self._check_earlier(step, made_from)
         if stamp is None:
             self._clear(step)
-        write_text(self.path / "config.yaml", to_yaml(config))
+        self.record(config)
         seconds, peak = (stamp["seconds"], stamp["peak_bytes"]) if stamp else (0.0, 0)
         self.stamps[step] = {"done": False, "made_from": made_from, "seconds": seconds, "peak_bytes": peak}
         self._save_stamps()
         return True
+
+    def record(self, config: RunConfig) -> None:
+        """Writes the options of the run, for work that is no step."""
+        write_text(self.path / "config.yaml", to_yaml(config))
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[dict[str, Any]]:

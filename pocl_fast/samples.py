@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,6 +62,13 @@ class EncodedSample:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @cached_property  # asked for at every step
+    def fingerprint(self) -> bytes:
+        """16 bytes that identify the tokens, and which of them are the response."""
+        digest = hashlib.sha256(str(len(self.prompt_ids)).encode())
+        digest.update(array("q", self.prompt_ids + self.response_ids).tobytes())
+        return digest.digest()[:16]
 
 
 @dataclass(frozen=True)

@@ -1,189 +1,206 @@
-"""The teacher as training sees it: logits at the supervised positions of a batch, from a body that runs once a sample.
+"""The teacher as training sees it: what it says at the supervised positions of a batch, from a body that runs once a
+sample.
 
-A frozen teacher gives the same hidden states on each of the recipe's 20 passes, so they are kept on disk: 2·H bytes a
-supervised token in bf16 instead of 2·V, and with the lm_head they give back the whole distribution.
+A frozen teacher gives the same hidden states on each of the recipe's 20 passes, so they are kept on disk (see
+`TeacherCache`): 2·H bytes a supervised token in bf16 instead of 2·V, and with the lm_head they give back the whole
+distribution.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from pocl_fast.errors import InputError
+from pocl_fast.heads import LmHead, check_head, lm_head
 from pocl_fast.models import weights_fingerprint
-from pocl_fast.packing import forward_kwargs, pack, packing_error, supervised_hidden
+from pocl_fast.packing import pack, packing_error, supervised_hidden, token_budget_batches
+from pocl_fast.progress import progress_bar
 from pocl_fast.samples import EncodedSample
+from pocl_fast.teacher_cache import MissingSamples, TeacherCache
+from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
+from pocl_fast.teachers import LinearTeacher, TopKTeacher
 
 PACKING_TOLERANCE = (
     1e-2  # relative; families that do not support packing are off by 0.1 and more, bf16 rounding is 4e-3
 )
-
-
-class TeacherCache:
-    """Final hidden states at supervised positions, on disk, by sample.
-
-    Keyed by the teacher's weights and the sample's tokens, so that a changed teacher, tokenizer, template or length
-    limit never finds an old entry. Shards are complete or absent (written to a temporary name, then renamed).
-    """
-
-    def __init__(
-        self, folder: str | Path, *, teacher: str, dtype: torch.dtype = torch.bfloat16, shard_bytes: int = 1 << 25
-    ) -> None:
-        """`teacher` identifies the teacher's weights; `shard_bytes` are collected in memory before a shard is
-        written."""
-        self.folder = Path(folder) / f"{teacher[:16]}-{str(dtype).removeprefix('torch.')}"
-        self.dtype = dtype
-        self._shard_bytes = shard_bytes
-        self._places: dict[str, tuple[Any, int, int]] = {}  # key -> opened shard, first row, rows
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._next_shard = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            self._open_shard(path)
-
-    @staticmethod
-    def key(sample: EncodedSample) -> str:
-        """Identifies a sample by its tokens and by which of them are the response."""
-        digest = hashlib.sha256(str(len(sample.prompt_ids)).encode())
-        digest.update(array("q", sample.prompt_ids + sample.response_ids).tobytes())
-        return digest.hexdigest()[:32]
-
-    def __contains__(self, sample: EncodedSample) -> bool:
-        key = self.key(sample)
-        return key in self._places or key in self._pending
-
-    def get(self, sample: EncodedSample) -> Tensor:
-        """[N, H] hidden states of a sample that is in the cache."""
-        key = self.key(sample)
-        if key in self._pending:
-            return self._pending[key]
-        shard, first, rows = self._places[key]
-        return shard.get_slice("hidden")[first : first + rows]
-
-    def put(self, sample: EncodedSample, hidden: Tensor) -> None:
-        """Adds the [N, H] hidden states of one sample, rounded to the cache's dtype."""
-        stored = hidden.detach().to(self.dtype).cpu().clone()
-        self._pending[self.key(sample)] = stored
-        self._pending_bytes += stored.nbytes
-        if self._pending_bytes >= self._shard_bytes:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what is pending as one shard."""
-        if not self._pending:
-            return
-        path = self.folder / f"shard-{self._next_shard:05d}.safetensors"
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        rows = [[key, len(hidden)] for key, hidden in self._pending.items()]
-        try:
-            save_file({"hidden": torch.cat(list(self._pending.values()))}, partial, metadata={"rows": json.dumps(rows)})
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise InputError(
-                f"cannot write the teacher cache {path}: {error}. Free some space and run the command again"
-            ) from error
-        self._pending.clear()
-        self._pending_bytes = 0
-        self._open_shard(path)
-
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
-
-    def _open_shard(self, path: Path) -> None:
-        self._next_shard = max(self._next_shard, int(path.stem.split("-")[1]) + 1)
-        try:
-            shard = safe_open(path, framework="pt")
-            rows = json.loads(shard.metadata()["rows"])
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
-            print(f"teacher cache: {path.name} is damaged and is computed again", flush=True)
-            path.unlink()
-            return
-        first = 0
-        for key, count in rows:
-            self._places[key] = (shard, first, count)
-            first += count
+CHUNK = 256  # rows whose logits are held at once, where logits are needed
+FILL_TOKENS = 8192  # of a batch when the cache is filled ahead of training
 
 
 class Teacher:
-    """A frozen language model that gives its logits at the supervised positions of packed samples."""
+    """A frozen language model and its cache, giving what it says at the supervised positions of packed samples."""
 
-    def __init__(self, model: Any, cache_folder: str | Path, *, cache_dtype: torch.dtype = torch.bfloat16) -> None:
-        """`model` is a transformers causal language model whose packing is enabled. Raises `InputError` where its
-        logits are not its lm_head applied to its last hidden states."""
+    def __init__(
+        self,
+        model: Any,
+        cache_folder: str | Path,
+        *,
+        cache_dtype: torch.dtype = torch.bfloat16,
+        cache_mode: Literal["hidden", "topk"] = "hidden",
+        top_k: int = 64,
+        say: Callable[[str], object] = tqdm.write,
+    ) -> None:
+        """`model` is a transformers causal language model whose packing is enabled.
+
+        In mode "hidden" the cache keeps hidden states in `cache_dtype` (bfloat16, float32, or int8 with a scale a
+        token), in mode "topk" the `top_k` largest log-probabilities; `say` is told what that loses. Raises `InputError`
+        where the model's logits are not its lm_head applied to its last hidden states.
+        """
         self._model: Any | None = model.requires_grad_(False).eval()
         self.config = model.config
-        head = model.get_output_embeddings()
-        self._weight: Tensor = head.weight
-        self._bias: Tensor | None = getattr(head, "bias", None)
+        self._head: LmHead | None = lm_head(model)
+        self._device, self._dtype = self._head.weight.device, self._head.weight.dtype
+        self.vocab_size, hidden_size = self._head.weight.shape
         self._packed = packing_error(model, self.config.vocab_size) < PACKING_TOLERANCE
-        self._check_head(model)
-        self.cache = TeacherCache(cache_folder, teacher=weights_fingerprint(model), dtype=cache_dtype)
+        check_head(model)
+        if cache_mode == "topk" and not 1 <= top_k <= self.vocab_size:
+            raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {self.vocab_size} tokens")
+        self.cache = TeacherCache(
+            cache_folder,
+            teacher=teacher_fingerprint(model),
+            entries=TopKEntries(top_k) if cache_mode == "topk" else HiddenEntries(hidden_size, cache_dtype),
+            say=say,
+        )
+        self._say: Callable[[str], object] | None = say  # until the loss of the first batch is said
 
     @property
-    def vocab_size(self) -> int:
-        return self._weight.shape[0]
+    def lm_head(self) -> LmHead:
+        """Raises RuntimeError once a top-k teacher has let go of it."""
+        if self._head is None:
+            raise RuntimeError("the lm_head of a teacher with a top-k cache was released with its body")
+        return self._head
 
+    def output(self, samples: Sequence[EncodedSample]) -> LinearTeacher | TopKTeacher:
+        """What a loss takes as its teacher at the supervised positions of the samples, in their order; the body runs
+        only for new ones."""
+        if isinstance(self.cache.entries, TopKEntries):
+            return TopKTeacher(*self.top_k(samples))
+        head = self.lm_head
+        return LinearTeacher(self.hidden(samples), head.weight, head.bias, head.logit_scale, head.logit_softcap)
+
+    @torch.no_grad()
     def logits(self, samples: Sequence[EncodedSample]) -> Tensor:
-        """[N, V_t] logits at the supervised positions of the samples, in their order; the body runs only for new
-        ones."""
-        with torch.no_grad():
-            return self._head(self.hidden(samples))
+        """[N, V_t] logits at the supervised positions of the samples, in their order."""
+        return self.lm_head.logits(self.hidden(samples))
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[EncodedSample]) -> Tensor:
-        """[N, H] final hidden states at the supervised positions, the same bits whether just computed or read."""
-        new = [sample for sample in samples if sample not in self.cache]
-        if new:
-            if self._model is None:
-                raise RuntimeError("the teacher's body was released before every sample was cached")
-            batch = pack(new).to(self._weight.device)
-            hidden = supervised_hidden(self._model.get_decoder(), batch, packed=self._packed)
-            for sample, rows in zip(new, hidden.split(batch.counts), strict=True):
-                self.cache.put(sample, rows)
-        return torch.cat([self.cache.get(sample) for sample in samples]).to(self._weight.device, self._weight.dtype)
+        """[N, H] final hidden states at the supervised positions, the same bits whether just computed or read.
 
-    def release_body_if_cached(self, samples: Sequence[EncodedSample]) -> bool:
-        """Frees all but the lm_head once every one of the samples is in the cache; says whether the body is gone."""
-        if self._model is not None and all(sample in self.cache for sample in samples):
-            self.cache.flush()
-            self._weight = self._weight.detach().clone()
-            self._bias = None if self._bias is None else self._bias.detach().clone()
-            self._model = None
-        return self._model is None
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits = nn.functional.linear(hidden, self._weight, self._bias)
-        if getattr(self.config, "logit_scale", None):  # Cohere
-            logits = logits * self.config.logit_scale
-        if getattr(self.config, "logits_scaling", None):  # Granite
-            logits = logits / self.config.logits_scaling
-        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma 2
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        Raises ValueError where the cache keeps top-k; `InputError` where it cannot be written, or a shard turns out to
+        be damaged after the body was released.
+        """
+        return self._cached(samples, lambda: self.cache.read_hidden(samples, dtype=self._dtype, device=self._device))
 
     @torch.no_grad()
-    def _check_head(self, model: Any) -> None:
-        sample = EncodedSample(0, tuple(range(1, 5)), tuple(range(5, 9)), False)
-        batch = pack([sample]).to(self._weight.device)
-        ours = self._head(supervised_hidden(model.get_decoder(), batch, packed=True).to(self._weight.dtype)).float()
-        theirs = model(**forward_kwargs(batch)).logits[0, batch.supervised].float()
-        if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
-            raise InputError(
-                f"{type(model).__name__} does more to its logits than apply its lm_head to the last hidden states,"
-                " which pocl-fast does not know how to repeat from cached hidden states; use another architecture"
+    def top_k(self, samples: Sequence[EncodedSample]) -> TopK:
+        """[N, k] largest log-probabilities at the supervised positions and their tokens. Raises as `hidden` does."""
+        return self._cached(samples, lambda: self.cache.read_top_k(samples, device=self._device))
+
+    @torch.no_grad()
+    def fill(self, samples: Sequence[EncodedSample]) -> None:
+        """Computes what is missing in a pass of its own, and writes it."""
+        self.cache.reserve(samples)
+        missing = self.cache.missing(samples)
+        with self.cache, progress_bar(len(missing), "cache", "samples") as bar:
+            for batch in token_budget_batches([len(sample) for sample in missing], max_tokens=FILL_TOKENS):
+                self._compute([missing[i] for i in batch])
+                bar.update(len(batch))
+
+    def release_body_if_cached(self, samples: Sequence[EncodedSample]) -> bool:
+        """Frees all but the lm_head (that too in mode "topk") once every one of the samples is in the cache and on
+        disk as it was computed; says whether the body is gone."""
+        if self._model is not None and not self.cache.missing(samples):
+            self.cache.flush()
+            if not self.cache.verify(samples):  # else a shard is damaged, and its samples are computed again
+                self._head = self.lm_head.detached() if isinstance(self.cache.entries, HiddenEntries) else None
+                self._model = None
+        return self._model is None
+
+    def _cached(self, samples: Sequence[EncodedSample], read: Callable[[], Any]) -> Any:
+        while True:
+            if missing := self.cache.missing(samples):
+                self._compute(missing)
+            try:
+                return read()
+            except MissingSamples as damage:  # of one shard, which the cache has forgotten: every turn has one less
+                if self._model is None:
+                    raise InputError(f"{damage} by the same command, run again: the teacher has left memory") from damage
+
+    def _compute(self, samples: Sequence[EncodedSample]) -> None:
+        if self._model is None:
+            raise RuntimeError("the teacher's body was released before every sample was cached")
+        batch = pack(samples).to(self._device)
+        hidden = supervised_hidden(self._model.get_decoder(), batch, packed=self._packed)
+        entries = self.cache.entries
+        if isinstance(entries, HiddenEntries):
+            self.cache.put(samples, hidden)
+        else:
+            top = most_likely(self.lm_head, hidden, entries.k)
+            self.cache.put(samples, top)
+        if self._say is not None:
+            loss = (
+                rounding_loss(entries, self.lm_head, hidden[:CHUNK]).describe(entries.name)
+                if isinstance(entries, HiddenEntries)
+                else f"the {entries.k} most likely tokens hold {100 * top.log_probs.exp().sum(1).mean():.4g} % of the"
+                " probability"
             )
+            self._say(f"teacher cache: {loss} (first batch)")
+            self._say = None
+
+
+@dataclass(frozen=True)
+class RoundingLoss:
+    """What storing hidden states in fewer bits changes."""
+
+    hidden: float  # norm of the difference / norm
+    divergence: float  # mean KL of the distribution from the unrounded one, nats
+
+    def describe(self, name: str) -> str:
+        kl = f"{self.divergence:.1e} nats"
+        return f"{name} changes hidden states by {self.hidden:.1e} of their norm and the distribution by {kl} (mean KL)"
+
+
+@torch.no_grad()
+def rounding_loss(entries: HiddenEntries, head: LmHead, hidden: Tensor) -> RoundingLoss:
+    """The loss of storing hidden states [N, H] as these entries, seen through the lm_head."""
+    stored = entries.decode(entries.encode(hidden), hidden.dtype)
+    difference = (stored.double() - hidden.double()).norm() / hidden.double().norm()
+    total = 0.0
+    for rows, rounded in zip(hidden.split(CHUNK // 4), stored.split(CHUNK // 4), strict=True):
+        log_p, log_q = (torch.log_softmax(head.logits(x.to(head.weight.dtype)).double(), -1) for x in (rows, rounded))
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return RoundingLoss(float(difference), total / len(hidden))
+
+
+@torch.no_grad()
+def most_likely(head: LmHead, hidden: Tensor, k: int) -> TopK:
+    """The k most likely tokens after hidden states [N, H], without the logits of all N at once."""
+    parts = []
+    for rows in hidden.split(CHUNK):
+        logits = head.logits(rows.to(head.weight.dtype)).float()
+        top = logits.topk(k)
+        parts.append((top.values - logits.logsumexp(-1, keepdim=True), top.indices.to(torch.int32)))
+    return TopK(torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts]))
+
+
+def teacher_fingerprint(model: Any) -> str:
+    """Identifies what a teacher says: its weights and its configuration, but for the names of folders and versions."""
+    settings = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(f"{weights_fingerprint(model)} {settings}".encode()).hexdigest()
+
+
+def _lasting(settings: Any) -> Any:
+    passing = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
+    if not isinstance(settings, dict):
+        return settings
+    return {str(k): _lasting(v) for k, v in settings.items() if k not in passing and not str(k).startswith("_")}

@@ -54,4 +54,4 @@ class TopKTeacher:
     tail: Tail = "bucket"
 
 
-Teacher: TypeAlias = DenseTeacher | LinearTeacher | TopKTeacher
+TeacherOutput: TypeAlias = DenseTeacher | LinearTeacher | TopKTeacher

@@ -29,11 +29,12 @@ from pocl_fast.config import Generation, Training
 from pocl_fast.curriculum import Curriculum, Stage
 from pocl_fast.errors import InputError
 from pocl_fast.evaluation import answer_all, mean_token_cross_entropy
-from pocl_fast.losses import distillation_loss
+from pocl_fast.heads import lm_head
+from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.metrics import MetricsLog
 from pocl_fast.models import Precision
 from pocl_fast.objectives import Objective
-from pocl_fast.packing import PackedBatch, pack, supervised_logits
+from pocl_fast.packing import PackedBatch, model_hidden, pack
 from pocl_fast.progress import progress_bar
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
@@ -88,15 +89,24 @@ class PoclTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch: PackedBatch = inputs["packed"].to(self.args.device)
-        logits = supervised_logits(model, batch, packed=self.packed)
-        teacher_logits = self.teacher.logits(inputs["samples"])
-        with torch.autocast(logits.device.type, enabled=False):
-            out = distillation_loss(logits, teacher_logits, batch.labels, self.objective, num_items=num_items_in_batch)
+        hidden = model_hidden(model, batch, packed=self.packed)
+        head = lm_head(self.accelerator.unwrap_model(model))
+        out = linear_distillation_loss(
+            hidden,
+            head.weight,
+            self.teacher.output(inputs["samples"]),
+            batch.labels,
+            self.objective,
+            student_bias=head.bias,
+            num_items=num_items_in_batch,
+            logit_scale=head.logit_scale,
+            logit_softcap=head.logit_softcap,
+        )
         self._tokens += batch.input_ids.numel()
         for name, value in {"ce": out.ce, "divergence": out.divergence, **out.metrics}.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach() * out.num_tokens  # stays on the device
         self._sums["tokens"] = self._sums.get("tokens", 0) + out.num_tokens
-        return (out.loss, {"logits": logits}) if return_outputs else out.loss
+        return (out.loss, {"per_token": out.per_token}) if return_outputs else out.loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training flops of a batch by the usual 6 · parameters · tokens."""
@@ -169,7 +179,8 @@ def train_stages(
     subsets = [[by_index[int(i)] for i in curriculum.subset(stage.index)] for stage in curriculum.stages]
     steps = [_steps(len(subset), options) * options.epochs_per_stage for subset in subsets]
     log = MetricsLog(folder / "metrics.jsonl")
-    with progress_bar(sum(steps), "train", "steps") as bar, _Signals() as signals:
+    teacher.cache.reserve(encoded)
+    with teacher.cache, progress_bar(sum(steps), "train", "steps") as bar, _Signals() as signals:
         for stage, subset in zip(curriculum.stages, subsets, strict=True):
             checkpoints = folder / "checkpoints" / f"stage-{stage.index}"
             best = checkpoints / "best"
@@ -203,11 +214,9 @@ def train_stages(
                 ],
             )
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            teacher.cache.flush()
             if signals.received:
                 raise Interrupted(signals.received)
             _finish_stage(student, checkpoints, best)
-    teacher.cache.flush()
 
 
 def _collate(samples: list[EncodedSample]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run under Triton's interpreter, which must be chosen before triton is imported."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -20,6 +21,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture
+def seed():
+    """Fresh random numbers in every run; the seed is printed with a failing test, and POCL_TEST_SEED repeats it."""
+    value = int(os.environ.get("POCL_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"POCL_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,8 @@
-"""Fresh random numbers in every run; the seed is printed with a failing test, and POCL_TEST_SEED repeats it."""
-
-import os
-import random
+"""Fresh random numbers in every test; see `seed` in tests/conftest.py."""
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    value = int(os.environ.get("POCL_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"POCL_TEST_SEED={value}")
-    torch.manual_seed(value)
-    return value
+def fresh_numbers(seed):
+    return seed
