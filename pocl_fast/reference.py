@@ -146,7 +146,7 @@ def linear_distillation_rows(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
-    teacher: list[Tensor],  # dense: logits; linear: hidden, weight, maybe bias; none: nothing
+    teacher: list[Tensor],  # dense: logits; linear: hidden, weight, maybe bias; topk: log_probs, indices; none: nothing
     labels: Tensor,  # [N]
     temperature: Tensor,
     alpha: Tensor,
@@ -155,9 +155,13 @@ def linear_distillation_rows(
     tail: str,
     **options: Any,
 ) -> Rows:
-    """`distillation_rows` of lm_heads applied to hidden states; with no teacher, of CE alone."""
+    """`distillation_rows`, or its sparse form, of lm_heads applied to hidden states; with no teacher, of CE alone."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)  # logits are not rounded
     logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    if teacher_kind == "topk":
+        options.pop("teacher_transform", None)  # log-probabilities are what they are
+        log_probs, indices = teacher
+        return sparse_distillation_rows(logits, log_probs, indices, labels, temperature, alpha, tail=tail, **options)
     if teacher_kind == "none":
         teacher_logits = logits.detach()
     elif teacher_kind == "linear":

@@ -9,7 +9,9 @@ from compare import relative_error
 from sparse_compare import assert_matches, case, exact, run
 
 from pocl_fast import _C, reference
-from pocl_fast.objectives import DIVERGENCES
+from pocl_fast.linear_loss import linear_distillation_loss
+from pocl_fast.objectives import DIVERGENCES, Objective
+from pocl_fast.teachers import TopKTeacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TAILS = ("bucket", "renormalise")
@@ -347,6 +349,28 @@ def test_more_entries_than_the_gpu_kernel_takes_are_refused():
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match="at most 1024 entries of the teacher a token, got 1025"):
         run("triton", case(1, 1100, 1025), "jsd", "bucket")
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_linear_loss_takes_the_k_best_of_each_token(tail, dtype):
+    """Chunks of 3 rows, of which one ends before the last supervised token, and a head with bias and softcap."""
+    arguments = case(8, 203, 7, dtype)
+    objective = Objective("jsd", temperature=1.3, alpha=0.3)
+    head = [torch.randn(*shape).to(dtype) for shape in ((8, 16), (203, 16), (203,))]
+    results = []
+    for exact_side in (False, True):
+        leaves = [(x.double() if exact_side else x).detach().requires_grad_(True) for x in head]
+        teacher = TopKTeacher(arguments.log_probs, arguments.indices, tail)
+        out = linear_distillation_loss(
+            leaves[0], leaves[1], teacher, arguments.labels, objective,
+            student_bias=leaves[2], logit_softcap=5.0, backend="reference" if exact_side else "cpp",
+            **({} if exact_side else {"chunk_tokens": 3}),
+        )  # fmt: skip
+        out.loss.backward()
+        results.append([out.loss, out.divergence, *(leaf.grad for leaf in leaves)])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) <= (2e-6 if dtype == torch.float32 else 6e-3)
 
 
 @pytest.mark.gpu
