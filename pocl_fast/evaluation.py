@@ -56,6 +56,7 @@ def answer_all(
         pad_id=encoder.tokenizer.pad_token_id,
         temperature=temperature,
         seed=seed,
+        sample_ids=[sample.index for sample in encoded],
         batch_size=batch_size,
         progress=progress,
     )

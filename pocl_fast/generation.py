@@ -1,15 +1,23 @@
-"""Answers to prompts: batched decoding that keeps the longest prompts together and drops answers as they finish."""
+"""Answers to prompts: batched decoding of prompts of similar length, in which finished answers leave the batch.
+
+What all prompts begin with (a template's head) is computed once. Knows nothing of what the answers are for.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pocl_fast.frozen import frozen_linears
+
 Progress = Callable[[int], None]  # called with how many prompts were answered since the last call
+SHORTEST_HEAD = 8  # tokens; below it a common head is not worth a run of its own
 
 
 def generation_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
@@ -28,80 +36,138 @@ def generate(
     pad_id: int,
     temperature: float = 0.0,
     seed: int = 0,
+    sample_ids: Sequence[int] | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """The model's answer to each prompt, as token ids without the end token.
 
-    `temperature` 0 is greedy; otherwise sampling from the whole distribution (top-p 1) with `seed`. Answers are cut at
-    `max_new_tokens`. Prompts are token ids and must not be empty.
+    `temperature` 0 is greedy; otherwise each answer is sampled from the whole distribution (top-p 1) with random
+    numbers of its own, made from `seed` and its entry in `sample_ids` (its position where left out), so that it does
+    not depend on the batch it is in. Answers are cut at `max_new_tokens`. Prompts are token ids and must not be empty.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    device = next(model.parameters()).device
-    for number, batch in enumerate(generation_batches(prompts, batch_size)):
-        generator = torch.Generator(device=device).manual_seed(seed * 1_000_003 + number) if temperature > 0 else None
-        rows = _decode([prompts[i] for i in batch], model, max_new_tokens, set(end_ids), pad_id, temperature, generator)
-        for i, row in zip(batch, rows, strict=True):
-            answers[i] = row
-        if progress:
-            progress(len(batch))
+    ids = range(len(prompts)) if sample_ids is None else sample_ids
+    with frozen_linears(model):
+        decoder = _Decoder(model, prompts, max_new_tokens, set(end_ids), pad_id, temperature)
+        for batch in generation_batches(prompts, batch_size):
+            uniforms = _uniforms(seed, [ids[i] for i in batch], max_new_tokens) if temperature > 0 else None
+            for i, row in zip(batch, decoder.decode([prompts[i] for i in batch], uniforms), strict=True):
+                answers[i] = row
+            if progress:
+                progress(len(batch))
     return answers
 
 
-def _decode(
-    prompts: Sequence[Sequence[int]],
-    model: Any,
-    max_new_tokens: int,
-    end_ids: set[int],
-    pad_id: int,
-    temperature: float,
-    generator: torch.Generator | None,
-) -> list[list[int]]:
-    from transformers import DynamicCache
+class _Decoder:
+    """Decodes batch after batch of prompts, whose common head runs once."""
 
-    device = next(model.parameters()).device
-    cache = DynamicCache(config=model.config)
-    cache_name = _cache_argument(model)
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    answers: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        output = model(
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_ids: set[int],
+        pad_id: int,
+        temperature: float,
+    ) -> None:
+        self.model, self.max_new_tokens, self.end_ids = model, max_new_tokens, end_ids
+        self.pad_id, self.temperature = pad_id, temperature
+        self.device = next(model.parameters()).device
+        head = _common_head(prompts)
+        self.head = list(head) if len(prompts) > 1 and len(head) >= SHORTEST_HEAD else []
+        self._head_cache: Any = None
+        # transformers renamed the argument `past_key_values` to `cache` within version 5
+        named = inspect.signature(type(model).forward).parameters
+        self.cache_argument = "cache" if "cache" in named else "past_key_values"
+
+    def decode(self, prompts: Sequence[Sequence[int]], uniforms: Tensor | None) -> list[list[int]]:
+        """The answer to each of B prompts; `uniforms` [B, max_new_tokens] choose its tokens where it is sampled."""
+        cache = self._cache_of_the_head(len(prompts))
+        tokens, mask = self._padded(prompts)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, len(self.head) :]
+        answers: list[list[int]] = [[] for _ in prompts]
+        active = torch.arange(len(prompts), device=self.device)  # the rows that are still in the batch
+        for step in range(self.max_new_tokens):
+            logits = self._forward(tokens, mask, positions, cache)
+            chosen = choose(logits, self.temperature, None if uniforms is None else uniforms[active, step])
+            stay = []
+            for row, (i, token) in enumerate(zip(active.tolist(), chosen.tolist(), strict=True)):
+                if token not in self.end_ids:
+                    answers[i].append(token)
+                    stay.append(row)
+            if not stay:
+                break
+            tokens, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if len(stay) < len(active):  # finished answers leave the batch
+                kept = torch.tensor(stay, device=self.device)
+                cache.batch_select_indices(kept)
+                tokens, positions, mask, active = tokens[kept], positions[kept], mask[kept], active[kept]
+        return answers
+
+    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Logits [B, V] after the last of `tokens`, which are added to the cache."""
+        output = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{cache_name: cache},
+            **{self.cache_argument: cache},
         )
-        chosen = _choose(output.logits[:, -1], temperature, generator)
-        stay = []
-        for row, token in enumerate(chosen.tolist()):
-            if token not in end_ids:
-                answers[active[row]].append(token)
-                stay.append(row)
-        if not stay:
-            break
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        if len(stay) < len(active):  # finished answers leave the batch
-            kept = torch.tensor(stay, device=device)
-            cache.batch_select_indices(kept)
-            tokens, positions, mask = tokens[kept], positions[kept], mask[kept]
-            active = [active[row] for row in stay]
-    return answers
+        return output.logits[:, -1]
+
+    def _cache_of_the_head(self, rows: int) -> Any:
+        """A cache of its own for a batch, which holds the head in each of its rows."""
+        from transformers import DynamicCache
+
+        if not self.head:
+            return DynamicCache(config=self.model.config)
+        if self._head_cache is None:
+            self._head_cache = DynamicCache(config=self.model.config)
+            tokens = torch.tensor([self.head], device=self.device)
+            places = torch.arange(len(self.head), device=self.device)[None]
+            self._forward(tokens, torch.ones_like(tokens), places, self._head_cache)
+        cache = copy.deepcopy(self._head_cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """What follows the head, padded on its left to [B, longest]; and the mask of head and rest."""
+        rests = [list(prompt[len(self.head) :]) for prompt in prompts]
+        longest = max(map(len, rests))
+        gaps = [longest - len(rest) for rest in rests]
+        tokens = [[self.pad_id] * gap + rest for gap, rest in zip(gaps, rests, strict=True)]
+        mask = [[1] * len(self.head) + [0] * gap + [1] * (longest - gap) for gap in gaps]
+        return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
+def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> Tensor:
+    """The next token [B] by logits [B, V]: the likeliest, or the one at which the cumulated probability passes the
+    row's number in [0, 1) of `uniforms` [B]."""
+    if uniforms is None:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    cumulated = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
+    total = cumulated[:, -1:]
+    places = torch.minimum(
+        uniforms.to(cumulated)[:, None] * total, total * (1 - 2**-23)
+    )  # rounding may reach the total
+    return torch.searchsorted(cumulated, places, right=True)[:, 0]  # right: never a token without probability
 
 
-def _cache_argument(model: Any) -> str:
-    """transformers renamed the argument `past_key_values` to `cache` within version 5."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+def _common_head(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """What all prompts begin with, short of a whole prompt: at least one token is left to each."""
+    if not prompts:
+        return []
+    low, high = min(map(tuple, prompts)), max(map(tuple, prompts))  # in between, all agree where these two do
+    limit = min(map(len, prompts)) - 1
+    agree = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), limit)
+    return low[: min(agree, limit)]
+
+
+def _uniforms(seed: int, sample_ids: Sequence[int], count: int) -> Tensor:
+    """[samples, count] numbers in [0, 1), a counter-based stream for each seed and sample."""
+    return torch.tensor(
+        np.stack([np.random.Generator(np.random.Philox(key=[seed, i])).random(count) for i in sample_ids])
+    )

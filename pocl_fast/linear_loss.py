@@ -50,8 +50,10 @@ def linear_distillation_loss(
     Args:
         student_hidden: [N, H] or [B, T, H], after the final norm; fp32, bf16 or fp16 (float64 by the reference alone).
         student_weight: [V, H], the lm_head's, of the hidden states' dtype but under autocast; or a function that gives
-            it (an lm_head with LoRA: `lambda: W + scale * B @ A`), differentiated through. A DTensor is gathered, its
-            gradient reduced, by torch. What does not require a gradient skips its part of the work.
+            it (an lm_head with LoRA: `lambda: W + scale * B @ A`), differentiated through. A DTensor, as FSDP makes,
+            is gathered and its gradient averaged over the ranks; DeepSpeed ZeRO-3 gathers its own within the forward
+            of the engine's module, or in `deepspeed.zero.GatheredParameters` around loss and backward. What does not
+            require a gradient skips its part of the work.
         teacher: `DenseTeacher`, `LinearTeacher` or `TopKTeacher`, of the same tokens; never differentiated. None for
             cross-entropy alone, with an objective whose alpha is 1.
         labels, objective, token_weights, num_items, ignore_index, logit_scale, logit_softcap: as in
@@ -153,7 +155,13 @@ def linear_distillation_loss(
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """A weight that FSDP has sharded, whole; its gradient goes back to the shards, summed over the ranks."""
+    """A weight that FSDP has sharded, whole; its gradient goes back to the shards averaged over the ranks, as FSDP
+    averages every other. Raises ValueError for one that DeepSpeed has sharded, which only DeepSpeed gathers."""
+    if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
+        raise ValueError(
+            "student_weight or student_bias is partitioned by DeepSpeed ZeRO-3: call the loss within the forward of the"
+            " engine's module, or call the loss and backward within deepspeed.zero.GatheredParameters([...])"
+        )
     if type(weight) in (Tensor, torch.nn.Parameter):  # no import of torch.distributed for nothing
         return weight
     from torch.distributed.tensor import DTensor, Partial

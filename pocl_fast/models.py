@@ -6,9 +6,11 @@ wheel). Does not know teachers from students.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -261,3 +263,21 @@ def choose_precision(precision: str, device: torch.device) -> Precision:
         else:
             torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
     return Precision("bf16" if precision == "bf16" else "fp32", device)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 products of plain tensors are exact within it, whatever `choose_precision` set for the process.
+
+    For attention on a CPU: its products are so small that oneDNN's start-up is most of their time, up to ten times what
+    MKL takes for them.
+    """
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        yield
+        return
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocl_fast.models import exact_products
 from pocl_fast.samples import EncodedSample
 
 PACKED_ATTENTION = "pocl_packed_sdpa"
@@ -191,7 +192,8 @@ def _packed_sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if packed_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        with exact_products():
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
     kwargs.pop("is_causal", None)
     outputs = []
@@ -199,9 +201,10 @@ def _packed_sdpa(
     for length in packed_lengths:
         part = slice(start, start + length)
         mask = attention_mask[..., part, part] if window and window < length and attention_mask is not None else None
-        output, _ = sdpa_attention_forward(
-            module, query[:, :, part], key[:, :, part], value[:, :, part], mask, is_causal=mask is None, **kwargs
-        )
+        with exact_products():
+            output, _ = sdpa_attention_forward(
+                module, query[:, :, part], key[:, :, part], value[:, :, part], mask, is_causal=mask is None, **kwargs
+            )
         outputs.append(output)
         start += length
     return torch.cat(outputs, dim=1), None  # [1, T, heads, head size]

@@ -1,9 +1,10 @@
 """Batched decoding gives what decoding alone gives."""
 
+import pytest
 import torch
 from tiny import tiny_model
 
-from pocl_fast.generation import generate, generation_batches
+from pocl_fast.generation import choose, generate, generation_batches
 
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8], [42, 17], [100, 101, 102, 103]]
 END = {258}
@@ -36,6 +37,40 @@ def test_sampling_repeats_under_its_seed_and_differs_under_another():
     first, again, other = (run(model, temperature=1.0, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+def test_a_sampled_answer_depends_on_its_sample_and_not_on_the_batch_it_is_in():
+    model = tiny_model()
+    ids = [7, 3, 11, 0, 5]
+    want = run(model, temperature=1.0, seed=2, sample_ids=ids, batch_size=5)
+    assert run(model, temperature=1.0, seed=2, sample_ids=ids, batch_size=2) == want
+    for place, prompt in enumerate(PROMPTS):
+        alone = run(model, [prompt], temperature=1.0, seed=2, sample_ids=ids[place : place + 1])
+        assert alone == want[place : place + 1]
+    same = run(model, [PROMPTS[0]] * 2, temperature=1.0, seed=2, sample_ids=[7, 8])
+    assert same[0] != same[1] == run(model, [PROMPTS[0]], temperature=1.0, seed=2, sample_ids=[8])[0]
+
+
+# none; one short of the rest; all of the shortest prompt (of which a token must be left)
+@pytest.mark.parametrize("head", [0, 12, 20])
+def test_a_common_head_changes_no_answer(head):
+    model = tiny_model()
+    common = list(range(30, 50))[:head]
+    prompts = [common + prompt for prompt in ([7], [8, 9, 1], [8, 9, 2, 3])] + ([common] if head == 20 else [])
+    together = run(model, prompts, batch_size=2)
+    assert together == [run(model, [prompt])[0] for prompt in prompts]
+    runs = []
+    forward = model.forward
+    model.forward = lambda **kwargs: runs.append(tuple(kwargs["input_ids"].shape)) or forward(**kwargs)
+    run(model, prompts, batch_size=2, max_new_tokens=1)
+    alone = {0: [], 12: [(1, 12)], 20: [(1, 19)]}[head]  # once for all batches
+    assert [shape for shape in runs if shape[0] == 1 and shape[1] > 8] == alone
+
+
+def test_sampling_never_takes_a_token_without_probability():
+    logits = torch.tensor([[-float("inf"), 0.0, -float("inf"), 0.0, -float("inf")]]).expand(5, -1)
+    uniforms = torch.tensor([0.0, 0.499999, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert choose(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3, 3]
 
 
 def test_sampling_follows_the_models_probabilities():

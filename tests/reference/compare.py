@@ -11,9 +11,10 @@ from torch import Tensor
 from pocl_fast.losses import LossOutput, distillation_loss
 from pocl_fast.objectives import Objective
 
-# of a gradient's norm: the rounding of each element to the student's dtype; in fp32 that of the log-ratios, about
-# 1e-6, of which reverse KL's gradient keeps only the differences: small ones where one token holds nearly all of q
-GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# of a gradient's norm: the rounding of each element to the student's dtype, in fp16 twice; in fp32 that of the
+# log-ratios, about 1e-6, of which reverse KL's gradient keeps only the differences: small ones where one token holds
+# nearly all of q
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
 def relative_error(got: Tensor, want: Tensor, unit: float = 0.0) -> float:

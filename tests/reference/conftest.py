@@ -1,8 +1,57 @@
-"""Fresh random numbers in every test; see `seed` in tests/conftest.py."""
+"""Fresh random numbers in every test (`seed` in tests/conftest.py), and the backends that are held to the reference."""
 
 import pytest
+import torch
+
+from pocl_fast import _C
 
 
 @pytest.fixture(autouse=True)
 def fresh_numbers(seed):
     return seed
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton's kernels run: on a GPU, tensors are made there. Without one they are interpreted, and fp32 becomes
+    bf16 by rounding, as hardware does it, where the interpreter cuts off."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+        yield
+        torch.set_default_device("cpu")
+        return
+    from triton.language import bfloat16
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.create_fp_trunc
+
+    def create_fp_trunc(self, src, dst_type):
+        if dst_type.scalar != bfloat16:
+            return cast(self, src, dst_type)
+        rounded = torch.from_numpy(src.data.copy()).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view("uint16"), bfloat16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
+    yield
+
+
+@pytest.fixture(params=[*(f"cpp-{isa}" for isa in _C.supported_isas()), "triton"])
+def backend(request, monkeypatch):
+    """ "cpp" in every build that this processor can run, and "triton"."""
+    name, _, isa = request.param.partition("-")
+    if name == "triton":
+        request.getfixturevalue("triton_device")
+    else:
+        monkeypatch.setenv("POCL_FAST_ISA", isa)
+        assert _C.isa() == isa
+    return name
+
+
+@pytest.fixture
+def small_tiles(request, monkeypatch):
+    """Triton tiles of 128 logits, so that a short row has several."""
+    if request.getfixturevalue("backend") == "triton":
+        from pocl_fast.kernels import tiles
+
+        monkeypatch.setattr(tiles, "choose_tile", lambda *_: tiles.Tile(32, 4, 1))
