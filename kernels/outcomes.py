@@ -82,3 +82,25 @@ def outcome(x, y, inside, teacher_share, FAMILY: tl.constexpr):
         else:
             d, u = of_q, log_q_m + a * ratio
     return q, p, difference, d, u
+
+
+@triton.jit
+def compare(x, y, inside, rest, y_rest, rest_inside, teacher_share, FAMILY: tl.constexpr):
+    """D, the teacher's entropy, and q · (u - Σ q u) of the listed outcomes and of the rest, from logarithms of weights:
+    x and y of the student's and the teacher's entries, `rest` and `y_rest` of theirs."""
+    x_total = log_sum_exp(maximum(x, inside, rest, rest_inside), x, inside, rest, rest_inside)
+    y_total = log_sum_exp(maximum(y, inside, y_rest, rest_inside), y, inside, y_rest, rest_inside)
+    y, y_rest = y - y_total, y_rest - y_total
+    q, p, difference, d, u = outcome(x - x_total, y, inside, teacher_share, FAMILY)
+    q_rest, p_rest, difference_rest, d_rest, u_rest = outcome(
+        rest - x_total, y_rest, rest_inside, teacher_share, FAMILY
+    )
+    D = tl.sum(d, 0) + d_rest
+    D = tl.where(D < 0, 0.0, D)  # not maximum: that would lose a NaN
+    entropy = -tl.sum(tl.where(p > 0, p * y, p), 0) - tl.where(p_rest > 0, p_rest * y_rest, p_rest)
+    if FAMILY == FORWARD_KL:
+        g, g_rest = -difference, -difference_rest
+    else:
+        mean_u = tl.sum(q * u, 0) + q_rest * u_rest
+        g, g_rest = q * (u - mean_u), q_rest * (u_rest - mean_u)
+    return D, entropy, g, g_rest

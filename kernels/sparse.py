@@ -14,8 +14,8 @@ import triton.language as tl
 from pocl_fast.kernels import tiles
 from pocl_fast.kernels.arithmetic import FILL, FLOOR, LOG2E, transformed
 from pocl_fast.kernels.dense import _capability
-from pocl_fast.kernels.divergence import FAMILIES, FORWARD_KL, REVERSE_KL
-from pocl_fast.kernels.outcomes import LOG2E64, log_sum_exp, maximum, natural_log, outcome, rest_log_weight
+from pocl_fast.kernels.divergence import FAMILIES, REVERSE_KL
+from pocl_fast.kernels.outcomes import LOG2E64, compare, log_sum_exp, maximum, natural_log, rest_log_weight
 from pocl_fast.kernels.passes import prepare
 
 MAX_K = 1024  # entries a row: they are one block, in registers
@@ -169,15 +169,7 @@ def _sparse_rows_kernel(
     rest_inside = has_rest & BUCKET
     if FAMILY == REVERSE_KL:
         rest_inside = rest_inside & ((listed_mass >= 1) == 0)
-    x_top, y_top = maximum(x, inside, rest, rest_inside), maximum(y, inside, y_rest, rest_inside)
-    x_total = log_sum_exp(x_top, x, inside, rest, rest_inside)
-    y_total = log_sum_exp(y_top, y, inside, y_rest, rest_inside)
-    y, y_rest = y - y_total, y_rest - y_total
-    q, p, difference, d, u = outcome(x - x_total, y, inside, share, FAMILY)
-    q_rest, p_rest, difference_rest, d_rest, u_rest = outcome(rest - x_total, y_rest, rest_inside, share, FAMILY)
-    D = tl.sum(d, 0) + d_rest
-    D = tl.where(D < 0, 0.0, D)  # not maximum: that would lose a NaN
-    teacher_entropy = -tl.sum(tl.where(p > 0, p * y, p), 0) - tl.where(p_rest > 0, p_rest * y_rest, p_rest)
+    D, teacher_entropy, g, g_rest = compare(x, y, inside, rest, y_rest, rest_inside, share, FAMILY)
     best = tl.max(tl.where(inside, log_p, -float("inf")), 0)
     agree = tl.max((inside & (log_p == best) & (s == largest)).to(tl.float32), 0)
 
@@ -198,11 +190,6 @@ def _sparse_rows_kernel(
         row_scale = tl.load(row_scale_ptr + n).to(tl.float64)
         weight_d = row_scale * (1 - alpha64) * c / tau64
         weight_ce = tl.where(empty, 0.0, row_scale * alpha64)
-        if FAMILY == FORWARD_KL:
-            g, g_rest = -difference, -difference_rest
-        else:
-            mean_u = tl.sum(q * u, 0) + q_rest * u_rest
-            g, g_rest = q * (u - mean_u), q_rest * (u_rest - mean_u)
         weight_q = tl.where(has_rest, weight_d * g_rest / z, 0.0).to(tl.float32)
         weight_ce_rest = weight_ce * tl.where(has_rest, tl.exp(rest_ce - log_z_ce) / z_ce, 0.0)
         _rest_gradient(

@@ -1,14 +1,13 @@
 """The sparse teacher: its kernels against the float64 reference, and the reference against the dense one."""
 
 import math
-import os
 
 import pytest
 import torch
 from compare import relative_error
 from sparse_compare import assert_matches, case, exact, run
 
-from pocl_fast import _C, reference
+from pocl_fast import reference
 from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.objectives import DIVERGENCES, Objective
 from pocl_fast.teachers import TopKTeacher
@@ -17,27 +16,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TAILS = ("bucket", "renormalise")
 # what overflows in the interpreter's NumPy is what a kernel then writes over, or leaves out
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-BACKENDS = [f"cpp-{isa}" for isa in _C.supported_isas()] + ["triton"]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """C++ in every build that this processor can run; Triton on a GPU, or interpreted in tiles of 128 logits with bf16
-    rounded as hardware does it."""
-    name, _, isa = request.param.partition("-")
-    if name == "cpp":
-        monkeypatch.setenv("POCL_FAST_ISA", isa)
-        yield name
-        return
-    pytest.importorskip("triton")
-    from test_dense_triton import on_the_device
-
-    from pocl_fast.kernels import tiles
-
-    if not torch.cuda.is_available():
-        assert os.environ["TRITON_INTERPRET"] == "1"
-        monkeypatch.setattr(tiles, "choose_tile", lambda *_: tiles.Tile(32, 4, 1))
-    yield from (name for _ in on_the_device.__wrapped__(monkeypatch))
+@pytest.fixture(autouse=True)
+def tiles_of_128_logits(request):
+    if "backend" in request.fixturenames and not request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("small_tiles")
 
 
 # K = 1, 7, 64 and all V; V = 1: nothing but the label; 31: within a tile; 301: tiles, and a rest within a vector; 4097:
