@@ -16,9 +16,12 @@ class CMakeBuild(build_ext):
     """`build_ext` that hands the whole extension to CMake."""
 
     def build_extension(self, ext: Extension) -> None:
-        if not (os.environ.get("CXX") or any(shutil.which(c) for c in ("c++", "g++", "clang++"))):
+        compiler = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+        if not any(shutil.which(name) for name in compiler):
+            chosen = f"CXX is {compiler[0]}, which is not there" if len(compiler) == 1 else "no C++ compiler found"
             sys.exit(
-                "pocl-fast: no C++ compiler found. Install g++ 10 or newer (Debian: apt-get install g++) or set CXX."
+                f"pocl-fast: {chosen}. Install g++ 10 or newer (Debian: apt-get install g++), and leave CXX unset or"
+                " set it to a compiler."
             )
         import pybind11
 

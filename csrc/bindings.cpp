@@ -164,13 +164,13 @@ void bind_divergence(py::module_& m) {
           py::arg("temperature_power"), py::arg("ignore_index"), py::arg("tail"), py::arg("transform"), py::arg("threads"),
           "The fused loss of each row against K entries of the teacher's; see csrc/divergence/sparse.h.");
     m.def("vector_math", [](const std::string& function, const Array<float>& x) {
-        const std::vector<std::string> names{"exp2", "exp2_minus_1", "log1p", "tanh"};
+        const std::vector<std::string> names{"exp2", "exp2_minus_1", "log1p", "tanh", "log2"};
         const auto found = std::ranges::find(names, function);
         if (found == names.end()) throw std::invalid_argument("no function named " + function);
         py::array_t<float> y(x.size());
         pocl::vector_math(static_cast<int>(found - names.begin()), x.data(), y.mutable_data(), x.size(), chosen_isa());
         return y;
-    }, py::arg("function"), py::arg("x"), "The kernel's own exp2, exp2_minus_1, log1p or tanh of fp32 numbers, for their test.");
+    }, py::arg("function"), py::arg("x"), "The kernel's own exp2, exp2_minus_1, log1p, tanh or log2 of fp32 numbers, for their test.");
     m.def("isa", [] {
         const pocl::Isa isa = chosen_isa();
         for (const auto& [name, value] : kIsas)
@@ -225,14 +225,17 @@ py::tuple rank_fusion(const std::vector<std::variant<Array<float>, Array<double>
             },
             scores[i]);
     }
+    if (n > pocl::kMostSamples) throw std::invalid_argument("rank_fusion: at most 2**32 samples");
     py::array_t<double> score(n);
     py::array_t<std::int64_t> rank(n), order(n);
+    py::array_t<std::uint32_t> scratch(2 * n);  // NumPy's memory: large arrays are in huge pages
     const auto size = static_cast<std::size_t>(n);
     const pocl::Fusion fusion{{score.mutable_data(), size}, {rank.mutable_data(), size}, {order.mutable_data(), size}};
+    const std::span<std::uint32_t> places(scratch.mutable_data(), 2 * size);
     const int team = team_size(threads);
     {
         py::gil_scoped_release release;
-        pocl::fuse(rankings, k, fusion, team);
+        pocl::fuse(rankings, k, fusion, places, team);
     }
     return py::make_tuple(score, rank, order);
 }

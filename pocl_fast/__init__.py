@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
     from pocl_fast.teachers import DenseTeacher, LinearTeacher, TopKTeacher
     from pocl_fast.trainer import DevSet, PoclTrainer
+    from pocl_fast.vocabulary_parallel import VocabularyShards
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "TopK",
     "TopKEntries",
     "TopKTeacher",
+    "VocabularyShards",
     "baby_steps",
     "distillation_loss",
     "linear_distillation_loss",
@@ -74,6 +76,7 @@ _MODULES = {
     "teacher_shards": ("HiddenEntries", "TopK", "TopKEntries"),
     "teachers": ("DenseTeacher", "LinearTeacher", "TopKTeacher"),
     "trainer": ("DevSet", "PoclTrainer"),
+    "vocabulary_parallel": ("VocabularyShards",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -29,8 +29,9 @@ class Models:
     teacher_quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes, on CPU and CUDA."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products: "bf16" is autocast on a GPU, and on a CPU oneDNN's bf16 mode, whose results stay fp32.
-    Weights, optimizer and the loss are fp32 either way. "auto": bf16 where the hardware has it."""
+    """Of matrix products: "bf16" is autocast on a GPU; on a CPU it is oneDNN's bf16 mode, whose results stay fp32, and
+    bf16 for the teacher's body. Weights, optimizer and loss are fp32 either way. "auto": bf16 where the hardware has
+    it."""
     device: str = "auto"
     """Where to run: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1"."""
     trust_remote_code: bool = False

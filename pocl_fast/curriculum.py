@@ -63,7 +63,7 @@ def reciprocal_rank_fusion(
     if not 0 < k < np.inf:
         raise ValueError(f"k must be positive and finite, got {k}")
     for position, array in enumerate(arrays):
-        if missing := int(np.isnan(array).sum()):
+        if missing := np.count_nonzero(np.isnan(array)):
             warnings.warn(f"scores[{position}]: {missing} of {len(array)} are NaN; they rank last in it", stacklevel=2)
     return RankFusion(*_C.rank_fusion(arrays, flags, chosen, float(k), threads))
 

@@ -18,8 +18,12 @@ import pyarrow.parquet as pq
 import torch
 
 from pocl_fast.errors import InputError
+from pocl_fast.frozen import frozen_linears
 from pocl_fast.generation import generate, generation_batches
-from pocl_fast.packing import pack, supervised_logits, token_budget_batches
+from pocl_fast.heads import lm_head
+from pocl_fast.losses import distillation_loss
+from pocl_fast.objectives import Objective
+from pocl_fast.packing import PackedBatch, pack, supervised_hidden, token_budget_batches
 from pocl_fast.progress import progress_bar
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
@@ -28,6 +32,7 @@ SCHEMA = pa.schema(
     [("index", pa.int64()), ("rouge_l", pa.float64()), ("cross_entropy", pa.float64()), ("answer", pa.string())]
 )
 TOKENS_A_BATCH = 4096  # of the packed cross-entropy pass
+ROWS_OF_LOGITS = 256  # at a time
 
 
 @torch.inference_mode()
@@ -35,12 +40,32 @@ def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: bool)
     """Mean cross-entropy of each sample's response, in nats a token. [samples] float64."""
     device = next(model.parameters()).device
     means = np.empty(len(samples))
-    for group in token_budget_batches([len(sample) for sample in samples], max_tokens=TOKENS_A_BATCH):
-        batch = pack([samples[i] for i in group]).to(device)
-        logits = supervised_logits(model, batch, packed=packed).float()
-        losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        means[group] = [part.double().mean().item() for part in losses.cpu().split(batch.counts)]
+    with frozen_linears(model):
+        for group in token_budget_batches([len(sample) for sample in samples], max_tokens=TOKENS_A_BATCH):
+            batch = pack([samples[i] for i in group]).to(device)
+            losses = _token_cross_entropy(model, batch, packed=packed)
+            means[group] = [part.double().mean().item() for part in losses.cpu().split(batch.counts)]
     return means
+
+
+def _token_cross_entropy(model: Any, batch: PackedBatch, *, packed: bool) -> torch.Tensor:
+    """[N] cross-entropy at the supervised positions of a batch, a few rows of logits at a time."""
+    head, project = lm_head(model), model.get_output_embeddings()
+    hidden = supervised_hidden(model.get_decoder(), batch, packed=packed)
+    losses = []
+    for rows, labels in zip(hidden.split(ROWS_OF_LOGITS), batch.labels.split(ROWS_OF_LOGITS), strict=True):
+        logits = project(rows)
+        out = distillation_loss(  # its cross-entropy alone: the student stands in for the teacher
+            logits,
+            logits,
+            labels,
+            Objective(alpha=1.0),
+            reduction="none",
+            logit_scale=head.logit_scale,
+            logit_softcap=head.logit_softcap,
+        )
+        losses.append(out.per_token["ce"])
+    return torch.cat(losses)
 
 
 def measure(
@@ -63,7 +88,7 @@ def measure(
     parts = output.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
     batches = generation_batches([sample.prompt_ids for sample in encoded], batch_size)
-    with progress_bar(len(encoded), "measure", "samples") as bar:
+    with frozen_linears(model), progress_bar(len(encoded), "measure", "samples") as bar:
         for number, batch in enumerate(batches):
             part = parts / f"{number:06d}.parquet"
             if not part.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from pocl_fast.losses import (
 )
 from pocl_fast.objectives import Objective
 from pocl_fast.teachers import DenseTeacher, LinearTeacher, TeacherOutput, TopKTeacher
+
+if TYPE_CHECKING:
+    from pocl_fast.vocabulary_parallel import VocabularyShards
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
 
@@ -42,6 +45,7 @@ def linear_distillation_loss(
     logit_softcap: float | None = None,
     chunk_tokens: int | None = None,
     max_supervised: int | None = None,
+    vocabulary_shards: VocabularyShards | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
     """`distillation_loss` of logits that never are in memory: only supervised tokens meet the lm_heads, a chunk at a
@@ -62,6 +66,12 @@ def linear_distillation_loss(
         chunk_tokens: tokens whose logits are in memory at a time; None chooses by the memory that is free.
         max_supervised: on a GPU, the most tokens that are supervised: so many rows are multiplied. Counting them there
             would stop the GPU, so None multiplies all N. A batch that holds more has a NaN loss. A CPU counts.
+        vocabulary_shards: the ranks over which the lm_heads are cut along the vocabulary, as tensor parallelism cuts
+            them. Weights, biases and a `DenseTeacher`'s logits are this rank's parts, a DTensor's local ones; hidden
+            states, labels (ids of the whole vocabulary) and all else are the same on every rank, and so are the
+            results and the hidden states' gradient. The weight's and bias's are this rank's own. Every rank calls, and
+            of a loss a token every rank calls backward. Its logits go through torch, not a kernel: thirteen matrices of
+            a chunk's part are in memory.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, the reference for float64.
 
     The logits reach the softmax in fp32, unrounded, and the weight's gradient is summed in fp32. Nothing synchronises
@@ -70,13 +80,16 @@ def linear_distillation_loss(
     Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for a label outside the vocabulary.
     (arXiv 2506.05695, equation 4.)
     """
-    weight = gathered(student_weight() if callable(student_weight) else student_weight)
-    bias = None if student_bias is None else gathered(student_bias)
+    whole = gathered if vocabulary_shards is None else local
+    weight = whole(student_weight() if callable(student_weight) else student_weight)
+    bias = None if student_bias is None else whole(student_bias)
     dtype = _product_dtype("student_hidden", student_hidden, "student_weight", weight)
     _check_head("student", student_hidden, weight, bias)
     tokens = student_hidden.shape[:-1]
     _check_tokens(tokens, labels, student_hidden.device)
     kind, tensors, teacher_transform = _unpacked(teacher, tokens, student_hidden.device, objective)
+    if vocabulary_shards is not None:
+        _check_shards(vocabulary_shards, backend, weight, teacher)
     backend = _choose_backend(backend, student_hidden, tensors[0] if tensors else student_hidden)
     hidden, labels = student_hidden.reshape(-1, student_hidden.shape[-1]), labels.reshape(-1)
     N = labels.numel()
@@ -148,6 +161,8 @@ def linear_distillation_loss(
             with_grad and weight.requires_grad,
             with_grad and bias is not None and bias.requires_grad,
             backend,
+            "" if vocabulary_shards is None else vocabulary_shards.group.group_name,
+            [weight.shape[0]] if vocabulary_shards is None else list(vocabulary_shards.student),
         )
     if late:
         loss = loss / (num_tokens.clamp_min(1) if num_items is None else num_items)
@@ -169,6 +184,11 @@ def gathered(weight: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         return weight
     return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a weight that tensor parallelism has cut; its gradient stays with the part."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _product_dtype(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> torch.dtype:
@@ -198,6 +218,20 @@ def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
     for name, x in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{side}_hidden is on {hidden.device} and {name} on {x.device}; move them to one")
+
+
+def _check_shards(shards: VocabularyShards, backend: Backend, weight: Tensor, teacher: TeacherOutput | None) -> None:
+    if isinstance(teacher, TopKTeacher):
+        raise ValueError("vocabulary_shards takes a DenseTeacher or a LinearTeacher, got a TopKTeacher")
+    if backend != "auto" or weight.dtype == torch.float64:
+        raise ValueError(
+            'vocabulary_shards needs backend "auto" and fp32, bf16 or fp16 tensors;'
+            f" got backend {backend!r} and {weight.dtype}"
+        )
+    entries = None
+    if teacher is not None:
+        entries = teacher.logits.shape[-1] if isinstance(teacher, DenseTeacher) else len(teacher.weight)
+    shards.check(len(weight), entries)
 
 
 def _check_tokens(tokens: torch.Size, labels: Tensor, device: torch.device) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pocl_fast import ops
 from pocl_fast.projection import Head, add_weight_grad_, on_cpu
+
+if TYPE_CHECKING:
+    from pocl_fast.vocabulary_parallel import Shard
 
 # Two chunks of logits (student and teacher) at most, on a CPU: beyond 256 rows its products gain nothing
 CPU_BUDGET = 128 << 20
@@ -46,17 +49,21 @@ def linear_distillation(
     needs_weight: bool,
     needs_bias: bool,
     backend: str,
+    vocabulary_group: str,  # the ranks that weight, bias and the teacher's vocabulary are cut over; "": none
+    vocabulary_rows: list[int],  # of the weight, on each of these ranks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, [] or [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the loss's gradients by hidden
     [N, H], weight [V, H] fp32 and bias [V] fp32, each empty unless it is needed (and where `per_token`)."""
     V = weight.shape[0]
     needs = Needs(*(need and not per_token for need in (needs_hidden, needs_weight, needs_bias)))
-    out = _Outputs(hidden, V, needs)
-    rows = _Rows(labels, row_scale, ignore_index, max_supervised, V)
+    shard = _shard(vocabulary_group, vocabulary_rows) if vocabulary_group else None
+    out = _Outputs(hidden, V, needs, shard is not None)
+    rows = _Rows(labels, row_scale, ignore_index, max_supervised, shard.V if shard else V)
     head = Head(weight, bias, dtype)
     workspace = _Workspace(hidden.device)
     row_kernel = _row_kernel(
         backend,
+        shard,
         _TeacherRows(teacher, teacher_kind, tail, rows, workspace),
         transforms,
         divergence=divergence,
@@ -66,7 +73,8 @@ def linear_distillation(
         needs_grad=any(needs),
     )
     teacher_columns = teacher[1].shape[0] if teacher_kind == "linear" else 0
-    chunk = chunk_tokens or default_chunk(hidden.device, V, teacher_columns)
+    own_chunk = shard.chunk(hidden.device) if shard else default_chunk(hidden.device, V, teacher_columns)
+    chunk = chunk_tokens or own_chunk
     for first in range(0, rows.count, chunk):
         part = slice(first, min(first + chunk, rows.count))
         chunk_hidden = rows.take(hidden, part)
@@ -81,18 +89,20 @@ def linear_distillation(
         rows.put(out.stats, stats, part, dim=1)
         rows.put(out.loss, torch.where(rows.labels[part] == ignore_index, 0.0, stats[0] * chunk_scale), part)
         if needs.hidden:
-            rows.put(out.grad_hidden, head.hidden_grad(grad).to(hidden.dtype), part)
+            rows.put(out.grad_hidden, head.hidden_grad(grad, out.grad_hidden.dtype), part)
         if needs.weight:
             add_weight_grad_(out.grad_weight, grad, chunk_hidden, dtype)
         if needs.bias:
             out.grad_bias += grad.sum(0, dtype=torch.float32)
+    if shard and needs.hidden:
+        shard.add_up_(out.grad_hidden)
     return out.loss if per_token else out.loss.sum(), out.stats, out.grad_hidden, out.grad_weight, out.grad_bias
 
 
 @linear_distillation.register_fake
 def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    per_token, *needs, _backend = others[-5:]
-    out = _Outputs(hidden, weight.shape[0], Needs(*(need and not per_token for need in needs)))
+    per_token, *needs, _backend, vocabulary_group, _rows = others[-7:]
+    out = _Outputs(hidden, weight.shape[0], Needs(*(need and not per_token for need in needs)), bool(vocabulary_group))
     return out.loss if per_token else out.loss.sum(), out.stats, out.grad_hidden, out.grad_weight, out.grad_bias
 
 
@@ -107,17 +117,26 @@ class Needs(NamedTuple):
 class _Outputs:
     """What the operator returns, 0 as long as no chunk was added."""
 
-    def __init__(self, hidden: Tensor, V: int, needs: Needs) -> None:
+    def __init__(self, hidden: Tensor, V: int, needs: Needs, sharded: bool) -> None:
         N, H = hidden.shape
         self.loss = _zeros(hidden, N)
         self.stats = _zeros(hidden, ops.NUM_STATS, N)
-        self.grad_hidden = hidden.new_zeros((N, H) if needs.hidden else (0,))
+        # a part of a sum over the ranks is not rounded
+        self.grad_hidden = hidden.new_zeros(
+            (N, H) if needs.hidden else (0,), dtype=torch.float32 if sharded else hidden.dtype
+        )
         self.grad_weight = _zeros(hidden, V, H) if needs.weight else _zeros(hidden, 0)
         self.grad_bias = _zeros(hidden, V if needs.bias else 0)
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=like.device)
+
+
+def _shard(group_name: str, rows: list[int]) -> Shard:
+    from pocl_fast.vocabulary_parallel import Shard  # not every torch has torch.distributed
+
+    return Shard(group_name, rows)
 
 
 # ---- rows and memory ----
@@ -215,7 +234,9 @@ class _TeacherRows:
         return out
 
 
-def _row_kernel(backend: str, teacher: _TeacherRows, transforms: list[float], **options: Any) -> Callable[..., Tensor]:
+def _row_kernel(
+    backend: str, shard: Shard | None, teacher: _TeacherRows, transforms: list[float], **options: Any
+) -> Callable[..., Tensor]:
     """A function of a chunk, its student logits [n, V], labels, temperature, alpha, row_scale, and of the gradient's
     place: the stats [7, n]."""
     if teacher.kind == "topk":
@@ -229,6 +250,16 @@ def _row_kernel(backend: str, teacher: _TeacherRows, transforms: list[float], **
             )[0]  # fmt: skip
 
         return topk
+    if shard is not None:
+        rows_of_parts = shard.distillation_rows
+        del options["needs_grad"]  # the gradient's place says so
+
+        def parts(part: slice, logits: Tensor, *values: Tensor) -> Tensor:
+            return rows_of_parts(
+                logits, teacher.logits(part, logits), *values[:-1], transforms=transforms, grad=values[-1], **options
+            )
+
+        return parts
     dense = ops.backend_module(backend).distillation_rows
 
     def rows(part: slice, logits: Tensor, *values: Tensor) -> Tensor:
@@ -257,7 +288,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_others: None) -> tuple[Any, ...]:
-    nothing = [None] * ctx.num_teacher, *(None,) * 19
+    nothing = [None] * ctx.num_teacher, *(None,) * 21
     if upstream is None:
         return None, None, None, *nothing
     if torch.is_grad_enabled() and type(upstream) is Tensor:

@@ -243,6 +243,15 @@ class Precision:
         on_gpu = self.device.type == "cuda"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.name == "bf16")
 
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """In what a CPU multiplies the layers of a model that only reads (see `freeze_linears`): bf16 where that was
+        chosen and is in the hardware."""
+        fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if self.name == "bf16" and fast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.bfloat16
+        return torch.float32
+
 
 def choose_precision(precision: str, device: torch.device) -> Precision:
     """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process.

@@ -36,15 +36,19 @@ class Head:
         if self.bias is not None:
             out += self.bias.float()
 
-    def hidden_grad(self, grad: Tensor) -> Tensor:
+    def hidden_grad(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """[n, H] in `dtype` = grad [n, V] · weight."""
         if not on_cpu(self.weight):
-            return grad.to(self.dtype) @ self.weight
+            if dtype == self.dtype:
+                return grad.to(dtype) @ self.weight
+            out = grad.new_empty((len(grad), self.weight.shape[1]), dtype=torch.float32)
+            _gpu_mm(grad.to(self.dtype), self.weight, out)
+            return out.to(dtype)
         total = grad.new_zeros((len(grad), self.weight.shape[1]), dtype=torch.float32)
         with matmul_inputs(self.dtype):
             for part, weight in self._slices():
                 total.addmm_(grad[:, part], weight)
-        return total.to(self.dtype)
+        return total.to(dtype)
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in fp32, slice by slice; a slice is overwritten by the next."""

@@ -24,6 +24,7 @@ from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum, reciproc
 from pocl_fast.difficulty import measure, read_difficulty
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
+from pocl_fast.frozen import freeze_linears
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_error
 from pocl_fast.run_directory import WRITES, RunDirectory, required
@@ -266,6 +267,7 @@ class Run:
 
         model, self._teacher_model = self.teacher_model(), None
         enable_packing(model)
+        freeze_linears(model.get_decoder(), self.precision.frozen_dtype)  # the lm_head's products stay fp32
         options = self.config.cache
         with self.precision.autocast():
             return Teacher(

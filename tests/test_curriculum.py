@@ -1,7 +1,12 @@
 """Rank fusion against a NumPy twin, and the schedule of stages."""
 
 import json
+import subprocess
+import sys
+import threading
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +96,27 @@ def test_scores_that_differ_in_their_last_bits_fuse_as_in_numpy(n):
             assert_fused_as_in_numpy([scores, scores[::-1]], [high_is_easy, True], threads=threads)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_a_fusion_takes_32_bytes_a_sample_beyond_its_inputs():
+    code = """
+from pathlib import Path
+import numpy as np
+from pocl_fast.curriculum import reciprocal_rank_fusion
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+n = 8_000_000
+scores = [np.random.default_rng(0).random(n), np.random.default_rng(1).random(n, dtype=np.float32)]
+reciprocal_rank_fusion([s[:100_000] for s in scores], descending=[True, False])  # threads and libraries are there
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = peak()
+fused = reciprocal_rank_fusion(scores, descending=[True, False])
+print((peak() - before) / n)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 24 < float(done.stdout) < 33.5  # 24 are the results; each array ends within a huge page
+
+
 def test_ties_keep_the_earlier_sample_first():
     equal = np.full(5, 0.25)
     fused = reciprocal_rank_fusion([equal, equal], descending=[True, False])
@@ -100,6 +126,19 @@ def test_ties_keep_the_earlier_sample_first():
     fused = reciprocal_rank_fusion([np.array([2.0, 1.0]), np.array([1.0, 2.0])], descending=[True, True])
     assert fused.score[0] == fused.score[1]
     assert fused.order.tolist() == [0, 1]
+
+
+def test_other_python_threads_run_meanwhile():
+    scores = [np.random.default_rng(i).random(3_000_000) for i in range(2)]  # some tenths of a second
+    worker = threading.Thread(
+        target=reciprocal_rank_fusion, args=(scores,), kwargs={"descending": [True, False], "threads": 1}
+    )
+    worker.start()
+    turns = 0
+    while worker.is_alive():
+        turns += 1
+        time.sleep(0.001)
+    assert turns > 20
 
 
 def test_minus_zero_equals_zero():

@@ -17,10 +17,24 @@ from pocl_fast.samples import SampleEncoder
 @pytest.mark.parametrize("packed", [True, False])
 def test_cross_entropy_is_transformers_own_loss_of_each_sample(tmp_path, monkeypatch, packed):
     monkeypatch.setattr("pocl_fast.difficulty.TOKENS_A_BATCH", 100)  # several batches
+    monkeypatch.setattr("pocl_fast.difficulty.ROWS_OF_LOGITS", 3)  # each of several parts
     _, encoded = encoded_samples(tmp_path, 9)
     want = [transformers_loss(tiny_model(), sample) for sample in encoded]
     assert cross_entropy(student_model(), encoded, packed=packed) == pytest.approx(want, rel=1e-5)
     assert np.ptp(want) > 0.3  # so that an exchanged order would be seen
+
+
+def test_cross_entropy_is_of_the_scaled_and_capped_logits_of_such_families(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GraniteConfig(**sizes, **heads, logits_scaling=4.0, initializer_range=0.4, pad_token_id=256)
+    model = GraniteForCausalLM(config).eval()
+    _, encoded = encoded_samples(tmp_path, 4)
+    want = [transformers_loss(model, sample) for sample in encoded]
+    assert cross_entropy(model, encoded, packed=False) == pytest.approx(want, rel=1e-5)
 
 
 def test_measure_writes_one_row_a_sample_in_file_order(tmp_path):

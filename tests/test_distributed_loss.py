@@ -1,4 +1,4 @@
-"""The linear loss on several ranks: gloo processes on this machine. What they compute is compared with one process."""
+"""A student whose parameters are sharded over two gloo processes has the loss and gradients of one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
-from torch import nn
+from torch import Tensor, nn
 
 from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.objectives import Objective
@@ -28,7 +28,7 @@ def two(tmp_path_factory):
     ranks.stop()
 
 
-# ---- data parallel, the parameters sharded ----
+# ---- FSDP2 ----
 
 N, V, H, H_T = 6, 31, 12, 9  # N tokens a rank
 OBJECTIVE = Objective(temperature=1.3, alpha=0.3)
@@ -45,12 +45,12 @@ class Student(nn.Module):
         if tied:
             self.lm_head.weight = self.embedding.weight
 
-    def forward(self, batch: Batch, divisor: float | None = None) -> torch.Tensor:
+    def forward(self, batch: Batch, divisor: float | None = None) -> Tensor:
         """Hidden states, or with a divisor the loss."""
         hidden = torch.tanh(self.body(self.embedding(batch.tokens)))
         return hidden if divisor is None else self.loss(hidden, batch, divisor)
 
-    def loss(self, hidden: torch.Tensor, batch: Batch, divisor: float) -> torch.Tensor:
+    def loss(self, hidden: Tensor, batch: Batch, divisor: float) -> Tensor:
         return linear_distillation_loss(
             hidden,
             self.lm_head.weight,
@@ -81,14 +81,14 @@ class Batch:
         return float((self.labels != -100).sum())
 
 
-def one_process(student: Student, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def one_process(student: Student, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     student = copy.deepcopy(student)
     loss = student(batch, batch.num_items)
     loss.backward()
     return loss.detach(), [p.grad for p in student.parameters()]
 
 
-def sharded_step(student: Student, batch: Batch, way: str) -> tuple[torch.Tensor, list[torch.Tensor], str]:
+def sharded_step(student: Student, batch: Batch, way: str) -> tuple[Tensor, list[Tensor], str]:
     """The loss of all tokens, the whole gradients, and the kind of the lm_head's weight that the loss was given."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -149,7 +149,7 @@ def test_a_student_sharded_with_mixed_precision_has_gradients_near_those_of_one_
 # ---- DeepSpeed ZeRO-3 ----
 
 
-def zero3_step(student: Student, batch: Batch, way: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def zero3_step(student: Student, batch: Batch, way: str) -> tuple[Tensor, list[Tensor]]:
     """The loss of all tokens and the whole gradients."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed

@@ -11,9 +11,11 @@ from tiny_training import encoded_samples
 
 from pocl_fast.errors import InputError
 from pocl_fast.models import (
+    Precision,
     check_same_vocabulary,
     choose_device,
     choose_precision,
+    exact_products,
     load_model,
     load_tokenizer,
     resolve,
@@ -187,3 +189,21 @@ def test_a_moved_gguf_file_is_found_by_its_path(tmp_path):
     shutil.copy(f"{where.path}/{where.gguf_file}", tmp_path / "mine.gguf")
     found = resolve(str(tmp_path / "mine.gguf"))
     assert (found.path, found.gguf_file) == (str(tmp_path), "mine.gguf")
+
+
+def test_a_frozen_model_computes_in_bf16_only_where_that_was_chosen_and_is_in_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+        assert Precision("bf16", cpu).frozen_dtype == (torch.bfloat16 if supported else torch.float32)
+    assert Precision("fp32", cpu).frozen_dtype == Precision("bf16", torch.device("cuda")).frozen_dtype == torch.float32
+
+
+def test_attentions_products_are_exact_within_their_block_and_the_mode_comes_back():
+    choose_precision("bf16", torch.device("cpu"))
+    try:
+        with exact_products():
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        choose_precision("fp32", torch.device("cpu"))

@@ -4,6 +4,8 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +96,10 @@ def test_every_code_point_is_lower_cased_and_split_as_in_python():
         assert _C.tokenize([text], 1).words == want
 
 
-# 1 to 65: about one machine word; 128 and 129: about two; 700: many. 3 words: long subsequences; 200: short ones.
+# 1 to 65: about one machine word; 128 and 129: about two; 512 and 513: about a strip of eight; 700: more.
+# 3 words: long subsequences; 200: short ones.
 @pytest.mark.parametrize("num_words", [3, 200])
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 700])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 512, 513, 700])
 def test_lengths_about_a_machine_word_score_as_in_rouge_score(length, num_words):
     rng = random.Random(length)
     vocabulary = [f"w{i}" for i in range(num_words)]
@@ -176,6 +179,17 @@ def test_scores_do_not_depend_on_the_number_of_threads(use_stemmer):
 def test_wrong_arguments_are_named(predictions, references, error, message):
     with pytest.raises(error, match=message):
         rouge_l(predictions, references)
+
+
+def test_other_python_threads_run_meanwhile():
+    text = "a b c d e f g h " * 15_000  # some tenths of a second
+    worker = threading.Thread(target=rouge_l, args=([text], [text[::-1]]), kwargs={"threads": 1})
+    worker.start()
+    turns = 0
+    while worker.is_alive():
+        turns += 1
+        time.sleep(0.001)
+    assert turns > 20
 
 
 def test_threads_below_one_are_refused():

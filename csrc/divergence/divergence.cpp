@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "divergence/rows.h"
 #include "parallel/parallel.h"
@@ -9,16 +10,20 @@
 namespace pocl {
 namespace {
 
+constexpr std::align_val_t kCacheLine{64};
 constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
 
 std::int64_t bytes_per_element(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-/// Memory of the calling thread's own, kept for its next rows.
+/// Memory of the calling thread's own, on cache lines, kept for its next rows.
 float* thread_scratch(std::int64_t size) {
-    thread_local std::unique_ptr<float[]> scratch;
+    struct Free {
+        void operator()(float* memory) const { ::operator delete[](memory, kCacheLine); }
+    };
+    thread_local std::unique_ptr<float[], Free> scratch;
     thread_local std::int64_t held = 0;
     if (held < size) {
-        scratch.reset(new float[static_cast<std::size_t>(size)]);
+        scratch.reset(static_cast<float*>(::operator new[](static_cast<std::size_t>(size) * sizeof(float), kCacheLine)));
         held = size;
     }
     return scratch.get();

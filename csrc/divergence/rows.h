@@ -4,15 +4,21 @@
 
 namespace pocl {
 
-/// fp32 numbers of scratch that a thread needs: a mixture's u, and copies of a row that cannot be swept where it lies. Only the pages
-/// that a task does use are ever touched.
-inline std::int64_t scratch_size(const Task& task) { return 4 * task.student.columns; }
+/// fp32 numbers in each array of a thread's scratch, whole vectors of any build, and those for a number a block.
+inline std::int64_t scratch_array(std::int64_t V) { return (V + 15) / 16 * 16 + 128; }  // not a multiple of the pages, which would meet in the caches
+inline std::int64_t scratch_blocks(std::int64_t V) { return (V / 2048 + 2 + 15) / 16 * 16; }
+
+/// fp32 numbers of scratch that a thread needs, aligned to 64 bytes: see rows_impl.h. Only the pages that a task does use are ever touched.
+inline std::int64_t scratch_size(const Task& task) {
+    return 6 * scratch_array(task.student.columns) + 2 * scratch_blocks(task.student.columns);
+}
 
 void rows_plain(const Task& task, std::int64_t begin, std::int64_t end, float* scratch);
 void rows_avx2(const Task& task, std::int64_t begin, std::int64_t end, float* scratch);
 void rows_avx512(const Task& task, std::int64_t begin, std::int64_t end, float* scratch);
 
-/// The vector functions, elementwise, for their test: 0 is 2^x, 1 is 2^x - 1 (x <= 0), 2 is log(1 + x), 3 is tanh(x).
+/// The vector functions, elementwise, for their test: 0 is 2^x, 1 is 2^x - 1 (x <= 0), 2 is log(1 + x), 3 is tanh(x),
+/// 4 is log2(x) (x > 0, normal).
 void math_plain(int function, const float* in, float* out, std::int64_t count);
 void math_avx2(int function, const float* in, float* out, std::int64_t count);
 void math_avx512(int function, const float* in, float* out, std::int64_t count);

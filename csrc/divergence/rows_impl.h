@@ -1,8 +1,8 @@
 // The row kernel. Included once by each rows_*.cpp, which says how wide a vector is.
 //
-// A pair of rows fits the second-level cache, so memory is read once and every later sweep is served from there: normalise.h, then
-// sweeps.h. Rows of one dtype without -inf are swept where they lie. Any others (two dtypes, fp16, transforms, -inf) are first
-// copied to fp32 in the caller's scratch, where an entry that is out of D has a logit low enough for its probabilities to be 0.
+// A row is read once from memory; the exponentials that its gradient takes stay in scratch, which the caches hold: normalise.h, then
+// sweeps.h. Rows of one dtype without -inf are swept where they lie. Any others (two dtypes, transforms, -inf) are first copied to
+// fp32 in the caller's scratch, where an entry that is out of D has a logit low enough for its probabilities to be 0.
 #pragma once
 #include "divergence/rows.h"
 #include "divergence/sweeps.h"
@@ -23,6 +23,8 @@ struct Row {
     float* scratch;
 };
 
+constexpr bool is_kl(Family family) { return family == Family::forward_kl || family == Family::reverse_kl; }
+
 /// The label's entry of tau dD/ds, in double.
 inline double label_gradient(Family family, double log_q, double log_p, double a, double known) {
     const double q = ::exp(log_q), p = ::exp(log_p), b = 1 - a;
@@ -39,67 +41,64 @@ inline double label_gradient(Family family, double log_q, double log_p, double a
     return 0;
 }
 
-/// Everything after normalisation: D, the seven stats, and the gradient.
-template <Family family, bool Copied, class S, class T, class G>
-inline void finish(const Row& row, const Rows<S, T>& rows, const RowFacts& f, float s_label, const Output<G>& out) {
+/// D, CE and the gradient's weights of a row.
+struct Values {
+    double D = 0, known = 0;   // known: what `block_weights` and `label_gradient` call so
+    double ce = 0;
+    float unit = 1;            // of the mixtures' u, see MixtureSums
+    bool no_softmax = false;   // nothing but -inf: CE is infinite and nothing can lower it
+    Weights w;
+};
+
+template <Family family, class S, class T>
+inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pieces, const Kept& kept, const RowFacts& f, float s_label) {
     const Task& task = *row.task;
-    const std::int64_t N = task.student.rows;
-    const float share = task.teacher_share;
-    const bool wants_gradient = out.row != nullptr;
-    double D = 0, known = 0;  // known: the mean of u under q, for the gradient q (u - mean)
+    Values out;
     if (!f.all_out) {
-        if constexpr (family == Family::forward_kl || family == Family::reverse_kl) {
-            D = known = kl<family, S, T>(rows.s, rows.t, row.V, f);
+        if constexpr (is_kl(family)) {
+            out.D = out.known = kl<family>(rows, pieces, f);
         } else {
-            const MixtureSums sums = mixture<family, S, T>(rows.s, rows.t, row.V, f, share, rows.u);
-            D = sums.D;
-            known = sums.u;
+            const MixtureSums sums = mixture<family>(rows, pieces, f, task.teacher_share, kept);
+            out.D = sums.D;
+            out.known = sums.u;
+            out.unit = sums.unit;
         }
     }
-    const bool no_softmax = f.ce.z == 0;  // nothing but -inf: CE is infinite and nothing can lower it
-    const double ce = no_softmax || s_label == -kInf ? kInf : -kLn2 * f.ce.log2_of(s_label);
+    out.no_softmax = f.ce.z == 0;
+    const double below = f.ce.log2_of(s_label);
+    out.ce = out.no_softmax || s_label == -kInf ? kInf : below > 0 ? 0 : -kLn2 * below;  // the sum's rounding may leave it above 0
     const Transform& transform = task.student_transform;
-    const Weights w{f.all_out ? 0.0f : row.row_scale * (1.0f - f.alpha) * row.c / f.tau, no_softmax ? 0.0f : row.row_scale * f.alpha,
+    out.w = Weights{f.all_out ? 0.0f : row.row_scale * (1.0f - f.alpha) * row.c / f.tau, out.no_softmax ? 0.0f : row.row_scale * f.alpha,
                     transform.scale, transform.softcap == 0.0f ? 0.0f : 1.0f / transform.softcap};
-    const float label_t = wants_gradient && row.label < row.V ? element<T>(rows.t + row.label) : 0.0f;
-    const float label_s = wants_gradient && row.label < row.V ? element<S>(rows.s + row.label) : 0.0f;
-    if (wants_gradient) {
-        constexpr bool is_mixture = family == Family::jsd || family == Family::skew_forward_kl || family == Family::skew_reverse_kl;
-        const float factor = is_mixture ? mixture_factor(family, share) : 1.0f;
-        std::int64_t done = row.V;
-        if constexpr (Copied) {
-            if (f.all_out) done = 0;
-            else gradient<family, true, true>(rows, row.V, f, w, known, factor, out);
-            ce_gradient<true, F32>(rows.c, done, row.V_s, f, w, out);
-        } else {
-            const bool shared = w.ce == 0.0f || (f.tau == 1.0f && row.V == row.V_s);
-            if (shared) gradient<family, false, false>(rows, row.V, f, w, known, factor, out);
-            else gradient<family, true, false>(rows, row.V, f, w, known, factor, out);
-            ce_gradient<false, S>(rows.s, done, row.V_s, f, w, out);
-        }
-        if (w.ce != 0.0f) {  // the label's entry again, with its -1: one rounding to the gradient's dtype, not two
-            double d_term = 0;
-            if (row.label < row.V && !f.all_out && label_s > 2 * f.floor && label_t > 2 * f.floor) {
-                d_term = label_gradient(family, kLn2 * f.q.log2_of(label_s), kLn2 * f.p.log2_of(label_t), share, known);
-            }
-            Float g = {}, slope = broadcast(1.0f);
-            if constexpr (Copied) slope = w.slope(broadcast(s_label));
-            g[0] = static_cast<float>((w.d * d_term + w.ce * ::expm1(-ce)) * slope[0]);
-            store_some<G>(out.row + row.label, g, 1);
-        }
-    }
-    const double weighted_ce = f.alpha == 0.0f && ce == ce ? 0.0 : f.alpha * ce;
-    const double loss = weighted_ce + (1.0 - f.alpha) * row.c * D;
-    const bool any_in = !f.all_out;
-    const double stats[7] = {loss, ce, D, any_in ? f.q.entropy() : 0, any_in ? f.p.entropy() : 0,
-                             !no_softmax && s_label == f.ce.max ? 1.0 : 0.0, any_in && f.agree ? 1.0 : 0.0};
-    for (int k = 0; k < 7; ++k) task.stats[k * N + row.n] = static_cast<float>(stats[k]);
+    return out;
 }
 
-template <Family family, OwnCe ce, class S, class T>
-inline bool normalise_row(const typename S::Storage* s, const typename T::Storage* t, std::int64_t V, RowFacts& f) {
-    constexpr Moment moment = family == Family::forward_kl ? Moment::of_p : family == Family::reverse_kl ? Moment::of_q : Moment::none;
-    return normalise<moment, ce, S, T>(s, t, V, f);
+/// The label's entry of the gradient again, with its -1: one rounding to the gradient's dtype, not two. label_s, label_t: its logits.
+template <Family family, class G>
+inline void put_label(const Row& row, const RowFacts& f, const Values& values, float label_s, float label_t, float slope, typename G::Storage* out) {
+    if (values.w.ce == 0.0f) return;
+    double d_term = 0;
+    if (row.label < row.V && !f.all_out && label_s > 2 * f.floor && label_t > 2 * f.floor) {
+        const double log_q = kLn2 * f.q.log2_of(label_s), log_p = kLn2 * f.p.log2_of(label_t);
+        d_term = label_gradient(family, log_q, log_p, row.task->teacher_share, values.known);
+    }
+    Float g = {};
+    g[0] = static_cast<float>((values.w.d * d_term + values.w.ce * ::expm1(-values.ce)) * slope);
+    store_some<G>(out + row.label, g, 1);
+}
+
+inline void put_stats(const Row& row, const RowFacts& f, const Values& values, float s_label) {
+    const Task& task = *row.task;
+    const double weighted_ce = f.alpha == 0.0f && values.ce == values.ce ? 0.0 : f.alpha * values.ce;
+    const double loss = weighted_ce + (1.0 - f.alpha) * row.c * values.D;
+    const bool any_in = !f.all_out;
+    const double stats[7] = {loss, values.ce, values.D, any_in ? f.q.entropy() : 0, any_in ? f.p.entropy() : 0,
+                             !values.no_softmax && s_label == f.ce.max ? 1.0 : 0.0, any_in && f.agree ? 1.0 : 0.0};
+    for (int k = 0; k < 7; ++k) task.stats[k * task.student.rows + row.n] = static_cast<float>(stats[k]);
+}
+
+constexpr Moment moment_of(Family family) {
+    return family == Family::forward_kl ? Moment::of_p : family == Family::reverse_kl ? Moment::of_q : Moment::none;
 }
 
 inline RowFacts begin_row(const Task& task, std::int64_t n) {
@@ -117,11 +116,10 @@ template <class Format>
 inline void copy_transformed(const typename Format::Storage* from, std::int64_t count_all, const Transform& transform, float* to) {
     const float scale = transform.scale, softcap = transform.softcap;
     for_vectors(0, count_all, [&](std::int64_t v, int count, auto rest) {
-        Float x = load<Format, rest.value>(from, v, count, 0.0f);
+        Float x = load<Format, rest.value>(from + v, count, 0.0f);
         if (softcap != 0.0f) x = select((x == kInf) | (x == -kInf), x, softcap * tanh_of(x * (scale / softcap)));
         else x = x * scale;
-        if constexpr (rest.value) store_some<F32>(to + v, x, count);
-        else F32::store(to + v, x);
+        store<F32, rest.value>(to + v, x, count);
     });
 }
 
@@ -134,68 +132,106 @@ inline void copy_row(const Matrix& matrix, std::int64_t n, std::int64_t count, c
     }
 }
 
+/// The scratch of one row: what the sweeps keep, and as many arrays again for copies.
+struct Scratch {
+    Kept kept;
+    float *c, *s, *t;  // CE's logits, and those of D where they are not the task's own
+    Scratch(float* memory, std::int64_t V_s) {
+        const std::int64_t size = scratch_array(V_s);
+        kept = {memory, memory + size, memory + 2 * size, memory + 6 * size, memory + 6 * size + scratch_blocks(V_s)};
+        c = memory + 3 * size;
+        s = memory + 4 * size;
+        t = memory + 5 * size;
+    }
+};
+
+/// Copies D's logits out of CE's and the teacher's transformed ones; an entry that is -inf on either side gets a logit that is low
+/// enough on both. Whether any other entry is left.
+inline bool copy_shared(const Scratch& scratch, std::int64_t V, float lowest) {
+    const Float floor = broadcast(lowest * 0.999f);  // above what `normalise` takes for too low
+    Int in = {};
+    for_vectors(0, V, [&](std::int64_t v, int count, auto rest) {
+        const Float x = load<F32, rest.value>(scratch.c + v, count, -kInf), y = load<F32, rest.value>(scratch.t + v, count, -kInf);
+        const Int out_of_d = (x == -kInf) | (y == -kInf);
+        in |= ~out_of_d;
+        // NaN passes through max as its second argument
+        store<F32, rest.value>(scratch.s + v, select(out_of_d, broadcast(2.0f * lowest), max(floor, x)), count);
+        store<F32, rest.value>(scratch.t + v, select(out_of_d, broadcast(2.0f * lowest), max(floor, y)), count);
+    });
+    return any(in);
+}
+
 /// The row by way of fp32 copies.
 template <Family family, class G>
 void copied_row(const Row& row, const Output<G>& out) {
     const Task& task = *row.task;
     RowFacts f = begin_row(task, row.n);
-    float* const u = row.scratch;
-    float* const c = u + row.V;
-    float* const s = c + row.V_s;
-    float* const t = s + row.V;
-    copy_row(task.student, row.n, row.V_s, task.student_transform, c);
-    copy_row(task.teacher, row.n, row.V, task.teacher_transform, t);
-    const Float floor = broadcast(f.floor * 0.999f);  // above what `normalise` takes for too low
-    Int in = {};
-    for_vectors(0, row.V, [&](std::int64_t v, int count, auto rest) {
-        const Float x = load<F32, rest.value>(c, v, count, -kInf), y = load<F32, rest.value>(t, v, count, -kInf);
-        const Int out_of_d = (x == -kInf) | (y == -kInf);
-        in |= ~out_of_d;
-        // NaN passes through max as its second argument
-        const Float x_in = select(out_of_d, broadcast(2.0f * f.floor), max(floor, x));
-        const Float y_in = select(out_of_d, broadcast(2.0f * f.floor), max(floor, y));
-        if constexpr (rest.value) {
-            store_some<F32>(s + v, x_in, count);
-            store_some<F32>(t + v, y_in, count);
-        } else {
-            F32::store(s + v, x_in);
-            F32::store(t + v, y_in);
-        }
-    });
-    f.all_out = !any(in);
+    const Scratch scratch(row.scratch, row.V_s);
+    const Pieces pieces{row.V, 0};
+    copy_row(task.student, row.n, row.V_s, task.student_transform, scratch.c);
+    copy_row(task.teacher, row.n, row.V, task.teacher_transform, scratch.t);
+    f.all_out = !copy_shared(scratch, row.V, f.floor);
     if (!f.all_out) {
         const float floor_before = f.floor;
         f.floor *= 2.5f;  // every logit is fit to be swept now
-        normalise_row<family, OwnCe::no, F32, F32>(s, t, row.V, f);
+        normalise<moment_of(family), OwnCe::no, F32, F32>(scratch.s, scratch.t, pieces, scratch.kept, f, Unfit::goes_on);
         f.floor = floor_before;
     }
-    normalise_ce<F32>(c, 0, row.V_s, f.ce);
-    const Rows<F32, F32> rows{s, t, c, u};
-    finish<family, true, F32, F32, G>(row, rows, f, c[row.label], out);
+    normalise_ce<F32>(scratch.c, 0, row.V_s, f.ce);
+    const float s_label = scratch.c[row.label];
+    const Values values = evaluate<family>(row, Rows<F32, F32>{scratch.s, scratch.t}, pieces, scratch.kept, f, s_label);
+    put_stats(row, f, values, s_label);
+    if (out.row == nullptr) return;
+    float* const g = scratch.kept.first;  // over what it is computed from
+    const std::int64_t done = f.all_out ? 0 : row.V;
+    if (done > 0) {
+        const float factor = is_kl(family) ? 1.0f : mixture_factor(family, task.teacher_share);
+        gradient<family, OwnCe::no>(scratch.kept, pieces, f, values.w, values.known, factor, values.unit, Output<F32>{g, false});
+    }
+    std::memset(g + done, 0, static_cast<std::size_t>(row.V_s - done) * sizeof *g);
+    const CrossEntropy ce(f, values.w);
+    for_vectors(0, row.V_s, [&](std::int64_t v, int count, auto rest) {
+        const Float c = load<F32, rest.value>(scratch.c + v, count, -kInf);
+        Float sum = load<F32, rest.value>(g + v, count, 0.0f);
+        if (values.w.ce != 0.0f) sum += ce.gradient(c);
+        store<G, rest.value>(out.row + v, sum * values.w.slope(c), count);
+    });
+    const bool shared = row.label < row.V;
+    const Float slope = values.w.slope(broadcast(s_label));
+    put_label<family, G>(row, f, values, shared ? scratch.s[row.label] : 0.0f, shared ? scratch.t[row.label] : 0.0f, slope[0], out.row);
 }
 
 /// The row where it lies: student and teacher of one dtype, untransformed. False where it holds a logit that is too low for that.
-template <Family family, class S>
+template <Family family, OwnCe own_ce, class S>
 bool direct_row(const Row& row, const Output<S>& out) {
     using Storage = typename S::Storage;
     const Task& task = *row.task;
     RowFacts f = begin_row(task, row.n);
-    const Storage* s = static_cast<const Storage*>(task.student.data) + row.n * task.student.row_stride;
-    const Storage* t = static_cast<const Storage*>(task.teacher.data) + row.n * task.teacher.row_stride;
-    bool swept;
-    if (f.tau == 1.0f) {
-        swept = normalise_row<family, OwnCe::at_tau_1, S, S>(s, t, row.V, f);
-        f.ce = f.q;
-    } else if (f.tau == 2.0f) {
-        swept = normalise_row<family, OwnCe::at_tau_2, S, S>(s, t, row.V, f);
-    } else {
-        swept = normalise_row<family, OwnCe::yes, S, S>(s, t, row.V, f);
-    }
-    if (!swept) return false;
-    normalise_ce<S>(s, row.V, row.V_s, f.ce);
-    const Rows<S, S> rows{s, t, nullptr, row.scratch};
-    finish<family, false, S, S, S>(row, rows, f, element<S>(s + row.label), out);
+    const Rows<S, S> rows{static_cast<const Storage*>(task.student.data) + row.n * task.student.row_stride,
+                          static_cast<const Storage*>(task.teacher.data) + row.n * task.teacher.row_stride};
+    const Scratch scratch(row.scratch, row.V_s);
+    const Pieces pieces{row.V, out.row == nullptr || out.head() > row.V ? 0 : out.head()};
+    if (!normalise<moment_of(family), own_ce, S, S>(rows.s, rows.t, pieces, scratch.kept, f, Unfit::stops)) return false;
+    if (own_ce == OwnCe::at_tau_1) f.ce = f.q;
+    normalise_ce<S>(rows.s, row.V, row.V_s, f.ce);
+    const float s_label = element<S>(rows.s + row.label), t_label = row.label < row.V ? element<S>(rows.t + row.label) : 0.0f;
+    const Values values = evaluate<family>(row, rows, pieces, scratch.kept, f, s_label);
+    put_stats(row, f, values, s_label);
+    if (out.row == nullptr) return true;
+    const float factor = is_kl(family) ? 1.0f : mixture_factor(family, task.teacher_share);
+    const auto put = [&](auto& sweep) { sweep(scratch.kept, pieces, f, values.w, values.known, factor, values.unit, out); };
+    if (values.w.ce == 0.0f) put(gradient<family, OwnCe::no, S>);
+    else put(gradient<family, own_ce, S>);
+    ce_gradient<S, S>(rows.s, row.V, row.V_s, f, values.w, out.row);
+    put_label<family, S>(row, f, values, s_label, t_label, 1.0f, out.row);
     return true;
+}
+
+template <Family family, class S>
+bool direct_row_by_temperature(const Row& row, float tau, const Output<S>& out) {
+    if (tau == 1.0f) return direct_row<family, OwnCe::at_tau_1>(row, out);
+    if (tau == 2.0f) return direct_row<family, OwnCe::at_tau_2>(row, out);
+    return direct_row<family, OwnCe::yes>(row, out);
 }
 
 template <Family family, class S>
@@ -204,8 +240,8 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
     const std::int64_t N = task.student.rows, V_s = task.student.columns;
     const std::int64_t V = V_s < task.teacher.columns ? V_s : task.teacher.columns;
     const std::int64_t row_bytes = V_s * static_cast<std::int64_t>(sizeof(Storage));
-    const bool direct = !__is_same(S, FP16) && task.teacher.dtype == task.student.dtype && task.student_transform.identity() &&
-                        task.teacher_transform.identity();
+    const bool direct =
+        task.teacher.dtype == task.student.dtype && task.student_transform.identity() && task.teacher_transform.identity();
     // Past the caches when the gradient is too large to stay in them anyway; not over the student's own logits, which they hold.
     const bool stream = task.gradient.data != task.student.data && row_bytes * N > (std::int64_t{16} << 20);
     for (std::int64_t n = begin; n < end; ++n) {
@@ -220,9 +256,7 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
         const float tau = task.temperature[n];
         const Row row{n, V, V_s, label, task.row_scale[n], ::powf(tau, static_cast<float>(task.temperature_power)), &task, scratch};
         const Output<S> out{g_row, stream && g_row != nullptr};
-        bool done = false;
-        if constexpr (!__is_same(S, FP16)) done = direct && direct_row<family, S>(row, out);
-        if (!done) copied_row<family, S>(row, out);
+        if (!direct || !direct_row_by_temperature<family>(row, tau, out)) copied_row<family>(row, out);
     }
 #if defined(__AVX2__)
     if (stream) _mm_sfence();

@@ -1,9 +1,98 @@
-// The later sweeps over a pair of rows, which the second-level cache still holds: D where moments do not give it, and the gradient.
+// What follows the first sweep over a pair of rows: D, and the gradient from the exponentials that it left in scratch.
 #pragma once
-#include "divergence/normalise.h"
+#include "divergence/near.h"
 
 namespace pocl {
 namespace {
+
+// ---- D ------------------------------------------------------------------------------------------------------------------
+
+/// D of the KL family, from the moments of the first sweep where they are accurate enough.
+template <Family family, class S, class T>
+inline double kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f) {
+    const double mean = f.moment / (family == Family::forward_kl ? f.p.z : f.q.z);
+    const double gap = kLn2 * (mean * f.q.factor + f.gap_shift());
+    const double D = family == Family::forward_kl ? gap : -gap;
+    return D >= 0.01 ? D : small_kl<family>(rows, pieces, f);
+}
+
+/// The D from which on differences of probabilities and of logarithms are accurate enough. It grows with the square of the
+/// logits' distance, and with that of the mixture's to the compared side; total variation with the distance.
+template <Family family>
+inline double near_below(float teacher_share) {
+    const double a = teacher_share, b = 1 - a;
+    if (family == Family::jsd) return 0.1 * a * b;
+    if (family == Family::skew_forward_kl) return 0.1 * b * b;
+    if (family == Family::skew_reverse_kl) return 0.1 * a * a;
+    return 0.1;
+}
+
+/// D of a mixture or total variation. Leaves q u of each entry in `kept.second`.
+template <Family family, class S, class T>
+inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, const Kept& kept) {
+    constexpr bool logs = family != Family::tvd;
+    const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
+    const Exponents exponents_q(f.q), exponents_p(f.p);
+    const double log2_z_q = f.q.log2_z(), log2_z_p = f.p.log2_z();
+    const Float log_z_q = broadcast(static_cast<float>(log2_z_q)), log_z_p = broadcast(static_cast<float>(log2_z_p));
+    double of_q = 0, of_p = 0, u = 0;  // sums of q log2(q/m) and p log2(p/m), or of |p - q|; of q u
+    for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
+        const Float weight_q = broadcast(static_cast<float>(f.q.weight(kept.max_s[block])));
+        const Float weight_p = broadcast(static_cast<float>(f.p.weight(kept.max_t[block])));
+        Float q_sum = {}, p_sum = {}, u_sum = {};
+        const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
+            const Float q = F32::load(kept.first + place) * weight_q, p = F32::load(kept.second + place) * weight_p;
+            Float product;
+            if constexpr (logs) {
+                const Float m = max(broadcast(1.17549435e-38f), a * p + b * q);  // where both underflow their logarithms do not matter
+                const Float log_m = log2_of(m);
+                const Float log_q_m = exponents_q(s) - log_z_q - log_m, log_p_m = exponents_p(t) - log_z_p - log_m;
+                if constexpr (family != Family::skew_forward_kl) q_sum += q * log_q_m;
+                if constexpr (family != Family::skew_reverse_kl) p_sum += p * log_p_m;
+                if constexpr (family == Family::jsd) product = q * log_q_m;
+                else if constexpr (family == Family::skew_forward_kl) product = q * ((p - m) / m);
+                else product = q * (log_q_m + (a * kLog2E) * ((p - m) / m));
+            } else {
+                p_sum += magnitude(p - q);
+                product = select(q > p, 0.5f * q, select(q < p, -0.5f * q, Float{}));
+            }
+            u_sum += product;
+            F32::store(kept.second + place, product);
+        };
+        for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
+            Two s{}, t{};
+            if constexpr (logs) {
+                s = load_two<S, rest.value>(rows.s + v, count, f.floor);
+                t = load_two<T, rest.value>(rows.t + v, count, f.floor);
+            }
+            add(s.a, t.a, place);
+            add(s.b, t.b, place + kWidth);
+        });
+        of_q += sum_lanes(q_sum);
+        of_p += sum_lanes(p_sum);
+        u += sum_lanes(u_sum);
+    }
+    MixtureSums sums;
+    if (!::isfinite(f.q.z + f.p.z)) of_q = of_p = __builtin_nan("");  // which the logarithms above do not pass on
+    // the fp32 normalisers' rounding, which all terms have in common
+    of_q += static_cast<float>(log2_z_q) - log2_z_q;
+    of_p += static_cast<float>(log2_z_p) - log2_z_p;
+    if (family == Family::jsd) sums.D = kLn2 * (teacher_share * of_p + (1.0 - teacher_share) * of_q);
+    if (family == Family::skew_forward_kl) sums.D = kLn2 * of_p;
+    if (family == Family::skew_reverse_kl) sums.D = kLn2 * of_q;
+    if (family == Family::tvd) sums.D = 0.5 * of_p;
+    sums.unit = family == Family::jsd || family == Family::skew_reverse_kl ? kLn2f : 1.0f;
+    sums.u = u * sums.unit;
+    return sums.D < near_below<family>(teacher_share) ? near_mixture<family>(rows, pieces, f, teacher_share, kept.second) : sums;
+}
+
+/// The factor of `mixture`'s u.
+inline float mixture_factor(Family family, float teacher_share) {
+    const float b = 1.0f - teacher_share;
+    return family == Family::jsd ? b : family == Family::skew_forward_kl ? -b : 1.0f;
+}
+
+// ---- the gradient -------------------------------------------------------------------------------------------------------
 
 /// Where the gradient of a row goes, in the student's dtype; past the caches where it is too large to stay in them anyway.
 template <class G>
@@ -11,14 +100,17 @@ struct Output {
     typename G::Storage* row;
     bool stream;
 
-    void put(std::int64_t v, Float g) const {
-        if (stream) G::stream(row + v, g);
-        else G::store(row + v, g);
+    template <bool Some>
+    void put(std::int64_t v, int count, Two g) const {
+        if constexpr (Some) store_some_two<G>(row + v, g, count);
+        else if (stream) G::stream_two(row + v, g);
+        else G::store_two(row + v, g);
     }
     /// Elements before the first at which a streaming store, which must be aligned, is possible.
     std::int64_t head() const {
-        constexpr std::uintptr_t bytes = sizeof(typename G::Storage) * kWidth;
-        return static_cast<std::int64_t>((bytes - reinterpret_cast<std::uintptr_t>(row) % bytes) % bytes / sizeof(typename G::Storage));
+        constexpr std::uintptr_t bytes = sizeof(Float);
+        const std::uintptr_t past = reinterpret_cast<std::uintptr_t>(row) % bytes;
+        return stream && past > 0 ? static_cast<std::int64_t>((bytes - past) / sizeof(typename G::Storage)) : 0;
     }
 };
 
@@ -34,7 +126,7 @@ struct Weights {
     }
 };
 
-/// The student's logits of CE, their weight and exponents; q's may serve for both.
+/// CE's gradient from its logits.
 struct CrossEntropy {
     Exponents exponents;
     Float weight;  // over the normaliser
@@ -43,216 +135,61 @@ struct CrossEntropy {
     Float gradient(Float c) const { return weight * exp2_of(exponents(c)); }
 };
 
-/// Calls body(v, count, Whole or Rest) over [begin, end), the first piece short where streaming stores need it.
-template <class G, class Body>
-inline void for_output(const Output<G>& out, std::int64_t begin, std::int64_t end, Body&& body) {
-    if (out.stream && begin == 0) {
-        const std::int64_t head = out.head() < end ? out.head() : end;
-        if (head > 0) body(std::int64_t{0}, static_cast<int>(head), Rest{});
-        begin = head;
-    }
-    for_vectors(begin, end, body);
-}
-
-template <class G, bool Some>
-inline void put(const Output<G>& out, std::int64_t v, int count, Float g) {
-    if constexpr (Some) store_some<G>(out.row + v, g, count);
-    else out.put(v, g);
-}
-
-/// CE's gradient alone over [begin, end), from rows `c` of transformed logits; also zeros where CE has no weight.
-template <bool Transformed, class C, class G>
-inline void ce_gradient(const typename C::Storage* c_row, std::int64_t begin, std::int64_t end, const RowFacts& f, const Weights& w,
-                        const Output<G>& out) {
+/// CE's gradient alone over [begin, end); zeros where CE has no weight.
+template <class S, class G>
+inline void ce_gradient(const typename S::Storage* row, std::int64_t begin, std::int64_t end, const RowFacts& f, const Weights& w,
+                        typename G::Storage* out) {
     const CrossEntropy ce(f, w);
-    const auto body = [&](std::int64_t v, int count, auto rest) {
-        const Float c = load<C, rest.value>(c_row, v, count, -kInf);
-        Float g = w.ce == 0.0f ? Float{} : ce.gradient(c);
-        if constexpr (Transformed) g = g * w.slope(c);
-        put<G, rest.value>(out, v, count, g);
-    };
-    if (begin == 0) for_output(out, begin, end, body);
-    else for (std::int64_t v = begin; v < end; v += kWidth)  // where a row of unequal vocabularies ends: seldom long
-        body(v, static_cast<int>(end - v < kWidth ? end - v : kWidth), Rest{});
+    for_vectors(begin, end, [&](std::int64_t v, int count, auto rest) {
+        const Float g = w.ce == 0.0f ? Float{} : ce.gradient(load<S, rest.value>(row + v, count, -kInf));
+        store<G, rest.value>(out + v, g, count);
+    });
 }
 
-/// a log(a/b) - a + b >= 0, with gap = log(a/b) and difference = a - b: the terms of KL(a‖b), their sum being the same because a and
-/// b both sum to 1. Near 0 it is a times (e^-gap - 1 + gap) by its series: its error is then relative to D itself, down to D = 0
-/// between equals, and an error in the normalisers counts only squared.
-inline Float divergence_term(Float a, Float difference, Float gap) {
-    Float h = gap * 1.3888889e-3f - 8.3333333e-3f;
-    h = h * gap + 4.1666667e-2f;
-    h = h * gap - 1.6666667e-1f;
-    h = h * gap + 0.5f;
-    const Float square = gap * gap;
-    return select(square < 0.0625f, a * (square * h), a * gap - difference);
-}
-
-/// q, p and their logarithms' difference at some entries.
-struct Probabilities {
-    Exponents exponents_q, exponents_p;
-    Float factor, max_gap, gap_shift, inv_z_q, inv_z_p;
-    explicit Probabilities(const RowFacts& f)
-        : exponents_q(f.q), exponents_p(f.p), factor(broadcast(f.q.factor)), max_gap(broadcast(f.max_gap())),
-          gap_shift(broadcast(static_cast<float>(f.gap_shift()))), inv_z_q(broadcast(static_cast<float>(1 / f.q.z))), inv_z_p(broadcast(static_cast<float>(1 / f.p.z))) {}
-    Float q(Float s) const { return exp2_of(exponents_q(s)) * inv_z_q; }
-    Float p(Float t) const { return exp2_of(exponents_p(t)) * inv_z_p; }
-    /// log2(p/q) from the logits themselves: the difference of two exponents would lose the digits of near logits.
-    Float gap(Float s, Float t) const { return ((t - s) - max_gap) * factor + gap_shift; }
+/// What a block's exponentials are multiplied by: the gradient is their sum.
+struct BlockWeights {
+    double first = 0, second = 0, third = 0;
 };
 
-// ---- forward and reverse KL ---------------------------------------------------------------------------------------------
-
-/// D as a sum of terms none of which is negative, for a D too small to be the difference of two moments.
-template <Family family, class S, class T>
-inline double small_kl(const typename S::Storage* s_row, const typename T::Storage* t_row, std::int64_t V, const RowFacts& f) {
-    const Probabilities at(f);
-    double total = 0;
-    for (std::int64_t block = 0; block < V; block += kBlock) {
-        Float terms = {};
-        for_vectors(block, block + kBlock < V ? block + kBlock : V, [&](std::int64_t v, int count, auto rest) {
-            const Float s = load<S, rest.value>(s_row, v, count, f.floor), t = load<T, rest.value>(t_row, v, count, f.floor);
-            const Float q = at.q(s), p = at.p(t), gap = at.gap(s, t) * kLn2f;
-            terms += family == Family::forward_kl ? divergence_term(p, p - q, gap) : divergence_term(q, q - p, -gap);
-        });
-        total += sum_lanes(terms);
+/// `known`: D of reverse KL, else the mean of u under q, in nats.
+template <Family family, OwnCe ce>
+inline BlockWeights block_weights(const RowFacts& f, const Weights& w, float max_s, float max_t, double known, float factor, float unit) {
+    BlockWeights out;
+    const double q = f.q.weight(max_s);
+    if constexpr (family == Family::forward_kl) {
+        out = {w.d * q, -w.d * f.p.weight(max_t), 0};
+    } else if constexpr (family == Family::reverse_kl) {
+        const double shift = (static_cast<double>(max_t - max_s) - f.max_gap()) * f.q.factor + f.gap_shift();  // fp32 as in the sweep
+        out = {w.d * q * (-kLn2 * shift - known), w.d * q * (-kLn2 * f.q.factor), 0};
+    } else {
+        out = {w.d * factor * q * -known, static_cast<double>(w.d) * factor * unit, 0};
     }
-    return total;
-}
-
-/// D of the KL family, from the moments of the first sweep where they are accurate enough.
-template <Family family, class S, class T>
-inline double kl(const typename S::Storage* s_row, const typename T::Storage* t_row, std::int64_t V, const RowFacts& f) {
-    const double mean = family == Family::forward_kl ? f.p_moment / f.p.z : f.q_moment / f.q.z;
-    const double gap = kLn2 * (mean * f.q.factor + f.gap_shift());
-    const double D = family == Family::forward_kl ? gap : -gap;
-    return D >= 0.01 ? D : small_kl<family, S, T>(s_row, t_row, V, f);
-}
-
-// ---- mixtures and total variation ---------------------------------------------------------------------------------------
-
-/// What the mixture m = a p + b q needs of an entry, with all its digits where p and q are near, and finite where both underflow.
-struct Mixed {
-    Float q, p, difference;   // p - q
-    Float log_q_m, log_p_m;   // log(q/m), log(p/m)
-    Float ratio;              // b (p - q) / m = p/m - 1
-};
-
-template <Family family>
-inline Mixed mixed(const Probabilities& at, Float s, Float t, Float a, Float b) {
-    const Float gap = at.gap(s, t);
-    const Int p_is_larger = gap > 0.0f;
-    const Float larger = exp2_of(select(p_is_larger, at.exponents_p(t), at.exponents_q(s))) * select(p_is_larger, at.inv_z_p, at.inv_z_q);
-    Float power;
-    const Float e = exp2_minus_1(select(p_is_larger, -gap, gap), power);  // the smaller over the larger, less 1
-    const Float smaller = larger * power;
-    Mixed out{};
-    out.q = select(p_is_larger, smaller, larger);
-    out.p = select(p_is_larger, larger, smaller);
-    out.difference = select(p_is_larger, -larger, larger) * e;
-    if constexpr (family == Family::tvd) return out;
-    const Float z = select(p_is_larger, b, a) * e;  // m over the larger, less 1
-    if constexpr (family == Family::skew_forward_kl || family == Family::skew_reverse_kl)
-        out.ratio = select(p_is_larger, -b, b) * e / (z + 1.0f);
-    const Float log_m = log1p_of(z), gap_nats = gap * kLn2f;  // log(m / the larger)
-    out.log_q_m = select(p_is_larger, -gap_nats, Float{}) - log_m;
-    out.log_p_m = select(p_is_larger, Float{}, gap_nats) - log_m;
+    if (w.ce == 0.0f || ce == OwnCe::no) return out;
+    const double of_ce = w.ce * f.ce.weight(max_s);
+    if constexpr (ce == OwnCe::at_tau_1) out.first += of_ce;
+    else out.third = of_ce;
     return out;
 }
 
-/// 1 where q is larger, -1 where p is, 0 at a tie.
-inline Float sign_of_q_over_p(Float gap) { return select(gap < 0.0f, broadcast(1.0f), select(gap > 0.0f, broadcast(-1.0f), Float{})); }
-
-struct MixtureSums {
-    double D = 0;
-    double u = 0;  // sum of q u, with u as `mixture` leaves it in its scratch; for tvd as `gradient` computes it
-};
-
-/// D, and for the gradient u of each entry (but its factor) and its mean under q. tau dD/ds = factor q (u - mean).
-template <Family family, class S, class T>
-inline MixtureSums mixture(const typename S::Storage* s_row, const typename T::Storage* t_row, std::int64_t V, const RowFacts& f,
-                           float teacher_share, float* u_row) {
-    const Probabilities at(f);
-    const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
-    MixtureSums sums;
-    for (std::int64_t block = 0; block < V; block += kBlock) {
-        Float terms = {}, u_sum = {};
-        for_vectors(block, block + kBlock < V ? block + kBlock : V, [&](std::int64_t v, int count, auto rest) {
-            const Float s = load<S, rest.value>(s_row, v, count, f.floor), t = load<T, rest.value>(t_row, v, count, f.floor);
-            const Mixed m = mixed<family>(at, s, t, a, b);
-            Float u;
-            if constexpr (family == Family::jsd) {
-                u = m.log_q_m;
-                terms += a * divergence_term(m.p, b * m.difference, m.log_p_m) + b * divergence_term(m.q, -a * m.difference, u);
-            } else if constexpr (family == Family::skew_forward_kl) {
-                u = m.ratio;
-                terms += divergence_term(m.p, b * m.difference, m.log_p_m);
-            } else if constexpr (family == Family::skew_reverse_kl) {
-                u = m.log_q_m + a * m.ratio;
-                terms += divergence_term(m.q, -a * m.difference, m.log_q_m);
-            } else {
-                u = 0.5f * sign_of_q_over_p(at.gap(s, t));
-                terms += 0.5f * select(m.difference < 0.0f, -m.difference, m.difference);
-            }
-            u_sum += m.q * u;
-            if constexpr (family != Family::tvd) {
-                if constexpr (rest.value) store_some<F32>(u_row + v, u, count);
-                else F32::store(u_row + v, u);
-            }
+/// The gradient over the shared vocabulary, from what the sweeps before have kept. w.d is over the temperature.
+template <Family family, OwnCe ce, class G>
+inline void gradient(Kept kept, Pieces pieces, const RowFacts& f, const Weights& w, double known, float factor, float unit,
+                     Output<G> out) {
+    for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
+        const BlockWeights weights = block_weights<family, ce>(f, w, kept.max_s[block], kept.max_t[block], known, factor, unit);
+        const Float first = broadcast(static_cast<float>(weights.first)), second = broadcast(static_cast<float>(weights.second));
+        const Float third = broadcast(static_cast<float>(weights.third));
+        const auto at = [&](std::int64_t place) POCL_INLINE {
+            const Float q = F32::load(kept.first + place);
+            Float g = first * q + second * F32::load(kept.second + place);
+            if constexpr (ce == OwnCe::at_tau_2) g += third * (q * q);
+            if constexpr (ce == OwnCe::yes) g += third * F32::load(kept.third + place);
+            return g;
+        };
+        for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
+            out.template put<rest.value>(v, count, Two{at(place), at(place + kWidth)});
         });
-        sums.D += sum_lanes(terms);
-        sums.u += sum_lanes(u_sum);
     }
-    return sums;
-}
-
-/// The factor of `mixture`'s u.
-inline float mixture_factor(Family family, float teacher_share) {
-    const float b = 1.0f - teacher_share;
-    return family == Family::jsd ? b : family == Family::skew_forward_kl ? -b : 1.0f;
-}
-
-// ---- the gradient -------------------------------------------------------------------------------------------------------
-
-/// A row's logits and scratch.
-template <class S, class T>
-struct Rows {
-    const typename S::Storage* s;
-    const typename T::Storage* t;
-    const float* c;  // CE's logits where they are not s: transformed, and -inf where only the student's are
-    float* u;        // scratch of the mixtures
-};
-
-/// The gradient over the shared vocabulary. `OwnCe`: CE's exponentials are not q's; `Copied`: the rows are copies, c is theirs.
-template <Family family, bool OwnCe, bool Copied, class S, class T, class G>
-inline void gradient(const Rows<S, T>& rows, std::int64_t V, const RowFacts& f, const Weights& w, double known, float factor,
-                     const Output<G>& out) {
-    const Probabilities at(f);
-    const CrossEntropy ce(f, w);
-    const Float weight_d = broadcast(w.d * factor), mean = broadcast(static_cast<float>(known));
-    const Float weight_q = broadcast(OwnCe ? w.d : w.d + w.ce) * at.inv_z_q, weight_p = broadcast(w.d) * at.inv_z_p;
-    for_output(out, 0, V, [&](std::int64_t v, int count, auto rest) {
-        const Float s = load<S, rest.value>(rows.s, v, count, f.floor);
-        const Float q = exp2_of(at.exponents_q(s));
-        Float g;
-        if constexpr (family == Family::forward_kl) {
-            g = weight_q * q - weight_p * exp2_of(at.exponents_p(load<T, rest.value>(rows.t, v, count, f.floor)));
-        } else {
-            Float u;
-            if constexpr (family == Family::reverse_kl) u = at.gap(s, load<T, rest.value>(rows.t, v, count, f.floor)) * -kLn2f;
-            else if constexpr (family == Family::tvd) u = 0.5f * sign_of_q_over_p(at.gap(s, load<T, rest.value>(rows.t, v, count, f.floor)));
-            else u = load<F32, rest.value>(rows.u, v, count, 0.0f);
-            g = q * at.inv_z_q * weight_d * (u - mean);
-            if constexpr (!OwnCe) g += ce.weight * q;
-        }
-        if constexpr (Copied) {
-            const Float c = load<F32, rest.value>(rows.c, v, count, -kInf);
-            g = (g + ce.gradient(c)) * w.slope(c);
-        } else if constexpr (OwnCe) {
-            g += ce.gradient(s);
-        }
-        put<G, rest.value>(out, v, count, g);
-    });
 }
 
 }  // namespace

@@ -9,6 +9,9 @@
 #include <immintrin.h>
 #endif
 
+// For loops and their bodies: a body that the compiler calls instead has its sums in memory.
+#define POCL_INLINE __attribute__((always_inline))
+
 namespace pocl {
 namespace {
 
@@ -53,8 +56,25 @@ inline bool any(Int mask) {
 
 // ---- rows in memory, by dtype -------------------------------------------------------------------------------------------
 
+/// 2 kWidth neighbouring elements of a row, in an order that the row's format chooses: `place` of an element is its lane in a, or
+/// kWidth more than its lane in b.
+struct Two {
+    Float a, b;
+};
+constexpr int kTwo = 2 * kWidth;
+
 struct F32 {
     using Storage = float;
+    static constexpr int place(int i) { return i; }
+    static Two load_two(const Storage* p) { return {load(p), load(p + kWidth)}; }
+    static void store_two(Storage* p, Two x) {
+        store(p, x.a);
+        store(p + kWidth, x.b);
+    }
+    static void stream_two(Storage* p, Two x) {
+        stream(p, x.a);
+        stream(p + kWidth, x.b);
+    }
     static Float load(const Storage* p) {
         Float x;
         std::memcpy(&x, p, sizeof x);
@@ -76,6 +96,25 @@ struct F32 {
 template <class Format>
 struct F16 {
     using Storage = std::uint16_t;
+    static constexpr int place(int i) { return Format::place(i); }
+    static Two load_two(const Storage* p) {
+        Word bits;
+        std::memcpy(&bits, p, sizeof bits);
+        return Format::widen_two(bits);
+    }
+    static void store_two(Storage* p, Two x) {
+        const Word bits = Format::narrow_two(x);
+        std::memcpy(p, &bits, sizeof bits);
+    }
+    static void stream_two(Storage* p, Two x) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512((__m512i*)p, (__m512i)Format::narrow_two(x));
+#elif defined(__AVX2__)
+        _mm256_stream_si256((__m256i*)p, (__m256i)Format::narrow_two(x));
+#else
+        store_two(p, x);
+#endif
+    }
     static Float load(const Storage* p) {
         Half bits;
         std::memcpy(&bits, p, sizeof bits);
@@ -84,15 +123,6 @@ struct F16 {
     static void store(Storage* p, Float x) {
         const Half bits = Format::narrow(x);
         std::memcpy(p, &bits, sizeof bits);
-    }
-    static void stream(Storage* p, Float x) {
-#if defined(__AVX512F__)
-        _mm256_stream_si256((__m256i*)p, (__m256i)Format::narrow(x));
-#elif defined(__AVX2__)
-        _mm_stream_si128((__m128i*)p, (__m128i)Format::narrow(x));
-#else
-        store(p, x);
-#endif
     }
 };
 
@@ -111,16 +141,34 @@ inline Word lengthen(Half x) { return __builtin_convertvector(x, Word); }
 inline Half shorten(Word x) { return __builtin_convertvector(x, Half); }
 #endif
 
+/// A word holds two elements; the first, in its lower half, goes to a. Neither way takes a permutation.
 struct BFloat16Bits {
+    static constexpr int place(int i) { return i % 2 * kWidth + i / 2; }
+    static Two widen_two(Word bits) { return {(Float)(bits << 16), (Float)(bits & 0xFFFF0000u)}; }
+    static Word narrow_two(Two x) { return (rounded((Word)x.a) >> 16) | (rounded((Word)x.b) & 0xFFFF0000u); }
     static Float widen(Half bits) { return (Float)(lengthen(bits) << 16); }
     static Half narrow(Float x) {  // to nearest, ties to even; a NaN stays one
-        const Word bits = (Word)x;
-        const Word rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-        return shorten(x == x ? rounded : Word{} + 0x7FC0u);
+        return shorten(x == x ? rounded((Word)x) >> 16 : Word{} + 0x7FC0u);
     }
+
+  private:
+    /// The upper half is the result. Of a NaN it is one, but for payloads that arithmetic does not make.
+    static Word rounded(Word bits) { return bits + 0x7FFFu + ((bits >> 16) & 1u); }
 };
 
 struct Float16Bits {
+    static constexpr int place(int i) { return i; }
+    static Two widen_two(Word bits) {
+        Half halves[2];
+        std::memcpy(halves, &bits, sizeof bits);
+        return {widen(halves[0]), widen(halves[1])};
+    }
+    static Word narrow_two(Two x) {
+        const Half halves[2] = {narrow(x.a), narrow(x.b)};
+        Word bits;
+        std::memcpy(&bits, halves, sizeof bits);
+        return bits;
+    }
 #if defined(__AVX512F__)
     static Float widen(Half bits) { return (Float)_mm512_maskz_cvtph_ps(kAll, (__m256i)bits); }
     static Half narrow(Float x) { return (Half)_mm512_maskz_cvtps_ph(kAll, (__m512)x, _MM_FROUND_TO_NEAREST_INT); }
@@ -169,6 +217,27 @@ inline void store_some(typename Format::Storage* p, Float x, int count) {
     typename Format::Storage all[kWidth];
     Format::store(all, x);
     for (int i = 0; i < count && i < kWidth; ++i) p[i] = all[i];
+}
+
+/// The same of 2 kWidth elements.
+template <class Format>
+__attribute__((noinline)) Two load_some_two(const typename Format::Storage* p, int count, float fill) {
+    typename Format::Storage some[kTwo] = {};
+    for (int i = 0; i < count && i < kTwo; ++i) some[i] = p[i];
+    Two x = Format::load_two(some);
+    for (int i = count; i < kTwo; ++i) {
+        const int place = Format::place(i);
+        if (place < kWidth) x.a[place] = fill;
+        else x.b[place - kWidth] = fill;
+    }
+    return x;
+}
+
+template <class Format>
+__attribute__((noinline)) void store_some_two(typename Format::Storage* p, Two x, int count) {
+    typename Format::Storage all[kTwo];
+    Format::store_two(all, x);
+    for (int i = 0; i < count && i < kTwo; ++i) p[i] = all[i];
 }
 
 }  // namespace

@@ -55,23 +55,39 @@ inline Float exp2_minus_1(Float y, Float& power) {
     return select(n == 0.0f, w, power - 1.0f);
 }
 
-/// log(1 + z) for -1 < z <= 0.4, with all its digits also where z is near 0; the natural logarithm.
-inline Float log1p_of(Float z) {
-    const Int bits = (Int)(z + 1.0f);
-    const Int e = (bits - 0x3f3504f3) >> 23;  // 1 + z = 2^e m, m between the square roots of 1/2 and 2
-    const Float m = (Float)(bits - (e << 23));
-    const Float x = select(e == 0, z, m - 1.0f);
+/// P(x) of log(1 + x) = x - x^2 / 2 + x^3 P(x), 1 + x between the square roots of 1/2 and 2.
+inline Float log1p_tail(Float x) {
     Float p = x * -7.63449892e-2f + 1.27615780e-1f;
     p = p * x - 1.31601826e-1f;
     p = p * x + 1.42017573e-1f;
     p = p * x - 1.66233569e-1f;
     p = p * x + 2.00012267e-1f;
     p = p * x - 2.50008196e-1f;
-    p = p * x + 3.33333313e-1f;
+    return p * x + 3.33333313e-1f;
+}
+
+/// The e of m 2^e, m between the square roots of 1/2 and 2, of a positive normal number's bits.
+inline Int exponent_of(Int bits) { return (bits - 0x3f3504f3) >> 23; }
+
+/// log(1 + z) for -1 < z <= 0.4, with all its digits also where z is near 0; the natural logarithm.
+inline Float log1p_of(Float z) {
+    const Int bits = (Int)(z + 1.0f);
+    const Int e = exponent_of(bits);
+    const Float m = (Float)(bits - (e << 23));
+    const Float x = select(e == 0, z, m - 1.0f);
     const Float square = x * x;
-    const Float low = p * x * square - 0.5f * square + __builtin_convertvector(e, Float) * -2.12194440e-4f;
+    const Float low = log1p_tail(x) * x * square - 0.5f * square + __builtin_convertvector(e, Float) * -2.12194440e-4f;
     const Float sum = low + x + __builtin_convertvector(e, Float) * 0.693359375f;  // ln 2 in two parts (Cody and Waite)
     return select(z == z, sum, z);
+}
+
+/// log2 of a positive normal number, to an absolute 1e-7 or the last digit, whichever is more.
+inline Float log2_of(Float m) {
+    const Int bits = (Int)m;
+    const Int e = exponent_of(bits);
+    const Float x = (Float)(bits - (e << 23)) - 1.0f;
+    const Float tail = log1p_tail(x) * x - 0.5f;
+    return (tail * (x * x) + x) * kLog2E + __builtin_convertvector(e, Float);
 }
 
 /// tanh(x) of a finite x, with all its digits also where x is near 0; NaN stays.
@@ -89,7 +105,8 @@ inline void math(int function, const float* in, float* out, std::int64_t count) 
         const int here = count - v < kWidth ? static_cast<int>(count - v) : kWidth;
         const Float x = load_some<F32>(in + v, here, 0.0f);
         Float power;
-        const Float y = function == 0 ? exp2_of(x) : function == 1 ? exp2_minus_1(x, power) : function == 2 ? log1p_of(x) : tanh_of(x);
+        const Float y = function == 0 ? exp2_of(x) : function == 1 ? exp2_minus_1(x, power)
+                        : function == 2 ? log1p_of(x) : function == 3 ? tanh_of(x) : log2_of(x);
         store_some<F32>(out + v, y, here);
     }
 }

@@ -5,7 +5,6 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -18,12 +17,8 @@ namespace {
 constexpr int kMaxDigitBits = 11;  // 2048 counters a chunk fit the first-level cache
 constexpr std::size_t kMaxDigits = std::size_t{1} << kMaxDigitBits;
 constexpr int kRadixBits = 3 * kMaxDigitBits;  // scores that agree in more leading bits are so few that comparing is cheaper
+constexpr std::size_t kShortRun = 16;  // items: insertion is quicker up to there
 constexpr std::int64_t kGrain = 1 << 15;  // samples: below that, waking a thread costs more than it saves
-
-struct Item {
-    std::uint64_t key;
-    std::int64_t index;
-};
 
 /// Unsigned integers that sort like the scores, best first: the sign folded in, -0 as 0, NaN last in either direction.
 template <class T>
@@ -36,137 +31,185 @@ std::uint64_t sort_key(T score, Order order) {
     return order == Order::ascending ? ascending : static_cast<Bits>(~ascending);
 }
 
-/// Sorts arrays of one length, with memory that is kept from array to array.
+/// Keys and the samples they are of, in the order reached so far.
+struct Items {
+    std::span<std::uint64_t> key;
+    std::span<std::uint32_t> index;
+};
+
+/// Sorts arrays of one length, in memory that is used for one after the other.
 class Sorter {
 public:
-    Sorter(std::int64_t n, int threads)
-        : n_(n),
+    Sorter(const Items& items, const Items& other, int threads)
+        : n_(static_cast<std::int64_t>(items.key.size())),
           threads_(threads),
-          chunks_(std::clamp<std::int64_t>(n / kGrain, 1, std::max(threads, 1))),
-          items_(std::make_unique_for_overwrite<Item[]>(static_cast<std::size_t>(n))),  // untouched: the threads fault it in
-          other_(std::make_unique_for_overwrite<Item[]>(static_cast<std::size_t>(n))),
+          chunks_(std::clamp<std::int64_t>(n_ / kGrain, 1, std::max(threads, 1))),
+          items_(items),
+          other_(other),
           counts_(static_cast<std::size_t>(chunks_)) {}
 
-    /// Calls visit(position, sample) for each position of the sorted array, from many threads.
+    /// Calls visit(position, sample) for each position of the sorted array, from many threads; the keys are not needed by then.
     template <class T, class Visit>
     void operator()(std::span<const T> scores, Order order, const Visit& visit) {
         if (n_ == 0) return;
-        const std::uint64_t differing = load(scores, order);
+        const std::uint64_t differing = differing_bits(scores, order);
+        if (differing == 0) return each([&](std::size_t i) { visit(i, i); });
         // only bits that differ somewhere are sorted by, in as few and as equal digits as they need
-        const int lowest = differing ? std::countr_zero(differing) : 0, high = 64 - std::countl_zero(differing);
+        const int lowest = std::countr_zero(differing), high = 64 - std::countl_zero(differing);
         const int low = std::max(lowest, high - kRadixBits);
         const int passes = (high - low + kMaxDigitBits - 1) / kMaxDigitBits;
-        const int digit_bits = passes ? (high - low + passes - 1) / passes : 0;
-        for (int pass = 0; pass < passes; ++pass) sort_by_digit(low + pass * digit_bits, digit_bits);
+        const int bits = (high - low + passes - 1) / passes;
+        sort_by_digit(low, bits, [&](std::size_t i) { return sort_key(scores[i], order); }, [](std::size_t i) { return i; });
+        const auto key = [&](std::size_t i) { return items_.key[i]; };
+        const auto index = [&](std::size_t i) { return items_.index[i]; };
+        for (int pass = 1; pass < passes; ++pass) sort_by_digit(low + pass * bits, bits, key, index);
         if (low > lowest) sort_runs(low);
-        each_chunk([&](std::size_t, std::int64_t begin, std::int64_t end) {
-            for (std::int64_t i = begin; i < end; ++i) visit(i, items_[static_cast<std::size_t>(i)].index);
-        });
+        each([&](std::size_t i) { visit(i, items_.index[i]); });
     }
+
+private:
+    std::size_t start_of(std::int64_t chunk) const { return static_cast<std::size_t>(n_ * chunk / chunks_); }
 
     /// Calls body(chunk, begin, end) for each chunk of [0, n).
     template <class Body>
     void each_chunk(const Body& body) const {
         parallel_for(chunks_, 1, threads_, [&](std::int64_t first, std::int64_t last) {
             for (std::int64_t chunk = first; chunk < last; ++chunk)
-                body(static_cast<std::size_t>(chunk), n_ * chunk / chunks_, n_ * (chunk + 1) / chunks_);
+                body(static_cast<std::size_t>(chunk), start_of(chunk), start_of(chunk + 1));
         });
     }
 
-private:
-    /// Keys and indices of the scores. Returns the bits in which not all keys agree.
+    template <class Body>
+    void each(const Body& body) const {
+        each_chunk([&](std::size_t, std::size_t begin, std::size_t end) {
+            for (std::size_t i = begin; i < end; ++i) body(i);
+        });
+    }
+
+    /// The bits in which not all keys agree.
     template <class T>
-    std::uint64_t load(std::span<const T> scores, Order order) {
+    std::uint64_t differing_bits(std::span<const T> scores, Order order) const {
         const std::uint64_t first_key = sort_key(scores[0], order);
-        std::vector<std::uint64_t> differing(static_cast<std::size_t>(chunks_));
-        each_chunk([&](std::size_t chunk, std::int64_t begin, std::int64_t end) {
+        std::vector<std::uint64_t> of_chunk(static_cast<std::size_t>(chunks_));
+        each_chunk([&](std::size_t chunk, std::size_t begin, std::size_t end) {
             std::uint64_t bits = 0;
-            for (std::int64_t i = begin; i < end; ++i) {
-                const auto at = static_cast<std::size_t>(i);
-                items_[at] = {sort_key(scores[at], order), i};
-                bits |= items_[at].key ^ first_key;
-            }
-            differing[chunk] = bits;
+            for (std::size_t i = begin; i < end; ++i) bits |= sort_key(scores[i], order) ^ first_key;
+            of_chunk[chunk] = bits;
         });
         std::uint64_t all = 0;
-        for (const std::uint64_t bits : differing) all |= bits;
+        for (const std::uint64_t bits : of_chunk) all |= bits;
         return all;
     }
 
-    /// One stable counting pass: a chunk's items of a digit follow those of the chunks before it.
-    void sort_by_digit(int shift, int bits) {
+    /// One stable counting pass from key(i), index(i) to items_: a chunk's items of a digit follow those of the chunks before it.
+    template <class Key, class Index>
+    void sort_by_digit(int shift, int bits, const Key& key, const Index& index) {
         const std::uint64_t mask = (std::uint64_t{1} << bits) - 1;
-        each_chunk([&](std::size_t chunk, std::int64_t begin, std::int64_t end) {
+        each_chunk([&](std::size_t chunk, std::size_t begin, std::size_t end) {
             auto& count = counts_[chunk];
             count.fill(0);
-            for (std::int64_t i = begin; i < end; ++i) ++count[(items_[static_cast<std::size_t>(i)].key >> shift) & mask];
+            for (std::size_t i = begin; i < end; ++i) ++count[(key(i) >> shift) & mask];
         });
-        std::int64_t place = 0;
+        std::size_t place = 0;
         for (std::size_t digit = 0; digit <= mask; ++digit)
             for (auto& count : counts_) place += std::exchange(count[digit], place);
-        each_chunk([&](std::size_t chunk, std::int64_t begin, std::int64_t end) {
+        each_chunk([&](std::size_t chunk, std::size_t begin, std::size_t end) {
             auto& next = counts_[chunk];
-            for (std::int64_t i = begin; i < end; ++i) {
-                const Item item = items_[static_cast<std::size_t>(i)];
-                other_[static_cast<std::size_t>(next[(item.key >> shift) & mask]++)] = item;
+            for (std::size_t i = begin; i < end; ++i) {
+                const std::uint64_t k = key(i);
+                const std::size_t to = next[(k >> shift) & mask]++;
+                other_.key[to] = k;
+                other_.index[to] = static_cast<std::uint32_t>(index(i));
             }
         });
-        items_.swap(other_);
+        std::swap(items_, other_);
     }
 
     /// Sorts, stably, each run of items that agree in the bits from `shift` upwards.
-    void sort_runs(int shift) {
-        const std::span<Item> items(items_.get(), static_cast<std::size_t>(n_));
+    void sort_runs(int shift) const {
+        const auto& key = items_.key;
         const auto run_end = [&](std::size_t begin) {
             std::size_t end = begin + 1;
-            while (end < items.size() && items[end].key >> shift == items[begin].key >> shift) ++end;
+            while (end < key.size() && key[end] >> shift == key[begin] >> shift) ++end;
             return end;
         };
         // a run belongs to the chunk in which it begins; found before any item moves
         std::vector<std::size_t> starts;
         for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
-            const auto at = static_cast<std::size_t>(n_ * chunk / chunks_);
+            const std::size_t at = start_of(chunk);
             starts.push_back(at == 0 ? 0 : std::max(starts.back(), run_end(at - 1)));
         }
-        starts.push_back(items.size());
-        each_chunk([&](std::size_t chunk, std::int64_t, std::int64_t) {
+        starts.push_back(key.size());
+        each_chunk([&](std::size_t chunk, std::size_t, std::size_t) {
             for (std::size_t begin = starts[chunk], end; begin < starts[chunk + 1]; begin = end) {
                 end = run_end(begin);
-                if (end - begin > 1) sort_run(items.subspan(begin, end - begin));
+                if (end - begin > 1) sort_run(begin, end);
             }
         });
     }
 
-    static void sort_run(std::span<Item> run) {
-        const auto by_key = [](const Item& a, const Item& b) { return a.key < b.key; };
-        if (std::is_sorted(run.begin(), run.end(), by_key)) return;  // ties, most often
-        if (run.size() > 16) return std::stable_sort(run.begin(), run.end(), by_key);
-        for (std::size_t i = 1; i < run.size(); ++i)  // std::stable_sort allocates, which a short run does not pay back
-            std::rotate(std::upper_bound(run.begin(), run.begin() + static_cast<std::ptrdiff_t>(i), run[i], by_key),
-                        run.begin() + static_cast<std::ptrdiff_t>(i), run.begin() + static_cast<std::ptrdiff_t>(i + 1));
+    void sort_run(std::size_t begin, std::size_t end) const {
+        const auto key = items_.key.subspan(begin, end - begin);
+        const auto index = items_.index.subspan(begin, end - begin);
+        if (std::is_sorted(key.begin(), key.end())) return;  // ties, most often
+        if (key.size() > kShortRun) return sort_long_run(begin, end);
+        for (std::size_t i = 1; i < key.size(); ++i)
+            for (std::size_t j = i; j > 0 && key[j - 1] > key[j]; --j) {
+                std::swap(key[j - 1], key[j]);
+                std::swap(index[j - 1], index[j]);
+            }
+    }
+
+    /// Merge sort from items_ to the same places of other_ and back: no memory of its own.
+    void sort_long_run(std::size_t begin, std::size_t end) const {
+        const std::size_t size = end - begin;
+        Items from{items_.key.subspan(begin, size), items_.index.subspan(begin, size)};
+        Items to{other_.key.subspan(begin, size), other_.index.subspan(begin, size)};
+        for (std::size_t width = 1; width < size; width *= 2) {
+            for (std::size_t left = 0; left < size; left += 2 * width)
+                merge(from, to, left, std::min(left + width, size), std::min(left + 2 * width, size));
+            std::swap(from, to);
+        }
+        if (from.key.data() == items_.key.data() + begin) return;
+        std::ranges::copy(from.key, to.key.begin());
+        std::ranges::copy(from.index, to.index.begin());
+    }
+
+    static void merge(const Items& from, const Items& to, std::size_t left, std::size_t middle, std::size_t end) {
+        for (std::size_t a = left, b = middle, out = left; out < end; ++out) {
+            const std::size_t take = b == end || (a < middle && from.key[a] <= from.key[b]) ? a++ : b++;
+            to.key[out] = from.key[take];
+            to.index[out] = from.index[take];
+        }
     }
 
     std::int64_t n_;
     int threads_;
     std::int64_t chunks_;
-    std::unique_ptr<Item[]> items_, other_;
-    std::vector<std::array<std::int64_t, kMaxDigits>> counts_;
+    Items items_, other_;
+    std::vector<std::array<std::size_t, kMaxDigits>> counts_;
 };
+
+/// The memory of signed numbers as unsigned ones.
+std::span<std::uint64_t> as_keys(std::span<std::int64_t> numbers) {
+    return {reinterpret_cast<std::uint64_t*>(numbers.data()), numbers.size()};
+}
 
 }  // namespace
 
-void fuse(std::span<const Ranking> rankings, double k, const Fusion& fusion, int threads) {
-    Sorter sorter(static_cast<std::int64_t>(fusion.score.size()), threads);
+void fuse(std::span<const Ranking> rankings, double k, const Fusion& fusion, std::span<std::uint32_t> scratch, int threads) {
+    const std::size_t n = fusion.score.size();
+    Sorter sorter({as_keys(fusion.rank), scratch.first(n)}, {as_keys(fusion.order), scratch.last(n)}, threads);
     std::fill(fusion.score.begin(), fusion.score.end(), 0.0);
     for (const Ranking& ranking : rankings) {
-        const auto add = [&](std::int64_t place, std::int64_t sample) {
-            fusion.score[static_cast<std::size_t>(sample)] += ranking.weight / (k + static_cast<double>(place + 1));
+        const auto add = [&](std::size_t place, std::size_t sample) {
+            fusion.score[sample] += ranking.weight / (k + static_cast<double>(place + 1));
         };
         std::visit([&](const auto& scores) { sorter(scores, ranking.order, add); }, ranking.scores);
     }
-    sorter(std::span<const double>(fusion.score), Order::descending, [&](std::int64_t place, std::int64_t sample) {
-        fusion.order[static_cast<std::size_t>(place)] = sample;
-        fusion.rank[static_cast<std::size_t>(sample)] = place + 1;
+    sorter(std::span<const double>(fusion.score), Order::descending, [&](std::size_t place, std::size_t sample) {
+        fusion.order[place] = static_cast<std::int64_t>(sample);
+        fusion.rank[sample] = static_cast<std::int64_t>(place + 1);
     });
 }
 

@@ -22,9 +22,12 @@ struct Fusion {
     std::span<std::int64_t> order;  // samples, best first
 };
 
+constexpr std::int64_t kMostSamples = std::int64_t{1} << 32;  // an index takes 4 bytes while it is sorted
+
 /// score[i] = Σ weight / (k + rank of i), summed in the order of `rankings`; the highest score is the best. Ranks count from 1,
 /// ties go by index, -0 equals 0, NaN comes last. Stable radix sort, linear in samples and rankings but where many scores differ
-/// only in their last bits; the same bits on any number of threads. 32 bytes a sample while it works; throws std::bad_alloc.
-void fuse(std::span<const Ranking> rankings, double k, const Fusion& fusion, int threads);
+/// only in their last bits; the same bits on any number of threads. `scratch` has two places a sample, so that with the results,
+/// in whose memory it sorts, a fusion takes 32 bytes a sample; of at most `kMostSamples` samples.
+void fuse(std::span<const Ranking> rankings, double k, const Fusion& fusion, std::span<std::uint32_t> scratch, int threads);
 
 }  // namespace pocl

@@ -1,6 +1,7 @@
 #include "rouge/rouge.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <utility>
 #include <vector>
@@ -12,10 +13,8 @@ namespace {
 
 using Ids = std::span<const std::int32_t>;
 constexpr std::int64_t kGrain = 64;  // pairs: below that, waking a thread costs more than it saves
+constexpr std::size_t kStrip = 8;  // machine words: the row of a strip fits the registers
 constexpr std::uint64_t kAll = ~std::uint64_t{0};
-
-/// Ones in the lowest `count` bits; `count` from 1 to 64.
-std::uint64_t low_bits(std::size_t count) { return kAll >> (64 - count); }
 
 /// Longest common subsequences, with memory that is kept from pair to pair.
 class Lcs {
@@ -27,7 +26,7 @@ public:
         if (pattern.empty()) return 0;
         const std::size_t words = (pattern.size() + 63) / 64;
         set_masks(pattern, words);
-        const std::int64_t length = words == 1 ? one_word(pattern.size(), text) : many_words(pattern.size(), text, words);
+        const std::int64_t length = words == 1 ? one_word(text) : many_words(text, words);
         for (const std::int32_t id : pattern) mask_of_[static_cast<std::size_t>(id)] = -1;
         return length;
     }
@@ -46,8 +45,9 @@ private:
         }
     }
 
-    // A zero bit in the row is a place of the pattern where the length of the subsequence grows by one.
-    std::int64_t one_word(std::size_t size, Ids text) const {
+    // A zero bit in the row is a place of the pattern where the length of the subsequence grows by one; bits beyond the pattern
+    // match nothing and stay ones.
+    std::int64_t one_word(Ids text) const {
         std::uint64_t row = kAll;
         for (const std::int32_t id : text) {
             const std::int64_t mask = mask_of_[static_cast<std::size_t>(id)];
@@ -55,30 +55,48 @@ private:
             const std::uint64_t match = row & masks_[static_cast<std::size_t>(mask)];
             row = (row + match) | (row - match);
         }
-        return std::popcount(~row & low_bits(size));
+        return std::popcount(~row);
     }
 
-    std::int64_t many_words(std::size_t size, Ids text, std::size_t words) {
-        row_.assign(words, kAll);
-        for (const std::int32_t id : text) {
-            const std::int64_t mask = mask_of_[static_cast<std::size_t>(id)];
-            if (mask < 0) continue;
-            std::uint64_t carry = 0;
-            for (std::size_t w = 0; w < words; ++w) {
-                const std::uint64_t match = row_[w] & masks_[static_cast<std::size_t>(mask) + w];
-                const std::uint64_t with_carry = row_[w] + carry;
+    /// Strip by strip of the pattern, each over the whole text, so that its row stays in registers; carries_ has what each id of
+    /// the text carries out of the strip before.
+    std::int64_t many_words(Ids text, std::size_t words) {
+        places_.clear();
+        for (const std::int32_t id : text)
+            if (const std::int64_t mask = mask_of_[static_cast<std::size_t>(id)]; mask >= 0) places_.push_back(mask);
+        carries_.assign(places_.size(), 0);
+        std::int64_t zeros = 0;
+        std::size_t w = 0;
+        for (; w + kStrip <= words; w += kStrip) zeros += strip<kStrip>(w);
+        for (; w < words; ++w) zeros += strip<1>(w);
+        return zeros;
+    }
+
+    template <std::size_t Words>
+    std::int64_t strip(std::size_t first) {
+        std::array<std::uint64_t, Words> row;
+        row.fill(kAll);
+        for (std::size_t i = 0; i < places_.size(); ++i) {
+            const std::uint64_t* const mask = masks_.data() + places_[i] + first;
+            std::uint64_t carry = carries_[i];
+            for (std::size_t w = 0; w < Words; ++w) {
+                const std::uint64_t match = row[w] & mask[w];
+                const std::uint64_t with_carry = row[w] + carry;
                 const std::uint64_t sum = with_carry + match;
                 carry = static_cast<std::uint64_t>(with_carry < carry) | static_cast<std::uint64_t>(sum < match);
-                row_[w] = sum | (row_[w] & ~match);
+                row[w] = sum | (row[w] & ~match);
             }
+            carries_[i] = static_cast<std::uint8_t>(carry);
         }
-        std::int64_t length = std::popcount(~row_.back() & low_bits(size - 64 * (words - 1)));
-        for (std::size_t w = 0; w + 1 < words; ++w) length += std::popcount(~row_[w]);
-        return length;
+        std::int64_t zeros = 0;
+        for (const std::uint64_t word : row) zeros += std::popcount(~word);
+        return zeros;
     }
 
     std::vector<std::int64_t> mask_of_;  // id -> where its mask begins, or -1
-    std::vector<std::uint64_t> masks_, row_;
+    std::vector<std::uint64_t> masks_;
+    std::vector<std::int64_t> places_;    // in masks_, of the text's ids that are in the pattern
+    std::vector<std::uint8_t> carries_;
 };
 
 struct Score {

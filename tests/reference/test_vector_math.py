@@ -39,6 +39,12 @@ def test_a_function_is_exact_to_the_last_digits(name, function, low, high, ulp):
     assert error_in_ulp(name, function, numbers(low, high)).max() <= ulp
 
 
+def test_log2_is_exact_to_1e_7_or_the_last_digits():
+    x = np.exp2(np.random.default_rng().uniform(-126, 3, 200_000)).astype(np.float32)
+    got, want = _C.vector_math("log2", x).astype(np.float64), np.log2(x.astype(np.float64))
+    assert (np.abs(got - want) <= np.maximum(1.5e-7, 1.5 * np.spacing(np.abs(want).astype(np.float32)))).all()
+
+
 def test_exp2_is_exact_at_0_and_underflows_to_0():
     x = np.array([0, -1, -2, -126, -200, -1e30, -np.inf], dtype=np.float32)
     assert _C.vector_math("exp2", x).tolist() == [1, 0.5, 0.25, 2.0**-126, 0, 0, 0]

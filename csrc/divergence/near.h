@@ -1,0 +1,146 @@
+// D of distributions that are near each other, and the gradient of their mixtures: from the logits' differences, where those of
+// probabilities or of moments would have lost their digits. A sweep more, with its own exponentials.
+#pragma once
+#include "divergence/normalise.h"
+
+namespace pocl {
+namespace {
+
+/// A row's logits.
+template <class S, class T>
+struct Rows {
+    const typename S::Storage* s;
+    const typename T::Storage* t;
+};
+
+/// a log(a/b) - a + b >= 0, with gap = log(a/b) and difference = a - b: the terms of KL(a‖b), their sum being the same because a and
+/// b both sum to 1. Near 0 it is a times (e^-gap - 1 + gap) by its series: its error is then relative to D itself, down to D = 0
+/// between equals, and an error in the normalisers counts only squared.
+inline Float divergence_term(Float a, Float difference, Float gap) {
+    Float h = gap * 1.3888889e-3f - 8.3333333e-3f;
+    h = h * gap + 4.1666667e-2f;
+    h = h * gap - 1.6666667e-1f;
+    h = h * gap + 0.5f;
+    const Float square = gap * gap;
+    return select(square < 0.0625f, a * (square * h), a * gap - difference);
+}
+
+/// q, p and their logarithms' difference at some entries.
+struct Probabilities {
+    Exponents exponents_q, exponents_p;
+    Float factor, max_gap, gap_shift, inv_z_q, inv_z_p;
+    explicit Probabilities(const RowFacts& f)
+        : exponents_q(f.q), exponents_p(f.p), factor(broadcast(f.q.factor)), max_gap(broadcast(f.max_gap())),
+          gap_shift(broadcast(static_cast<float>(f.gap_shift()))), inv_z_q(broadcast(static_cast<float>(1 / f.q.z))), inv_z_p(broadcast(static_cast<float>(1 / f.p.z))) {}
+    Float q(Float s) const { return exp2_of(exponents_q(s)) * inv_z_q; }
+    Float p(Float t) const { return exp2_of(exponents_p(t)) * inv_z_p; }
+    /// log2(p/q) from the logits themselves: the difference of two exponents would lose the digits of near logits.
+    Float gap(Float s, Float t) const {
+        const Float apart = max(broadcast(-1e30f), min(broadcast(1e30f), t - s));  // an infinite one would be NaN times a p of 0
+        return (apart - max_gap) * factor + gap_shift;
+    }
+};
+
+// ---- forward and reverse KL ---------------------------------------------------------------------------------------------
+
+/// D as a sum of terms none of which is negative, for a D too small to be the difference of two moments.
+template <Family family, class S, class T>
+inline double small_kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f) {
+    const Probabilities at(f);
+    double total = 0;
+    for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
+        Float terms = {};
+        const auto add = [&](Float s, Float t) POCL_INLINE {
+            const Float q = at.q(s), p = at.p(t), gap = at.gap(s, t) * kLn2f;
+            terms += family == Family::forward_kl ? divergence_term(p, p - q, gap) : divergence_term(q, q - p, -gap);
+        };
+        for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t, auto rest) POCL_INLINE {
+            const Two s = load_two<S, rest.value>(rows.s + v, count, f.floor), t = load_two<T, rest.value>(rows.t + v, count, f.floor);
+            add(s.a, t.a);
+            add(s.b, t.b);
+        });
+        total += sum_lanes(terms);
+    }
+    return total;
+}
+
+// ---- mixtures and total variation ---------------------------------------------------------------------------------------
+
+/// What the mixture m = a p + b q needs of an entry, with all its digits where p and q are near, and finite where both underflow.
+struct Mixed {
+    Float q, p, difference;   // p - q
+    Float log_q_m, log_p_m;   // log(q/m), log(p/m)
+    Float ratio;              // b (p - q) / m = p/m - 1
+};
+
+template <Family family>
+inline Mixed mixed(const Probabilities& at, Float s, Float t, Float a, Float b) {
+    const Float gap = at.gap(s, t);
+    const Int p_is_larger = gap > 0.0f;
+    const Float larger = exp2_of(select(p_is_larger, at.exponents_p(t), at.exponents_q(s))) * select(p_is_larger, at.inv_z_p, at.inv_z_q);
+    Float power;
+    const Float e = exp2_minus_1(select(p_is_larger, -gap, gap), power);  // the smaller over the larger, less 1
+    const Float smaller = larger * power;
+    Mixed out{};
+    out.q = select(p_is_larger, smaller, larger);
+    out.p = select(p_is_larger, larger, smaller);
+    out.difference = select(p_is_larger, -larger, larger) * e;
+    if constexpr (family == Family::tvd) return out;
+    const Float z = select(p_is_larger, b, a) * e;  // m over the larger, less 1
+    if constexpr (family == Family::skew_forward_kl || family == Family::skew_reverse_kl)
+        out.ratio = select(p_is_larger, -b, b) * e / (z + 1.0f);
+    const Float log_m = log1p_of(z), gap_nats = gap * kLn2f;  // log(m / the larger)
+    out.log_q_m = select(p_is_larger, -gap_nats, Float{}) - log_m;
+    out.log_p_m = select(p_is_larger, Float{}, gap_nats) - log_m;
+    return out;
+}
+
+inline Float sign_of(Float x) { return select(x > 0.0f, broadcast(1.0f), select(x < 0.0f, broadcast(-1.0f), Float{})); }
+inline Float magnitude(Float x) { return max(x, -x); }
+
+struct MixtureSums {
+    double D = 0;
+    double u = 0;            // sum of q u, u without its factor, in nats
+    float unit = 1.0f;       // nats in the unit of the q u in scratch
+};
+
+/// D, and for the gradient q u of each entry, in nats, and its sum. tau dD/ds = factor (q u - q mean u).
+template <Family family, class S, class T>
+inline MixtureSums near_mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, float* q_u) {
+    const Probabilities at(f);
+    const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
+    MixtureSums sums;
+    for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
+        Float terms = {}, u_sum = {};
+        const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
+            const Mixed m = mixed<family>(at, s, t, a, b);
+            Float u;
+            if constexpr (family == Family::jsd) {
+                u = m.log_q_m;
+                terms += a * divergence_term(m.p, b * m.difference, m.log_p_m) + b * divergence_term(m.q, -a * m.difference, u);
+            } else if constexpr (family == Family::skew_forward_kl) {
+                u = m.ratio;
+                terms += divergence_term(m.p, b * m.difference, m.log_p_m);
+            } else if constexpr (family == Family::skew_reverse_kl) {
+                u = m.log_q_m + a * m.ratio;
+                terms += divergence_term(m.q, -a * m.difference, m.log_q_m);
+            } else {
+                u = 0.5f * sign_of(-m.difference);
+                terms += 0.5f * magnitude(m.difference);
+            }
+            u_sum += m.q * u;
+            F32::store(q_u + place, m.q * u);
+        };
+        for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
+            const Two s = load_two<S, rest.value>(rows.s + v, count, f.floor), t = load_two<T, rest.value>(rows.t + v, count, f.floor);
+            add(s.a, t.a, place);
+            add(s.b, t.b, place + kWidth);
+        });
+        sums.D += sum_lanes(terms);
+        sums.u += sum_lanes(u_sum);
+    }
+    return sums;
+}
+
+}  // namespace
+}  // namespace pocl
