@@ -15,7 +15,9 @@ struct SparseScratch {
     double* gradient;        // tau dD/ds; the rest's is the sum over its entries
     std::int32_t* by_block;  // [K] the present entries, those of the first block first
     std::int32_t* ends;      // [blocks + 1] where each block's end in `by_block`
-    float* block;            // [kSparseBlock] logits, in fp32
+    float* kept;             // the rest's exponentials at temperature tau, a place each as Pieces gives it
+    float* kept_ce;          // and at temperature 1, where they are not those or their squares
+    float* kept_max;         // [blocks] the maxima that those of a block are relative to
 };
 
 /// The student's entries that are not listed. Without any, or where all are -inf, z is 0.

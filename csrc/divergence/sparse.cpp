@@ -2,26 +2,40 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <vector>
 
+#include "divergence/rows.h"
 #include "divergence/sparse_rows.h"
 #include "parallel/parallel.h"
 
 namespace pocl {
 namespace {
 
+constexpr std::size_t kLine = 16;                    // fp32 numbers in a cache line
 constexpr std::int64_t kPiece = std::int64_t{2} << 20;  // bytes of rows that a thread takes at a time, at most
 
-/// The calling thread's own, kept for its next rows.
+/// The calling thread's own, kept for its next rows. Only the pages that a task does use are ever touched.
 SparseScratch thread_scratch(std::int64_t K, std::int64_t V) {
     thread_local std::vector<double> doubles;
     thread_local std::vector<std::int32_t> integers;
-    thread_local std::vector<float> block(kSparseBlock);
-    const auto k = static_cast<std::size_t>(K) + 1, blocks = static_cast<std::size_t>(V / kSparseBlock + 1);
+    thread_local std::unique_ptr<float[]> floats;
+    thread_local std::size_t held = 0;
+    const auto k = static_cast<std::size_t>(K) + 1, array = static_cast<std::size_t>(scratch_array(V));
+    const auto blocks = static_cast<std::size_t>(scratch_blocks(V));
     if (doubles.size() < 7 * k) doubles.resize(7 * k);
     if (integers.size() < k + blocks + 1) integers.resize(k + blocks + 1);
+    std::size_t size = 2 * array + blocks + kLine;
+    if (held < size) {
+        floats.reset(new float[size]);
+        held = size;
+    }
+    void* memory = floats.get();
+    size *= sizeof(float);
+    auto* const f = static_cast<float*>(std::align(kLine * sizeof(float), 1, memory, size));
     double* const d = doubles.data();
-    return {d, d + k, d + 2 * k, d + 3 * k, d + 4 * k, d + 5 * k, d + 6 * k, integers.data(), integers.data() + k, block.data()};
+    std::int32_t* const i = integers.data();
+    return {d, d + k, d + 2 * k, d + 3 * k, d + 4 * k, d + 5 * k, d + 6 * k, i, i + k, f, f + array, f + 2 * array};
 }
 
 }  // namespace

@@ -5,8 +5,6 @@
 
 namespace pocl {
 
-constexpr std::int64_t kSparseBlock = 2048;  // student's logits that are worked on at a time
-
 void sparse_rows_plain(const SparseTask& task, std::int64_t begin, std::int64_t end, const SparseScratch& scratch);
 void sparse_rows_avx2(const SparseTask& task, std::int64_t begin, std::int64_t end, const SparseScratch& scratch);
 void sparse_rows_avx512(const SparseTask& task, std::int64_t begin, std::int64_t end, const SparseScratch& scratch);
