@@ -22,6 +22,7 @@
 #include "buffers/buffers.h"
 #include "divergence/divergence.h"
 #include "products/products.h"
+#include "divergence/sparse.h"
 #include "ranking/rank.h"
 #include "rouge/rouge.h"
 #include "rouge/words.h"
@@ -65,6 +66,14 @@ pocl::Family family_of(const std::string& name) {
     throw std::invalid_argument("no divergence named " + name);
 }
 
+void require_labels_within(const std::int64_t* labels, std::int64_t N, std::int64_t ignore_index, std::int64_t V) {
+    for (std::int64_t n = 0; n < N; ++n) {
+        if (labels[n] == ignore_index || (labels[n] >= 0 && labels[n] < V)) continue;
+        throw std::invalid_argument("label " + std::to_string(labels[n]) + " at token " + std::to_string(n) +
+                                    " is outside the student's vocabulary of " + std::to_string(V));
+    }
+}
+
 /// Addresses come from tensors that the caller keeps alive; shapes are checked against each other here.
 void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher, const std::optional<pocl::Matrix>& gradient,
                        std::uintptr_t labels, std::uintptr_t temperature, std::int64_t temperatures, std::uintptr_t alpha,
@@ -75,12 +84,7 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
     const bool fits = teacher.rows == N && (temperatures == 1 || temperatures == N) && (alphas == 1 || alphas == N) &&
                       (!gradient || (gradient->rows == N && gradient->columns == student.columns && gradient->dtype == student.dtype));
     if (!fits) throw std::invalid_argument("distillation_rows: the arguments' shapes do not fit each other");
-    for (std::int64_t n = 0; n < N; ++n) {
-        const std::int64_t label = reinterpret_cast<const std::int64_t*>(labels)[n];
-        if (label == ignore_index || (label >= 0 && label < student.columns)) continue;
-        throw std::invalid_argument("label " + std::to_string(label) + " at token " + std::to_string(n) +
-                                    " is outside the student's vocabulary of " + std::to_string(student.columns));
-    }
+    require_labels_within(reinterpret_cast<const std::int64_t*>(labels), N, ignore_index, student.columns);
     const pocl::Task task{
         .student = student,
         .teacher = teacher,
@@ -102,6 +106,45 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
     pocl::distillation_rows(task, isa, threads);
 }
 
+void sparse_distillation_rows(const pocl::Matrix& student, std::uintptr_t log_probs, std::uintptr_t indices, std::int64_t K,
+                              const std::optional<pocl::Matrix>& gradient, std::uintptr_t labels, std::uintptr_t temperature,
+                              std::int64_t temperatures, std::uintptr_t alpha, std::int64_t alphas, std::uintptr_t row_scale,
+                              std::uintptr_t stats, const std::string& divergence, float teacher_share, int temperature_power,
+                              std::int64_t ignore_index, const std::string& tail, const std::array<float, 2>& transform, int threads) {
+    const std::int64_t N = student.rows;
+    const bool fits = (temperatures == 1 || temperatures == N) && (alphas == 1 || alphas == N) &&
+                      (!gradient || (gradient->rows == N && gradient->columns == student.columns && gradient->dtype == student.dtype));
+    if (!fits) throw std::invalid_argument("sparse_distillation_rows: the arguments' shapes do not fit each other");
+    if (tail != "bucket" && tail != "renormalise") throw std::invalid_argument("tail must be bucket or renormalise, got " + tail);
+    const pocl::SparseTask task{
+        .student = student,
+        .gradient = gradient.value_or(pocl::Matrix{}),
+        .log_probs = reinterpret_cast<const float*>(log_probs),
+        .indices = reinterpret_cast<const std::int64_t*>(indices),
+        .K = K,
+        .labels = reinterpret_cast<const std::int64_t*>(labels),
+        .temperature = {reinterpret_cast<const float*>(temperature), temperatures == 1 ? 0 : 1},
+        .alpha = {reinterpret_cast<const float*>(alpha), alphas == 1 ? 0 : 1},
+        .row_scale = reinterpret_cast<const float*>(row_scale),
+        .stats = reinterpret_cast<float*>(stats),
+        .family = family_of(divergence),
+        .teacher_share = teacher_share,
+        .temperature_power = temperature_power,
+        .ignore_index = ignore_index,
+        .tail = tail == "bucket" ? pocl::Tail::bucket : pocl::Tail::renormalise,
+        .transform = {transform[0], transform[1]},
+    };
+    require_labels_within(task.labels, N, ignore_index, student.columns);
+    if (const std::int64_t at = pocl::first_index_outside(task); at >= 0) {
+        throw std::invalid_argument("index " + std::to_string(task.indices[at]) + " of the teacher's entry " + std::to_string(at % K) +
+                                    " at token " + std::to_string(at / K) + " is outside the student's vocabulary of " +
+                                    std::to_string(student.columns));
+    }
+    const pocl::Isa isa = chosen_isa();
+    py::gil_scoped_release release;
+    pocl::sparse_distillation_rows(task, isa, threads);
+}
+
 void bind_divergence(py::module_& m) {
     py::enum_<pocl::DType>(m, "DType")
         .value("float32", pocl::DType::float32)
@@ -116,6 +159,11 @@ void bind_divergence(py::module_& m) {
           py::arg("labels"), py::arg("temperature"), py::arg("temperatures"), py::arg("alpha"), py::arg("alphas"),
           py::arg("row_scale"), py::arg("stats"), py::arg("divergence"), py::arg("teacher_share"),
           py::arg("temperature_power"), py::arg("ignore_index"), py::arg("transforms"), py::arg("threads"), "The fused loss of each row; see csrc/divergence/divergence.h.");
+    m.def("sparse_distillation_rows", &sparse_distillation_rows, py::kw_only(), py::arg("student"), py::arg("log_probs"),
+          py::arg("indices"), py::arg("K"), py::arg("gradient"), py::arg("labels"), py::arg("temperature"), py::arg("temperatures"),
+          py::arg("alpha"), py::arg("alphas"), py::arg("row_scale"), py::arg("stats"), py::arg("divergence"), py::arg("teacher_share"),
+          py::arg("temperature_power"), py::arg("ignore_index"), py::arg("tail"), py::arg("transform"), py::arg("threads"),
+          "The fused loss of each row against K entries of the teacher's; see csrc/divergence/sparse.h.");
     m.def("vector_math", [](const std::string& function, const Array<float>& x) {
         const std::vector<std::string> names{"exp2", "exp2_minus_1", "log1p", "tanh", "log2"};
         const auto found = std::ranges::find(names, function);

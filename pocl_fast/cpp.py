@@ -92,6 +92,57 @@ def _packable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def sparse_distillation_rows(
+    student: Tensor,  # [N, V] fp32, bf16 or fp16
+    log_probs: Tensor,  # [N, K], its own dtype; −inf: no entry
+    indices: Tensor,  # [N, K] int32 or int64, distinct in a row
+    labels: Tensor,  # [N] int32 or int64
+    temperature: Tensor,  # [1] or [N] fp32
+    alpha: Tensor,  # [1] or [N] fp32
+    row_scale: Tensor,  # [N] fp32
+    *,
+    divergence: str,
+    teacher_share: float,
+    temperature_power: int,
+    ignore_index: int,
+    tail: str,
+    transform: list[float],
+    needs_grad: bool,
+    grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `distillation_rows`, the teacher being K entries a row; `tail` says what becomes of the others."""
+    N, V = student.shape
+    stats = torch.empty((7, N), dtype=torch.float32)
+    if grad is None:
+        grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
+    log_probs, indices = log_probs.float().contiguous(), indices.to(torch.int64).contiguous()  # exact, and small
+    labels = labels.to(torch.int64).contiguous()
+    temperature, alpha = temperature.contiguous(), alpha.contiguous()
+    row_scale = row_scale.contiguous()
+    _C.sparse_distillation_rows(
+        student=_matrix(student),
+        log_probs=log_probs.data_ptr(),
+        indices=indices.data_ptr(),
+        K=indices.shape[1],
+        gradient=_matrix(grad) if needs_grad else None,
+        labels=labels.data_ptr(),
+        temperature=temperature.data_ptr(),
+        temperatures=temperature.numel(),
+        alpha=alpha.data_ptr(),
+        alphas=alpha.numel(),
+        row_scale=row_scale.data_ptr(),
+        stats=stats.data_ptr(),
+        divergence=divergence,
+        teacher_share=teacher_share,
+        temperature_power=temperature_power,
+        ignore_index=ignore_index,
+        tail=tail,
+        transform=transform,
+        threads=torch.get_num_threads(),
+    )
+    return stats, grad
+
+
 LARGE = 1 << 22  # bytes from which malloc maps fresh pages every time
 
 

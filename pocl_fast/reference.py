@@ -49,52 +49,104 @@ def distillation_rows(
     t = torch.where(counted[:, None], t, torch.zeros_like(t))
     s, t = transformed(s, *student_transform), transformed(t, *teacher_transform)
     label = torch.where(counted, labels, torch.zeros_like(labels)).long()
-    empty = (s == -torch.inf).all(-1)  # no softmax: CE is infinite and nothing can lower it
-    s_all = torch.where(empty[:, None], torch.zeros_like(s), s)
-    ce = torch.where(empty, torch.inf, -torch.log_softmax(s_all, -1).gather(1, label[:, None])[:, 0])
+    ce, correct = _cross_entropy(s, label)
 
     tau = temperature.to(s.dtype).reshape(-1, 1)
     out = (s[:, :V] == -torch.inf) | (t[:, :V] == -torch.inf)
     s_shared, t_shared = _without(s[:, :V], out), _without(t[:, :V], out)
     log_q, q = _log_softmax(s_shared / tau, out)
     log_p, p = _log_softmax(t_shared / tau, out)
-    if divergence == "forward_kl":
-        D = (p * (log_p - log_q)).sum(-1)
-    elif divergence == "reverse_kl":
-        D = (q * (log_q - log_p)).sum(-1)
-    elif divergence == "jsd":
-        log_m = mixture(log_p, log_q, teacher_share)
-        D = (teacher_share * p * (log_p - log_m) + (1 - teacher_share) * q * (log_q - log_m)).sum(-1)
-    elif divergence == "skew_forward_kl":
-        log_m = mixture(log_p, log_q, teacher_share)
-        D = (p * (log_p - log_m)).sum(-1)
-    elif divergence == "skew_reverse_kl":
-        log_m = mixture(log_p, log_q, teacher_share)
-        D = (q * (log_q - log_m)).sum(-1)
-    elif divergence == "tvd":
-        D = 0.5 * (p - q).abs().sum(-1)  # subgradient 0 where they are equal
-    else:
-        raise ValueError(f"unknown divergence {divergence!r}")
+    D = _divergence(divergence, log_p, p, log_q, q, teacher_share)
 
-    a = alpha.to(s.dtype).reshape(-1)
-    # a weight of 0 also silences a term that is infinite (a label whose logit is −inf), but never a NaN
-    weighted_ce = torch.where((a == 0) & ~ce.isnan(), torch.zeros_like(ce), a * ce)
-    loss = weighted_ce + (1 - a) * tau[:, 0] ** temperature_power * D
+    loss = _total(ce, D, tau[:, 0], alpha, temperature_power)
     both_largest = (s_shared == s_shared.amax(-1, keepdim=True)) & (t_shared == t_shared.amax(-1, keepdim=True))
     metrics = (
         -(q * log_q).sum(-1),
         -(p * log_p).sum(-1),
-        (~empty & (s.gather(1, label[:, None])[:, 0] == s.amax(-1))).to(s.dtype),
+        correct,
         (~out & both_largest).any(-1).to(s.dtype),
     )
     return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
+
+
+def sparse_distillation_rows(
+    student_logits: Tensor,  # [N, V]
+    log_probs: Tensor,  # [N, K]: the teacher's, at temperature 1, of K entries; −inf where there are fewer
+    indices: Tensor,  # [N, K]: which entries, distinct; where log_probs is −inf, anything
+    labels: Tensor,  # [N]
+    temperature: Tensor,  # 1 or N values
+    alpha: Tensor,  # 1 or N values
+    *,
+    divergence: str,
+    teacher_share: float = 0.5,
+    temperature_power: int,
+    ignore_index: int = -100,
+    tail: str,
+    student_transform: tuple[float, float] = (1.0, 0.0),
+) -> Rows:
+    """The loss and the metrics of each token where K entries of the teacher are known.
+
+    tail "renormalise": D over those entries alone. "bucket": D over them and the rest as one more outcome, in which the
+    teacher's remaining mass is spread evenly over the entries that are not listed. `student_entropy` and the student's
+    largest logit are those of its whole vocabulary; `agree` asks for an entry of D that also is the teacher's largest.
+    """
+    counted = labels != ignore_index
+    s = torch.where(counted[:, None], student_logits, torch.zeros_like(student_logits))
+    t = torch.where(counted[:, None], log_probs.to(s.dtype), torch.zeros_like(log_probs, dtype=s.dtype))
+    s = transformed(s, *student_transform)
+    tau = temperature.to(s.dtype).reshape(-1, 1)
+    absent = t == -torch.inf
+    entries = torch.where(absent | ~counted[:, None], torch.zeros_like(indices), indices).long()
+    s_listed = torch.where(absent, -torch.inf, s.gather(1, entries))
+    out = (s_listed == -torch.inf) | absent
+    x, y = s_listed / tau, t / tau
+    if tail == "bucket":
+        x_rest, y_rest, rest_out = _rest(s, t, entries, absent, tau, divergence)
+        x, y = torch.cat([x, x_rest], 1), torch.cat([y, y_rest], 1)
+        out = torch.cat([out, rest_out], 1)
+    elif tail != "renormalise":
+        raise ValueError(f"unknown tail {tail!r}")
+    log_q, q = _log_softmax(_without(x, out), out)
+    log_p, p = _log_softmax(_without(y, out), out)
+    D = _divergence(divergence, log_p, p, log_q, q, teacher_share)
+
+    label = torch.where(counted, labels, torch.zeros_like(labels)).long()
+    ce, correct = _cross_entropy(s, label)
+    nowhere = s == -torch.inf
+    log_q_all, q_all = _log_softmax(_without(s / tau, nowhere), nowhere)
+    K = t.shape[1]
+    t_in = torch.where(out[:, :K], -torch.inf, t)
+    both_largest = ~out[:, :K] & (t_in == t_in.amax(-1, keepdim=True)) & (s_listed == s.amax(-1, keepdim=True))
+    metrics = (-(q_all * log_q_all).sum(-1), -(p * log_p).sum(-1), correct, both_largest.any(-1).to(s.dtype))
+    loss = _total(ce, D, tau[:, 0], alpha, temperature_power)
+    return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
+
+
+def _rest(
+    s: Tensor, t: Tensor, entries: Tensor, absent: Tensor, tau: Tensor, divergence: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits at temperature τ of "some entry that is not listed", student and teacher, and whether it is out of D;
+    [N, 1] each."""
+    listed = torch.zeros_like(s).scatter_add(1, entries, (~absent).to(s.dtype)) > 0
+    others = (~listed).sum(-1, keepdim=True).clamp_min(1).to(s.dtype)
+    nothing = (listed | (s == -torch.inf)).all(-1, keepdim=True)
+    x = torch.where(listed, -torch.inf, s) / tau
+    x = torch.where(
+        nothing, -torch.inf, torch.logsumexp(torch.where(nothing, torch.zeros_like(x), x), -1, keepdim=True)
+    )
+    mass = (1 - t.exp().sum(-1, keepdim=True)).clamp_min(0)
+    y = (mass / others).log() / tau + others.log()
+    no_mass = mass == 0
+    # no mass is p = 0, the limit of a small one; of reverse KL the limit is infinite, and the rest is out of D
+    out = nothing | (no_mass & (divergence == "reverse_kl"))
+    return x, torch.where(no_mass, torch.finfo(s.dtype).min / 4, y), out
 
 
 def linear_distillation_rows(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
-    teacher: list[Tensor],  # dense: logits; linear: hidden, weight, maybe bias; none: nothing
+    teacher: list[Tensor],  # dense: logits; linear: hidden, weight, maybe bias; topk: log_probs, indices; none: nothing
     labels: Tensor,  # [N]
     temperature: Tensor,
     alpha: Tensor,
@@ -103,9 +155,13 @@ def linear_distillation_rows(
     tail: str,
     **options: Any,
 ) -> Rows:
-    """`distillation_rows` of lm_heads applied to hidden states; with no teacher, of CE alone."""
+    """`distillation_rows`, or its sparse form, of lm_heads applied to hidden states; with no teacher, of CE alone."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)  # logits are not rounded
     logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    if teacher_kind == "topk":
+        options.pop("teacher_transform", None)  # log-probabilities are what they are
+        log_probs, indices = teacher
+        return sparse_distillation_rows(logits, log_probs, indices, labels, temperature, alpha, tail=tail, **options)
     if teacher_kind == "none":
         teacher_logits = logits.detach()
     elif teacher_kind == "linear":
@@ -127,6 +183,42 @@ def transformed(x: Tensor, scale: float, softcap: float) -> Tensor:
 def mixture(log_p: Tensor, log_q: Tensor, teacher_share: float) -> Tensor:
     """log(share · p + (1 - share) · q), also where p and q are too small for their own logarithms' exponentials."""
     return torch.logaddexp(log_p + math.log(teacher_share), log_q + math.log1p(-teacher_share))
+
+
+def _cross_entropy(s: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """CE at temperature 1, and 1 where no logit is above the label's."""
+    empty = (s == -torch.inf).all(-1)  # no softmax: CE is infinite and nothing can lower it
+    s_all = torch.where(empty[:, None], torch.zeros_like(s), s)
+    ce = torch.where(empty, torch.inf, -torch.log_softmax(s_all, -1).gather(1, label[:, None])[:, 0])
+    return ce, (~empty & (s.gather(1, label[:, None])[:, 0] == s.amax(-1))).to(s.dtype)
+
+
+def _divergence(name: str, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, teacher_share: float) -> Tensor:
+    """D of each row, from probabilities whose entries that do not count are 0 with logarithms of 0."""
+    if name == "forward_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if name == "reverse_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    if name == "jsd":
+        log_m = mixture(log_p, log_q, teacher_share)
+        return (teacher_share * p * (log_p - log_m) + (1 - teacher_share) * q * (log_q - log_m)).sum(-1)
+    if name == "skew_forward_kl":
+        log_m = mixture(log_p, log_q, teacher_share)
+        return (p * (log_p - log_m)).sum(-1)
+    if name == "skew_reverse_kl":
+        log_m = mixture(log_p, log_q, teacher_share)
+        return (q * (log_q - log_m)).sum(-1)
+    if name == "tvd":
+        return 0.5 * (p - q).abs().sum(-1)  # subgradient 0 where they are equal
+    raise ValueError(f"unknown divergence {name!r}")
+
+
+def _total(ce: Tensor, D: Tensor, tau: Tensor, alpha: Tensor, temperature_power: int) -> Tensor:
+    """The loss of each token from its two terms."""
+    a = alpha.to(ce.dtype).reshape(-1)
+    # a weight of 0 also silences a term that is infinite (a label whose logit is −inf), but never a NaN
+    weighted_ce = torch.where((a == 0) & ~ce.isnan(), torch.zeros_like(ce), a * ce)
+    return weighted_ce + (1 - a) * tau**temperature_power * D
 
 
 def _without(x: Tensor, out: Tensor) -> Tensor:

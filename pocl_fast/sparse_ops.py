@@ -1,0 +1,87 @@
+"""The torch operator behind a loss whose teacher is K entries a token (`TopKTeacher`): the sparse half of `ops.py`.
+
+Checks nothing that the public functions have checked. On a CPU the C++ binding looks at the indices; on a GPU nobody
+does, for that would wait for it: a kernel run with TRITON_DEBUG=1 stops at one that is outside the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocl_fast import ops
+
+TAILS = ("bucket", "renormalise")  # what D makes of the entries that are not listed: one more outcome, or nothing
+
+
+@torch.library.custom_op("pocl_fast::sparse_distillation_rows", mutates_args=())
+def sparse_distillation_rows(
+    student: Tensor,  # [N, V], last dimension contiguous
+    log_probs: Tensor,  # [N, K] at temperature 1; −inf: no entry
+    indices: Tensor,  # [N, K] int32 or int64, distinct in a row; not looked at where log_probs is −inf
+    labels: Tensor,  # [N] int32 or int64
+    temperature: Tensor,  # [1] or [N] fp32
+    alpha: Tensor,  # [1] or [N] fp32
+    row_scale: Tensor,  # [N] fp32: token weight over the divisor, folded into loss and gradient
+    divergence: str,
+    teacher_share: float,
+    temperature_power: int,
+    ignore_index: int,
+    tail: str,  # one of TAILS
+    transform: list[float],  # scale and softcap (0: none) of the student
+    needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scaled loss of each token [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the gradient of
+    the losses' sum [N, V], empty unless `needs_grad`."""
+    stats, grad = ops.backend_module(backend, "sparse").sparse_distillation_rows(
+        student,
+        log_probs,
+        indices,
+        labels,
+        temperature,
+        alpha,
+        row_scale,
+        divergence=divergence,
+        teacher_share=teacher_share,
+        temperature_power=temperature_power,
+        ignore_index=ignore_index,
+        tail=tail,
+        transform=transform,
+        needs_grad=needs_grad,
+    )
+    # an ignored row's loss is 0 whatever its weight
+    return torch.where(labels == ignore_index, 0.0, stats[0] * row_scale), stats, grad
+
+
+@sparse_distillation_rows.register_fake
+def _(
+    student: Tensor,
+    log_probs: Tensor,
+    indices: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    alpha: Tensor,
+    row_scale: Tensor,
+    divergence: str,
+    teacher_share: float,
+    temperature_power: int,
+    ignore_index: int,
+    tail: str,
+    transform: list[float],
+    needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, V = student.shape
+    loss = student.new_empty((N,), dtype=torch.float32)
+    stats = student.new_empty((ops.NUM_STATS, N), dtype=torch.float32)
+    return loss, stats, student.new_empty((N, V) if needs_grad else (0,))
+
+
+def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:
+    return ops._backward(ctx, upstream, None, None)[0], *(None,) * 14
+
+
+sparse_distillation_rows.register_autograd(_backward, setup_context=ops._setup_context)
