@@ -181,8 +181,9 @@ def print_table(table: str, options: argparse.Namespace) -> None:
             runs[side] = partial(step, table, side, x, options.supervised)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             print(f"\n{table}, {side}: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
-    times = median_seconds(runs, options.repeats)
-    print("\n{:<24}{:>10}{:>11}{:>14}{:>11}".format(table, "time", "over ours", "extra peak", "over ours"))
+    times, others = median_seconds(runs, options.repeats)
+    print(f"\nother programs had {others:.0%} of the machine in the turns that count")
+    print("{:<24}{:>10}{:>11}{:>14}{:>11}".format(table, "time", "over ours", "extra peak", "over ours"))
     ours_peak = None
     for side in runs:
         line = f"{side:<24}{1e3 * times[side]:>7.0f} ms{times[side] / times['ours']:>10.2f}x"
