@@ -54,15 +54,10 @@ class Run:
 
     def check(self) -> None:
         """Reads data, tokenizers and schedule, so that what is wrong with them is said before anything runs."""
-        self._check_cache()
         chosen_signals(self.config.difficulty.signals)
         (_, encoded), _ = self.train_set, self.dev_set
         stages_over(np.arange(len(encoded)), np.zeros(len(encoded)), self.config.schedule)
         self._check_vocabularies()
-
-    def _check_cache(self) -> None:
-        if self.config.cache.cache_mode == "topk":
-            raise InputError("--cache-mode topk: training cannot read it yet; leave this option out")
 
     def _check_vocabularies(self) -> None:
         chosen = self.config.models
@@ -114,7 +109,6 @@ class Run:
     def train(self) -> None:
         from pocl_fast.trainer import DevSet, train_stages
 
-        self._check_cache()
         if not self.directory.begin("train", self.config):
             return self.say(f"train: done before, {self.path / 'student'}")
         self._check_vocabularies()

@@ -7,6 +7,7 @@ from tiny_cache import flip, shards
 from tiny_run import make_inputs, options, read_json, refusal, run, select, weights
 
 from pocl_fast.config import recorded_config
+from pocl_fast.metrics import read_metrics
 from pocl_fast.teacher import Teacher
 
 
@@ -71,13 +72,21 @@ def test_a_run_on_rounded_entries_learns_what_a_run_on_whole_ones_learns(inputs,
     assert loss["other"] == pytest.approx(loss["whole"], rel=2e-3)
 
 
-def test_a_top_k_cache_is_filled_and_training_from_it_is_refused_before_anything_runs(inputs, tmp_path, capsys):
+def test_training_from_a_top_k_cache_of_the_whole_vocabulary_is_training_from_hidden_states(inputs, tmp_path):
+    losses = {}
+    for mode, given in (("hidden", {"cache_dtype": "fp32"}), ("topk", {"cache_top_k": 259})):
+        output = tmp_path / mode
+        assert run("distill", output, *brief(inputs, cache_mode=mode, **given)) == 0
+        losses[mode] = [r["loss"] for r in read_metrics(output / "metrics.jsonl") if "loss" in r]
+    assert losses["topk"] == pytest.approx(losses["hidden"], rel=1e-4)
+
+
+def test_a_top_k_cache_says_how_much_of_the_teacher_it_holds(inputs, tmp_path, capsys):
     output, words = tmp_path / "out", brief(inputs, cache_mode="topk", cache_top_k=5)
     assert run("cache", output, *select(words, "cache")) == 0
     assert "the 5 most likely tokens hold " in capsys.readouterr().out
     assert len(shards(output)) == 1
-    assert "--cache-mode topk: training cannot read it yet" in refusal(capsys, "distill", output, *words)
-    assert not (output / "difficulty.parquet").exists()
+    assert run("distill", output, *words) == 0
 
 
 def test_a_damaged_cache_is_repaired_by_the_next_training(inputs, tmp_path, capsys):
