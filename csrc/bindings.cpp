@@ -21,8 +21,8 @@
 
 #include "buffers/buffers.h"
 #include "divergence/divergence.h"
-#include "products/products.h"
 #include "divergence/sparse.h"
+#include "products/products.h"
 #include "ranking/rank.h"
 #include "rouge/rouge.h"
 #include "rouge/words.h"
