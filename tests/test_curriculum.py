@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from turns import turns_during
 
 from pocl_fast.curriculum import Curriculum, Stage, baby_steps, no_curriculum, reciprocal_rank_fusion
 from pocl_fast.errors import InputError
@@ -158,12 +158,7 @@ def test_other_python_threads_run_meanwhile():
     worker = threading.Thread(
         target=reciprocal_rank_fusion, args=(scores,), kwargs={"descending": [True, False], "threads": 1}
     )
-    worker.start()
-    turns = 0
-    while worker.is_alive():
-        turns += 1
-        time.sleep(0.001)
-    assert turns > 20
+    assert turns_during(worker) > 20
 
 
 def test_minus_zero_equals_zero():

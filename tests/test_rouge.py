@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 from rouge_score import tokenize as rouge_tokenize
+from turns import turns_during
 
 from pocl_fast import _C
 from pocl_fast.rouge import rouge_l
@@ -184,12 +184,7 @@ def test_wrong_arguments_are_named(predictions, references, error, message):
 def test_other_python_threads_run_meanwhile():
     text = "a b c d e f g h " * 15_000  # some tenths of a second
     worker = threading.Thread(target=rouge_l, args=([text], [text[::-1]]), kwargs={"threads": 1})
-    worker.start()
-    turns = 0
-    while worker.is_alive():
-        turns += 1
-        time.sleep(0.001)
-    assert turns > 20
+    assert turns_during(worker) > 20
 
 
 def test_threads_below_one_are_refused():

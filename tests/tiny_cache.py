@@ -1,4 +1,4 @@
-"""Samples for teacher caches, what a teacher could have said about them, and damage to shards."""
+"""Teacher caches, samples for them, what a teacher could have said about these, and damage to shards."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 import torch
 
 from pocl_fast.samples import EncodedSample
+from pocl_fast.teacher_cache import TeacherCache
+from pocl_fast.teacher_shards import HiddenEntries
 
 H = 24
+TEACHER = "a1" * 32
+FP32 = HiddenEntries(H, torch.float32)
 
 
 def samples(count: int = 6, vocab: int = 200, seed: int = 0) -> list[EncodedSample]:
@@ -42,3 +46,19 @@ def flip(shard: Path, tensor: str, byte: int = 0) -> None:
     data[start + header[tensor]["data_offsets"][0] + byte] ^= 16
     shard.unlink()
     shard.write_bytes(data)
+
+
+def cache(folder, entries=FP32, **options):
+    return TeacherCache(folder, teacher=TEACHER, entries=entries, **options)
+
+
+def filled(folder, many, entries=FP32, **options):
+    """A cache of `hidden_of` the samples, put one by one and closed."""
+    return put_each(cache(folder, entries, **options), many)
+
+
+def put_each(one, many):
+    with one:
+        for sample in many:
+            one.put([sample], hidden_of([sample]))
+    return one

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import triton
@@ -129,9 +130,10 @@ def _loops(sass: str) -> list[dict[str, int]]:
     return loops
 
 
-def main() -> None:
+def report(cases: list[dict], source: Callable[[dict], tuple[ASTSource, tiles.Tile]]) -> None:
+    """Compiles and prints the part of the cases that the command line names: the first word of how many the second."""
     part, parts = (int(word) for word in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
-    for case in cases()[part::parts]:
+    for case in cases[part::parts]:
         src, tile = source(case)
         options = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
         compiled = triton.compile(src, target=GPUTarget("cuda", case["arch"], 32), options=options)
@@ -140,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report(cases(), source)

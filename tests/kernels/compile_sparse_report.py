@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 
-import triton
-from compile_report import ITEMSIZE, cubin_facts
-from triton.backends.compiler import GPUTarget
+from compile_report import ITEMSIZE, report
 from triton.compiler import ASTSource
 
 from pocl_fast.kernels import sparse, tiles
@@ -63,15 +59,5 @@ def source(case: dict) -> tuple[ASTSource, tiles.Tile]:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), tile
 
 
-def main() -> None:
-    part, parts = (int(word) for word in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
-    for case in cases()[part::parts]:
-        src, tile = source(case)
-        options = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
-        compiled = triton.compile(src, target=GPUTarget("cuda", case["arch"], 32), options=options)
-        facts = cubin_facts(compiled.asm["cubin"])
-        print(json.dumps(case | {"warps": tile.num_warps, "vec": tile.vec} | facts), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    report(cases(), source)
