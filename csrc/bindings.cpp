@@ -74,6 +74,13 @@ void require_labels_within(const std::int64_t* labels, std::int64_t N, std::int6
     }
 }
 
+/// Whether what both row kernels are given is of the student's rows.
+bool rows_fit(const pocl::Matrix& student, const std::optional<pocl::Matrix>& gradient, std::int64_t temperatures, std::int64_t alphas) {
+    const std::int64_t N = student.rows;
+    return (temperatures == 1 || temperatures == N) && (alphas == 1 || alphas == N) &&
+           (!gradient || (gradient->rows == N && gradient->columns == student.columns && gradient->dtype == student.dtype));
+}
+
 /// Addresses come from tensors that the caller keeps alive; shapes are checked against each other here.
 void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher, const std::optional<pocl::Matrix>& gradient,
                        std::uintptr_t labels, std::uintptr_t temperature, std::int64_t temperatures, std::uintptr_t alpha,
@@ -81,9 +88,8 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
                        float teacher_share, int temperature_power, std::int64_t ignore_index, const std::array<float, 4>& transforms,
                        int threads) {
     const std::int64_t N = student.rows;
-    const bool fits = teacher.rows == N && (temperatures == 1 || temperatures == N) && (alphas == 1 || alphas == N) &&
-                      (!gradient || (gradient->rows == N && gradient->columns == student.columns && gradient->dtype == student.dtype));
-    if (!fits) throw std::invalid_argument("distillation_rows: the arguments' shapes do not fit each other");
+    if (teacher.rows != N || !rows_fit(student, gradient, temperatures, alphas))
+        throw std::invalid_argument("distillation_rows: the arguments' shapes do not fit each other");
     require_labels_within(reinterpret_cast<const std::int64_t*>(labels), N, ignore_index, student.columns);
     const pocl::Task task{
         .student = student,
@@ -112,9 +118,8 @@ void sparse_distillation_rows(const pocl::Matrix& student, std::uintptr_t log_pr
                               std::uintptr_t stats, const std::string& divergence, float teacher_share, int temperature_power,
                               std::int64_t ignore_index, const std::string& tail, const std::array<float, 2>& transform, int threads) {
     const std::int64_t N = student.rows;
-    const bool fits = (temperatures == 1 || temperatures == N) && (alphas == 1 || alphas == N) &&
-                      (!gradient || (gradient->rows == N && gradient->columns == student.columns && gradient->dtype == student.dtype));
-    if (!fits) throw std::invalid_argument("sparse_distillation_rows: the arguments' shapes do not fit each other");
+    if (!rows_fit(student, gradient, temperatures, alphas))
+        throw std::invalid_argument("sparse_distillation_rows: the arguments' shapes do not fit each other");
     if (tail != "bucket" && tail != "renormalise") throw std::invalid_argument("tail must be bucket or renormalise, got " + tail);
     const pocl::SparseTask task{
         .student = student,

@@ -30,18 +30,12 @@ def _rows_kernel(
     RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """One token: its seven stats, and row_scale · d loss / d student."""
-    BLOCK_V: tl.constexpr = LANES * VEC
     KL: tl.constexpr = (FAMILY == FORWARD_KL) | (FAMILY == REVERSE_KL)
     n = tl.program_id(0).to(tl.int64)  # 64 bits: n * stride passes 2**31 at 14k tokens x 152k entries
     label = tl.load(labels_ptr + n).to(tl.int64)
     grad_row = grad_ptr + n * grad_stride_n
     if label == ignore_index:
-        for j in tl.static_range(7):
-            tl.store(stats_ptr + j * N + n, 0.0)
-        if NEEDS_GRAD:
-            lanes = tiles.offsets(LANES, VEC)
-            for v in range(0, V_S, BLOCK_V):
-                tiles.store_tile(grad_row, v, lanes, tl.zeros([LANES, VEC], tl.float32), V_S, BLOCK_V, RAGGED)
+        tiles.store_zeros(stats_ptr + n, N, grad_row, V_S, NEEDS_GRAD, RAGGED, LANES, VEC)
         return
     tl.device_assert((label >= 0) & (label < V_S), "label outside the student's vocabulary")  # with TRITON_DEBUG=1
     student_row = student_ptr + n * student_stride_n
@@ -168,12 +162,10 @@ def distillation_rows(
     where that is given: of the student's shape and dtype, rows may be strided; it may be `student` itself."""
     N, V_S = student.shape
     V = min(V_S, teacher.shape[1])
-    stats = torch.empty((7, N), dtype=torch.float32, device=student.device)
-    if grad is None:
-        grad = torch.empty((N, V_S) if needs_grad else (0,), dtype=student.dtype, device=student.device)
+    stats, grad = tiles.outputs(student, needs_grad, grad)
     if N == 0:
         return stats, grad
-    capability = _capability(student.device)
+    capability = tiles.capability_of(student.device)
     tile = tiles.choose_tile(divergence, V_S, student.element_size(), teacher.element_size(), capability)
     s_scale, s_softcap, t_scale, t_softcap = transforms
     _rows_kernel[(N,)](
@@ -198,10 +190,3 @@ def scale_rows_(grad: torch.Tensor, upstream: torch.Tensor) -> None:
     _scale_rows_kernel[grid](
         grad, upstream, V, grad.stride(0), upstream.stride(0), BLOCK_V=BLOCK_V, num_warps=max(1, BLOCK_V // 512)
     )
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from pocl_fast.kernels import tiles
 from pocl_fast.kernels.arithmetic import FILL, FLOOR, LOG2E, transformed
-from pocl_fast.kernels.dense import _capability
 from pocl_fast.kernels.divergence import FAMILIES, REVERSE_KL
 from pocl_fast.kernels.outcomes import LOG2E64, compare, log_sum_exp, maximum, natural_log, rest_log_weight
 from pocl_fast.kernels.passes import prepare
@@ -106,17 +105,11 @@ def _sparse_rows_kernel(
     HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One token: its seven stats, and row_scale · d loss / d student."""
-    BLOCK_V: tl.constexpr = LANES * VEC
     n = tl.program_id(0).to(tl.int64)  # 64 bits: n * stride passes 2**31 at 14k tokens x 152k entries
     label = tl.load(labels_ptr + n).to(tl.int64)
     grad_row = grad_ptr + n * grad_stride_n
     if label == ignore_index:
-        for j in tl.static_range(7):
-            tl.store(stats_ptr + j * N + n, 0.0)
-        if NEEDS_GRAD:
-            lanes = tiles.offsets(LANES, VEC)
-            for v in range(0, V, BLOCK_V):
-                tiles.store_tile(grad_row, v, lanes, tl.zeros([LANES, VEC], tl.float32), V, BLOCK_V, RAGGED)
+        tiles.store_zeros(stats_ptr + n, N, grad_row, V, NEEDS_GRAD, RAGGED, LANES, VEC)
         return
     tl.device_assert((label >= 0) & (label < V), "label outside the student's vocabulary")  # with TRITON_DEBUG=1
     student_row = student_ptr + n * student_stride_n
@@ -242,15 +235,13 @@ def sparse_distillation_rows(
     K = log_probs.shape[1]
     if K > MAX_K:
         raise ValueError(f"the Triton kernel takes at most {MAX_K} entries of the teacher a token, got {K}")
-    stats = torch.empty((7, N), dtype=torch.float32, device=student.device)
-    if grad is None:
-        grad = torch.empty((N, V) if needs_grad else (0,), dtype=student.dtype, device=student.device)
+    stats, grad = tiles.outputs(student, needs_grad, grad)
     if N == 0:
         return stats, grad
     log_probs, indices = log_probs.contiguous(), indices.contiguous()
     listed = torch.where(log_probs == -torch.inf, V, indices).to(torch.int32).sort(1).values
     itemsize = student.element_size()
-    tile = tiles.choose_tile(divergence, V, itemsize, itemsize, _capability(student.device))
+    tile = tiles.choose_tile(divergence, V, itemsize, itemsize, tiles.capability_of(student.device))
     s_scale, s_softcap = transform
     _sparse_rows_kernel[(N,)](
         student, log_probs, indices, listed, labels, temperature, alpha, row_scale, stats, grad,

@@ -85,3 +85,33 @@ def store_tile(row, v, lanes, x, V, BLOCK_V: tl.constexpr, RAGGED: tl.constexpr)
     if RAGGED:  # noqa: SIM102
         if v + BLOCK_V > whole:
             tl.store(row + offs, x, mask=(offs >= whole) & (offs < V))
+
+
+@triton.jit
+def store_zeros(
+    stats_ptr, N, grad_row, V,
+    NEEDS_GRAD: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """An ignored row: its seven stats, N apart, and its gradient are 0."""
+    for j in tl.static_range(7):
+        tl.store(stats_ptr + j * N, 0.0)
+    if NEEDS_GRAD:
+        lanes = offsets(LANES, VEC)
+        for v in range(0, V, LANES * VEC):
+            store_tile(grad_row, v, lanes, tl.zeros([LANES, VEC], tl.float32), V, LANES * VEC, RAGGED)
+
+
+def outputs(student: torch.Tensor, needs_grad: bool, grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row kernel's stats [7, N], and its gradient where it is not to go to `grad`: [N, V], or [0] if not wanted."""
+    stats = torch.empty((7, len(student)), dtype=torch.float32, device=student.device)
+    if grad is None:
+        grad = student.new_empty(student.shape if needs_grad else (0,))
+    return stats, grad
+
+
+def capability_of(device: torch.device) -> int:
+    """90 for an H100; 0 for what is not NVIDIA's."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,32 +31,17 @@ def distillation_rows(
 ) -> tuple[Tensor, Tensor]:
     """Stats [7, N] fp32 and the gradient [N, V_s] in the student's dtype, or [0]. The gradient is written to `grad`
     where that is given: of the student's shape and dtype, rows may be strided; it may be `student` itself."""
-    N, V = student.shape
-    stats = torch.empty((7, N), dtype=torch.float32)
-    if grad is None:
-        grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
-    labels = labels.to(torch.int64).contiguous()
-    temperature, alpha = temperature.contiguous(), alpha.contiguous()
-    row_scale = row_scale.contiguous()
+    call = _Call(student, labels, temperature, alpha, row_scale, needs_grad, grad)
     _C.distillation_rows(
-        student=_matrix(student),
         teacher=_matrix(teacher),
-        gradient=_matrix(grad) if needs_grad else None,
-        labels=labels.data_ptr(),
-        temperature=temperature.data_ptr(),
-        temperatures=temperature.numel(),
-        alpha=alpha.data_ptr(),
-        alphas=alpha.numel(),
-        row_scale=row_scale.data_ptr(),
-        stats=stats.data_ptr(),
         divergence=divergence,
         teacher_share=teacher_share,
         temperature_power=temperature_power,
         ignore_index=ignore_index,
         transforms=transforms,
-        threads=torch.get_num_threads(),
+        **call.arguments(),
     )
-    return stats, grad
+    return call.stats, call.grad
 
 
 def has_products() -> bool:
@@ -111,36 +97,59 @@ def sparse_distillation_rows(
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `distillation_rows`, the teacher being K entries a row; `tail` says what becomes of the others."""
-    N, V = student.shape
-    stats = torch.empty((7, N), dtype=torch.float32)
-    if grad is None:
-        grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
+    call = _Call(student, labels, temperature, alpha, row_scale, needs_grad, grad)
     log_probs, indices = log_probs.float().contiguous(), indices.to(torch.int64).contiguous()  # exact, and small
-    labels = labels.to(torch.int64).contiguous()
-    temperature, alpha = temperature.contiguous(), alpha.contiguous()
-    row_scale = row_scale.contiguous()
     _C.sparse_distillation_rows(
-        student=_matrix(student),
         log_probs=log_probs.data_ptr(),
         indices=indices.data_ptr(),
         K=indices.shape[1],
-        gradient=_matrix(grad) if needs_grad else None,
-        labels=labels.data_ptr(),
-        temperature=temperature.data_ptr(),
-        temperatures=temperature.numel(),
-        alpha=alpha.data_ptr(),
-        alphas=alpha.numel(),
-        row_scale=row_scale.data_ptr(),
-        stats=stats.data_ptr(),
         divergence=divergence,
         teacher_share=teacher_share,
         temperature_power=temperature_power,
         ignore_index=ignore_index,
         tail=tail,
         transform=transform,
-        threads=torch.get_num_threads(),
+        **call.arguments(),
     )
-    return stats, grad
+    return call.stats, call.grad
+
+
+class _Call:
+    """What both row kernels are given and give; keeps alive the tensors whose addresses they see."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        labels: Tensor,
+        temperature: Tensor,
+        alpha: Tensor,
+        row_scale: Tensor,
+        needs_grad: bool,
+        grad: Tensor | None,
+    ) -> None:
+        N, V = student.shape
+        self.student, self.needs_grad = student, needs_grad
+        self.stats = torch.empty((7, N), dtype=torch.float32)
+        if grad is None:
+            grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
+        self.grad = grad
+        self.labels = labels.to(torch.int64).contiguous()
+        self.temperature, self.alpha = temperature.contiguous(), alpha.contiguous()
+        self.row_scale = row_scale.contiguous()
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "student": _matrix(self.student),
+            "gradient": _matrix(self.grad) if self.needs_grad else None,
+            "labels": self.labels.data_ptr(),
+            "temperature": self.temperature.data_ptr(),
+            "temperatures": self.temperature.numel(),
+            "alpha": self.alpha.data_ptr(),
+            "alphas": self.alpha.numel(),
+            "row_scale": self.row_scale.data_ptr(),
+            "stats": self.stats.data_ptr(),
+            "threads": torch.get_num_threads(),
+        }
 
 
 LARGE = 1 << 22  # bytes from which malloc maps fresh pages every time

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from pocl_fast import linear_ops, reference
+from pocl_fast import linear_ops, ops, reference
 from pocl_fast.losses import (
     Backend,
     LossOutput,
     Reduction,
-    _check_labels,
     _choose_backend,
+    _divisor,
     _output,
     _per_token,
-    _row_scale,
+    _token_weights,
     _transform,
 )
 from pocl_fast.objectives import Objective
@@ -96,19 +96,21 @@ def linear_distillation_loss(
     fp = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     counted = labels != ignore_index
     num_tokens = counted.sum()
-    scale = _row_scale(token_weights, num_items, reduction, num_tokens, N, fp)
+    weights = _token_weights(token_weights, N, hidden.device, fp)
+    divisor = _divisor(reduction, num_items, num_tokens)
     for name, value in (("chunk_tokens", chunk_tokens), ("max_supervised", max_supervised)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None; got {value}")
     temperature = _per_token("temperature", objective.temperature, N, hidden.device, fp)
     alpha = _per_token("alpha", objective.alpha, N, hidden.device, fp)
     transform = _transform("logit", logit_scale, logit_softcap)
+    tail = teacher.tail if isinstance(teacher, TopKTeacher) else "bucket"
     if teacher is None:  # the student is compared with itself, so that D is 0
         teacher_transform = transform
 
     if backend == "reference":
         if labels.device.type == "cpu":
-            _check_labels(labels, counted, weight.shape[0])
+            ops.check_labels(labels, counted, weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             rows = reference.linear_distillation_rows(
                 hidden.to(dtype),
@@ -119,7 +121,7 @@ def linear_distillation_loss(
                 temperature,
                 alpha,
                 teacher_kind=kind,
-                tail=teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
+                tail=tail,
                 divergence=objective.family,
                 teacher_share=objective.teacher_share,
                 temperature_power=objective.temperature_power,
@@ -127,15 +129,14 @@ def linear_distillation_loss(
                 student_transform=transform,
                 teacher_transform=teacher_transform,
             )
-        per_row = rows.loss * torch.where(counted, scale, 0.0)
+        per_row = rows.loss * torch.where(counted, weights / divisor, 0.0)
         loss = per_row if reduction == "none" else per_row.sum()
         return _output(loss, torch.stack([value.detach() for value in rows]), num_tokens)
 
     with_grad = torch.is_grad_enabled()
     # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
-    late = reduction == "mean" and torch.float16 in (dtype, hidden.dtype)
-    if late:
-        scale = _row_scale(token_weights, None, "sum", num_tokens, N, fp)
+    late = torch.float16 in (dtype, hidden.dtype)
+    scale = weights if late else weights / divisor
     with torch.autocast(hidden.device.type, enabled=False):
         loss, stats, *_ = linear_ops.linear_distillation(
             hidden,
@@ -147,7 +148,7 @@ def linear_distillation_loss(
             alpha,
             scale.float().contiguous(),
             kind,
-            teacher.tail if isinstance(teacher, TopKTeacher) else "bucket",
+            tail,
             objective.family,
             objective.teacher_share,
             objective.temperature_power,
@@ -165,7 +166,7 @@ def linear_distillation_loss(
             [weight.shape[0]] if vocabulary_shards is None else list(vocabulary_shards.student),
         )
     if late:
-        loss = loss / (num_tokens.clamp_min(1) if num_items is None else num_items)
+        loss = loss / divisor
     return _output(loss, stats.detach(), num_tokens)
 
 

@@ -84,10 +84,10 @@ def linear_distillation(
         apart = not on_cpu(hidden) and dtype != torch.float32 and any(needs)
         grad = workspace.take("grad", len(logits), V, dtype) if apart else logits
         chunk_values = tuple(rows.take(value, part) if value.numel() > 1 else value for value in (temperature, alpha))
-        chunk_scale = rows.row_scale[part]
-        stats = row_kernel(part, logits, rows.labels[part], *chunk_values, chunk_scale, grad if any(needs) else None)
+        chunk_labels, chunk_scale = rows.labels[part], rows.row_scale[part]
+        stats = row_kernel(part, logits, chunk_labels, *chunk_values, chunk_scale, grad if any(needs) else None)
         rows.put(out.stats, stats, part, dim=1)
-        rows.put(out.loss, torch.where(rows.labels[part] == ignore_index, 0.0, stats[0] * chunk_scale), part)
+        rows.put(out.loss, ops.scaled_losses(stats, chunk_labels, chunk_scale, ignore_index), part)
         if needs.hidden:
             rows.put(out.grad_hidden, head.hidden_grad(grad, out.grad_hidden.dtype), part)
         if needs.weight:
@@ -163,7 +163,7 @@ class _Rows:
         counted = labels != ignore_index
         self.index: Tensor | None = None  # None: all, where they lie
         if on_cpu(labels):
-            _check_labels(labels, counted, V)
+            ops.check_labels(labels, counted, V)
             self.index = counted.nonzero()[:, 0]
             if 0 < max_supervised < len(self.index):
                 raise ValueError(f"max_supervised is {max_supervised}, and {len(self.index)} tokens are supervised")
@@ -188,13 +188,6 @@ class _Rows:
             out.narrow(dim, part.start, part.stop - part.start).copy_(values)
         else:
             out.index_copy_(dim, self.index[part], values)
-
-
-def _check_labels(labels: Tensor, counted: Tensor, V: int) -> None:
-    wrong = counted & ((labels < 0) | (labels >= V))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
-        raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
 
 
 def default_chunk(device: torch.device, V: int, teacher_columns: int) -> int:
@@ -265,17 +258,7 @@ def _row_kernel(
             )[0]  # fmt: skip
 
         return topk
-    if shard is not None:
-        rows_of_parts = shard.distillation_rows
-        del options["needs_grad"]  # the gradient's place says so
-
-        def parts(part: slice, logits: Tensor, *values: Tensor) -> Tensor:
-            return rows_of_parts(
-                logits, teacher.logits(part, logits), *values[:-1], transforms=transforms, grad=values[-1], **options
-            )
-
-        return parts
-    dense = ops.backend_module(backend).distillation_rows
+    dense = shard.distillation_rows if shard else ops.backend_module(backend).distillation_rows
 
     def rows(part: slice, logits: Tensor, *values: Tensor) -> Tensor:
         return dense(

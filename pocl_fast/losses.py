@@ -90,11 +90,12 @@ def distillation_loss(
     N = labels.numel()
     counted = labels != ignore_index
     if backend != "cpp" and labels.device.type == "cpu" and not torch.compiler.is_compiling():  # C++ looks for itself
-        _check_labels(labels, counted, student.shape[1])
+        ops.check_labels(labels, counted, student.shape[1])
     num_tokens = counted.sum()
     # fp32 but for the reference in float64, which must not round 1.33
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    row_scale = _row_scale(token_weights, num_items, reduction, num_tokens, N, dtype)
+    divisor = _divisor(reduction, num_items, num_tokens)
+    row_scale = _token_weights(token_weights, N, student.device, dtype) / divisor
     temperature = _per_token("temperature", objective.temperature, N, student.device, dtype)
     alpha = _per_token("alpha", objective.alpha, N, student.device, dtype)
 
@@ -255,13 +256,6 @@ def _check_overwritable(logits: Tensor, rows: Tensor, teacher: Tensor, backend: 
         raise ValueError("inplace=True would write over teacher_logits, which share their memory with student_logits")
 
 
-def _check_labels(labels: Tensor, counted: Tensor, V: int) -> None:
-    wrong = counted & ((labels < 0) | (labels >= V))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
-        raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
-
-
 def _per_token(name: str, value: Tensor | float, N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A number or tensor as [1] or [N] on the device, without looking into it."""
     if not isinstance(value, Tensor):
@@ -272,26 +266,22 @@ def _per_token(name: str, value: Tensor | float, N: int, device: torch.device, d
     return flat.to(device=device, dtype=dtype, non_blocking=True)
 
 
-def _row_scale(
-    token_weights: Tensor | None,
-    num_items: Tensor | float | None,
-    reduction: Reduction,
-    num_tokens: Tensor,
-    N: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """What the reduction multiplies each token's loss by, [N]."""
-    weights = 1.0 if token_weights is None else token_weights
-    scale = _per_token("token_weights", weights, N, num_tokens.device, dtype).expand(N)
+def _token_weights(weights: Tensor | None, N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[N], 1 where none are given."""
+    return _per_token("token_weights", 1.0 if weights is None else weights, N, device, dtype).expand(N)
+
+
+def _divisor(reduction: Reduction, num_items: Tensor | float | None, num_tokens: Tensor) -> Tensor | float:
+    """What the reduction divides each token's loss by."""
     if reduction in ("sum", "none"):
-        return scale
+        return 1.0
     if reduction != "mean":
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if num_items is None:
-        return scale / num_tokens.clamp_min(1)
+        return num_tokens.clamp_min(1)
     if not isinstance(num_items, Tensor) and num_items <= 0:
         raise ValueError(f"num_items must be positive, got {num_items}")
-    return scale / num_items
+    return num_items
 
 
 def _transform(name: str, scale: float, softcap: float | None) -> tuple[float, float]:

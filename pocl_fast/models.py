@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from pocl_fast.errors import InputError
+from pocl_fast.projection import fp32_products, set_fp32_products
 
 Quantization = Literal["none", "8bit", "4bit"]
 BUNDLED = "bundled"
@@ -267,26 +267,14 @@ def choose_precision(precision: str, device: torch.device) -> Precision:
         has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
         if precision == "auto":
             precision = "bf16" if has_bf16 else "fp32"
-        if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16" if precision == "bf16" else "ieee"
-        else:
-            torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
+        set_fp32_products("bf16" if precision == "bf16" else "ieee")
     return Precision("bf16" if precision == "bf16" else "fp32", device)
 
 
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
+def exact_products() -> contextlib.AbstractContextManager[None]:
     """fp32 products of plain tensors are exact within it, whatever `choose_precision` set for the process.
 
     For attention on a CPU: its products are so small that oneDNN's start-up is most of their time, up to ten times what
     MKL takes for them.
     """
-    if not hasattr(torch.backends.mkldnn, "matmul"):
-        yield
-        return
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+    return fp32_products("ieee")

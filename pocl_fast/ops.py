@@ -48,25 +48,22 @@ def distillation_rows(
 
 
 @distillation_rows.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    temperature: Tensor,
-    alpha: Tensor,
-    row_scale: Tensor,
-    divergence: str,
-    teacher_share: float,
-    temperature_power: int,
-    ignore_index: int,
-    transforms: list[float],  # scale and softcap (0: none) of the student, then of the teacher
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, needs_grad, _backend = others
+    return empty_outputs(student, needs_grad)
+
+
+def empty_outputs(student: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What a rows operator gives for student logits [N, V], without values."""
     N, V = student.shape
     loss = student.new_empty((N,), dtype=torch.float32)
     stats = student.new_empty((NUM_STATS, N), dtype=torch.float32)
     return loss, stats, student.new_empty((N, V) if needs_grad else (0,))
+
+
+def scaled_losses(stats: Tensor, labels: Tensor, row_scale: Tensor, ignore_index: int) -> Tensor:
+    """[N] out of a row kernel's stats [7, N]; an ignored row's loss is 0 whatever its scale."""
+    return torch.where(labels == ignore_index, 0.0, stats[0] * row_scale)
 
 
 @torch.library.custom_op("pocl_fast::distillation_rows_", mutates_args=("student",))
@@ -94,8 +91,7 @@ def distillation_rows_(
 
 @distillation_rows_.register_fake
 def _(student: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
-    N = student.shape[0]
-    return student.new_empty((N,), dtype=torch.float32), student.new_empty((NUM_STATS, N), dtype=torch.float32)
+    return empty_outputs(student, False)[:2]
 
 
 @torch.library.custom_op("pocl_fast::with_gradient", mutates_args=())
@@ -192,8 +188,15 @@ def _run(
         grad=grad,
     )
     labels, row_scale = tensors[2], tensors[5]
-    # an ignored row's loss is 0 whatever its weight
-    return torch.where(labels == ignore_index, 0.0, stats[0] * row_scale), stats, grad
+    return scaled_losses(stats, labels, row_scale, ignore_index), stats, grad
+
+
+def check_labels(labels: Tensor, counted: Tensor, V: int) -> None:
+    """Raises ValueError for a counted label outside the vocabulary; looks into the tensor, so for a CPU's alone."""
+    wrong = counted & ((labels < 0) | (labels >= V))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
 
 
 def backend_module(backend: str, kernel: str = "dense") -> Any:

@@ -113,26 +113,32 @@ def _has_out_dtype() -> bool:
     return "dtype_out" in torch.ops.aten.mm.overloads()
 
 
-@contextlib.contextmanager
-def matmul_inputs(dtype: torch.dtype) -> Iterator[None]:
+def matmul_inputs(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
     """On a CPU, within this context fp32 matrix products may round their inputs to `dtype`, where that is bf16 and the
     processor multiplies it faster; fp16 has more digits than that and is multiplied as fp32. What the user has chosen
     for fp32 stays for fp32."""
     if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return fp32_products("bf16" if dtype == torch.bfloat16 else "ieee")
+
+
+@contextlib.contextmanager
+def fp32_products(mode: str) -> Iterator[None]:
+    """A CPU's products of fp32 tensors are computed in this mode within it: see `set_fp32_products`."""
+    before = set_fp32_products(mode)
+    try:
         yield
-        return
-    wanted = "bf16" if dtype == torch.bfloat16 else "ieee"
+    finally:
+        set_fp32_products(before)
+
+
+def set_fp32_products(mode: str) -> str:
+    """Sets for the process how a CPU multiplies fp32 tensors: "ieee" exactly, "bf16" with inputs rounded where that is
+    faster. What was set before, which this function takes back too."""
     if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
         before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = wanted
-        try:
-            yield
-        finally:
-            torch.backends.mkldnn.matmul.fp32_precision = before
+        torch.backends.mkldnn.matmul.fp32_precision = mode
     else:
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if wanted == "bf16" else "highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision({"ieee": "highest", "bf16": "medium"}.get(mode, mode))
+    return before

@@ -52,32 +52,13 @@ def sparse_distillation_rows(
         transform=transform,
         needs_grad=needs_grad,
     )
-    # an ignored row's loss is 0 whatever its weight
-    return torch.where(labels == ignore_index, 0.0, stats[0] * row_scale), stats, grad
+    return ops.scaled_losses(stats, labels, row_scale, ignore_index), stats, grad
 
 
 @sparse_distillation_rows.register_fake
-def _(
-    student: Tensor,
-    log_probs: Tensor,
-    indices: Tensor,
-    labels: Tensor,
-    temperature: Tensor,
-    alpha: Tensor,
-    row_scale: Tensor,
-    divergence: str,
-    teacher_share: float,
-    temperature_power: int,
-    ignore_index: int,
-    tail: str,
-    transform: list[float],
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    N, V = student.shape
-    loss = student.new_empty((N,), dtype=torch.float32)
-    stats = student.new_empty((ops.NUM_STATS, N), dtype=torch.float32)
-    return loss, stats, student.new_empty((N, V) if needs_grad else (0,))
+def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, needs_grad, _backend = others
+    return ops.empty_outputs(student, needs_grad)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:

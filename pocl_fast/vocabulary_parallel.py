@@ -113,9 +113,10 @@ class Shard:
         temperature_power: int,
         ignore_index: int,
         transforms: list[float],
+        needs_grad: bool,
         grad: Tensor | None,  # [n, V / ranks], where the gradient goes if it is wanted; may be `student` itself
-    ) -> Tensor:
-        """Stats [7, n] fp32 of the whole vocabulary: a backend's `distillation_rows`, in torch.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stats [7, n] fp32 of the whole vocabulary, and `grad`: a backend's `distillation_rows`, in torch.
 
         Tells the other ranks 11 numbers a token; for a mixture or total variation then 2 more.
         """
@@ -144,7 +145,7 @@ class Shard:
 
         empty = whole.largest == -INF  # no softmax: CE is infinite and nothing can lower it
         ce = torch.where(empty, INF, whole.log_sum - whole.label)
-        if grad is not None:
+        if needs_grad and grad is not None:
             scale = torch.where(counted, row_scale.double(), 0.0)
             out = (s - _column(_finite(whole.log_sum))).exp_().mul_(_column(a * scale))
             out.scatter_add_(1, column, _column(torch.where(mine & ~empty, -a * scale, 0.0)))
@@ -161,7 +162,7 @@ class Shard:
             ~empty & (whole.label >= whole.largest),
             whole.agree,
         )
-        return torch.stack([torch.where(counted, row.double(), 0.0).float() for row in rows])
+        return torch.stack([torch.where(counted, row.double(), 0.0).float() for row in rows]), grad
 
 
 class _Part(NamedTuple):
