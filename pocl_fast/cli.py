@@ -25,7 +25,7 @@ from pocl_fast.config import (
     read_yaml,
     recorded_config,
 )
-from pocl_fast.errors import InputError
+from pocl_fast.errors import InputError, Interrupted
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGINT
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":  # the trainer's; importing it here would cost seconds
-            raise
-        print(f"\n{error}; the same command goes on from here", file=sys.stderr)
-        return 128 + int(getattr(error, "signal_number", signal.SIGINT))
+    except Interrupted as stop:
+        print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
+        return 128 + stop.signal_number
     finally:
         signal.signal(signal.SIGTERM, terminate)
     return 0

@@ -22,6 +22,14 @@ def progress_bar(total: int, what: str, unit: str) -> tqdm:
     return tqdm(total=total, desc=what, unit=f" {unit}", bar_format=line, mininterval=15, maxinterval=60, smoothing=0.1)
 
 
+def say(text: str) -> None:
+    """Prints a line, above a bar that is being drawn."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:  # a log file's bar is lines of its own, which tqdm would repeat
+        print(text, flush=True)
+
+
 @dataclass
 class Usage:
     """What a step took."""
