@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from pocl_fast import evaluation, models
+from pocl_fast.checkpoints import checkpoints
 from pocl_fast.config import RunConfig, from_options, recorded_config
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
 from pocl_fast.difficulty import LoadedModel, measure
@@ -146,6 +147,8 @@ class Run:
                 "tokens": tokens,
                 "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in steps),
             }
+        for checkpoint in checkpoints(self.path / "checkpoints"):  # only for going on; the stages' best weights stay
+            shutil.rmtree(checkpoint)
 
     def cache(self) -> None:
         """Computes what the teacher's cache lacks of the training samples."""

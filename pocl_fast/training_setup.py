@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from pocl_fast import models, ranks
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
@@ -19,6 +22,7 @@ from pocl_fast.heads import causal_lm
 from pocl_fast.packing import enable_packing, packing_holds
 from pocl_fast.ranking import read_scores
 from pocl_fast.samples import SampleEncoder, SampleSet, encode_all, read_samples, samples_from
+from pocl_fast.schedule import Schedule
 from pocl_fast.signals import chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable
 from pocl_fast.teacher import Teacher
@@ -67,7 +71,7 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: models
     with precision.autocast():
         return Teacher(
             teacher,
-            Path(args.output_dir) / "teacher_cache",
+            Path(str(args.output_dir)) / "teacher_cache",
             cache_dtype=HIDDEN_DTYPES[args.cache_dtype],
             cache_mode=args.cache_mode,  # type: ignore[arg-type]
             top_k=args.cache_top_k,
@@ -153,3 +157,30 @@ def measured_from(trainer: PoclTrainer) -> str:
     for sample in trainer.samples.encoded:
         digest.update(sample.fingerprint)
     return digest.hexdigest()
+
+
+def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int], float]:
+    """The learning rate's factor by step: `lr_scheduler_type` over each stage anew, or over all of them.
+
+    Raises `InputError` for a type that does not follow from the step alone.
+    """
+
+    def over(steps: int) -> Callable[[int], float]:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        warmup, special = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, special)  # type: ignore[arg-type]
+        if not isinstance(scheduler, LambdaLR):
+            raise InputError(f"lr_scheduler_type {args.lr_scheduler_type} depends on more than the step: take another")
+        factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+        return factor
+
+    def factor(step: int) -> float:
+        if step >= schedule.total_steps:
+            return 0.0
+        if not args.fresh_learning_rate:
+            return over(schedule.planned_total)(step)
+        place = schedule.place(step)
+        return over(place.stage_steps)(place.step_in_stage)
+
+    over(1)
+    return factor
