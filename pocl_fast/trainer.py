@@ -24,6 +24,7 @@ from pocl_fast import checkpoints, models, ranks
 from pocl_fast.curriculum import Curriculum
 from pocl_fast.errors import InputError, Interrupted
 from pocl_fast.evaluation import answer_all, mean_token_cross_entropy
+from pocl_fast.gathered import gathered
 from pocl_fast.heads import LmHead, causal_lm, loss_within_forward
 from pocl_fast.interruption import Signals
 from pocl_fast.linear_loss import linear_distillation_loss
@@ -358,10 +359,9 @@ class PoclTrainer(Trainer):
         dev = self.dev if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
         if dev is None:
             raise InputError("there is nothing to evaluate on: give eval_dataset")
-        model: Any = self.model
         start = time.perf_counter()
-        model.eval()
-        with self.accelerator.autocast():
+        self.model.eval()  # type: ignore[union-attr]
+        with gathered(self.model) as model, self.accelerator.autocast():
             answers = answer_all(
                 model,
                 dev.encoded,

@@ -18,8 +18,9 @@ from pocl_fast.difficulty import measure
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_text
 from pocl_fast.frozen import freeze_linears
+from pocl_fast.gathered import gathered
 from pocl_fast.heads import causal_lm
-from pocl_fast.packing import enable_packing, packing_holds
+from pocl_fast.packing import enable_packing
 from pocl_fast.ranking import read_scores
 from pocl_fast.samples import SampleEncoder, SampleSet, encode_all, read_samples, samples_from
 from pocl_fast.schedule import Schedule
@@ -125,11 +126,10 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
     if made_from is not None and ranks.is_first():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(key, made_from)
-    student = causal_lm(trainer.model)
-    was_training = student.training
-    student.eval()
+    was_training = trainer.model.training  # type: ignore[union-attr]
+    trainer.model.eval()  # type: ignore[union-attr]
     table = folder / "difficulty.parquet"
-    with trainer.accelerator.autocast():
+    with gathered(trainer.model) as student, trainer.accelerator.autocast():
         measure(
             student,
             samples.samples,
@@ -138,9 +138,9 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
             table,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.generation_batch_size,
-            packed=packing_holds(student),
+            packed=trainer.packed,
         )
-    student.train(was_training)
+    trainer.model.train(was_training)  # type: ignore[union-attr]
     curriculum = make_curriculum(read_scores(table, chosen_signals(args.signals)), args)
     if ranks.is_first():
         curriculum.save(known)
