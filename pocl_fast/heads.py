@@ -33,6 +33,11 @@ class LmHead:
         bias = None if self.bias is None else self.bias.detach().clone()
         return LmHead(weight, bias, self.logit_scale, self.logit_softcap)
 
+    def to(self, device: torch.device) -> LmHead:
+        """The same on another device; on its own it stays the model's."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return LmHead(self.weight.to(device), bias, self.logit_scale, self.logit_softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V], in the products' own dtype: for checks; a loss takes the parts."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
