@@ -180,6 +180,8 @@ class StageFlow(TrainerCallback):
         return f"stage {place.stage + 1}/{len(schedule.stages)} epoch {epoch:.2f} step {state.global_step}"
 
     def _line(self, state: Any, logs: dict[str, Any]) -> str:
+        if "ce" not in logs:
+            return f"{self._where(state)} | every step since the last line was skipped"
         parts = [
             self._where(state),
             f"loss {logs['loss']:.3f} CE {logs['ce']:.3f} KD {logs['divergence']:.3f}",

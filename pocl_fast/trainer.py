@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -216,8 +217,9 @@ class PoclTrainer(Trainer):
             if args.remeasure:
                 self.planned().reorder(stage, measured_curriculum(self, self.folder / f"stage-{stage + 1}").order)
                 self.state.max_steps = self.planned().total_steps
-        if self.lr_scheduler is not None and not self.is_deepspeed_enabled:
-            self.lr_scheduler.last_epoch = self.state.global_step  # behind by steps that a GradScaler skipped
+            if not self.is_deepspeed_enabled:
+                self.lr_scheduler.last_epoch = self.state.global_step - 1  # type: ignore[union-attr]
+                self.lr_scheduler.step()  # type: ignore[union-attr]  # it counted on the stage before going on
         self.progress.begin(stage)
 
     @property
@@ -439,10 +441,13 @@ class PoclTrainer(Trainer):
                 self.progress.ended = dict(self.planned().ended)
                 self.progress.write(partial / target.name / STATE)
                 checkpoints.seal(partial / target.name, target)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (trouble := checkpoints.disk_trouble(error)) is None:
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
-                f"cannot write checkpoint {target}: {error.strerror or error}. Free some space and run the same command"
-                " again; it goes on from the checkpoint before"
+                f"cannot write checkpoint {target}: {trouble}. Free some space and run the same command again; it goes"
+                " on from the checkpoint before"
             ) from error
         finally:
             self._saving_to = None
