@@ -1,4 +1,4 @@
-"""What goes wrong in a training: values that are not finite, memory and disks that are full, a process that is killed."""
+"""What goes wrong in a training: values that are not finite, memory and disks that are full, processes killed."""
 
 import json
 import os
