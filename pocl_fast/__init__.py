@@ -17,17 +17,18 @@ if TYPE_CHECKING:
         no_curriculum,
         reciprocal_rank_fusion,
     )
-    from pocl_fast.errors import InputError
+    from pocl_fast.errors import InputError, Interrupted
     from pocl_fast.linear_loss import linear_distillation_loss
     from pocl_fast.losses import DistillationLoss, LossOutput, distillation_loss, shift_labels
     from pocl_fast.objectives import Objective
     from pocl_fast.rouge import RougeL, rouge_l
-    from pocl_fast.samples import SampleEncoder, read_samples
+    from pocl_fast.samples import SampleEncoder, SampleSet, read_samples
     from pocl_fast.teacher import Teacher
     from pocl_fast.teacher_cache import TeacherCache
     from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
     from pocl_fast.teachers import DenseTeacher, LinearTeacher, TopKTeacher
-    from pocl_fast.trainer import DevSet, PoclTrainer
+    from pocl_fast.trainer import PoclTrainer
+    from pocl_fast.training_arguments import PoclConfig
     from pocl_fast.vocabulary_parallel import VocabularyShards
 
 __version__ = "0.1.0"
@@ -35,17 +36,19 @@ __version__ = "0.1.0"
 __all__ = [
     "Curriculum",
     "DenseTeacher",
-    "DevSet",
     "DistillationLoss",
     "HiddenEntries",
     "InputError",
+    "Interrupted",
     "LinearTeacher",
     "LossOutput",
     "Objective",
+    "PoclConfig",
     "PoclTrainer",
     "RankFusion",
     "RougeL",
     "SampleEncoder",
+    "SampleSet",
     "Stage",
     "Teacher",
     "TeacherCache",
@@ -65,17 +68,18 @@ __all__ = [
 
 _MODULES = {
     "curriculum": ("Curriculum", "RankFusion", "Stage", "baby_steps", "no_curriculum", "reciprocal_rank_fusion"),
-    "errors": ("InputError",),
+    "errors": ("InputError", "Interrupted"),
     "linear_loss": ("linear_distillation_loss",),
     "losses": ("DistillationLoss", "LossOutput", "distillation_loss", "shift_labels"),
     "objectives": ("Objective",),
     "rouge": ("RougeL", "rouge_l"),
-    "samples": ("SampleEncoder", "read_samples"),
+    "samples": ("SampleEncoder", "SampleSet", "read_samples"),
     "teacher": ("Teacher",),
     "teacher_cache": ("TeacherCache",),
     "teacher_shards": ("HiddenEntries", "TopK", "TopKEntries"),
     "teachers": ("DenseTeacher", "LinearTeacher", "TopKTeacher"),
-    "trainer": ("DevSet", "PoclTrainer"),
+    "trainer": ("PoclTrainer",),
+    "training_arguments": ("PoclConfig",),
     "vocabulary_parallel": ("VocabularyShards",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

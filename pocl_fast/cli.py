@@ -26,7 +26,7 @@ from pocl_fast.config import (
     read_yaml,
     recorded_config,
 )
-from pocl_fast.errors import InputError
+from pocl_fast.errors import InputError, Interrupted, OtherRankFailed
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGINT
-    except Exception as error:
-        if type(error).__name__ == "OtherRankFailed":  # as the next, by name: importing its module would cost seconds
-            _complain(f"pocl-fast {arguments[0]}: {error}")
-            return 1
-        if type(error).__name__ != "Interrupted":  # the trainer's
-            raise
-        print(f"\n{error}; the same command goes on from here", file=sys.stderr)
-        return 128 + int(getattr(error, "signal_number", signal.SIGINT))
+    except OtherRankFailed as error:
+        _complain(f"pocl-fast {arguments[0]}: {error}")
+        return 1
+    except Interrupted as stop:
+        print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
+        return 128 + stop.signal_number
     finally:
         signal.signal(signal.SIGTERM, terminate)
     return 0

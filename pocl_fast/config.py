@@ -111,12 +111,29 @@ class Training:
     """The teacher's weight in jsd."""
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share of the other distribution in a skew divergence."""
-    temperature_scaling: Literal["auto", "none", "tau", "tau2"] = "auto"
-    """Factor on the divergence; "auto" keeps its gradient's size when the temperature rises."""
+    temperature_scaling: Literal["auto", "none", "tau", "tau2", "paper"] = "auto"
+    """Factor on the divergence; "auto" keeps its gradient's size when the temperature rises, "paper" is what the
+    published code does for each divergence."""
+    within_stage: Literal["constant", "linear"] = "constant"
+    """Whether temperature and alpha stay as they are within a stage, or move to the next stage's step by step."""
     epochs_per_stage: PositiveInt = 8
-    """Passes over a stage's samples."""
+    """Passes over a stage's samples; without a curriculum as many in all as with one."""
+    steps_per_stage: PositiveInt | None = None
+    """Steps of a stage, instead of passes."""
+    patience: PositiveInt | None = None
+    """End a stage when so many evaluations in a row (one a pass) brought no better ROUGE-L."""
+    fresh_optimizer: bool = True
+    """Start each stage with a fresh optimizer state."""
+    fresh_learning_rate: bool = True
+    """A cosine of the learning rate in each stage; otherwise one over all of them."""
+    stage_weights: Literal["best", "last"] = "best"
+    """Whether a stage starts from the weights of the one before with the best dev ROUGE-L, or from its last."""
+    remeasure: bool = False
+    """Measure the difficulty again before each stage, by the student as it is then."""
     batch_size: PositiveInt = 16
     """Samples a step on each device."""
+    tokens_per_batch: PositiveInt | None = None
+    """Tokens a step on each device, instead of samples; a longer sample stands alone."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are added before a step; every token weighs alike."""
     learning_rate: PositiveFloat = 1e-4
@@ -127,6 +144,14 @@ class Training:
     """The gradient is clipped to this norm."""
     save_minutes: PositiveFloat = 10.0
     """A checkpoint is written at least this often, besides those at each epoch's end."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do at a step whose loss or gradient is not finite: stop and name the samples, or leave the step out."""
+    activation_checkpointing: bool = False
+    """Compute activations again in backward instead of keeping them: less memory, more time."""
+    report_to: str = "none"
+    """Where losses and scores go besides metrics.jsonl: tensorboard, wandb, ... as transformers names them."""
+    logging_steps: PositiveInt = 5
+    """Steps between two lines of the log."""
     seed: Seed = 42
     """Of the order of samples."""
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 import pocl_fast._C as _C
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_text
+
+if TYPE_CHECKING:
+    from pocl_fast.ranking import SignalScores
 
 WRITTEN_AT_ONCE = 1 << 13  # samples
 
@@ -172,6 +175,43 @@ def no_curriculum(num_samples: int, *, temperature: float, alpha: float) -> Curr
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     stage = Stage(0, num_samples, float(temperature), float(alpha))
     return _checked(Curriculum(np.arange(num_samples), np.zeros(num_samples), (stage,)))
+
+
+class StageSettings(Protocol):
+    """What options say about stages."""
+
+    @property
+    def curriculum(self) -> str: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def rrf_k(self) -> float: ...
+    @property
+    def temperature(self) -> Sequence[float]: ...
+    @property
+    def alpha(self) -> Sequence[float]: ...
+
+
+def make_curriculum(known: SignalScores, settings: StageSettings) -> Curriculum:
+    """Stages of the samples, by reciprocal rank fusion of their scores. Raises as `stages_over` does."""
+    if settings.curriculum == "none":
+        return stages_over(known.index, np.zeros(len(known.index)), settings)
+    fused = known.fused(settings.rrf_k)
+    # samples that were left out leave gaps in the index
+    return stages_over(known.index[fused.order], fused.score[fused.order], settings)
+
+
+def stages_over(order: np.ndarray, score: np.ndarray, settings: StageSettings) -> Curriculum:
+    """The stages over samples in this order, easiest first. Raises `InputError` for settings that do not fit them."""
+    try:
+        if settings.curriculum == "none":
+            plain = no_curriculum(len(order), temperature=settings.temperature[0], alpha=settings.alpha[0])
+            return replace(plain, order=order)
+        return baby_steps(
+            order, score, stages=settings.stages, temperatures=settings.temperature, alphas=settings.alpha
+        )
+    except ValueError as error:
+        raise InputError(f"--stages, --temperature or --alpha: {error}") from error
 
 
 def _spread(name: str, given: Sequence[float], stages: int) -> list[float]:

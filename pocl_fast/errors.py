@@ -1,6 +1,27 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The exceptions that mean "the input is wrong", "I was asked to stop" and "another process failed", as opposed to "the
+program is wrong"."""
+
+from __future__ import annotations
+
+import signal
 
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message says what, where, and what to do. The CLI prints it without a
     traceback."""
+
+
+class Interrupted(SystemExit):
+    """Training was asked to stop (SIGINT or SIGTERM) and has written a checkpoint. Left alone it ends the process with
+    the exit status 128 + the signal's number."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(128 + signal_number)
+        self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signal_number).name}"
+
+
+class OtherRankFailed(RuntimeError):
+    """This rank of torchrun cannot go on because another one failed or ended, which says itself why."""

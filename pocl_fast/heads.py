@@ -5,6 +5,8 @@ Knows the families of `transformers`. Does not know losses.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.errors import InputError
-from pocl_fast.packing import forward_kwargs, pack, supervised_hidden
+from pocl_fast.packing import PackedBatch, forward_kwargs, pack, padded_kwargs, supervised_hidden
 from pocl_fast.samples import EncodedSample
 
 
@@ -31,6 +33,11 @@ class LmHead:
         bias = None if self.bias is None else self.bias.detach().clone()
         return LmHead(weight, bias, self.logit_scale, self.logit_softcap)
 
+    def to(self, device: torch.device) -> LmHead:
+        """The same on another device; on its own it stays the model's."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return LmHead(self.weight.to(device), bias, self.logit_scale, self.logit_softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V], in the products' own dtype: for checks; a loss takes the parts."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
@@ -47,7 +54,64 @@ def lm_head(model: Any) -> LmHead:
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     if divisor := getattr(config, "logits_scaling", None):  # Granite
         scale /= float(divisor)
-    return LmHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LmHead(_weight(head), getattr(head, "bias", None), scale, softcap)
+
+
+def _weight(head: Any) -> Tensor:
+    """An lm_head's weight, with LoRA's part where it is trained by it."""
+    if not hasattr(head, "lora_A"):
+        return head.weight
+    weight = head.get_base_layer().weight
+    for adapter in [] if head.merged else head.active_adapters:
+        if adapter in head.lora_A:
+            if getattr(head.lora_dropout[adapter], "p", 0.0):
+                raise InputError("LoRA on the lm_head must have no dropout: its weight is used as a whole")
+            weight = weight + head.get_delta_weight(adapter)
+    return weight
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model within what wraps it: DDP, an engine, a compiled module, adapters of peft."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def loss_within_forward(
+    model: Any, batch: PackedBatch, loss: Callable[[Tensor, LmHead], Tensor], *, packed: bool
+) -> Tensor:
+    """`loss(hidden [N, H], lm_head)` of the final hidden states at a batch's supervised positions, computed within the
+    forward of `model` and of its lm_head: whatever wraps these (DDP, FSDP, ZeRO-3, adapters) has the weights together
+    there, and sees an output whose gradients it knows. No logits are made."""
+    inner = causal_lm(model)
+    head = inner.get_output_embeddings()
+    kwargs, where = (forward_kwargs(batch), batch.supervised) if packed else padded_kwargs(batch)
+
+    def forward(**given: Any) -> Tensor:
+        output = inner.get_decoder()(**{name: given[name] for name in kwargs})
+        return head(output.last_hidden_state.flatten(0, 1)[where])
+
+    with _replaced(inner, forward), _replaced(head, lambda hidden: loss(hidden, lm_head(inner))):
+        return model(**kwargs)
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]
 
 
 @torch.no_grad()

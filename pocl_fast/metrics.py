@@ -1,15 +1,28 @@
-"""metrics.jsonl: what training measured, a line a log or evaluation, in the order of the steps."""
+"""What training measures: its sums between two logs, and metrics.jsonl, a line a log or evaluation, in the order of the
+steps."""
 
 from __future__ import annotations
 
 import json
-import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pocl_fast.files import write_text
+
+if TYPE_CHECKING:
+    from pocl_fast.losses import LossOutput
+    from pocl_fast.packing import PackedBatch
+    from pocl_fast.samples import EncodedSample
 
 
 class MetricsLog:
-    """Writes metrics.jsonl; each record has its stage and step."""
+    """Writes metrics.jsonl; each record has the number of optimizer steps done."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -18,14 +31,11 @@ class MetricsLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def rewind(self, stage: int, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """Drops what comes after this step, which is about to be done again."""
-        if not self.path.exists():
-            return
-        kept = [line for line in read_metrics(self.path) if (line["stage"], line["step"]) <= (stage, step)]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        if self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            write_text(self.path, [json.dumps(line) + "\n" for line in kept])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -37,3 +47,86 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+class LossParts:
+    """What the kernel measures beside the loss, summed over the steps between two logs; on the device, until asked."""
+
+    def __init__(self) -> None:
+        self._reset()
+        self.begin_step()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def begin_step(self) -> None:
+        self._step: list[tuple[Sequence[EncodedSample], PackedBatch, LossOutput]] = []
+
+    def add(self, samples: Sequence[EncodedSample], batch: PackedBatch, out: LossOutput) -> None:
+        """A micro-batch of the step in progress."""
+        out = replace(out, loss=out.loss.detach())  # the graph behind it holds gradients
+        self._step.append((samples, batch, out))
+
+    def drop(self, samples: Sequence[EncodedSample]) -> None:
+        """Forgets what was added of these samples: they are computed again."""
+        again = {id(sample) for sample in samples}
+        self._step = [one for one in self._step if not one[0] or id(one[0][0]) not in again]
+
+    def forget_step(self) -> None:
+        self._step = []
+
+    def end_step(self) -> None:
+        """Adds the step in progress to the sums."""
+        for samples, batch, out in self._step:
+            self._tokens += sum(batch.lengths) if samples else 0
+            for name, value in {"ce": out.ce, "divergence": out.divergence, **out.metrics}.items():
+                self._sums[name] = self._sums.get(name, 0) + value.detach().double() * out.num_tokens
+            self._sums["supervised_tokens"] = self._sums.get("supervised_tokens", 0) + out.num_tokens
+        self._step = []
+
+    def finite(self) -> bool:
+        """Whether every loss of the step is."""
+        return all(bool(torch.isfinite(out.loss)) for _, _, out in self._step)
+
+    def nonfinite_samples(self) -> list[EncodedSample]:
+        """The samples of the step that have a token whose loss is not finite."""
+        return [
+            sample
+            for samples, batch, out in self._step
+            if samples
+            for sample, finite in zip(samples, _finite(out).split(batch.counts), strict=True)
+            if not bool(finite.all())
+        ]
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time out of the speed."""
+        self._since += seconds
+
+    def means(self, reduce: Callable[[Tensor], Tensor] | None) -> dict[str, float]:
+        """Means over the supervised tokens since the last call, and the speed; `reduce` sums over the ranks."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64) for name in names])
+        counts = torch.tensor([float(self._tokens)], dtype=torch.float64, device=sums.device)
+        values = torch.cat([sums, counts])
+        values = values if reduce is None else reduce(values)
+        *parts, tokens = values.tolist()
+        totals = dict(zip(names, parts, strict=True))
+        supervised = totals.pop("supervised_tokens")
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        self._reset()
+        return {
+            **{name: total / max(supervised, 1) for name, total in totals.items()},
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": supervised / seconds,
+        }
+
+
+def _finite(out: LossOutput) -> Tensor:
+    """[N] whether a token's parts are."""
+    return torch.isfinite(out.per_token["ce"]) & torch.isfinite(out.per_token["divergence"])

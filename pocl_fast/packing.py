@@ -16,6 +16,7 @@ from pocl_fast.models import exact_products
 from pocl_fast.samples import EncodedSample
 
 PACKED_ATTENTION = "pocl_packed_sdpa"
+PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.1, bf16 rounding is 4e-3
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def supervised_logits(model: nn.Module, batch: PackedBatch, *, packed: bool) -> 
     """
     if packed:
         return model(**forward_kwargs(batch), logits_to_keep=batch.supervised).logits[0]
-    padded, where = _pad(batch)
+    padded, where = padded_kwargs(batch)
     return model(**padded).logits.flatten(0, 1)[where]
 
 
@@ -124,28 +125,13 @@ def supervised_hidden(body: nn.Module, batch: PackedBatch, *, packed: bool) -> T
     """Final hidden states [N, H] at the supervised positions, from a model's body (all but the lm_head)."""
     if packed:
         return body(**forward_kwargs(batch)).last_hidden_state[0, batch.supervised]
-    padded, where = _pad(batch)
+    padded, where = padded_kwargs(batch)
     return body(**padded).last_hidden_state.flatten(0, 1)[where]
 
 
-def model_hidden(model: nn.Module, batch: PackedBatch, *, packed: bool) -> Tensor:
-    """`supervised_hidden` of a whole model, run through whatever wraps it (DDP, FSDP, a compiler), so that this sees a
-    forward; the lm_head is given no row."""
-    hidden: list[Tensor] = []
-    inner: Any = getattr(model, "module", model)
-    body = inner.get_decoder()
-    handle = body.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state))
-    kwargs, where = (forward_kwargs(batch), batch.supervised) if packed else _pad(batch)
-    try:
-        model(**kwargs, logits_to_keep=torch.empty(0, dtype=torch.int64, device=batch.input_ids.device))
-    finally:
-        handle.remove()
-    return hidden[0].flatten(0, 1)[where]
-
-
-def _pad(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
-    """The batch as a right-padded rectangle [B, longest], and where its supervised positions are in the flattened
-    one."""
+def padded_kwargs(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
+    """The arguments with which a model runs on a batch as a right-padded rectangle [B, longest], and where its
+    supervised positions are in the flattened one."""
     device, longest = batch.input_ids.device, max(batch.lengths)
     lengths = torch.tensor(batch.lengths, device=device)
     rows = torch.arange(len(batch.lengths), device=device).repeat_interleave(lengths)
@@ -158,6 +144,11 @@ def _pad(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     return {"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "use_cache": False}, places[
         batch.supervised
     ]
+
+
+def packing_holds(model: nn.Module) -> bool:
+    """Whether a model's logits of packed samples are those of each alone; its packing is enabled."""
+    return packing_error(model, model.config.vocab_size) < PACKING_TOLERANCE  # type: ignore[union-attr, arg-type]
 
 
 def packing_error(model: nn.Module, vocab_size: int) -> float:

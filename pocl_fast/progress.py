@@ -35,6 +35,14 @@ def shared_progress(total: int, what: str, unit: str) -> Iterator[Callable[[int]
         bar.update(total - bar.n)
 
 
+def say(text: str) -> None:
+    """Prints a line, above a bar that is being drawn."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:  # a log file's bar is lines of its own, which tqdm would repeat
+        print(text, flush=True)
+
+
 @dataclass
 class Usage:
     """What a step took."""

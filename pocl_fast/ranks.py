@@ -13,15 +13,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pocl_fast.errors import InputError
+from pocl_fast.errors import InputError, OtherRankFailed
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # of a rank that waits for slower ones; a rank that ends is noticed at once
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class OtherRankFailed(RuntimeError):
-    """This rank cannot go on because another one failed or ended, which says itself why."""
 
 
 def start() -> bool:

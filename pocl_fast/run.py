@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,22 +20,24 @@ import numpy as np
 import torch
 
 from pocl_fast import evaluation, models, ranks, vllm_engine
-from pocl_fast.config import RunConfig, Schedule, from_options, recorded_config
-from pocl_fast.curriculum import Curriculum, baby_steps, no_curriculum
+from pocl_fast.checkpoints import checkpoints
+from pocl_fast.config import RunConfig, from_options, recorded_config
+from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
 from pocl_fast.difficulty import LoadedModel, measure, measure_teacher, rows_of
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.frozen import freeze_linears
 from pocl_fast.metrics import read_metrics
-from pocl_fast.packing import enable_packing, packing_error
-from pocl_fast.ranking import SignalScores, read_scores
+from pocl_fast.packing import enable_packing, packing_holds
+from pocl_fast.ranking import read_scores
 from pocl_fast.run_directory import WRITES, RunDirectory, required
-from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, encode_all, read_samples
+from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, SampleSet, encode_all, read_samples
 from pocl_fast.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable, cut_layers, num_parameters
 
 if TYPE_CHECKING:
     from pocl_fast.teacher import Teacher
+    from pocl_fast.training_arguments import PoclConfig
     from pocl_fast.vllm_engine import VllmEngine
 
 Say = Callable[[str], None]
@@ -143,39 +145,37 @@ class Run:
         self.say(f"rank: {len(curriculum.stages)} stages of samples: {stages}")
 
     def train(self) -> None:
-        from pocl_fast.trainer import DevSet, train_stages
+        from pocl_fast.stages import MetricsFile
+        from pocl_fast.trainer import PoclTrainer
 
         if not self.directory.begin("train", self.config):
             return self.say(f"train: done before, {self.path / 'student'}")
         self._check_vocabularies()
-        (_, encoded), (dev_samples, dev_encoded) = self.train_set, self.dev_set
         curriculum = Curriculum.load(self.path / "curriculum.json")
-        if unknown := set(curriculum.order.tolist()) - {sample.index for sample in encoded}:
+        train_set, dev_set = SampleSet(*self.train_set), SampleSet(*self.dev_set)
+        if unknown := set(curriculum.order.tolist()) - {sample.index for sample in train_set.encoded}:
             raise InputError(
                 f"{self.path / 'curriculum.json'} lists sample {min(unknown)}, which --train"
                 f" {self.config.data.train} does not have: run `pocl-fast measure` and `rank` on this file first"
             )
-        options = self.config.training
         with self.directory.timed("train") as facts:
-            student, packed = self.initial_student()
+            student, _ = self.initial_student()
             self._initial_student = None
             sizes = [f"{num_parameters(model) / 1e6:.1f}M" for model in (student, self.teacher_model())]
-            teacher = self._cached_teacher()
             self.say(
                 f"train: student {sizes[0]} parameters, teacher {sizes[1]}; {self.device.type}, {self.precision.name}"
             )
-            dev = DevSet(dev_samples, dev_encoded, self.encoder, self.config.generation)
-            train_stages(
+            trainer = PoclTrainer(
                 as_trainable(student),
-                teacher,
-                encoded,
-                curriculum,
-                dev,
-                options,
-                self.path,
-                packed=packed,
-                precision=self.precision,
+                self._cached_teacher(),
+                trainer_arguments(self.config, self.path / "checkpoints", self.device),
+                train_set,
+                dev_set,
+                self.tokenizer,
+                curriculum=curriculum,
+                callbacks=[MetricsFile(self.path / "metrics.jsonl")],
             )
+            trainer.train(resume_from_checkpoint=True)
             self._save_student(student)
             steps = [m for m in read_metrics(self.path / "metrics.jsonl") if "loss" in m]
             tokens = sum(m["tokens"] for m in steps)
@@ -183,6 +183,8 @@ class Run:
                 "tokens": tokens,
                 "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in steps),
             }
+        for checkpoint in checkpoints(self.path / "checkpoints"):  # only for going on; the stages' best weights stay
+            shutil.rmtree(checkpoint)
 
     def cache(self) -> None:
         """Computes what the teacher's cache lacks of the training samples."""
@@ -346,7 +348,7 @@ class Run:
 
     def _ready(self, model: Any) -> tuple[Any, bool]:
         enable_packing(model)
-        packed = packing_error(model, model.config.vocab_size) < 1e-2
+        packed = packing_holds(model)
         if not packed:
             self.say(
                 f"{type(model).__name__} does not support packed batches: they are padded instead, which is slower"
@@ -371,26 +373,22 @@ class Run:
         write_text(path, "".join(lines))
 
 
-def make_curriculum(known: SignalScores, schedule: Schedule) -> Curriculum:
-    """Stages of the samples, by reciprocal rank fusion of their scores."""
-    if schedule.curriculum == "none":
-        return stages_over(known.index, np.zeros(len(known.index)), schedule)
-    fused = known.fused(schedule.rrf_k)
-    # samples that were left out leave gaps in the index
-    return stages_over(known.index[fused.order], fused.score[fused.order], schedule)
+def trainer_arguments(config: RunConfig, folder: Path, device: torch.device) -> PoclConfig:
+    """The trainer's arguments out of a run's options."""
+    from pocl_fast.training_arguments import PoclConfig
 
-
-def stages_over(order: np.ndarray, score: np.ndarray, schedule: Schedule) -> Curriculum:
-    """The schedule's stages over samples in this order. Raises `InputError` for settings that do not fit them."""
-    try:
-        if schedule.curriculum == "none":
-            plain = no_curriculum(len(order), temperature=schedule.temperature[0], alpha=schedule.alpha[0])
-            return replace(plain, order=order)
-        return baby_steps(
-            order, score, stages=schedule.stages, temperatures=schedule.temperature, alphas=schedule.alpha
-        )
-    except ValueError as error:
-        raise InputError(f"--stages, --temperature or --alpha: {error}") from error
+    groups = (config.training, config.schedule, config.data, config.generation, config.difficulty, config.cache)
+    options = {name: value for group in groups for name, value in asdict(group).items()}
+    options["per_device_train_batch_size"] = options.pop("batch_size")
+    options["temperature"], options["alpha"] = list(config.schedule.temperature), list(config.schedule.alpha)
+    known = {field.name for field in fields(PoclConfig)}
+    return PoclConfig(
+        output_dir=str(folder),
+        precision=config.models.precision,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        **{name: value for name, value in options.items() if name in known},
+    )
 
 
 def open_run(output: Path, options: dict[str, Any], *, restart: bool = False, say: Say = print) -> Run:

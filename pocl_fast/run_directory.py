@@ -32,9 +32,10 @@ READS = {
     "rank": ("curriculum", "signals", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet", TEACHER_SCORES),
     "train": (
         *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens",
-        "divergence", "beta", "skew", "temperature_scaling", "epochs_per_stage", "batch_size",
-        "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "cache_mode", "cache_dtype",
-        "cache_top_k", "seed", "curriculum.json",
+        "divergence", "beta", "skew", "temperature_scaling", "within_stage", "epochs_per_stage", "steps_per_stage",
+        "patience", "fresh_optimizer", "fresh_learning_rate", "stage_weights", "remeasure", "batch_size",
+        "tokens_per_batch", "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm",
+        "on_nonfinite", "cache_mode", "cache_dtype", "cache_top_k", "seed", "curriculum", "curriculum.json",
     ),
     "evaluate-before": (*_STUDENT, *_LENGTHS, *_ANSWERS, "dev"),
     "evaluate-after": (*_LENGTHS, *_ANSWERS, "precision", "dev", "student/model.safetensors"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,25 @@ def read_samples(path: str | Path) -> list[Sample]:
     return samples
 
 
+@dataclass(frozen=True)
+class SampleSet:
+    """Samples, and those of them that fit as tokens; `encoded[i].index` is a position in `samples`."""
+
+    samples: Sequence[Sample]
+    encoded: Sequence[EncodedSample]
+
+
+def samples_from(records: Iterable[Mapping[str, Any]], name: str) -> list[Sample]:
+    """The samples of records (a list of dicts, a `datasets.Dataset`) with the fields of one of the file formats.
+
+    Raises `InputError` as `read_samples` does; `line` is the record's number, from 1.
+    """
+    samples = [_sample(dict(r), i, i + 1, f"{name}, record {i + 1}") for i, r in enumerate(records)]
+    if not samples:
+        raise InputError(f"{name} holds no sample; expected {FORMATS}")
+    return samples
+
+
 def file_fingerprint(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     try:
@@ -139,6 +158,10 @@ def _parse(text: str, index: int, line: int, where: str) -> Sample:
         ) from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}; expected {FORMATS}")
+    return _sample(record, index, line, where)
+
+
+def _sample(record: dict[str, Any], index: int, line: int, where: str) -> Sample:
     if "messages" in record:
         messages, reference = _chat(record["messages"], where)
         last = messages[-1]["content"]

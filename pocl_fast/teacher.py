@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pocl_fast import ranks
 from pocl_fast.errors import InputError
 from pocl_fast.heads import LmHead, check_head, lm_head
 from pocl_fast.models import weights_fingerprint
@@ -26,6 +27,7 @@ from pocl_fast.packing import pack, packing_error, supervised_hidden, token_budg
 from pocl_fast.progress import progress_bar
 from pocl_fast.samples import EncodedSample
 from pocl_fast.teacher_cache import MissingSamples, TeacherCache
+from pocl_fast.teacher_lock import Writers
 from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
 from pocl_fast.teachers import LinearTeacher, TopKTeacher
 
@@ -37,7 +39,10 @@ FILL_TOKENS = 8192  # of a batch when the cache is filled ahead of training
 
 
 class Teacher:
-    """A frozen language model and its cache, giving what it says at the supervised positions of packed samples."""
+    """A frozen language model and its cache, giving what it says at the supervised positions of packed samples.
+
+    The ranks of a run share one cache: each must make its `Teacher`, once the group of ranks is there.
+    """
 
     def __init__(
         self,
@@ -48,20 +53,26 @@ class Teacher:
         cache_mode: Literal["hidden", "topk"] = "hidden",
         top_k: int = 64,
         precision: str = "",
+        device: torch.device | str | None = None,
+        keep_body: bool = False,
         say: Callable[[str], object] = tqdm.write,
     ) -> None:
         """`model` is a transformers causal language model whose packing is enabled.
 
         In mode "hidden" the cache keeps hidden states in `cache_dtype` (bfloat16, float32, or int8 with a scale a
         token), in mode "topk" the `top_k` largest log-probabilities; `say` is told what that loses. What was computed
-        in another `precision` is not read. Raises `InputError` where the model's logits are not its lm_head applied to
-        its last hidden states.
+        in another `precision` is not read. What a loss is given lies on `device`, the teacher's own where left out.
+        `keep_body` keeps the body in memory for samples that come up while training (see `live`). Raises `InputError`
+        where the model's logits are not its lm_head applied to its last hidden states.
         """
         self._model: Any | None = model.requires_grad_(False).eval()
         self.config = model.config
-        self._head: LmHead | None = lm_head(model)
-        self._device, self._dtype = self._head.weight.device, self._head.weight.dtype
-        self.vocab_size, hidden_size = self._head.weight.shape
+        head = lm_head(model)
+        self._input_device, self._dtype = head.weight.device, head.weight.dtype
+        self._device = self._input_device if device is None else torch.device(device)
+        # a loss is given hidden states with the lm_head; what is most likely is found where the teacher is
+        self._head: LmHead | None = head.to(self._device) if cache_mode == "hidden" else head
+        self.vocab_size, hidden_size = head.weight.shape
         self._packed = packing_error(model, self.config.vocab_size) < PACKING_TOLERANCE
         check_head(model)
         if cache_mode == "topk" and not 1 <= top_k <= self.vocab_size:
@@ -70,9 +81,11 @@ class Teacher:
             cache_folder,
             teacher=teacher_fingerprint(model, precision),
             entries=TopKEntries(top_k) if cache_mode == "topk" else HiddenEntries(hidden_size, cache_dtype),
+            writers=Writers.of_this_run(),
             say=say,
         )
-        self._say: Callable[[str], object] | None = say  # until the loss of the first batch is said
+        self._keep_body = keep_body
+        self._say: Callable[[str], object] | None = say if ranks.is_first() else None  # until the first batch's loss
 
     @property
     def lm_head(self) -> LmHead:
@@ -86,8 +99,17 @@ class Teacher:
         only for new ones."""
         if isinstance(self.cache.entries, TopKEntries):
             return TopKTeacher(*self.top_k(samples))
-        head = self.lm_head
-        return LinearTeacher(self.hidden(samples), head.weight, head.bias, head.logit_scale, head.logit_softcap)
+        return self._linear(self.hidden(samples))
+
+    @torch.no_grad()
+    def live(self, samples: Sequence[EncodedSample]) -> LinearTeacher | TopKTeacher:
+        """What `output` gives, computed anew, neither read from the cache nor written to it: for samples that will not
+        come again, as a student's own answers. Raises RuntimeError once the body was released."""
+        hidden = self._run(samples)
+        if isinstance(self.cache.entries, TopKEntries):
+            top = most_likely(self.lm_head, hidden, self.cache.entries.k)
+            return TopKTeacher(top.log_probs.to(self._device), top.indices.to(self._device))
+        return self._linear(hidden.to(self._dtype))
 
     @torch.no_grad()
     def logits(self, samples: Sequence[EncodedSample]) -> Tensor:
@@ -110,47 +132,82 @@ class Teacher:
 
     @torch.no_grad()
     def fill(self, samples: Sequence[EncodedSample]) -> None:
-        """Computes what is missing in a pass of its own, and writes it."""
+        """Computes what is missing in a pass of its own, and writes it; the ranks, all of which must call it, share the
+        work."""
         self.cache.reserve(samples)
         missing = self.cache.missing(samples)
-        with self.cache, progress_bar(len(missing), "cache", "samples") as bar:
-            for batch in token_budget_batches([len(sample) for sample in missing], max_tokens=FILL_TOKENS):
-                self._compute([missing[i] for i in batch])
+        first = ranks.from_first(lambda: {sample.fingerprint for sample in missing})
+        missing = list({sample.fingerprint: sample for sample in samples if sample.fingerprint in first}.values())
+        mine = [missing[i] for i in ranks.share([len(sample) for sample in missing])]
+        bar = progress_bar(len(mine), "cache", "samples") if ranks.is_first() else tqdm(disable=True)
+        with self.cache, bar:
+            for batch in token_budget_batches([len(sample) for sample in mine], max_tokens=FILL_TOKENS):
+                self._compute([mine[i] for i in batch])
                 bar.update(len(batch))
+            self._exchange()
 
     def release_body_if_cached(self, samples: Sequence[EncodedSample]) -> bool:
         """Frees all but the lm_head (that too in mode "topk") once every one of the samples is in the cache and on
-        disk as it was computed; says whether the body is gone."""
-        if self._model is not None and not self.cache.missing(samples):
+        disk as it was computed; says whether the body is gone. Every rank must call it, and all let go together."""
+        if self._model is None:
+            return True
+        self._exchange()
+        if self._keep_body or not all(ranks.gather(self._on_disk(samples))):
+            return False
+        self._head = self.lm_head.detached() if isinstance(self.cache.entries, HiddenEntries) else None
+        self._model = None
+        return True
+
+    def _on_disk(self, samples: Sequence[EncodedSample]) -> bool:
+        """Whether no sample is missing and this rank's share of them is as it was written."""
+        if self.cache.missing(samples):
+            return False
+        self.cache.flush()
+        return not self.cache.verify(samples[ranks.rank() :: ranks.world_size()])
+
+    def _exchange(self) -> None:
+        """Lets every rank read what each has computed."""
+        if ranks.world_size() > 1:
             self.cache.flush()
-            if not self.cache.verify(samples):  # else a shard is damaged, and its samples are computed again
-                self._head = self.lm_head.detached() if isinstance(self.cache.entries, HiddenEntries) else None
-                self._model = None
-        return self._model is None
+            ranks.barrier()
+            self.cache.refresh()
+
+    def _linear(self, hidden: Tensor) -> LinearTeacher:
+        head = self.lm_head
+        return LinearTeacher(hidden, head.weight, head.bias, head.logit_scale, head.logit_softcap)
 
     def _cached(self, samples: Sequence[EncodedSample], read: Callable[[], Any]) -> Any:
+        damage: MissingSamples | None = None
         while True:
             if missing := self.cache.missing(samples):
-                self._compute(missing)
-            try:
-                return read()
-            except MissingSamples as damage:  # of one shard, which the cache has forgotten: every turn has one less
-                if self._model is None:
+                if damage is not None and self._model is None:
                     raise InputError(
                         f"{damage} by the same command, run again: the teacher has left memory"
                     ) from damage
+                self._compute(missing)
+            try:
+                return read()
+            except MissingSamples as error:  # of one shard, which the cache has forgotten: every turn has one less
+                damage = error
+
+    def _run(self, samples: Sequence[EncodedSample]) -> Tensor:
+        """[N, H] final hidden states at the supervised positions, on the lm_head's device."""
+        if self._model is None:
+            raise RuntimeError(
+                "the teacher's body was released, as all training samples are in its cache: give Teacher keep_body=True"
+                " where it is to be asked about other samples"
+            )
+        batch = pack(samples).to(self._input_device)
+        hidden = supervised_hidden(self._model.get_decoder(), batch, packed=self._packed)
+        return hidden.to(self.lm_head.weight.device)
 
     def _compute(self, samples: Sequence[EncodedSample]) -> None:
-        if self._model is None:
-            raise RuntimeError("the teacher's body was released before every sample was cached")
-        batch = pack(samples).to(self._device)
-        hidden = supervised_hidden(self._model.get_decoder(), batch, packed=self._packed)
+        hidden = self._run(samples)
         entries = self.cache.entries
         if isinstance(entries, HiddenEntries):
             self.cache.put(samples, hidden)
         else:
-            top = most_likely(self.lm_head, hidden, entries.k)
-            self.cache.put(samples, top)
+            self.cache.put(samples, top := most_likely(self.lm_head, hidden, entries.k))
         if self._say is not None:
             loss = (
                 rounding_loss(entries, self.lm_head, hidden[:CHUNK]).describe(entries.name)

@@ -5,13 +5,9 @@ Knows keys, shards, space and locks. Does not know how a teacher computes its hi
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +20,7 @@ from tqdm import tqdm
 
 from pocl_fast.errors import InputError
 from pocl_fast.samples import EncodedSample
+from pocl_fast.teacher_lock import Writers, lock_folder, unlock
 from pocl_fast.teacher_shards import (
     KEY_BYTES,
     Columns,
@@ -41,7 +38,6 @@ from pocl_fast.teacher_shards import (
 
 _INDEX_BYTES = KEY_BYTES + 16  # of a sample in a shard
 _SHARD = re.compile(r"shard-\d+\.safetensors")
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class MissingSamples(InputError):
@@ -53,8 +49,8 @@ class TeacherCache:
 
     A sample is found by the teacher's fingerprint and its own tokens (`EncodedSample.fingerprint`), so that a changed
     teacher, tokenizer, template or length limit never finds an old entry. A shard is complete or absent. One process
-    writes at a time, any number read; opening and reading write nothing. Used as a context manager it writes what is
-    pending and lets the next writer in.
+    writes at a time, or all ranks of one run; any number read; opening and reading write nothing. Used as a context
+    manager it writes what is pending and lets the next writer in.
     """
 
     def __init__(
@@ -64,15 +60,18 @@ class TeacherCache:
         teacher: str,
         entries: Entries,
         shard_bytes: int = 1 << 25,
+        writers: Writers = Writers(),  # noqa: B008 (immutable)
         say: Callable[[str], object] = tqdm.write,
     ) -> None:
         """`teacher` identifies the teacher, `entries` says what is kept of a token; `shard_bytes` are collected in
-        memory before a shard is written; `say` is told sizes and damages."""
+        memory before a shard is written; `writers` are the ranks that may write together, and which of them this is;
+        `say` is told sizes (by rank 0) and damages."""
         self.folder = Path(folder) / f"{teacher[:16]}-{entries.name}"
         self.entries = entries
-        self._teacher, self._shard_bytes, self._say = teacher, shard_bytes, say
+        self._teacher, self._shard_bytes, self._writers, self._say = teacher, shard_bytes, writers, say
         self._shards: dict[int, Shard] = {}
         self._seen: set[tuple[str, int]] = set()  # names and times of the files looked at
+        self._looked_at = 0  # the folder's time then
         self._damaged: set[tuple[Path, int]] = set()  # to be deleted once this process is the writer, and their times
         self._index = _Index()
         self._pending: dict[bytes, Columns] = {}
@@ -88,10 +87,12 @@ class TeacherCache:
 
     def missing(self, samples: Sequence[EncodedSample]) -> list[EncodedSample]:
         """Those of the samples that are not in the cache, each once; looks for shards that another process has written
-        meanwhile."""
-        if self._lock is None and self._absent(samples):  # nobody else writes while we do
+        meanwhile. What other ranks have not written yet is missing."""
+        absent = self._absent(samples)
+        if absent and self._others_wrote():
             self.refresh()
-        return list({sample.fingerprint: sample for sample in self._absent(samples)}.values())
+            absent = self._absent(absent)
+        return list({sample.fingerprint: sample for sample in absent}.values())
 
     def read_hidden(
         self,
@@ -131,14 +132,17 @@ class TeacherCache:
 
     def refresh(self) -> None:
         """Opens the shards that have come since the last look."""
+        self._looked_at = _time(self.folder)
         try:
             with os.scandir(self.folder) as entries:
-                found = {(e.name, e.stat().st_mtime_ns) for e in entries if _SHARD.fullmatch(e.name)}
+                found = {(e.name, _time(e)) for e in entries if _SHARD.fullmatch(e.name)}
         except FileNotFoundError:
             return
         except OSError as error:
             raise InputError(f"cannot read the teacher cache {self.folder}: {error.strerror}") from error
         for name, changed in sorted(found - self._seen):
+            if not changed:  # deleted since: it was damaged
+                continue
             self._seen.add((name, changed))
             self._open(self.folder / name)
 
@@ -163,7 +167,8 @@ class TeacherCache:
                 f"the teacher cache needs {what}, and {self.folder} has {_size(free)} free: free some space,"
                 " give another --output, or a smaller --cache-dtype"
             )
-        self._say(f"teacher cache: {what}; {_size(free)} free in {self.folder}")
+        if self._writers.rank == 0:
+            self._say(f"teacher cache: {what}; {_size(free)} free in {self.folder}")
 
     def put(self, samples: Sequence[EncodedSample], values: Tensor | TopK) -> None:
         """Adds the samples' entries: hidden states [N, H], or their `TopK`, in the order of the samples.
@@ -191,7 +196,7 @@ class TeacherCache:
         then."""
         if not self._pending:
             return
-        number = 1 + max([-1, *(_number(Path(name)) for name, _ in self._seen)])
+        number = self._writers.next_number(max([-1, *(_number(Path(name)) for name, _ in self._seen)]))
         path = self.folder / f"shard-{number:06d}.safetensors"
         try:
             write_shard(path, self._teacher, self.entries, self._pending)
@@ -212,8 +217,7 @@ class TeacherCache:
                 self.flush()
         finally:
             if self._lock is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing alone leaves it to a forked process that has it too
-                self._lock.close()
+                unlock(self._lock)
                 self._lock = None
 
     def __enter__(self) -> TeacherCache:
@@ -225,6 +229,12 @@ class TeacherCache:
         self.close()
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _others_wrote(self) -> bool:
+        """Whether another process may have added a shard since the last look."""
+        if self._lock is None:
+            return True
+        return self._writers.world_size > 1 and _time(self.folder) != self._looked_at  # a look costs more than this
 
     def _absent(self, samples: Sequence[EncodedSample]) -> list[EncodedSample]:
         outside = np.flatnonzero(self._index.find(_keys(samples)) < 0).tolist()
@@ -283,11 +293,13 @@ class TeacherCache:
 
     def _become_writer(self, lacking: str = "") -> None:
         if self._lock is None:
-            self._lock = _lock_folder(self.folder, lacking)
+            self._lock = lock_folder(self.folder, self._writers, when_alone=self._clear_partial_shards, lacking=lacking)
             self._delete_damaged()
-            for partial in self.folder.glob("shard-*.partial-*"):  # of a writer that died
-                partial.unlink(missing_ok=True)
             self.refresh()  # what the last writer left since we looked
+
+    def _clear_partial_shards(self) -> None:
+        for partial in self.folder.glob("shard-*.partial-*"):  # of a writer that died
+            partial.unlink(missing_ok=True)
 
 
 class _Index:
@@ -328,39 +340,11 @@ def _keys(samples: Sequence[EncodedSample]) -> np.ndarray:
     return np.frombuffer(b"".join([sample.fingerprint for sample in samples]), f"S{KEY_BYTES}")
 
 
-def _lock_folder(folder: Path, lacking: str) -> IO[bytes]:
-    """A file that holds the folder's lock; the system drops it with a process that dies. Raises `InputError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        lock = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115 (held until the cache is closed)
-    except OSError as error:
-        why = "is read-only" if error.errno in _READ_ONLY else f"cannot be written: {error.strerror}"
-        raise InputError(f"the teacher cache {folder} {why}{lacking}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read().decode(errors="replace") or "unknown"
-        lock.close()
-        if error.errno != errno.EWOULDBLOCK:
-            raise InputError(f"cannot lock the teacher cache {folder}: {error.strerror}") from error
-        raise InputError(
-            f"another process ({holder}) is writing the teacher cache {folder}{lacking}: wait for it to end,"
-            " or give another --output"
-        ) from error
-    with contextlib.suppress(OSError):  # a full disk: the name is only for the message above
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return lock
-
-
 def _number(shard: Path) -> int:
     return int(shard.stem.removeprefix("shard-"))
 
 
-def _time(path: Path) -> int:
+def _time(path: Path | os.DirEntry[str]) -> int:
     """When a file was changed, in ns; 0 where it is not there."""
     try:
         return path.stat().st_mtime_ns

@@ -1,397 +1,485 @@
-"""Training: a transformers Trainer whose loss is the fused distillation loss, run stage by stage along the curriculum.
+"""`PoclTrainer`: a transformers Trainer whose loss is the fused distillation loss, along the curriculum's stages.
 
-Knows the optimisation. Does not know how difficulty was measured, or what a run directory holds besides `checkpoints/`.
+Knows the optimisation. Does not know how difficulty was measured, or what a run directory holds besides.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
-import sys
 import time
-import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from pocl_fast.config import Generation, Training
-from pocl_fast.curriculum import Curriculum, Stage
-from pocl_fast.errors import InputError
+from pocl_fast import checkpoints, models, ranks
+from pocl_fast.curriculum import Curriculum
+from pocl_fast.errors import InputError, Interrupted
 from pocl_fast.evaluation import answer_all, mean_token_cross_entropy
-from pocl_fast.heads import lm_head
+from pocl_fast.gathered import gathered
+from pocl_fast.heads import LmHead, causal_lm, loss_within_forward
+from pocl_fast.interruption import Signals
 from pocl_fast.linear_loss import linear_distillation_loss
-from pocl_fast.metrics import MetricsLog
-from pocl_fast.models import Precision
+from pocl_fast.losses import LossOutput
+from pocl_fast.metrics import LossParts
+from pocl_fast.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.objectives import Objective
-from pocl_fast.packing import PackedBatch, model_hidden, pack
-from pocl_fast.progress import progress_bar
+from pocl_fast.out_of_memory import Halving
+from pocl_fast.packing import PackedBatch, enable_packing, packing_holds
+from pocl_fast.progress import say
 from pocl_fast.rouge import rouge_l
-from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
+from pocl_fast.samples import EncodedSample, SampleEncoder
+from pocl_fast.schedule import BatchSize, Place, Schedule
+from pocl_fast.stages import Progress, StageFlow
 from pocl_fast.student import num_parameters
 from pocl_fast.teacher import Teacher
+from pocl_fast.training_arguments import PoclConfig
+from pocl_fast.training_setup import (
+    learning_rate_factor,
+    measured_curriculum,
+    measured_from,
+    sample_set,
+    student_of,
+    teacher_of,
+)
 
-
-class Interrupted(Exception):
-    """The run was asked to stop (SIGINT or SIGTERM) and has written a checkpoint."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
-
-
-@dataclass(frozen=True)
-class DevSet:
-    """Held-out samples, and how the student is asked about them."""
-
-    samples: Sequence[Sample]
-    encoded: Sequence[EncodedSample]
-    encoder: SampleEncoder
-    generation: Generation
+STATE = "pocl_state.json"  # of a checkpoint
 
 
 class PoclTrainer(Trainer):
-    """A `transformers.Trainer` that distils packed samples from a `Teacher` under one `Objective`.
+    """A `transformers.Trainer` that distils a teacher into `model` on packed samples, easy to hard.
 
-    The train dataset is a list of `EncodedSample`. Evaluation gives greedy ROUGE-L (percent) and cross-entropy (nats a
-    token) on the dev set. The loss is the mean over all supervised tokens of a step, gradient accumulation included.
+    Args:
+        model: the student: a transformers causal language model, or its name (hub id, folder, GGUF file).
+        teacher: a `Teacher`, a transformers model, or its name. Frozen; its hidden states are kept in `output_dir`.
+        args: `PoclConfig`.
+        train_dataset: a path of JSON Lines, records of one of its formats (a list of dicts, a `datasets.Dataset`), or
+            a `SampleSet`.
+        eval_dataset: the same; greedy ROUGE-L and cross-entropy are measured on it. None: no evaluation.
+        processing_class: the tokenizer; left out, that of a model given by name.
+        curriculum: the order of the samples and the stages; left out, the difficulty is measured by the student before
+            training, and the measurement kept in `output_dir`.
+        peft_config: of peft, to train adapters.
+        callbacks, optimizers: as in `Trainer`.
+
+    The loss is the mean over all supervised tokens of a step: accumulated micro-batches and ranks weigh each token
+    alike. `train(resume_from_checkpoint=True)` goes on from the newest whole checkpoint, if there is one. After SIGINT
+    or SIGTERM a checkpoint is written and `Interrupted` raised. Raises `InputError` for what does not fit together.
     """
 
-    def __init__(self, *, teacher: Teacher, objective: Objective, dev: DevSet, packed: bool, **kwargs: Any) -> None:
-        super().__init__(data_collator=_collate, **kwargs)
-        self.remove_callback(PrinterCallback)  # what it prints is in the progress bar and in the logs
-        self.teacher, self.dev, self.packed = teacher, dev, packed
-        self.objective: Objective = objective
+    args: PoclConfig
+    objective: Objective  # of the step in progress
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: Any,
+        args: PoclConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        curriculum: Curriculum | None = None,
+        peft_config: Any = None,
+        callbacks: Sequence[Any] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if args.n_gpu > 1:
+            raise InputError("several GPUs need one process each: start with torchrun or accelerate launch")
+        if eval_dataset is None and args.eval_strategy == "epoch":
+            args.eval_strategy = "no"  # type: ignore[assignment]  # the default, which needs one
+        if args.stage_weights == "best" and args.eval_strategy == "no":
+            raise InputError('stage_weights="best" needs evaluations: give eval_dataset and eval_strategy')
+        self.precision = models.choose_precision(args.precision, args.device)
+        args.bf16 = args.bf16 or (args.device.type == "cuda" and self.precision.name == "bf16")
+        model, processing_class = student_of(model, processing_class, peft_config, args)
+        self.encoder = SampleEncoder(processing_class, args.template)  # type: ignore[arg-type]  # a choice of these
+        self.samples = sample_set(train_dataset, self.encoder, args, "train_dataset")
+        self.dev = None if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
+        enable_packing(causal_lm(model))
+        self.packed = packing_holds(causal_lm(model))
+        self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision)
+        self._curriculum = curriculum
+        self.schedule: Schedule | None = None
+        self.progress = Progress()
+        self.objective = self._first_objective = args.objective()
+        self.dev_answers: list[str] = []
+        self._by_index = {sample.index: sample for sample in self.samples.encoded}
+        self._loss_parts = LossParts()
+        self._halving = Halving()
+        self._step_batches: list[MicroBatch] = []  # of the step in progress
+        self._grad_norm: Any = 0.0
+        self._saving_to: str | None = None
+        self._signals = Signals()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.samples.encoded,  # type: ignore[arg-type]  # a list is one
+            eval_dataset=None if self.dev is None else self.dev.encoded,  # type: ignore[arg-type]
+            processing_class=processing_class,
+            data_collator=lambda batches: batches[0],
+            optimizers=optimizers,
+        )
+        self.remove_callback(PrinterCallback)  # what these print is in the lines and the bar of StageFlow
+        self.remove_callback(ProgressCallback)
+        self._flow = StageFlow(self)
+        self.add_callback(self._flow)
+        for callback in callbacks:  # after it: they see what it adds
+            self.add_callback(callback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's tokens, not by its batches
-        self._sums: dict[str, Tensor] = {}
-        self._tokens = 0
-        self._since = time.perf_counter()
+
+    # -- what a step trains on --------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def planned(self) -> Schedule:
+        """The steps of the run; measures the difficulty first where no curriculum was given."""
+        if self.schedule is None:
+            if self._curriculum is None:
+                made_from = None if self.args.curriculum == "none" else measured_from(self)
+                self._curriculum = measured_curriculum(self, self.folder, made_from=made_from)
+            if unknown := set(self._curriculum.order.tolist()) - set(self._by_index):
+                raise InputError(f"the curriculum lists sample {min(unknown)}, which train_dataset does not have")
+            args = self.args
+            self.schedule = Schedule(
+                self._curriculum,
+                {index: len(sample) for index, sample in self._by_index.items()},
+                BatchSize(
+                    args.per_device_train_batch_size,
+                    args.tokens_per_batch,
+                    args.gradient_accumulation_steps,
+                    args.world_size,
+                ),
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                epochs=args.passes,
+                stage_steps=args.steps_per_stage,
+                within_stage=args.within_stage,  # type: ignore[arg-type]  # checked by PoclConfig
+            )
+        return self.schedule
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches of the whole schedule, this rank's; not for accelerate to cut again."""
+        schedule = self.planned()
+        batches = MicroBatches(schedule, self._by_index, self.args.process_index)
+        return DataLoader(
+            batches,
+            batch_sampler=Numbers(schedule),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
 
     def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The next batches of a step, and their supervised tokens in all."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = torch.tensor(sum(len(batch["packed"].labels) for batch in batches), device=device)
-        return batches, self.accelerator.gather(tokens).sum() if self.args.world_size > 1 else tokens
+        """The micro-batches of the next step, and their supervised tokens on all ranks."""
+        schedule, step = self.planned(), self.state.global_step
+        if step >= schedule.total_steps:
+            return [], None
+        place = schedule.place(step)
+        self._enter(place)
+        batches = []
+        for part in range(num_batches):
+            inputs = next(epoch_iterator)
+            if inputs["place"] != place:  # fetched ahead of a stage's early end
+                inputs = MicroBatches(schedule, self._by_index, self.args.process_index)[step, part]
+            batches.append(inputs)
+        self._step_batches = batches
+        tokens = torch.tensor(sum(len(inputs["packed"].labels) for inputs in batches), device=device)
+        self._loss_parts.begin_step()
+        return batches, self.accelerator.reduce(tokens) if self.args.world_size > 1 else tokens
+
+    def _enter(self, place: Place) -> None:
+        """Begins a stage where the step is its first, and sets the step's objective."""
+        if place.stage != self.progress.stage:
+            self._begin_stage(place.stage)
+        temperature, alpha = self.planned().setting(place)
+        self.objective = replace(self._first_objective, temperature=temperature, alpha=alpha)
+
+    def _begin_stage(self, stage: int) -> None:
+        args, before = self.args, self.progress.stage
+        if before >= 0:
+            self._flow.say_stages()
+            if self.weights_choice == "best" and (best := self.progress.best.get(before)):
+                self._load_weights(checkpoints.best_path(self.folder, before, best.step))
+            if args.fresh_optimizer:
+                self._forget_optimizer_state()
+            if args.remeasure:
+                self.planned().reorder(stage, measured_curriculum(self, self.folder / f"stage-{stage + 1}").order)
+                self.state.max_steps = self.planned().total_steps
+        if self.lr_scheduler is not None and not self.is_deepspeed_enabled:
+            self.lr_scheduler.last_epoch = self.state.global_step  # behind by steps that a GradScaler skipped
+        self.progress.begin(stage)
+
+    @property
+    def weights_choice(self) -> str:
+        """From which weights of the stage before a stage starts: "best" or "last"."""
+        if self.args.stage_weights != "auto":
+            return self.args.stage_weights
+        return "last" if self.args.eval_strategy == "no" else "best"
+
+    def _forget_optimizer_state(self) -> None:
+        optimizer: Any = self.optimizer
+        if self.is_deepspeed_enabled:
+            raise InputError("DeepSpeed keeps its optimizer's state: give fresh_optimizer=False")
+        getattr(optimizer, "optimizer", optimizer).state.clear()
+
+    def _load_weights(self, path: Path) -> None:
+        if self.is_deepspeed_enabled:
+            raise InputError('DeepSpeed keeps its own weights: give stage_weights="last"')
+        checkpoints.load_weights(self.model, path)  # type: ignore[arg-type]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate's schedule: `lr_scheduler_type` over each stage anew, or over all of them."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            factor = learning_rate_factor(self.args, self.planned())
+            self.lr_scheduler = LambdaLR(getattr(optimizer, "optimizer", optimizer), factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # -- the loss ---------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The objective over a micro-batch, divided by the tokens of the whole step."""
         batch: PackedBatch = inputs["packed"].to(self.args.device)
-        hidden = model_hidden(model, batch, packed=self.packed)
-        head = lm_head(self.accelerator.unwrap_model(model))
-        out = linear_distillation_loss(
-            hidden,
-            head.weight,
-            self.teacher.output(inputs["samples"]),
-            batch.labels,
-            self.objective,
-            student_bias=head.bias,
-            num_items=num_items_in_batch,
-            logit_scale=head.logit_scale,
-            logit_softcap=head.logit_softcap,
+        objective, teacher = self.objective, None
+        if inputs["samples"]:
+            teacher = self.teacher.output(inputs["samples"])
+        else:  # no sample was left for this rank, whose part in the gradient's exchange is zeros
+            objective = replace(objective, alpha=1.0)
+        outputs: list[LossOutput] = []
+
+        def loss(hidden: Tensor, head: LmHead) -> Tensor:
+            outputs.append(
+                linear_distillation_loss(
+                    hidden,
+                    head.weight,
+                    teacher,
+                    batch.labels,
+                    objective,
+                    student_bias=head.bias,
+                    num_items=num_items_in_batch,
+                    logit_scale=head.logit_scale,
+                    logit_softcap=head.logit_softcap,
+                )
+            )
+            return outputs[0].loss
+
+        with self.accelerator.autocast():
+            value = loss_within_forward(model, batch, loss, packed=self.packed)
+        if not self._halving.repeating:
+            self._loss_parts.add(inputs["samples"], batch, outputs[0])
+        value = value * self.args.world_size  # the engines average gradients over ranks
+        return (value, {"per_token": outputs[0].per_token}) if return_outputs else value
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch; in pieces from where it does not fit into memory."""
+        if not inputs["samples"] and self.args.world_size == 1:
+            return torch.zeros((), device=self.args.device)
+        step = super().training_step
+        number = next(i for i, batch in enumerate(self._step_batches) if batch is inputs)
+
+        def clear() -> None:
+            model.zero_grad()
+            self._loss_parts.drop(inputs["samples"])
+
+        return self._halving.run(
+            lambda piece: step(model, piece, num_items_in_batch),
+            inputs,
+            self._step_batches[:number],
+            clear,
+            ranks=self.args.world_size,
         )
-        self._tokens += batch.input_ids.numel()
-        for name, value in {"ce": out.ce, "divergence": out.divergence, **out.metrics}.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach() * out.num_tokens  # stays on the device
-        self._sums["tokens"] = self._sums.get("tokens", 0) + out.num_tokens
-        return (out.loss, {"per_token": out.per_token}) if return_outputs else out.loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
+    def check_finite(self) -> None:
+        """Called before the optimizer's step: where the loss or the gradient is not finite, the weights are not
+        touched; the step is skipped, or `InputError` raised, as `on_nonfinite` says."""
+        if np.isfinite(float(self._grad_norm)) and self._loss_parts.finite():
+            return
+        bad = self._loss_parts.nonfinite_samples()
+        named = [name for part in ranks.gather([self._name(sample) for sample in bad]) for name in part]
+        of = f" of {', '.join(named[:5])}{', ...' if len(named) > 5 else ''}" if named else ""
+        what = f"the loss{of} is not finite" if named else f"the gradient is not finite (norm {self._grad_norm})"
+        where = f"at stage {self.progress.stage + 1}, step {self.state.global_step + 1}"
+        if self.args.on_nonfinite == "stop":
+            raise InputError(
+                f"{what} {where}: look for damaged weights in the models, give a lower learning rate (now"
+                f" {self.args.learning_rate}), or on_nonfinite=skip to leave such steps out"
+            )
+        self.progress.skipped_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]  # nothing to step on
+        self._loss_parts.forget_step()
+        self._tr_loss = self._tr_loss.nan_to_num(0.0, 0.0, 0.0)
+        if self.is_world_process_zero():
+            say(f"{what} {where}: the step is skipped ({self.progress.skipped_steps} so far)")
+
+    def _name(self, sample: EncodedSample) -> str:
+        return f"sample {sample.index} (line {self.samples.samples[sample.index].line})"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training flops of a batch by the usual 6 · parameters · tokens."""
         model: Any = self.model
         return 6 * num_parameters(model) * inputs["packed"].input_ids.numel()
 
+    # -- what a person sees -----------------------------------------------------------------------------------------
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds what the kernel measured on the way to the training loss: CE, divergence, entropies, agreement,
-        tokens/s."""
-        if "loss" in logs and self._sums:
-            tokens = self._sums.pop("tokens").item()
-            logs |= {name: value.item() / max(tokens, 1) for name, value in self._sums.items()}
-            now = time.perf_counter()
-            logs |= {
-                "tokens_per_second": self._tokens / (now - self._since),
-                "tokens": self._tokens,
-                "supervised_tokens": tokens,
-            }
-            self._sums, self._tokens, self._since = {}, 0, now
+        """Adds to each record where it was made, and to the training loss what the kernel measured on the way."""
+        if self.is_in_train and self.progress.stage >= 0 and ("loss" in logs or "eval_cross_entropy" in logs):
+            logs |= {"stage": self.progress.stage, "temperature": self.objective.temperature}  # type: ignore[dict-item]
+            logs |= {"alpha": self.objective.alpha}  # type: ignore[dict-item]
+        if "loss" in logs:
+            logs |= self._loss_parts.means(self.accelerator.reduce if self.args.world_size > 1 else None)
+            logs["memory_gib"] = _memory(self.args.device) / 2**30
+            if self.progress.skipped_steps:
+                logs["skipped_steps"] = self.progress.skipped_steps
         super().log(logs, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Greedy ROUGE-L and cross-entropy of the dev set."""
-        dev = self.dev
-        model: Any = self.model
+        """Greedy ROUGE-L (percent) and cross-entropy (nats a token) on the dev set, or on another one."""
+        args = self.args
+        dev = self.dev if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
+        if dev is None:
+            raise InputError("there is nothing to evaluate on: give eval_dataset")
         start = time.perf_counter()
-        model.eval()
-        answers = answer_all(
-            model,
-            dev.encoded,
-            dev.encoder,
-            max_new_tokens=dev.generation.max_new_tokens,
-            batch_size=dev.generation.generation_batch_size,
-            temperature=0.0,
-            seed=0,
-        )
+        self.model.eval()  # type: ignore[union-attr]
+        with gathered(self.model) as model, self.accelerator.autocast():
+            answers = answer_all(
+                model,
+                dev.encoded,
+                self.encoder,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.generation_batch_size,
+                temperature=0.0,
+                seed=0,
+            )
+            cross_entropy = mean_token_cross_entropy(model, dev.encoded, packed=self.packed)
         rouge = rouge_l(answers, [list(dev.samples[sample.index].references) for sample in dev.encoded]).fmeasure
+        self.dev_answers = answers[:3]
         metrics = {
             f"{metric_key_prefix}_rouge_l": 100 * float(np.mean(rouge)),
-            f"{metric_key_prefix}_cross_entropy": mean_token_cross_entropy(model, dev.encoded, packed=self.packed),
+            f"{metric_key_prefix}_cross_entropy": cross_entropy,
             f"{metric_key_prefix}_seconds": time.perf_counter() - start,
         }
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._since += time.perf_counter() - start  # tokens/s is of training alone
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        self._loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
         return metrics
 
+    # -- training, and what a stop leaves ---------------------------------------------------------------------------
 
-def train_stages(
-    student: Any,
-    teacher: Teacher,
-    encoded: Sequence[EncodedSample],
-    curriculum: Curriculum,
-    dev: DevSet,
-    options: Training,
-    folder: Path,
-    *,
-    packed: bool,
-    precision: Precision,
-) -> None:
-    """Trains `student` (in place) through the curriculum's stages, each from the best checkpoint (dev ROUGE-L) of the
-    one before.
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains through all stages; see the class. The student holds the last stage's chosen weights afterwards."""
+        schedule = self.planned()
+        self.args.max_steps = min(self.args.max_steps, schedule.total_steps)
+        found = self._checkpoint(resume_from_checkpoint)
+        self._restore(found)
+        self.teacher.cache.reserve(self.samples.encoded)
+        with self.teacher.cache, self._signals:
+            result = super().train(None if found is None else str(found), *args, **kwargs)
+            finished = self.state.global_step >= schedule.total_steps
+            if self._signals.received:
+                raise Interrupted(self._signals.received)
+            best = self.progress.best.get(self.progress.stage)
+            if finished and best is not None and self.weights_choice == "best":
+                self._load_weights(checkpoints.best_path(self.folder, self.progress.stage, best.step))
+        return result
 
-    `folder` gets `metrics.jsonl` and `checkpoints/stage-i/`; a second call on the same folder goes on from the newest
-    checkpoint. Raises `Interrupted` after SIGINT or SIGTERM, once a checkpoint is written.
-    """
-    by_index = {sample.index: sample for sample in encoded}
-    subsets = [[by_index[int(i)] for i in curriculum.subset(stage.index)] for stage in curriculum.stages]
-    steps = [_steps(len(subset), options) * options.epochs_per_stage for subset in subsets]
-    log = MetricsLog(folder / "metrics.jsonl")
-    teacher.cache.reserve(encoded)
-    with teacher.cache, progress_bar(sum(steps), "train", "steps") as bar, _Signals() as signals:
-        for stage, subset in zip(curriculum.stages, subsets, strict=True):
-            checkpoints = folder / "checkpoints" / f"stage-{stage.index}"
-            best = checkpoints / "best"
-            if best.is_dir():
-                _load_weights(student, best)
-                bar.update(steps[stage.index])
-                continue
-            resume = _newest_checkpoint(checkpoints)
-            done = int(resume.name.split("-")[1]) if resume else 0
-            log.rewind(stage.index, done)
-            bar.update(done)
-            bar.set_postfix_str(f"stage {stage.index + 1}/{len(curriculum.stages)}")
-            trainer = PoclTrainer(
-                model=student,
-                args=_arguments(options, checkpoints, precision, stage),
-                train_dataset=subset,
-                eval_dataset=list(dev.encoded),
-                teacher=teacher,
-                objective=Objective(
-                    divergence=options.divergence,
-                    beta=options.beta,
-                    skew=options.skew,
-                    temperature=stage.temperature,
-                    alpha=stage.alpha,
-                    temperature_scaling=options.temperature_scaling,
-                ),
-                dev=dev,
-                packed=packed,
-                callbacks=[
-                    _Watch(stage, len(curriculum.stages), log, bar, signals, teacher, encoded, options.save_minutes)
-                ],
-            )
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            if signals.received:
-                raise Interrupted(signals.received)
-            _finish_stage(student, checkpoints, best)
+    def _checkpoint(self, chosen: str | bool | None) -> Path | None:
+        if not chosen:
+            return None
+        if chosen is True:
+            return ranks.from_first(lambda: checkpoints.newest_whole(self.folder, say=print))
+        if wrong := checkpoints.damage(Path(chosen)):
+            raise InputError(f"cannot go on from checkpoint {chosen}: {wrong}")
+        return Path(chosen)
 
+    def _restore(self, checkpoint: Path | None) -> None:
+        """The schedule and the progress as they were at a checkpoint, or at the start."""
+        schedule = self.planned()
+        self.progress = Progress() if checkpoint is None else Progress.read(checkpoint / STATE)
+        schedule.ended = dict(self.progress.ended)
+        for stage in range(1, self.progress.stage + 1 if self.args.remeasure else 0):
+            schedule.reorder(stage, measured_curriculum(self, self.folder / f"stage-{stage + 1}").order)
 
-def _collate(samples: list[EncodedSample]) -> dict[str, Any]:
-    return {"packed": pack(samples), "samples": samples}
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_to or super()._get_output_dir(trial)
 
-
-def _steps(samples: int, options: Training) -> int:
-    """Optimizer steps an epoch."""
-    batches = -(-samples // options.batch_size)
-    return -(-batches // options.gradient_accumulation_steps)
-
-
-def _arguments(options: Training, folder: Path, precision: Precision, stage: Stage) -> TrainingArguments:
-    on_gpu = precision.device.type == "cuda"
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        num_train_epochs=options.epochs_per_stage,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        optim="adamw_torch_fused",
-        bf16=on_gpu and precision.name == "bf16",
-        use_cpu=not on_gpu,
-        logging_strategy="steps",
-        logging_steps=5,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # transformers would log an average in a NaN's place, and train on
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_rouge_l",
-        greater_is_better=True,
-        seed=options.seed + stage.index,
-        data_seed=options.seed + stage.index,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
-
-
-def _finish_stage(student: Any, checkpoints: Path, best: Path) -> None:
-    """Keeps the stage's best weights (already loaded into `student`) and drops the optimizer states."""
-    partial = checkpoints / "best.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    student.save_pretrained(partial)
-    os.replace(partial, best)
-    for old in checkpoints.glob("checkpoint-*"):
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _load_weights(student: Any, folder: Path) -> None:
-    from safetensors.torch import load_model
-
-    load_model(student, folder / "model.safetensors", strict=False)  # a tied lm_head is stored once
-    student.tie_weights()
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole."""
-    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
-        if _is_whole(Path(newest)):
-            return Path(newest)
-        print(f"checkpoint {newest} is incomplete and is left out", flush=True)
-        shutil.rmtree(newest)
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint's files are all there and none is cut off."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the last to be written
-        for weights in checkpoint.glob("*.safetensors"):
-            safe_open(weights, framework="pt")  # compares the header with the file's length
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt"))  # a zip's directory is at its end
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM instead of dying from them, so that the step in progress ends and is saved. A second one
-    kills."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: the caller's own business
-                break
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-        tqdm.write("stopping after this step, a checkpoint is being written (again to stop at once)")
-
-
-class _Watch(TrainerCallback):
-    """Progress, metrics.jsonl, timed checkpoints, orderly stops, and the release of the teacher's body."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        num_stages: int,
-        log: MetricsLog,
-        bar: tqdm,
-        signals: _Signals,
-        teacher: Teacher,
-        all_samples: Sequence[EncodedSample],
-        save_minutes: float,
-    ) -> None:
-        self.stage, self.num_stages, self.log, self.bar = stage, num_stages, log, bar
-        self.signals, self.teacher, self.all_samples = signals, teacher, all_samples
-        self.save_seconds, self.saved = 60 * save_minutes, time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(1)
-        if self.signals.received:
-            control.should_training_stop = True
-        if self._ends_an_epoch(args, state):
-            return  # its evaluation comes first, then its checkpoint
-        if self.signals.received or time.monotonic() - self.saved > self.save_seconds:
-            control.should_log = control.should_save = True  # the log stops at a NaN, before it is saved
-        if self.signals.received:
-            args.load_best_model_at_end = False
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self.saved = time.monotonic()
-        self.teacher.cache.flush()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.teacher.release_body_if_cached(self.all_samples)
-        if not self._ends_an_epoch(args, state):  # stopped within it
-            control.should_evaluate = False
-
-    @staticmethod
-    def _ends_an_epoch(args: Any, state: Any) -> bool:
-        return state.global_step % (state.max_steps // args.num_train_epochs) == 0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "loss" not in logs and "eval_rouge_l" not in logs:
-            return
-        loss = logs["loss"] if "loss" in logs else logs["eval_cross_entropy"]
-        if not np.isfinite(loss):
-            what = "the loss" if "loss" in logs else "the dev cross-entropy"
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that is whole or not there; those before it are kept as `save_total_limit` says."""
+        partial, target = self.folder / "checkpoint.partial", self.folder / f"checkpoint-{self.state.global_step}"
+        self.teacher.cache.flush()  # so that going on from here computes in batches as before
+        writes = self.is_world_process_zero()
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving_to = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if writes:
+                self.progress.ended = dict(self.planned().ended)
+                self.progress.write(partial / target.name / STATE)
+                checkpoints.seal(partial / target.name, target)
+        except OSError as error:
             raise InputError(
-                f"{what} is {loss} at stage {self.stage.index + 1}, step {state.global_step}: look for damaged weights"
-                f" in the models, or give a lower --learning-rate (now {args.learning_rate}) with --restart"
-            )
-        place = {"stage": self.stage.index, "step": state.global_step, "epoch": state.epoch}
-        setting = {"temperature": self.stage.temperature, "alpha": self.stage.alpha}
-        self.log.write({**place, **setting, **logs})
-        where = f"stage {self.stage.index + 1}/{self.num_stages} epoch {state.epoch:.2f}"
-        if "loss" in logs:
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, ce {logs['ce']:.3f}, kd {logs['divergence']:.3f},"
-                f" {logs['tokens_per_second']:.0f} tok/s, {where}",
-                refresh=sys.stderr.isatty(),  # in a log file the bar's own rhythm, a line every 15 s, is enough
-            )
-        else:
-            tqdm.write(
-                f"{where}: temperature {self.stage.temperature:g}, alpha {self.stage.alpha:g}:"
-                f" dev ROUGE-L {logs['eval_rouge_l']:.2f}, dev cross-entropy {logs['eval_cross_entropy']:.3f}"
-            )
+                f"cannot write checkpoint {target}: {error.strerror or error}. Free some space and run the same command"
+                " again; it goes on from the checkpoint before"
+            ) from error
+        finally:
+            self._saving_to = None
+            self.state.best_model_checkpoint = None  # a place that is gone; the stages' best are ours
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            self._remove_old()
+        self.accelerator.wait_for_everyone()
+
+    def _remove_old(self) -> None:
+        best = {checkpoints.best_path(self.folder, stage, best.step) for stage, best in self.progress.best.items()}
+        checkpoints.remove_old(self.folder, self.args.save_total_limit, best)
+
+    def keep_best(self) -> None:
+        """Writes the weights as the best of the running stage."""
+        path = checkpoints.best_path(self.folder, self.progress.stage, self.state.global_step)
+        checkpoints.save_weights(self.model, path, writes=self.is_world_process_zero())  # type: ignore[arg-type]
+        if self.args.save_strategy == "no" and self.is_world_process_zero():
+            self._remove_old()
+
+    def stop_asked(self) -> bool:
+        """Whether a signal asked this or another rank to stop."""
+        if self.args.world_size > 1:
+            flag = torch.tensor([self._signals.received], device=self.args.device)
+            self._signals.received = int(self.accelerator.gather(flag).max())
+        return self._signals.received > 0
+
+    def end_step(self, place: Place) -> None:
+        """After an optimizer step: counts it; at the end of a pass lets go of the teacher's body once every sample is
+        in the cache."""
+        self._loss_parts.end_step()
+        if place.ends_epoch:
+            self.teacher.release_body_if_cached(self.samples.encoded)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes in use: the process's on a CPU, the tensors' peak on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -44,16 +44,17 @@ def test_distill_leaves_every_file_of_its_steps(finished):
         (24, 2.0, 0.0),
     ]
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"]) for r in records if "eval_rouge_l" in r] == [(0, 2), (1, 3), (2, 5), (3, 6)]
+    assert [(r["stage"], r["step"]) for r in records if "eval_rouge_l" in r] == [(0, 2), (1, 5), (2, 10), (3, 16)]
     assert [(r["stage"], r["step"]) for r in records if "loss" in r] == [
         (0, 1),
-        (1, 1),
-        (2, 1),
-        (2, 5),
-        (3, 1),
-        (3, 5),
+        (0, 2),
+        (1, 5),
+        (2, 10),
+        (3, 15),
+        (3, 16),
     ]
-    assert [p.name for p in sorted((output / "checkpoints").iterdir())] == [f"stage-{i}" for i in range(4)]
+    kept = [f"stage-{stage}-best-{step}.safetensors" for stage, step in ((1, 2), (2, 5), (3, 10), (4, 16))]
+    assert [p.name for p in sorted((output / "checkpoints").iterdir())] == kept
     assert not list(output.rglob("*.partial*"))
 
 
@@ -74,7 +75,7 @@ def test_the_student_loads_with_transformers_and_has_the_weights_of_the_last_sta
     student = AutoModelForCausalLM.from_pretrained(output / "student")
     assert student.config.num_hidden_layers == 2
     assert AutoTokenizer.from_pretrained(output / "student").chat_template
-    last = load_file(output / "checkpoints" / "stage-3" / "best" / "model.safetensors")
+    last = load_file(output / "checkpoints" / "stage-4-best-16.safetensors")
     assert all(torch.equal(student.state_dict()[name], tensor) for name, tensor in last.items())
     teacher = AutoModelForCausalLM.from_pretrained(inputs / "teacher")
     assert not torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
@@ -158,7 +159,7 @@ def test_restart_does_the_changed_steps_again_and_keeps_the_others(copied):
     assert run("distill", output, *options(inputs, learning_rate=0.01), "--restart") == 0
     assert (output / "difficulty.parquet").stat().st_mtime_ns == measured
     assert weights(output) != before
-    assert {r["step"] for r in map(json.loads, (output / "metrics.jsonl").open()) if r["stage"] == 3} == {1, 5, 6}
+    assert {r["step"] for r in map(json.loads, (output / "metrics.jsonl").open()) if r["stage"] == 3} == {15, 16}
 
 
 def test_a_restarted_training_takes_the_old_students_scores_away(copied):

@@ -141,6 +141,40 @@ def test_a_shard_damaged_after_the_release_is_one_clear_error(tmp_path):
         teacher.logits(samples()[:5])
 
 
+def test_what_is_said_live_is_what_the_cache_gives_and_leaves_nothing_behind(tmp_path):
+    teacher = Teacher(ready(tiny_model()), tmp_path / "a", cache_dtype=torch.float32)
+    live = teacher.live(samples())
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert teacher.cache.missing(samples()) == samples()
+    cached = Teacher(ready(tiny_model()), tmp_path / "b", cache_dtype=torch.float32).output(samples())
+    assert isinstance(live, LinearTeacher)
+    assert torch.equal(live.hidden, cached.hidden)
+    assert torch.equal(live.weight, cached.weight)
+
+
+def test_the_k_best_are_said_live_too(tmp_path):
+    teacher = Teacher(ready(tiny_model()), tmp_path, cache_mode="topk", top_k=5)
+    live, cached = teacher.live(samples()), teacher.output(samples())
+    assert isinstance(live, TopKTeacher)
+    assert torch.equal(live.log_probs, cached.log_probs)
+    assert torch.equal(live.indices, cached.indices)
+
+
+def test_a_body_that_is_kept_answers_after_every_sample_is_cached(tmp_path):
+    teacher = Teacher(ready(tiny_model()), tmp_path, keep_body=True)
+    teacher.fill(samples())
+    assert not teacher.release_body_if_cached(samples())
+    assert teacher.live(samples(7)[6:]).hidden.shape == (9, 32)
+
+
+def test_a_body_that_was_released_says_how_to_keep_it(tmp_path):
+    teacher = Teacher(ready(tiny_model()), tmp_path)
+    teacher.fill(samples())
+    assert teacher.release_body_if_cached(samples())
+    with pytest.raises(RuntimeError, match=r"released, as all training samples are in its cache: .* keep_body=True"):
+        teacher.live(samples())
+
+
 @pytest.mark.parametrize("change", ["seed", "configuration", "buffer"])
 def test_another_teacher_finds_nothing_in_the_cache(tmp_path, change):
     Teacher(ready(tiny_model()), tmp_path).fill(samples())

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from tiny import arithmetic, tiny_model, tiny_tokenizer, write_jsonl
 
-from pocl_fast.config import Generation, Training
 from pocl_fast.curriculum import Curriculum, baby_steps
-from pocl_fast.models import Precision
 from pocl_fast.packing import enable_packing
-from pocl_fast.samples import EncodedSample, SampleEncoder, encode_all, read_samples
+from pocl_fast.samples import EncodedSample, SampleEncoder, SampleSet, encode_all, read_samples
+from pocl_fast.stages import MetricsFile
 from pocl_fast.teacher import Teacher
-from pocl_fast.trainer import DevSet, PoclTrainer, train_stages
+from pocl_fast.trainer import PoclTrainer
+from pocl_fast.training_arguments import PoclConfig
 
 LIMITS: dict[str, Any] = {"max_length": 96, "max_prompt_length": 80, "long_prompts": "error", "name": "tiny"}
 
@@ -42,27 +42,41 @@ def curriculum_of(count: int, **settings: Any) -> Curriculum:
     return baby_steps(np.arange(count), np.zeros(count), **settings)
 
 
-def train(
-    folder: Path, *, curriculum: Curriculum, student: Any = None, teacher: Teacher | None = None, **options: Any
-) -> Any:
-    """The student after `train_stages` on as many samples as the curriculum has; 4 dev samples."""
+def trainer_of(
+    folder: Path,
+    *,
+    curriculum: Curriculum | None = None,
+    count: int | None = None,
+    student: Any = None,
+    teacher: Any = None,
+    dev: bool = True,
+    **options: Any,
+) -> PoclTrainer:
+    """A trainer on as many samples as the curriculum has, or `count`; 4 dev samples."""
     folder.mkdir(exist_ok=True)
-    _, encoded = encoded_samples(folder, len(curriculum.order))
-    dev_samples, dev_encoded = encoded_samples(folder, 4, start=200)
-    dev = DevSet(dev_samples, dev_encoded, SampleEncoder(tiny_tokenizer()), Generation(max_new_tokens=2))
-    student = student or student_model()
-    train_stages(
-        student,
+    train_set = SampleSet(*encoded_samples(folder, count or len(curriculum.order)))
+    kept = {name: options.pop(name) for name in ("peft_config", "callbacks") if name in options}
+    settings = {
+        "per_device_train_batch_size": 4, "epochs_per_stage": 1, "max_new_tokens": 2, "precision": "fp32",
+        "use_cpu": True, "max_length": 96, "max_prompt_length": 80,
+    }  # fmt: skip
+    return PoclTrainer(
+        student or student_model(),
         teacher or Teacher(teacher_model(), folder / "teacher_cache", cache_dtype=torch.float32),
-        encoded,
-        curriculum,
-        dev,
-        Training(**({"batch_size": 4, "epochs_per_stage": 1} | options)),
-        folder,
-        packed=True,
-        precision=Precision("fp32", torch.device("cpu")),
+        PoclConfig(output_dir=str(folder), **(settings | options)),
+        train_set,
+        SampleSet(*encoded_samples(folder, 4, start=200)) if dev else None,
+        tiny_tokenizer(),
+        curriculum=curriculum,
+        **({"callbacks": [MetricsFile(folder / "metrics.jsonl")]} | kept),
     )
-    return student
+
+
+def train(folder: Path, **options: Any) -> Any:
+    """The student after such a training, which goes on where an earlier one in the folder stopped."""
+    trainer = trainer_of(folder, **options)
+    trainer.train(resume_from_checkpoint=True)
+    return trainer.model
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:

@@ -1,0 +1,185 @@
+"""What a `PoclTrainer` is made from, out of what a user gives: models by name, records, and a measured difficulty."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from pocl_fast import models, ranks
+from pocl_fast.config import Generation
+from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
+from pocl_fast.difficulty import LoadedModel, measure, rows_of
+from pocl_fast.errors import InputError
+from pocl_fast.files import write_text
+from pocl_fast.frozen import freeze_linears
+from pocl_fast.gathered import gathered
+from pocl_fast.heads import causal_lm
+from pocl_fast.packing import enable_packing
+from pocl_fast.ranking import read_scores
+from pocl_fast.samples import SampleEncoder, SampleSet, encode_all, read_samples, samples_from
+from pocl_fast.schedule import Schedule
+from pocl_fast.signals import chosen_signals, teacher_columns
+from pocl_fast.student import as_trainable
+from pocl_fast.teacher import Teacher
+from pocl_fast.teacher_shards import HIDDEN_DTYPES
+from pocl_fast.training_arguments import PoclConfig
+
+if TYPE_CHECKING:
+    from pocl_fast.trainer import PoclTrainer
+
+
+def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -> tuple[Any, Any]:
+    """The student to train, and its tokenizer; fp32 where it is given by name."""
+    if isinstance(model, str):
+        tokenizer = tokenizer or models.load_tokenizer(model)
+        model = as_trainable(models.load_model(model, device=args.device))
+    if tokenizer is None:
+        raise InputError("processing_class is missing: give the student's tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if peft_config is not None:
+        try:
+            from peft import get_peft_model
+        except ImportError as error:
+            raise InputError('peft_config needs peft: pip install "pocl-fast[peft]"') from error
+        model = get_peft_model(model, peft_config)
+    return model, tokenizer
+
+
+def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: models.Precision) -> Teacher:
+    """The teacher with its cache in the output folder."""
+    if isinstance(teacher, Teacher):
+        return teacher
+    if teacher is None:
+        raise InputError("teacher is missing: give a model, its name, or a Teacher")
+    if isinstance(teacher, str):
+        models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher))
+        on_gpu = precision.device.type == "cuda" and precision.name == "bf16"
+        teacher = models.load_model(
+            teacher,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            device=args.device,
+            quantization=args.teacher_quantization,  # type: ignore[arg-type]  # checked by PoclConfig
+        )
+    enable_packing(teacher)
+    freeze_linears(teacher.get_decoder(), precision.frozen_dtype)  # the lm_head's products stay fp32
+    with precision.autocast():
+        return Teacher(
+            teacher,
+            Path(str(args.output_dir)) / "teacher_cache",
+            cache_dtype=HIDDEN_DTYPES[args.cache_dtype],
+            cache_mode=args.cache_mode,  # type: ignore[arg-type]
+            top_k=args.cache_top_k,
+            precision=precision.name,
+        )
+
+
+def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -> SampleSet:
+    """Samples as tokens, from a path, records or samples."""
+    if isinstance(data, SampleSet):
+        return data
+    if isinstance(data, (str, Path)):
+        samples, name = read_samples(data), str(data)
+    elif hasattr(data, "__iter__"):
+        samples = samples_from(data, name)
+    else:
+        raise InputError(f"{name} must be a path, records or a SampleSet, got {type(data).__name__}")
+    encoded, report = encode_all(
+        samples,
+        encoder,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        long_prompts=args.long_prompts,  # type: ignore[arg-type]
+        name=name,
+    )
+    if ranks.is_first():
+        print(report.describe(name))
+    return SampleSet(samples, encoded)
+
+
+def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | None = None) -> Curriculum:
+    """The curriculum by the difficulty of the samples for the student as it is; measured once, and kept in `folder`.
+
+    `made_from` identifies what it is measured on; None trusts what is there. Raises `InputError` where the folder holds
+    that of something else.
+    """
+    args, samples = trainer.args, trainer.samples
+    known, key = folder / "curriculum.json", folder / "measured_from.txt"
+    if made_from is not None and ranks.from_first(lambda: key.is_file() and key.read_text() != made_from):
+        raise InputError(
+            f"{folder} holds the difficulty of other samples or of another student: give another output_dir, or delete"
+            " that folder"
+        )
+    if known.is_file():
+        return Curriculum.load(known)
+    if args.curriculum == "none":
+        index = np.array([sample.index for sample in samples.encoded])
+        return stages_over(index, np.zeros(len(index)), args)
+    if teacher_columns(args.signals):
+        raise InputError("signals that need the teacher are measured by `pocl-fast measure`: give its curriculum")
+    if made_from is not None and ranks.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(key, made_from)
+    was_training = trainer.model.training  # type: ignore[union-attr]
+    trainer.model.eval()  # type: ignore[union-attr]
+    table = folder / "difficulty.parquet"
+    with gathered(trainer.model) as student, trainer.accelerator.autocast():
+        measure(
+            LoadedModel(student, trainer.packed),
+            rows_of(samples.samples, samples.encoded),
+            len(samples.encoded),
+            trainer.encoder,
+            table,
+            generation=Generation(args.max_new_tokens, args.generation_batch_size),
+        )
+    trainer.model.train(was_training)  # type: ignore[union-attr]
+    curriculum = make_curriculum(read_scores(table, chosen_signals(args.signals)), args)
+    if ranks.is_first():
+        curriculum.save(known)
+    ranks.barrier()
+    return curriculum
+
+
+def measured_from(trainer: PoclTrainer) -> str:
+    """Identifies what a student's difficulty is measured on: its weights, the samples and the settings."""
+    args = trainer.args
+    settings = (args.signals, args.stages, args.rrf_k, args.temperature, args.alpha, args.max_new_tokens)
+    digest = hashlib.sha256(repr(settings).encode())
+    digest.update(models.weights_fingerprint(causal_lm(trainer.model)).encode())
+    for sample in trainer.samples.encoded:
+        digest.update(sample.fingerprint)
+    return digest.hexdigest()
+
+
+def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int], float]:
+    """The learning rate's factor by step: `lr_scheduler_type` over each stage anew, or over all of them.
+
+    Raises `InputError` for a type that does not follow from the step alone.
+    """
+
+    def over(steps: int) -> Callable[[int], float]:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        warmup, special = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, special)  # type: ignore[arg-type]
+        if not isinstance(scheduler, LambdaLR):
+            raise InputError(f"lr_scheduler_type {args.lr_scheduler_type} depends on more than the step: take another")
+        factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+        return factor
+
+    def factor(step: int) -> float:
+        if step >= schedule.total_steps:
+            return 0.0
+        if not args.fresh_learning_rate:
+            return over(schedule.planned_total)(step)
+        place = schedule.place(step)
+        return over(place.stage_steps)(place.step_in_stage)
+
+    over(1)
+    return factor
