@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from pocl_fast import models, ranks
+from pocl_fast.config import Generation
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
-from pocl_fast.difficulty import measure
+from pocl_fast.difficulty import LoadedModel, measure, rows_of
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_text
 from pocl_fast.frozen import freeze_linears
@@ -131,14 +132,12 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
     table = folder / "difficulty.parquet"
     with gathered(trainer.model) as student, trainer.accelerator.autocast():
         measure(
-            student,
-            samples.samples,
-            samples.encoded,
+            LoadedModel(student, trainer.packed),
+            rows_of(samples.samples, samples.encoded),
+            len(samples.encoded),
             trainer.encoder,
             table,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.generation_batch_size,
-            packed=trainer.packed,
+            generation=Generation(args.max_new_tokens, args.generation_batch_size),
         )
     trainer.model.train(was_training)  # type: ignore[union-attr]
     curriculum = make_curriculum(read_scores(table, chosen_signals(args.signals)), args)
