@@ -27,6 +27,7 @@ from pocl_fast.difficulty import LoadedModel, measure, measure_teacher, rows_of
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.frozen import freeze_linears
+from pocl_fast.gathered import gathered
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_holds
 from pocl_fast.ranking import read_scores
@@ -176,15 +177,18 @@ class Run:
                 callbacks=[MetricsFile(self.path / "metrics.jsonl")],
             )
             trainer.train(resume_from_checkpoint=True)
-            self._save_student(student)
-            steps = [m for m in read_metrics(self.path / "metrics.jsonl") if "loss" in m]
-            tokens = sum(m["tokens"] for m in steps)
-            facts |= {
-                "tokens": tokens,
-                "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in steps),
-            }
-        for checkpoint in checkpoints(self.path / "checkpoints"):  # only for going on; the stages' best weights stay
-            shutil.rmtree(checkpoint)
+            with gathered(trainer.model) as whole:
+                ranks.from_first(lambda: self._save_student(whole))
+            facts |= self._speed()
+        if ranks.is_first():
+            for checkpoint in checkpoints(self.path / "checkpoints"):  # only for going on; the best weights stay
+                shutil.rmtree(checkpoint)
+
+    def _speed(self) -> dict[str, float]:
+        steps = [m for m in read_metrics(self.path / "metrics.jsonl") if "tokens" in m]
+        tokens = sum(m["tokens"] for m in steps)
+        seconds = sum(m["tokens"] / m["tokens_per_second"] for m in steps)
+        return {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
 
     def cache(self) -> None:
         """Computes what the teacher's cache lacks of the training samples."""

@@ -104,6 +104,7 @@ class PoclConfig(TrainingArguments):
     greater_is_better: bool | None = True
     remove_unused_columns: bool = False
     report_to: Any = "none"
+    ddp_find_unused_parameters: bool | None = False  # none are, and looking for them takes time
 
     def __post_init__(self) -> None:
         super().__post_init__()
