@@ -153,8 +153,6 @@ class Rollouts:
         return "student" if chance < fresh or len(self._buffer) < policy.replay_capacity else "replay"
 
     def _answer(self, samples: Sequence[EncodedSample], step: int) -> list[EncodedSample]:
-        if not samples:  # of this rank
-            return []
         start = time.perf_counter()
         seed = _key(self._seed, step, "answers")
         answers = self._generate([s.prompt_ids for s in samples], [s.index for s in samples], seed)

@@ -65,7 +65,7 @@ def _generate(
     bar = progress_bar(len(keys), "teacher's answers", "prompts") if ranks.is_first() else tqdm(disable=True)
     path = folder / f"answers-{ranks.rank()}.jsonl"
     with bar:
-        for batch in generation_batches([prompts[key] for key in keys], answerer.batch_size):
+        for batch in generation_batches([prompts[key] for key in keys], batch_size=answerer.batch_size):
             asked = [keys[i] for i in batch]
             streams = [int(key[:15], 16) for key in asked]  # of the prompt alone, wherever its sample stands
             answers = answerer([prompts[key] for key in asked], streams, seed)
