@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pocl_fast.errors import InputError
+from pocl_fast.placement import Placement, resident
 from pocl_fast.projection import fp32_products, set_fp32_products
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -92,12 +93,13 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantization: Quantization = "none",
+    placement: Placement | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The causal language model behind `source`, in `dtype` on `device`, in evaluation mode.
 
-    `quantization` "8bit" (LLM.int8) or "4bit" (NF4) is bitsandbytes', on CPU and CUDA. Only safetensors and GGUF are
-    read.
+    `quantization` "8bit" (LLM.int8) or "4bit" (NF4) is bitsandbytes', on CPU and CUDA. `placement` says where each part
+    lies, instead of `device`. Only safetensors and GGUF are read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -105,25 +107,25 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     if quantization != "none":
         _require_bitsandbytes(quantization)
+        placement = placement or Placement({"": str(device)})
+    if placement is not None:
+        kwargs |= placement.arguments()
     with _readable_errors(source, "model"):
         if where.gguf_file:
             model = _load_gguf(where, dtype)
             if quantization == "none":
-                return model.to(device).eval()
+                return (model.to(device) if placement is None else placement.dispatch(model)).eval()
             # bitsandbytes quantises while it reads safetensors, so the GGUF weights pass through such a file once
             with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
                 model.save_pretrained(folder)
                 del model
-                return AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    quantization_config=_bitsandbytes(quantization, dtype),
-                    device_map={"": str(device)},
-                    **kwargs,
-                ).eval()
+                config = _bitsandbytes(quantization, dtype)
+                return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **kwargs).eval()
         if quantization != "none":
-            kwargs |= {"quantization_config": _bitsandbytes(quantization, dtype), "device_map": {"": str(device)}}
-            return AutoModelForCausalLM.from_pretrained(where.path, **kwargs).eval()
+            kwargs["quantization_config"] = _bitsandbytes(quantization, dtype)
         model = AutoModelForCausalLM.from_pretrained(where.path, **kwargs)
+        if placement is not None:
+            return model.eval()
         return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method without its type
 
 
@@ -153,11 +155,18 @@ def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of what else its state holds (the
     scales of a quantised one): equal exactly where the weights are."""
     digest = hashlib.sha256()
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())  # a tied one once
+    tied = getattr(model, "all_tied_weights_keys", {})  # offloaded, one appears under both names
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter
+        for name, parameter in model.named_parameters()  # a tied one once
+        if not (parameter.is_meta and name in tied)
+    }
     untied = dict(model.named_parameters(remove_duplicate=False))
     tensors |= {name: value for name, value in model.state_dict().items() if name not in untied}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            tensor = resident(model, name, "cpu")
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
