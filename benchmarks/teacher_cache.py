@@ -30,10 +30,10 @@ import torch
 from pocl_fast import models
 from pocl_fast.demo import bundled_data
 from pocl_fast.frozen import freeze_linears
-from pocl_fast.heads import lm_head
+from pocl_fast.heads import LmHead, lm_head, loss_within_forward
 from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.objectives import Objective
-from pocl_fast.packing import enable_packing, model_hidden, pack, supervised_hidden
+from pocl_fast.packing import enable_packing, pack, supervised_hidden
 from pocl_fast.samples import EncodedSample, SampleEncoder, encode_all, read_samples
 from pocl_fast.student import as_trainable, cut_layers
 from pocl_fast.teacher import Teacher, rounding_loss
@@ -125,10 +125,13 @@ def step(
     optimizer: torch.optim.Optimizer,
     samples: list[EncodedSample],
 ) -> float:
-    head = lm_head(student)
-    batch = pack(samples).to(head.weight.device)
-    hidden = model_hidden(student, batch, packed=True)
-    loss = linear_distillation_loss(hidden, head.weight, teacher(samples), batch.labels, Objective("forward_kl")).loss
+    batch = pack(samples).to(next(student.parameters()).device)
+    objective, said = Objective("forward_kl"), teacher(samples)
+
+    def loss_of(hidden: torch.Tensor, head: LmHead) -> torch.Tensor:
+        return linear_distillation_loss(hidden, head.weight, said, batch.labels, objective).loss
+
+    loss = loss_within_forward(student, batch, loss_of, packed=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     optimizer.step()

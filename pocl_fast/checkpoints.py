@@ -75,6 +75,29 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
+def best_path(folder: Path, stage: int, step: int) -> Path:
+    """Where the weights of a stage's best evaluation are, after so many steps."""
+    return folder / f"stage-{stage + 1}-best-{step}.safetensors"
+
+
+def remove_old(folder: Path, limit: int | None, best: set[Path]) -> None:
+    """Deletes checkpoints but for the newest `limit`, and best weights but for these."""
+    if limit:
+        for old in checkpoints(folder)[:-limit]:
+            shutil.rmtree(old, ignore_errors=True)
+    for path in set(folder.glob("stage-*-best-*.safetensors")) - best:
+        path.unlink(missing_ok=True)
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """What was wrong with the disk, where that is what an error of a library's writing means."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) and "I/O error" in str(error):
+        return str(error)
+    return "torch could not write a file" if "inline_container" in str(error) else None  # torch.save
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
 
@@ -87,12 +110,12 @@ def _entry(path: Path) -> list[Any]:
         return [file.tell(), digest.hexdigest()]
 
 
-# -- the weights alone --------------------------------------------------------------------------------------------------
+# -- the weights alone -------------------------------------------------------------------------------------------------
 
 
 def save_weights(model: nn.Module, path: Path, *, writes: bool = True) -> None:
-    """Writes the weights that are trained, tied ones once, as safetensors. With sharded weights (FSDP) every rank calls,
-    and one `writes`."""
+    """Writes the weights that are trained, tied ones once, as safetensors. With sharded weights (FSDP) every rank
+    calls, and one `writes`."""
     weights = {name: _whole(p) for name, p in model.named_parameters() if p.requires_grad}
     if not writes:
         return

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,7 +26,7 @@ from pocl_fast.config import (
     read_yaml,
     recorded_config,
 )
-from pocl_fast.errors import InputError, Interrupted
+from pocl_fast.errors import InputError, Interrupted, OtherRankFailed
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Distill(Step):
 
 @dataclass(frozen=True)
 class Measure(Step):
-    """Measure how hard each training sample is for the student -> difficulty.parquet."""
+    """Measure how hard each training sample is for the student -> difficulty.parquet; also under torchrun."""
 
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)
@@ -122,10 +123,12 @@ class Demo(Output):
 
 
 def _distill(run: Any) -> None:
+    from pocl_fast.ranks import is_first
     from pocl_fast.report import summary_table
 
     run.distill()
-    print("\n" + summary_table(run.path))
+    if is_first():
+        print("\n" + summary_table(run.path))
 
 
 def _evaluate(run: Any) -> None:
@@ -165,11 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
-        print(f"pocl-fast {arguments[0]}: {error}", file=sys.stderr)
+        _complain(f"pocl-fast {arguments[0]}: {error}")
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGINT
+    except OtherRankFailed as error:
+        _complain(f"pocl-fast {arguments[0]}: {error}")
+        return 1
     except Interrupted as stop:
         print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
         return 128 + stop.signal_number
@@ -184,13 +190,17 @@ def _run(name: str, arguments: list[str]) -> None:
     if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     _quiet_libraries()
+    from pocl_fast import ranks
     from pocl_fast.run import open_run
 
+    joined = ranks.start()
     if name == "demo":
         from pocl_fast.demo import demo_options
 
         options = demo_options()
     work(open_run(given.output, options, restart=getattr(given, "restart", False)))
+    if joined:
+        ranks.stop()
 
 
 def _parse(name: str, command: type[Output], arguments: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -242,8 +252,19 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def _complain(message: str) -> None:
+    """Says why this process ends. What every rank of torchrun finds wrong, the first says: a rank that ends has the
+    others ended."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(2)
+        message += f" (rank {rank})"
+    print(message, file=sys.stderr, flush=True)
+
+
 def _terminate(number: int, _: Any) -> None:
-    print("\nstopped; the same command goes on from here", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
     raise SystemExit(128 + number)
 
 

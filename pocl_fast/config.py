@@ -63,7 +63,13 @@ class Generation:
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
     generation_batch_size: PositiveInt = 64
-    """Prompts that are answered at once."""
+    """Most prompts that are answered at once."""
+    generation_batch_tokens: PositiveInt = 32_768
+    """Most tokens of prompts and answers whose keys and values are in memory at once: of long prompts fewer are
+    answered at once."""
+    generation_engine: Literal["auto", "torch", "vllm"] = "auto"
+    """What answers when difficulty is measured and in the final evaluation: "auto" is vLLM where it is installed (the
+    extra vllm) and there is a CUDA GPU, else torch."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,10 @@ class Difficulty:
     signals: str = "rouge_l,cross_entropy"
     """What samples are ranked by, a fused ranking of all: rouge_l, cross_entropy, answer_length,
     teacher_cross_entropy, cross_entropy_gap, mean_kl, or package.module:function; NAME=2 weighs double."""
+    measure_temperature: NonNegativeFloat = 0.0
+    """Of the student's answers: 0 is greedy; above it they are sampled, each with random numbers of its own."""
+    measure_seed: Seed = 0
+    """Of these random numbers: another seed gives other answers."""
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,37 @@
 """The Difficulty Measurer: how hard each training sample is for this student (arXiv 2506.05695, section 3.1).
 
-For each sample: the student's own greedy answer, its ROUGE-L against the reference, and the cross-entropy of the
-reference; where a teacher is given, the teacher's cross-entropy and how far the student is from it. Written part by
-part, so that an interrupted measurement goes on where it stopped.
+For each sample: the student's own answer, its ROUGE-L against the reference, and the cross-entropy of the reference;
+and, in a table of their own, the teacher's cross-entropy and how far the student is from it. Both are written part by
+part by all ranks, so that an interrupted measurement goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from pocl_fast.config import Generation
 from pocl_fast.frozen import frozen_linears
-from pocl_fast.generation import generate, generation_batches
+from pocl_fast.generation import answering_work, generate, generation_batches
 from pocl_fast.heads import LmHead, lm_head
 from pocl_fast.losses import distillation_loss
 from pocl_fast.objectives import Objective
 from pocl_fast.packing import PackedBatch, pack, supervised_hidden, token_budget_batches
-from pocl_fast.progress import progress_bar
+from pocl_fast.parts import Job, make_table, pieces_of
+from pocl_fast.progress import shared_progress
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
 from pocl_fast.signals import TEACHER_COLUMNS
+from pocl_fast.vllm_engine import VllmEngine
 
+Row: TypeAlias = tuple[Sample, EncodedSample]
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
@@ -42,6 +43,9 @@ SCHEMA = pa.schema(
         ("answer", pa.string()),
     ]
 )
+TEACHER_SCHEMA = pa.schema([("index", pa.int64()), *((name, pa.float64()) for name in TEACHER_COLUMNS)])
+ENGINE_ROWS = 1024  # prompts that vLLM gets at once, which makes batches of its own
+TEACHER_TOKENS = 16_384  # of the samples whose teacher columns become one part
 TOKENS_A_BATCH = 4096  # of the packed cross-entropy pass
 ROWS_OF_LOGITS = 256  # at a time
 
@@ -113,77 +117,101 @@ def _compared(
     ).per_token
 
 
+def rows_of(samples: Sequence[Sample], encoded: Sequence[EncodedSample]) -> Iterator[Sequence[Row]]:
+    """The encoded samples with those of the file that they are of, in pieces."""
+    return pieces_of([(samples[one.index], one) for one in encoded])
+
+
 def measure(
-    model: Any,
-    samples: Sequence[Sample],
-    encoded: Sequence[EncodedSample],
+    student: LoadedModel,
+    pieces: Iterable[Sequence[Row]],
+    count: int,
     encoder: SampleEncoder,
     output: Path,
     *,
-    max_new_tokens: int,
-    batch_size: int,
-    packed: bool,
-    teacher: LoadedModel | None = None,
-) -> pa.Table:
-    """Measures every encoded sample and writes `output` (Parquet, the columns of `SCHEMA` and with a teacher those of
-    `TEACHER_COLUMNS`), in file order.
+    generation: Generation,
+    temperature: float = 0.0,
+    seed: int = 0,
+    engine: VllmEngine | None = None,
+) -> None:
+    """Measures the student on `count` samples and writes `output` (Parquet, the columns of `SCHEMA`), in file order.
 
-    `samples` are those of the file, `encoded` the ones that fit. Parts that an earlier, interrupted call has written
-    beside `output` are kept; the caller makes sure that they are of the same model, data and options.
+    Answers are greedy at `temperature` 0, else sampled with random numbers of `seed` and the sample's index; by
+    `engine`, or without one by torch. `pieces`, ranks and interruptions are as in `make_table`.
     """
-    parts = output.with_suffix(".parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    batches = generation_batches([sample.prompt_ids for sample in encoded], batch_size)
-    frozen_teacher = frozen_linears(teacher.model) if teacher else contextlib.nullcontext()
-    with frozen_linears(model), frozen_teacher, progress_bar(len(encoded), "measure", "samples") as bar:
-        for number, batch in enumerate(batches):
-            part = parts / f"{number:06d}.parquet"
-            if not part.exists():
-                rows = [encoded[i] for i in batch]
-                _write(_measure_batch(model, samples, rows, encoder, max_new_tokens, packed, teacher), part)
-            bar.update(len(batch))
-    table = pa.concat_tables([pq.read_table(parts / f"{n:06d}.parquet") for n in range(len(batches))]).sort_by("index")
-    _write(table, output)
-    shutil.rmtree(parts)
-    return table
+    limits: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens}
+    sampling: dict[str, Any] = {"temperature": temperature, "seed": seed}
+
+    def plan(piece: Sequence[Row]) -> list[Job[Row]]:
+        prompts = [one.prompt_ids for _, one in piece]
+        if engine:
+            batches = [
+                list(range(len(piece)))[start : start + ENGINE_ROWS] for start in range(0, len(piece), ENGINE_ROWS)
+            ]
+        else:
+            sizes = {"batch_size": generation.generation_batch_size, "batch_tokens": generation.generation_batch_tokens}
+            batches = generation_batches(prompts, **limits, **sizes)
+        return [
+            Job([piece[i] for i in batch], answering_work(prompts, batch, generation.max_new_tokens))
+            for batch in batches
+        ]
+
+    def work(rows: Sequence[Row]) -> pa.Table:
+        prompts, indices = [one.prompt_ids for _, one in rows], [one.index for _, one in rows]
+        if engine:
+            answers = engine.generate(prompts, sample_ids=indices, end_ids=encoder.end_ids, **limits, **sampling)
+        else:
+            answers = generate(
+                student.model,
+                prompts,
+                sample_ids=indices,
+                end_ids=encoder.end_ids,
+                pad_id=encoder.tokenizer.pad_token_id,
+                batch_size=len(rows),
+                **limits,
+                **sampling,
+            )
+        return _measured(student, rows, answers, encoder)
+
+    with frozen_linears(student.model), shared_progress(count, "measure", "samples") as progress:
+        make_table(pieces, plan, work, output, progress)
 
 
-def _measure_batch(
-    model: Any,
-    samples: Sequence[Sample],
-    encoded: Sequence[EncodedSample],
-    encoder: SampleEncoder,
-    max_new_tokens: int,
-    packed: bool,
-    teacher: LoadedModel | None,
-) -> pa.Table:
-    answers = generate(
-        model,
-        [sample.prompt_ids for sample in encoded],
-        max_new_tokens=max_new_tokens,
-        end_ids=encoder.end_ids,
-        pad_id=encoder.tokenizer.pad_token_id,
-        batch_size=len(encoded),
-    )
+def measure_teacher(
+    student: LoadedModel, teacher: LoadedModel, pieces: Iterable[Sequence[Row]], count: int, output: Path
+) -> None:
+    """Writes what the teacher says of each sample's response, and how far the student is from it (Parquet, the columns
+    of `TEACHER_SCHEMA`), in file order; `pieces`, ranks and interruptions are as in `make_table`."""
+
+    def plan(piece: Sequence[Row]) -> list[Job[Row]]:
+        lengths = [len(one) for _, one in piece]
+        batches = token_budget_batches(lengths, max_tokens=TEACHER_TOKENS)
+        return [Job([piece[i] for i in batch], float(sum(lengths[i] for i in batch))) for batch in batches]
+
+    def work(rows: Sequence[Row]) -> pa.Table:
+        encoded = [one for _, one in rows]
+        scores = response_scores(student, encoded, teacher)
+        columns = {"index": [one.index for one in encoded], **{name: scores[name] for name in TEACHER_COLUMNS}}
+        return pa.table(columns, schema=TEACHER_SCHEMA)
+
+    with (
+        frozen_linears(student.model),
+        frozen_linears(teacher.model),
+        shared_progress(count, "measure the teacher", "samples") as progress,
+    ):
+        make_table(pieces, plan, work, output, progress)
+
+
+def _measured(student: LoadedModel, rows: Sequence[Row], answers: list[list[int]], encoder: SampleEncoder) -> pa.Table:
     texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    scores = rouge_l(texts, [list(samples[sample.index].references) for sample in encoded])
-    of_responses = response_scores(LoadedModel(model, packed), encoded, teacher)
+    encoded = [one for _, one in rows]
     columns = {
-        "index": [sample.index for sample in encoded],
-        "rouge_l": scores.fmeasure,
-        "answer_length": [len(sample.response_ids) for sample in encoded],
-        "prompt": [samples[sample.index].messages[-1]["content"] for sample in encoded],
-        "reference": [samples[sample.index].references[0] for sample in encoded],
+        "index": [one.index for one in encoded],
+        "rouge_l": rouge_l(texts, [list(sample.references) for sample, _ in rows]).fmeasure,
+        "cross_entropy": response_scores(student, encoded)["cross_entropy"],
+        "answer_length": [len(one.response_ids) for one in encoded],
+        "prompt": [sample.messages[-1]["content"] for sample, _ in rows],
+        "reference": [sample.references[0] for sample, _ in rows],
         "answer": texts,
-        **of_responses,
     }
-    schema = SCHEMA
-    for name in of_responses:
-        schema = schema if name in schema.names else schema.append(pa.field(name, pa.float64()))
-    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    return pa.table(columns, schema=SCHEMA)

@@ -1,4 +1,5 @@
-"""The exceptions that mean "the input is wrong" and "I was asked to stop", as opposed to "the program is wrong"."""
+"""The exceptions that mean "the input is wrong", "I was asked to stop" and "another process failed", as opposed to "the
+program is wrong"."""
 
 from __future__ import annotations
 
@@ -20,3 +21,7 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.signal_number).name}"
+
+
+class OtherRankFailed(RuntimeError):
+    """This rank of torchrun cannot go on because another one failed or ended, which says itself why."""

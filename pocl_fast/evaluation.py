@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from pocl_fast import ranks
 from pocl_fast.difficulty import cross_entropy
-from pocl_fast.generation import generate
-from pocl_fast.progress import progress_bar
+from pocl_fast.generation import Progress, generate
+from pocl_fast.progress import shared_progress
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
+from pocl_fast.vllm_engine import VllmEngine
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -45,21 +47,35 @@ def answer_all(
     batch_size: int,
     temperature: float,
     seed: int,
-    progress: Any = None,
+    batch_tokens: int | None = None,
+    engine: VllmEngine | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
-    """The model's answer to each sample's prompt, as text."""
-    answers = generate(
-        model,
-        [sample.prompt_ids for sample in encoded],
-        max_new_tokens=max_new_tokens,
-        end_ids=encoder.end_ids,
-        pad_id=encoder.tokenizer.pad_token_id,
-        temperature=temperature,
-        seed=seed,
-        sample_ids=[sample.index for sample in encoded],
-        batch_size=batch_size,
-        progress=progress,
-    )
+    """The model's answer to each sample's prompt, as text; by `engine` where one is given. Every rank must call,
+    answers its share, and has all answers at the end."""
+    prompts, indices = [sample.prompt_ids for sample in encoded], [sample.index for sample in encoded]
+    common: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "end_ids": encoder.end_ids,
+        "temperature": temperature,
+        "seed": seed,
+        "sample_ids": indices,
+    }
+    if engine:
+        answers = engine.generate(prompts, **common)
+        if progress:
+            progress(len(prompts))
+    else:
+        answers = generate(
+            model,
+            prompts,
+            pad_id=encoder.tokenizer.pad_token_id,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            shared=True,
+            progress=progress,
+            **common,
+        )
     return [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
@@ -73,14 +89,17 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int,
     packed: bool,
+    batch_tokens: int | None = None,
+    engine: VllmEngine | None = None,
     name: str = "evaluate",
 ) -> tuple[Scores, list[str]]:
-    """Scores of `model`, and its answers under the first seed; `samples` are the file's, `encoded` those that fit."""
+    """Scores of `model`, and its answers under the first seed; `samples` are the file's, `encoded` those that fit.
+    Every rank must call, works on its share, and has the same result."""
     references = [list(samples[sample.index].references) for sample in encoded]
     rouge: list[float] = []
     exact: list[float] = []
     first_answers: list[str] = []
-    with progress_bar(len(seeds) * len(encoded), name, "answers") as bar:
+    with shared_progress(len(seeds) * len(encoded), name, "answers") as progress:
         for seed in seeds:
             answers = answer_all(
                 model,
@@ -90,7 +109,9 @@ def evaluate(
                 batch_size=batch_size,
                 temperature=1.0,
                 seed=seed,
-                progress=bar.update,
+                batch_tokens=batch_tokens,
+                engine=engine,
+                progress=progress,
             )
             rouge.append(100 * float(np.mean(rouge_l(answers, references).fmeasure)))
             exact.append(100 * exact_match(answers, references))
@@ -116,9 +137,15 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: bool) -> float:
-    """Cross-entropy of the references, in nats, each response token weighing alike."""
+    """Cross-entropy of the references, in nats, each response token weighing alike. Every rank must call, works on its
+    share, and has the same result."""
     counts = np.array([len(sample.response_ids) for sample in encoded], dtype=float)
-    return float((cross_entropy(model, encoded, packed=packed) * counts).sum() / counts.sum())
+    mine = ranks.share([len(sample) for sample in encoded])
+    losses = np.empty(len(encoded))
+    theirs = ranks.gather((mine, cross_entropy(model, [encoded[i] for i in mine], packed=packed)))
+    for places, values in theirs:
+        losses[places] = values
+    return float((losses * counts).sum() / counts.sum())
 
 
 def _plain(text: str) -> str:

@@ -8,22 +8,35 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pocl_fast import ranks
 from pocl_fast.frozen import frozen_linears
 
-Progress = Callable[[int], None]  # called with how many prompts were answered since the last call
+Progress: TypeAlias = Callable[
+    [int], object
+]  # called with how many prompts all ranks have answered since the last call
 SHORTEST_HEAD = 8  # tokens; below it a common head is not worth a run of its own
 
 
-def generation_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Indices of the prompts in batches of similar length, longest first."""
+def generation_batches(
+    prompts: Sequence[Sequence[int]], *, batch_size: int, max_new_tokens: int = 0, batch_tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of the prompts in batches of similar length, longest first: at most `batch_size` prompts, whose cache
+    takes at most `batch_tokens` tokens should each answer have `max_new_tokens` (a prompt over that stands alone)."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        row = len(prompts[order[start]]) + max_new_tokens  # the longest: all are padded to it
+        rows = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // row))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
 
 
 @torch.inference_mode()
@@ -38,6 +51,8 @@ def generate(
     seed: int = 0,
     sample_ids: Sequence[int] | None = None,
     batch_size: int = 64,
+    batch_tokens: int | None = None,
+    shared: bool = False,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """The model's answer to each prompt, as token ids without the end token.
@@ -45,18 +60,36 @@ def generate(
     `temperature` 0 is greedy; otherwise each answer is sampled from the whole distribution (top-p 1) with random
     numbers of its own, made from `seed` and its entry in `sample_ids` (its position where left out), so that it does
     not depend on the batch it is in. Answers are cut at `max_new_tokens`. Prompts are token ids and must not be empty.
+    `batch_size` and `batch_tokens` are as in `generation_batches`. With `shared` every rank must call with the same
+    arguments, answers its share of the batches, and has all answers at the end.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     ids = range(len(prompts)) if sample_ids is None else sample_ids
+    batches = generation_batches(
+        prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
+    )
+    if shared:
+        batches = [
+            batches[i] for i in ranks.share([answering_work(prompts, batch, max_new_tokens) for batch in batches])
+        ]
     with frozen_linears(model):
         decoder = _Decoder(model, prompts, max_new_tokens, set(end_ids), pad_id, temperature)
-        for batch in generation_batches(prompts, batch_size):
+        for batch in batches:
             uniforms = _uniforms(seed, [ids[i] for i in batch], max_new_tokens) if temperature > 0 else None
             for i, row in zip(batch, decoder.decode([prompts[i] for i in batch], uniforms), strict=True):
                 answers[i] = row
             if progress:
-                progress(len(batch))
+                progress(len(batch) * (ranks.world_size() if shared else 1))  # the others are about as far
+    if shared:
+        for theirs in ranks.gather({i: answers[i] for batch in batches for i in batch}):
+            for i, row in theirs.items():
+                answers[i] = row
     return answers
+
+
+def answering_work(prompts: Sequence[Sequence[int]], batch: Sequence[int], max_new_tokens: int) -> float:
+    """How much work a batch of these prompts may be, in tokens, to share batches out."""
+    return float(sum(len(prompts[i]) + max_new_tokens for i in batch))
 
 
 class _Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def pieces(batch: MicroBatch, count: int) -> list[MicroBatch]:
     if count == 1 or len(samples) < 2:
         return [batch]
     bounds = [len(samples) * i // count for i in range(count + 1)]
-    cut = [samples[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    cut = [samples[a:b] for a, b in itertools.pairwise(bounds) if a < b]
     return [{**batch, "samples": part, "packed": pack(part)} for part in cut]
 
 

@@ -6,12 +6,14 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import psutil
 import torch
 from tqdm import tqdm
+
+from pocl_fast import ranks
 
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:
@@ -20,6 +22,17 @@ def progress_bar(total: int, what: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
     line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
     return tqdm(total=total, desc=what, unit=f" {unit}", bar_format=line, mininterval=15, maxinterval=60, smoothing=0.1)
+
+
+@contextlib.contextmanager
+def shared_progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], object]]:
+    """A bar on the first rank, to be called with how many more units all ranks have done; nothing on the others."""
+    if not ranks.is_first():
+        yield lambda _: None
+        return
+    with progress_bar(total, what, unit) as bar:
+        yield lambda more: bar.update(min(more, total - bar.n))  # an estimate of what the others have done
+        bar.update(total - bar.n)
 
 
 def say(text: str) -> None:

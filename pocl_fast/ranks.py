@@ -13,25 +13,22 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pocl_fast.errors import InputError
+from pocl_fast.errors import InputError, OtherRankFailed
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # of a rank that waits for slower ones; a rank that ends is noticed at once
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class OtherRankFailed(RuntimeError):
-    """This rank cannot go on because another one failed or ended, which says itself why."""
-
-
-def start() -> None:
+def start() -> bool:
     """Joins the group of ranks that torchrun's environment describes: gloo, and NCCL besides for tensors on a GPU,
-    where each rank gets the GPU of its local rank. Nothing without torchrun, or where there is a group already.
+    where each rank gets the GPU of its local rank. Nothing without torchrun, or where there is a group already; says
+    whether it joined.
 
     Raises `InputError` for more ranks than GPUs on a machine that has one.
     """
     if dist.is_initialized() or not all(name in os.environ for name in _TORCHRUN):
-        return
+        return False
     backend = "gloo"
     if torch.cuda.is_available():
         local, GPUs = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -40,6 +37,7 @@ def start() -> None:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
+    return True
 
 
 def stop() -> None:
@@ -86,7 +84,8 @@ def gather(value: T) -> list[T]:
 def from_first(work: Callable[[], T]) -> T:
     """What `work()` gives on rank 0, on every rank; the others wait and do not work.
 
-    What it raises is raised on rank 0; the others raise `OtherRankFailed` with its message.
+    What it raises is raised on rank 0; the others raise `OtherRankFailed` with its message. `work` must not itself
+    wait for ranks.
     """
     if world_size() == 1:
         return work()

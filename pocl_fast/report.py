@@ -93,8 +93,8 @@ def training_figure(run: Path) -> Any:
     if not (run / "metrics.jsonl").exists():
         return None
     records = read_metrics(run / "metrics.jsonl")
-    last = {r["stage"]: max(x["step"] for x in records if x["stage"] == r["stage"]) for r in records}
-    offset = {stage: sum(n for s, n in last.items() if s < stage) for stage in last}
+    last = {r["stage"]: r["step"] for r in records}
+    begins = {stage: max((n for s, n in last.items() if s < stage), default=0) for stage in last}
     steps = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "eval_rouge_l" in r]
     figure, (left, right) = _axes(2)
@@ -102,19 +102,17 @@ def training_figure(run: Path) -> Any:
         ("ce", "cross-entropy", COLOURS[0]),
         ("divergence", "divergence to the teacher", COLOURS[1]),
     ):
-        left.plot(
-            [offset[r["stage"]] + r["step"] for r in steps], [r[name] for r in steps], color=colour, label=label, lw=1.4
-        )
+        left.plot([r["step"] for r in steps], [r[name] for r in steps], color=colour, label=label, lw=1.4)
     left.set(xlabel="step", ylabel="nats a token", title="Training")
-    places = [offset[r["stage"]] + r["step"] for r in evaluations]
+    places = [r["step"] for r in evaluations]
     right.plot(places, [r["eval_rouge_l"] for r in evaluations], "o-", color=COLOURS[2], label="dev ROUGE-L, greedy")
     right.set(xlabel="step", ylabel="ROUGE-L", title="Held-out samples at each epoch's end")
     for axis in (left, right):
-        for stage in sorted(offset):
-            axis.axvline(offset[stage], color="#999", lw=0.8, ls=":")
+        for stage in sorted(begins):
+            axis.axvline(begins[stage], color="#999", lw=0.8, ls=":")
             axis.annotate(
                 f" stage {stage + 1}",
-                (offset[stage], 0.02),
+                (begins[stage], 0.02),
                 xycoords=("data", "axes fraction"),
                 fontsize=8,
                 color="#666",

@@ -6,6 +6,7 @@ stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,29 +14,32 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from pocl_fast import evaluation, models
+from pocl_fast import evaluation, models, ranks, vllm_engine
+from pocl_fast.checkpoints import checkpoints
 from pocl_fast.config import RunConfig, from_options, recorded_config
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
-from pocl_fast.difficulty import LoadedModel, measure
+from pocl_fast.difficulty import LoadedModel, measure, measure_teacher, rows_of
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.frozen import freeze_linears
+from pocl_fast.gathered import gathered
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_holds
 from pocl_fast.ranking import read_scores
 from pocl_fast.run_directory import WRITES, RunDirectory, required
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, SampleSet, encode_all, read_samples
-from pocl_fast.signals import chosen_signals, teacher_columns
+from pocl_fast.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable, cut_layers, num_parameters
 
 if TYPE_CHECKING:
     from pocl_fast.teacher import Teacher
     from pocl_fast.training_arguments import PoclConfig
+    from pocl_fast.vllm_engine import VllmEngine
 
 Say = Callable[[str], None]
 
@@ -44,7 +48,8 @@ class Run:
     """The steps of one run, sharing what they load."""
 
     def __init__(self, directory: RunDirectory, config: RunConfig, say: Say = print) -> None:
-        self.directory, self.config, self.say = directory, config, say
+        self.directory, self.config = directory, config
+        self.say: Say = say if ranks.is_first() else lambda _: None
         self.path = directory.path
         self.device = models.choose_device(config.models.device)
         self.precision = models.choose_precision(config.models.precision, self.device)
@@ -56,6 +61,7 @@ class Run:
     def check(self) -> None:
         """Reads data, tokenizers and schedule, so that what is wrong with them is said before anything runs."""
         chosen_signals(self.config.difficulty.signals)
+        vllm_engine.chosen(self.config.generation.generation_engine, self.device)
         (_, encoded), _ = self.train_set, self.dev_set
         stages_over(np.arange(len(encoded)), np.zeros(len(encoded)), self.config.schedule)
         self._check_vocabularies()
@@ -68,33 +74,65 @@ class Run:
             models.check_same_vocabulary(self.tokenizer, theirs)
 
     def measure(self) -> None:
+        self._measure_student()
+        if teacher_columns(self.config.difficulty.signals):
+            self._measure_teacher()
+
+    def _measure_student(self) -> None:
+        output = self.path / "difficulty.parquet"
         if not self.directory.begin("measure", self.config):
-            return self.say(f"measure: done before, {self.path / 'difficulty.parquet'}")
+            return self.say(f"measure: done before, {output}")
+        vllm_engine.chosen(self.config.generation.generation_engine, self.device)  # or say at once that it cannot be
         samples, encoded = self.train_set
-        generation = self.config.generation
+        difficulty = self.config.difficulty
         with self.directory.timed("measure") as facts:
-            student, packed = self.initial_student()
-            with self.precision.autocast():
-                table = measure(
+            student = LoadedModel(*self.initial_student())
+            with self.precision.autocast(), self._engine(student.model) as engine:
+                measure(
                     student,
-                    samples,
-                    encoded,
+                    rows_of(samples, encoded),
+                    len(encoded),
                     self.encoder,
-                    self.path / "difficulty.parquet",
-                    max_new_tokens=generation.max_new_tokens,
-                    batch_size=generation.generation_batch_size,
-                    packed=packed,
-                    teacher=self._resident_teacher() if teacher_columns(self.config.difficulty.signals) else None,
+                    output,
+                    generation=self.config.generation,
+                    temperature=difficulty.measure_temperature,
+                    seed=difficulty.measure_seed,
+                    engine=engine,
                 )
-            facts["samples"] = len(table)
-        rouge, loss = 100 * np.mean(table["rouge_l"].to_numpy()), np.mean(table["cross_entropy"].to_numpy())
-        self.say(f"measure: {len(table)} samples, student's ROUGE-L {rouge:.2f}, cross-entropy {loss:.3f}")
+            facts["samples"] = len(encoded)
+        known = read_scores(output, chosen_signals("rouge_l,cross_entropy"))
+        rouge, loss = (float(np.mean(scores)) for scores in known.scores)
+        self.say(f"measure: {len(encoded)} samples, student's ROUGE-L {100 * rouge:.2f}, cross-entropy {loss:.3f}")
+
+    def _measure_teacher(self) -> None:
+        output = self.path / TEACHER_SCORES
+        if not self.directory.begin("measure-teacher", self.config):
+            return self.say(f"measure-teacher: done before, {output}")
+        samples, encoded = self.train_set
+        with self.directory.timed("measure-teacher"):
+            student, teacher = LoadedModel(*self.initial_student()), self._resident_teacher()
+            with self.precision.autocast():
+                measure_teacher(student, teacher, rows_of(samples, encoded), len(encoded), output)
+        known = read_scores(self.path / "difficulty.parquet", chosen_signals("teacher_cross_entropy,mean_kl"))
+        loss, divergence = (float(np.mean(scores)) for scores in known.scores)
+        self.say(f"measure-teacher: cross-entropy {loss:.3f}, KL(teacher || student) {divergence:.3f}")
+
+    def _engine(self, student: Any) -> contextlib.AbstractContextManager[VllmEngine | None]:
+        """vLLM with the student in it, where vLLM answers."""
+        if not vllm_engine.chosen(self.config.generation.generation_engine, self.device):
+            return contextlib.nullcontext()
+        max_length = self.config.data.max_prompt_length + self.config.generation.max_new_tokens
+        dtype: Literal["bfloat16", "float32"] = "bfloat16" if self.precision.name == "bf16" else "float32"
+        return vllm_engine.loaded(student, max_length=max_length, dtype=dtype)
 
     def rank(self) -> None:
-        from pocl_fast.difficulty_report import Ranked, difficulty_figure, stage_table
-
         if not self.directory.begin("rank", self.config):
             return self.say(f"rank: done before, {self.path / 'curriculum.json'}")
+        ranks.from_first(self._rank)
+
+    def _rank(self) -> None:
+        from pocl_fast.difficulty_report import Ranked, difficulty_figure, stage_table
+
         with self.directory.timed("rank"):
             known = read_scores(self.path / "difficulty.parquet", chosen_signals(self.config.difficulty.signals))
             curriculum = make_curriculum(known, self.config.schedule)
@@ -139,13 +177,18 @@ class Run:
                 callbacks=[MetricsFile(self.path / "metrics.jsonl")],
             )
             trainer.train(resume_from_checkpoint=True)
-            self._save_student(student)
-            steps = [m for m in read_metrics(self.path / "metrics.jsonl") if "loss" in m]
-            tokens = sum(m["tokens"] for m in steps)
-            facts |= {
-                "tokens": tokens,
-                "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in steps),
-            }
+            with gathered(trainer.model) as whole:
+                ranks.from_first(lambda: self._save_student(whole))
+            facts |= self._speed()
+        if ranks.is_first():
+            for checkpoint in checkpoints(self.path / "checkpoints"):  # only for going on; the best weights stay
+                shutil.rmtree(checkpoint)
+
+    def _speed(self) -> dict[str, float]:
+        steps = [m for m in read_metrics(self.path / "metrics.jsonl") if "tokens" in m]
+        tokens = sum(m["tokens"] for m in steps)
+        seconds = sum(m["tokens"] / m["tokens_per_second"] for m in steps)
+        return {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
 
     def cache(self) -> None:
         """Computes what the teacher's cache lacks of the training samples."""
@@ -170,7 +213,7 @@ class Run:
                 student, packed = self.initial_student()
             else:
                 student, packed = self._ready(models.load_model(str(self.path / "student"), device=self.device))
-            with self.precision.autocast():
+            with self.precision.autocast(), self._engine(student) as engine:
                 scores, answers = evaluation.evaluate(
                     student,
                     samples,
@@ -179,13 +222,16 @@ class Run:
                     seeds=self.config.evaluation.eval_seeds,
                     max_new_tokens=generation.max_new_tokens,
                     batch_size=generation.generation_batch_size,
+                    batch_tokens=generation.generation_batch_tokens,
                     packed=packed,
+                    engine=engine,
                     name=step,
                 )
-            known = self.path / "evaluation.json"
-            results = json.loads(known.read_text()) if known.exists() else {}
-            write_json(known, results | {when: scores.to_dict()})
-            self._save_answers(self.path / WRITES[step][0], samples, encoded, answers)
+            if ranks.is_first():
+                known = self.path / "evaluation.json"
+                results = json.loads(known.read_text()) if known.exists() else {}
+                write_json(known, results | {when: scores.to_dict()})
+                self._save_answers(self.path / WRITES[step][0], samples, encoded, answers)
         self.say(
             f"{step}: ROUGE-L {scores.rouge_l:.2f} ± {scores.rouge_l_spread:.2f} over {len(scores.seeds)} seeds,"
             f" exact match {scores.exact_match:.1f} %, cross-entropy {scores.cross_entropy:.3f}"
@@ -194,7 +240,7 @@ class Run:
     def report(self) -> Path:
         from pocl_fast.report import write_report
 
-        path = write_report(self.path)
+        path = ranks.from_first(lambda: write_report(self.path))
         self.say(f"report: {path}")
         return path
 

@@ -13,21 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pocl_fast import models
+from pocl_fast import models, ranks
 from pocl_fast.config import RunConfig, to_yaml
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.progress import measured
 from pocl_fast.samples import file_fingerprint
-from pocl_fast.signals import teacher_columns
+from pocl_fast.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
 
 _STUDENT = ("student", "student_layers", "precision", "trust_remote_code")
 _LENGTHS = ("template", "max_length", "max_prompt_length", "long_prompts")
-_ANSWERS = ("max_new_tokens", "generation_batch_size", "eval_seeds")
+_GENERATION = ("max_new_tokens", "generation_batch_size", "generation_batch_tokens", "generation_engine")
+_ANSWERS = (*_GENERATION, "eval_seeds")
 # What each step is made from: options, and files by their content.
 READS = {
-    "measure": (*_STUDENT, *_LENGTHS, "max_new_tokens", "generation_batch_size", "train", "teacher columns"),
-    "rank": ("curriculum", "signals", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet"),
+    "measure": (*_STUDENT, *_LENGTHS, *_GENERATION, "measure_temperature", "measure_seed", "train"),
+    "measure-teacher": (*_STUDENT, *_LENGTHS, "train", "teacher columns"),
+    "rank": ("curriculum", "signals", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet", TEACHER_SCORES),
     "train": (
         *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens",
         "divergence", "beta", "skew", "temperature_scaling", "within_stage", "epochs_per_stage", "steps_per_stage",
@@ -43,13 +45,14 @@ BUILDS_ON = {"train": "measure"}
 # What each step leaves: its result, then what an interrupted one may have begun.
 WRITES = {
     "measure": ("difficulty.parquet", "difficulty.parts"),
+    "measure-teacher": (TEACHER_SCORES, "teacher_scores.parts"),
     "rank": ("curriculum.json", "difficulty.png"),
     "train": ("student", "checkpoints", "metrics.jsonl"),
     "evaluate-before": ("answers-before.jsonl",),
     "evaluate-after": ("answers-after.jsonl",),
 }
 # What means nothing once a step is done anew.
-SPOILS = {"measure": "rank", "train": "evaluate-after"}
+SPOILS = {"measure": ("measure-teacher", "rank"), "train": ("evaluate-after",)}
 
 
 class RunDirectory:
@@ -61,6 +64,12 @@ class RunDirectory:
         Raises `InputError` where it holds something else, or is in use.
         """
         self.path, self.restart = path, restart
+        self._stamps_path = path / "steps.json"
+        self.stamps: dict[str, Any] = {}  # of the first rank, which alone reads and writes here
+        ranks.from_first(self._open)
+
+    def _open(self) -> None:
+        path = self.path
         if path.is_file():
             raise InputError(f"--output {path} is a file; give a folder")
         known = path / "config.yaml"
@@ -77,11 +86,14 @@ class RunDirectory:
             raise InputError(
                 f"another pocl-fast is working in {path}; wait for it, or give another --output"
             ) from error
-        self._stamps_path = path / "steps.json"
-        self.stamps: dict[str, Any] = json.loads(self._stamps_path.read_text()) if self._stamps_path.exists() else {}
+        self.stamps = json.loads(self._stamps_path.read_text()) if self._stamps_path.exists() else {}
 
     def begin(self, step: str, config: RunConfig) -> bool:
-        """Whether the step is still to be done. Raises `InputError` where it was begun with other options or files."""
+        """Whether the step is still to be done, on every rank. Raises `InputError` where it was begun with other
+        options or files."""
+        return ranks.from_first(lambda: self._begin(step, config))
+
+    def _begin(self, step: str, config: RunConfig) -> bool:
         made_from = self._made_from(step, config)
         stamp = self.stamps.get(step)
         left = [name for name in WRITES[step] if (self.path / name).exists()]
@@ -111,7 +123,8 @@ class RunDirectory:
 
     def record(self, config: RunConfig) -> None:
         """Writes the options of the run, for work that is no step."""
-        write_text(self.path / "config.yaml", to_yaml(config))
+        if ranks.is_first():
+            write_text(self.path / "config.yaml", to_yaml(config))
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[dict[str, Any]]:
@@ -126,11 +139,12 @@ class RunDirectory:
                 yield facts
             done = True
         finally:
-            stamp = self.stamps[step]
-            stamp["seconds"] += usage.seconds
-            stamp["peak_bytes"] = max(stamp["peak_bytes"], usage.peak_bytes)
-            stamp |= {"done": done, **facts}
-            self._save_stamps()
+            if ranks.is_first():
+                stamp = self.stamps[step]
+                stamp["seconds"] += usage.seconds
+                stamp["peak_bytes"] = max(stamp["peak_bytes"], usage.peak_bytes)
+                stamp |= {"done": done, **facts}
+                self._save_stamps()
 
     def _made_from(self, step: str, config: RunConfig) -> dict[str, Any]:
         options = config.flat()
@@ -143,7 +157,10 @@ class RunDirectory:
             elif name == "student":
                 made_from[name] = "cut from " + models.source_fingerprint(required(options["teacher"], "--teacher"))
             elif name == "teacher columns":
-                made_from |= self._teacher_columns_made_from(options)
+                made_from[name] = self._teacher_columns_made_from(options)
+            elif name == TEACHER_SCORES:
+                if may_read_teacher(options["signals"]) and (self.path / name).exists():
+                    made_from[name] = file_fingerprint(self.path / name)
             elif name in options:
                 made_from[name] = options[name]
             elif not (self.path / name).exists():
@@ -154,13 +171,10 @@ class RunDirectory:
         return made_from
 
     @staticmethod
-    def _teacher_columns_made_from(options: dict[str, Any]) -> dict[str, Any]:
-        """The teacher, where a difficulty signal asks for it; a table with more columns than are asked for serves."""
-        columns = teacher_columns(options["signals"])
-        if not columns:
-            return {}
-        source = models.source_fingerprint(required(options["teacher"], f"--teacher (for --signals {columns[0]})"))
-        return {"teacher columns": f"of {source} in {options['teacher_quantization']}"}
+    def _teacher_columns_made_from(options: dict[str, Any]) -> str:
+        asked = next(iter(teacher_columns(options["signals"])), "")
+        source = models.source_fingerprint(required(options["teacher"], f"--teacher (for --signals {asked})"))
+        return f"of {source} in {options['teacher_quantization']}"
 
     def _check_earlier(self, step: str, made_from: dict[str, Any]) -> None:
         """Raises `InputError` where the step that this one builds on was made from other options or data."""
@@ -177,8 +191,8 @@ class RunDirectory:
 
     def _clear(self, step: str) -> None:
         """Removes what an earlier try at the step left, and what was made of it."""
-        if step in SPOILS:
-            self._clear(SPOILS[step])
+        for spoiled in SPOILS.get(step, ()):
+            self._clear(spoiled)
         self.stamps.pop(step, None)
         if (results := self.path / "evaluation.json").exists() and step.startswith("evaluate-"):
             kept = json.loads(results.read_text(encoding="utf-8"))

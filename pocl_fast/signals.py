@@ -19,7 +19,8 @@ import numpy as np
 from pocl_fast.errors import InputError
 
 Record: TypeAlias = Mapping[str, Any]  # column -> a sample's value, or all samples' values as an array
-TEACHER_COLUMNS = ("teacher_cross_entropy", "mean_kl")  # which `measure` computes only where a signal reads them
+TEACHER_COLUMNS = ("teacher_cross_entropy", "mean_kl")  # which `measure` computes only where a signal reads them,
+TEACHER_SCORES = "teacher_scores.parquet"  # into this table beside the other
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ def teacher_columns(given: str) -> tuple[str, ...]:
     """Those of `TEACHER_COLUMNS` that the signals of `--signals` read."""
     read = {name for one in chosen_signals(given) for name in one.signal.columns or ()}
     return tuple(name for name in TEACHER_COLUMNS if name in read)
+
+
+def may_read_teacher(given: str) -> bool:
+    """Whether the signals of `--signals` read `TEACHER_COLUMNS` where these are there."""
+    read = columns_read(chosen_signals(given))
+    return read is None or not set(TEACHER_COLUMNS).isdisjoint(read)
 
 
 def _weight(part: str, given: str) -> float:

@@ -99,12 +99,12 @@ class StageFlow(TrainerCallback):
         control.should_training_stop |= stop
         control.should_log |= control.should_save or control.should_evaluate
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         trainer, progress = self.trainer, self.trainer.progress
         if not trainer.is_in_train or progress.stage < 0:
             return
         self._count_time(progress.stage)
-        score, sign = metrics[_full(args.metric_for_best_model)], 1 if args.greater_is_better else -1
+        score, sign = given["metrics"][_full(args.metric_for_best_model)], 1 if args.greater_is_better else -1
         best = progress.best.get(progress.stage)
         if best is None or sign * score > sign * best.score:
             progress.best[progress.stage] = Best(score, state.global_step)
@@ -180,6 +180,8 @@ class StageFlow(TrainerCallback):
         return f"stage {place.stage + 1}/{len(schedule.stages)} epoch {epoch:.2f} step {state.global_step}"
 
     def _line(self, state: Any, logs: dict[str, Any]) -> str:
+        if "ce" not in logs:
+            return f"{self._where(state)} | every step since the last line was skipped"
         parts = [
             self._where(state),
             f"loss {logs['loss']:.3f} CE {logs['ce']:.3f} KD {logs['divergence']:.3f}",
@@ -225,7 +227,9 @@ class MetricsFile(TrainerCallback):
 def stage_table(trainer: PoclTrainer) -> str:
     """A row for each stage that was begun."""
     schedule, progress = trainer.planned(), trainer.progress
-    lines = [f"{'stage':>5}{'samples':>9}{'steps':>7}{'τ':>6}{'α':>6}{'loss':>9}{'best dev':>10}{'at step':>9}{'time':>8}"]
+    lines = [
+        f"{'stage':>5}{'samples':>9}{'steps':>7}{'τ':>6}{'α':>6}{'loss':>9}{'best dev':>10}{'at step':>9}{'time':>8}"
+    ]
     for stage in schedule.stages[: progress.stage + 1]:
         best = progress.best.get(stage.index)
         score, step = ("-", "-") if best is None else (f"{best.score:.2f}", str(best.step))
@@ -246,5 +250,3 @@ def _full(metric: str | None) -> str:
 def _short(text: str, most: int) -> str:
     one_line = " ".join(text.split())
     return one_line if len(one_line) <= most else one_line[: most - 3] + "..."
-
-

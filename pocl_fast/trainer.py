@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,25 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, get_scheduler
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from pocl_fast import checkpoints, models, ranks
 from pocl_fast.curriculum import Curriculum
 from pocl_fast.errors import InputError, Interrupted
 from pocl_fast.evaluation import answer_all, mean_token_cross_entropy
+from pocl_fast.gathered import gathered
 from pocl_fast.heads import LmHead, causal_lm, loss_within_forward
 from pocl_fast.interruption import Signals
 from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.losses import LossOutput
 from pocl_fast.metrics import LossParts
-from pocl_fast.micro_batches import MicroBatches, Numbers, pieces
+from pocl_fast.micro_batches import MicroBatch, MicroBatches, Numbers
+from pocl_fast.objectives import Objective
+from pocl_fast.out_of_memory import Halving
 from pocl_fast.packing import PackedBatch, enable_packing, packing_holds
 from pocl_fast.progress import say
 from pocl_fast.rouge import rouge_l
@@ -40,7 +43,14 @@ from pocl_fast.stages import Progress, StageFlow
 from pocl_fast.student import num_parameters
 from pocl_fast.teacher import Teacher
 from pocl_fast.training_arguments import PoclConfig
-from pocl_fast.training_setup import measured_curriculum, measured_from, sample_set, student_of, teacher_of
+from pocl_fast.training_setup import (
+    learning_rate_factor,
+    measured_curriculum,
+    measured_from,
+    sample_set,
+    student_of,
+    teacher_of,
+)
 
 STATE = "pocl_state.json"  # of a checkpoint
 
@@ -67,6 +77,7 @@ class PoclTrainer(Trainer):
     """
 
     args: PoclConfig
+    objective: Objective  # of the step in progress
 
     def __init__(
         self,
@@ -91,7 +102,7 @@ class PoclTrainer(Trainer):
         self.precision = models.choose_precision(args.precision, args.device)
         args.bf16 = args.bf16 or (args.device.type == "cuda" and self.precision.name == "bf16")
         model, processing_class = student_of(model, processing_class, peft_config, args)
-        self.encoder = SampleEncoder(processing_class, args.template)
+        self.encoder = SampleEncoder(processing_class, args.template)  # type: ignore[arg-type]  # a choice of these
         self.samples = sample_set(train_dataset, self.encoder, args, "train_dataset")
         self.dev = None if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
         enable_packing(causal_lm(model))
@@ -104,9 +115,8 @@ class PoclTrainer(Trainer):
         self.dev_answers: list[str] = []
         self._by_index = {sample.index: sample for sample in self.samples.encoded}
         self._loss_parts = LossParts()
-        self._pieces = 1  # a micro-batch is computed in, after it did not fit into memory
-        self._step_inputs: list[dict[str, Any]] = []  # micro-batches of the step in progress
-        self._replaying = False
+        self._halving = Halving()
+        self._step_batches: list[MicroBatch] = []  # of the step in progress
         self._grad_norm: Any = 0.0
         self._saving_to: str | None = None
         self._signals = Signals()
@@ -131,7 +141,7 @@ class PoclTrainer(Trainer):
 
     @property
     def folder(self) -> Path:
-        return Path(self.args.output_dir)
+        return Path(str(self.args.output_dir))
 
     def planned(self) -> Schedule:
         """The steps of the run; measures the difficulty first where no curriculum was given."""
@@ -184,7 +194,7 @@ class PoclTrainer(Trainer):
             if inputs["place"] != place:  # fetched ahead of a stage's early end
                 inputs = MicroBatches(schedule, self._by_index, self.args.process_index)[step, part]
             batches.append(inputs)
-        self._step_inputs = batches
+        self._step_batches = batches
         tokens = torch.tensor(sum(len(inputs["packed"].labels) for inputs in batches), device=device)
         self._loss_parts.begin_step()
         return batches, self.accelerator.reduce(tokens) if self.args.world_size > 1 else tokens
@@ -201,14 +211,15 @@ class PoclTrainer(Trainer):
         if before >= 0:
             self._flow.say_stages()
             if self.weights_choice == "best" and (best := self.progress.best.get(before)):
-                self._load_weights(self._best_path(before, best.step))
+                self._load_weights(checkpoints.best_path(self.folder, before, best.step))
             if args.fresh_optimizer:
                 self._forget_optimizer_state()
             if args.remeasure:
                 self.planned().reorder(stage, measured_curriculum(self, self.folder / f"stage-{stage + 1}").order)
                 self.state.max_steps = self.planned().total_steps
-        if self.lr_scheduler is not None and not self.is_deepspeed_enabled:
-            self.lr_scheduler.last_epoch = self.state.global_step  # behind by steps that a GradScaler skipped
+            if not self.is_deepspeed_enabled:
+                self.lr_scheduler.last_epoch = self.state.global_step - 1  # type: ignore[union-attr]
+                self.lr_scheduler.step()  # type: ignore[union-attr]  # it counted on the stage before going on
         self.progress.begin(stage)
 
     @property
@@ -229,24 +240,14 @@ class PoclTrainer(Trainer):
             raise InputError('DeepSpeed keeps its own weights: give stage_weights="last"')
         checkpoints.load_weights(self.model, path)  # type: ignore[arg-type]
 
-    def _best_path(self, stage: int, step: int) -> Path:
-        return self.folder / f"stage-{stage + 1}-best-{step}.safetensors"
-
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate's schedule: `lr_scheduler_type` over each stage anew, or over all of them."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(getattr(optimizer, "optimizer", optimizer), self._learning_rate_factor)
+            factor = learning_rate_factor(self.args, self.planned())
+            self.lr_scheduler = LambdaLR(getattr(optimizer, "optimizer", optimizer), factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _learning_rate_factor(self, step: int) -> float:
-        schedule, args = self.planned(), self.args
-        if step >= schedule.total_steps:
-            return 0.0
-        place = schedule.place(step)
-        at, of = (place.step_in_stage, place.stage_steps) if args.fresh_learning_rate else (step, schedule.planned_total)
-        return _factor(args, of)(at)
 
     # -- the loss ---------------------------------------------------------------------------------------------------
 
@@ -280,65 +281,37 @@ class PoclTrainer(Trainer):
 
         with self.accelerator.autocast():
             value = loss_within_forward(model, batch, loss, packed=self.packed)
-        if not self._replaying:
+        if not self._halving.repeating:
             self._loss_parts.add(inputs["samples"], batch, outputs[0])
         value = value * self.args.world_size  # the engines average gradients over ranks
         return (value, {"per_token": outputs[0].per_token}) if return_outputs else value
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch; in halves from where it does not fit into memory."""
+        """Forward and backward of a micro-batch; in pieces from where it does not fit into memory."""
         if not inputs["samples"] and self.args.world_size == 1:
             return torch.zeros((), device=self.args.device)
-        while True:
-            try:
-                return self._in_pieces(model, inputs, num_items_in_batch)
-            except (RuntimeError, MemoryError) as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                self._halve(inputs, error)
-            self._repeat_step(model, inputs, num_items_in_batch)
-
-    def _in_pieces(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         step = super().training_step
-        return torch.stack([step(model, piece, num_items) for piece in pieces(inputs, self._pieces)]).sum()
+        number = next(i for i, batch in enumerate(self._step_batches) if batch is inputs)
 
-    def _halve(self, inputs: dict[str, Any], error: BaseException) -> None:
-        """Decides to compute micro-batches in smaller pieces. Raises `InputError` where that cannot help."""
-        samples = inputs["samples"]
-        advice = "give a smaller per_device_train_batch_size (with more gradient_accumulation_steps) or max_length"
-        if self.args.world_size > 1:
-            raise InputError(f"out of memory on rank {self.args.process_index}: {advice}") from error
-        if self._pieces >= len(samples):
-            longest = max(samples, key=len)
-            raise InputError(
-                f"out of memory with one sample alone ({self._name(longest)}, {len(longest)} tokens): {advice}"
-            ) from error
-        self._pieces = min(2 * self._pieces, len(samples))
-        say(
-            f"out of memory with {len(samples)} samples: from here on a batch is computed in {self._pieces} pieces, with"
-            " the same gradient"
+        def clear() -> None:
+            model.zero_grad()
+            self._loss_parts.drop(inputs["samples"])
+
+        return self._halving.run(
+            lambda piece: step(model, piece, num_items_in_batch),
+            inputs,
+            self._step_batches[:number],
+            clear,
+            ranks=self.args.world_size,
         )
-
-    def _repeat_step(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> None:
-        """Computes the gradient of the step's earlier micro-batches again: one that failed may have left a part."""
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
-        model.zero_grad()
-        self._loss_parts.drop(inputs["samples"])
-        self._replaying = True
-        try:
-            for earlier in self._step_inputs[: next(i for i, x in enumerate(self._step_inputs) if x is inputs)]:
-                self._in_pieces(model, earlier, num_items)
-        finally:
-            self._replaying = False
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._grad_norm
 
     def check_finite(self) -> None:
-        """Called before the optimizer's step: where the loss or the gradient is not finite, the weights are not touched;
-        then the step is skipped, or `InputError` raised, as `on_nonfinite` says."""
+        """Called before the optimizer's step: where the loss or the gradient is not finite, the weights are not
+        touched; the step is skipped, or `InputError` raised, as `on_nonfinite` says."""
         if np.isfinite(float(self._grad_norm)) and self._loss_parts.finite():
             return
         bad = self._loss_parts.nonfinite_samples()
@@ -388,10 +361,9 @@ class PoclTrainer(Trainer):
         dev = self.dev if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
         if dev is None:
             raise InputError("there is nothing to evaluate on: give eval_dataset")
-        model: Any = self.model
         start = time.perf_counter()
-        model.eval()
-        with self.accelerator.autocast():
+        self.model.eval()  # type: ignore[union-attr]
+        with gathered(self.model) as model, self.accelerator.autocast():
             answers = answer_all(
                 model,
                 dev.encoded,
@@ -430,7 +402,7 @@ class PoclTrainer(Trainer):
                 raise Interrupted(self._signals.received)
             best = self.progress.best.get(self.progress.stage)
             if finished and best is not None and self.weights_choice == "best":
-                self._load_weights(self._best_path(self.progress.stage, best.step))
+                self._load_weights(checkpoints.best_path(self.folder, self.progress.stage, best.step))
         return result
 
     def _checkpoint(self, chosen: str | bool | None) -> Path | None:
@@ -469,10 +441,13 @@ class PoclTrainer(Trainer):
                 self.progress.ended = dict(self.planned().ended)
                 self.progress.write(partial / target.name / STATE)
                 checkpoints.seal(partial / target.name, target)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (trouble := checkpoints.disk_trouble(error)) is None:
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
-                f"cannot write checkpoint {target}: {error.strerror or error}. Free some space and run the same command"
-                " again; it goes on from the checkpoint before"
+                f"cannot write checkpoint {target}: {trouble}. Free some space and run the same command again; it goes"
+                " on from the checkpoint before"
             ) from error
         finally:
             self._saving_to = None
@@ -483,16 +458,12 @@ class PoclTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _remove_old(self) -> None:
-        if self.args.save_total_limit:
-            for old in checkpoints.checkpoints(self.folder)[: -self.args.save_total_limit]:
-                shutil.rmtree(old, ignore_errors=True)
-        kept = {self._best_path(stage, best.step) for stage, best in self.progress.best.items()}
-        for path in set(self.folder.glob("stage-*-best-*.safetensors")) - kept:
-            path.unlink(missing_ok=True)
+        best = {checkpoints.best_path(self.folder, stage, best.step) for stage, best in self.progress.best.items()}
+        checkpoints.remove_old(self.folder, self.args.save_total_limit, best)
 
     def keep_best(self) -> None:
         """Writes the weights as the best of the running stage."""
-        path = self._best_path(self.progress.stage, self.state.global_step)
+        path = checkpoints.best_path(self.folder, self.progress.stage, self.state.global_step)
         checkpoints.save_weights(self.model, path, writes=self.is_world_process_zero())  # type: ignore[arg-type]
         if self.args.save_strategy == "no" and self.is_world_process_zero():
             self._remove_old()
@@ -510,22 +481,6 @@ class PoclTrainer(Trainer):
         self._loss_parts.end_step()
         if place.ends_epoch:
             self.teacher.release_body_if_cached(self.samples.encoded)
-
-
-def _factor(args: PoclConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate's factor by step of a schedule of `lr_scheduler_type` over so many steps."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=args.get_warmup_steps(steps),
-        num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
-    if not isinstance(scheduler, LambdaLR):
-        raise InputError(f"lr_scheduler_type {args.lr_scheduler_type} does not follow from the step alone: choose another")
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    return factor
 
 
 def _memory(device: torch.device) -> int:

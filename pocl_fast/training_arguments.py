@@ -14,12 +14,12 @@ PAPER = "paper"  # as a temperature scaling: what the published code does for ea
 
 @dataclass
 class PoclConfig(TrainingArguments):
-    """Arguments of `PoclTrainer`. The defaults are the paper's recipe (arXiv 2506.05695, appendix B) with the scaling of
-    each divergence that keeps its gradient's size.
+    """Arguments of `PoclTrainer`. The defaults are the paper's recipe (arXiv 2506.05695), with the scaling of each
+    divergence that keeps its gradient's size.
 
     `num_train_epochs` counts the whole schedule and stays 1: give `epochs_per_stage`. `eval_strategy` and
-    `save_strategy` "epoch" mean each pass over a stage's samples. `max_steps` ends training early. Raises ValueError for
-    values out of range.
+    `save_strategy` "epoch" mean each pass over a stage's samples. `max_steps` ends training early. Raises
+    ValueError for values out of range.
     """
 
     # the loss
@@ -30,12 +30,13 @@ class PoclConfig(TrainingArguments):
         default="auto", metadata={"help": f"Factor on the divergence: {', '.join(SCALINGS)}, or {PAPER}."}
     )
     # the curriculum
-    curriculum: str = field(default="pocl", metadata={"help": "pocl: easy to hard in stages; none: all from the start."})
+    curriculum: str = field(default="pocl", metadata={"help": "pocl: easy to hard in stages; none: all at once."})
     stages: int = field(default=4, metadata={"help": "Stage i trains on the easiest i/n of the samples."})
     signals: str = field(default="rouge_l,cross_entropy", metadata={"help": "What samples are ranked by."})
     rrf_k: float = field(default=60.0, metadata={"help": "The constant k of reciprocal rank fusion."})
     temperature: list[float] = field(
-        default_factory=lambda: [1.0, 2.0], metadata={"help": "First and last stage's, linear between; or each stage's."}
+        default_factory=lambda: [1.0, 2.0],
+        metadata={"help": "First and last stage's, linear between; or each one's."},
     )
     alpha: list[float] = field(
         default_factory=lambda: [0.3, 0.0], metadata={"help": "Weight of cross-entropy, given as temperature is."}
@@ -101,8 +102,9 @@ class PoclConfig(TrainingArguments):
     logging_nan_inf_filter: bool = False  # transformers would log an average in a NaN's place, and train on
     metric_for_best_model: str | None = "eval_rouge_l"
     greater_is_better: bool | None = True
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     report_to: Any = "none"
+    ddp_find_unused_parameters: bool | None = False  # none are, and looking for them takes time
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,12 +140,10 @@ class PoclConfig(TrainingArguments):
     def objective(self) -> Objective:
         """The loss of the first stage."""
         chosen: dict[str, Any] = {"divergence": self.divergence, "beta": self.beta, "skew": self.skew}
-        scaling = self.temperature_scaling
+        scaling: Any = self.temperature_scaling
         if scaling == PAPER:
             scaling = Objective.preset(f"paper:{self.divergence}").temperature_scaling
-        return Objective(
-            **chosen, temperature_scaling=scaling, temperature=self.temperature[0], alpha=self.alpha[0]
-        )
+        return Objective(**chosen, temperature_scaling=scaling, temperature=self.temperature[0], alpha=self.alpha[0])
 
     @property
     def passes(self) -> int:
@@ -155,9 +155,9 @@ class PoclConfig(TrainingArguments):
     @classmethod
     def preset(cls, name: str, output_dir: str, **changes: Any) -> PoclConfig:
         """A published recipe, with `changes`. "paper" is that of POCL's code: 4 stages of 8 passes, AdamW of learning
-        rate 1e-4 with a cosine to zero in each stage and no warm-up, a fresh optimizer, each stage from the one before's
-        best weights by ROUGE-L, temperature 1, 1.33, 1.67, 2 and alpha 0.3, 0.2, 0.1, 0, τ² on the divergences that
-        the code scales, jsd's beta 0.1.
+        rate 1e-4 with a cosine to zero in each stage and no warm-up, a fresh optimizer, each stage from the best
+        weights by ROUGE-L of the one before, temperature 1, 1.33, 1.67, 2 and alpha 0.3, 0.2, 0.1, 0, τ² on the
+        divergences that the code scales, jsd's beta 0.1.
         """
         if name != "paper":
             raise ValueError(f"no preset {name!r}; there is paper")

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from pocl_fast import models, ranks
+from pocl_fast.config import Generation
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
-from pocl_fast.difficulty import measure
+from pocl_fast.difficulty import LoadedModel, measure, rows_of
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_text
 from pocl_fast.frozen import freeze_linears
+from pocl_fast.gathered import gathered
 from pocl_fast.heads import causal_lm
-from pocl_fast.packing import enable_packing, packing_holds
+from pocl_fast.packing import enable_packing
 from pocl_fast.ranking import read_scores
 from pocl_fast.samples import SampleEncoder, SampleSet, encode_all, read_samples, samples_from
+from pocl_fast.schedule import Schedule
 from pocl_fast.signals import chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable
 from pocl_fast.teacher import Teacher
@@ -67,7 +73,7 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: models
     with precision.autocast():
         return Teacher(
             teacher,
-            Path(args.output_dir) / "teacher_cache",
+            Path(str(args.output_dir)) / "teacher_cache",
             cache_dtype=HIDDEN_DTYPES[args.cache_dtype],
             cache_mode=args.cache_mode,  # type: ignore[arg-type]
             top_k=args.cache_top_k,
@@ -121,22 +127,19 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
     if made_from is not None and ranks.is_first():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(key, made_from)
-    student = causal_lm(trainer.model)
-    was_training = student.training
-    student.eval()
+    was_training = trainer.model.training  # type: ignore[union-attr]
+    trainer.model.eval()  # type: ignore[union-attr]
     table = folder / "difficulty.parquet"
-    with trainer.accelerator.autocast():
+    with gathered(trainer.model) as student, trainer.accelerator.autocast():
         measure(
-            student,
-            samples.samples,
-            samples.encoded,
+            LoadedModel(student, trainer.packed),
+            rows_of(samples.samples, samples.encoded),
+            len(samples.encoded),
             trainer.encoder,
             table,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.generation_batch_size,
-            packed=packing_holds(student),
+            generation=Generation(args.max_new_tokens, args.generation_batch_size),
         )
-    student.train(was_training)
+    trainer.model.train(was_training)  # type: ignore[union-attr]
     curriculum = make_curriculum(read_scores(table, chosen_signals(args.signals)), args)
     if ranks.is_first():
         curriculum.save(known)
@@ -153,3 +156,30 @@ def measured_from(trainer: PoclTrainer) -> str:
     for sample in trainer.samples.encoded:
         digest.update(sample.fingerprint)
     return digest.hexdigest()
+
+
+def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int], float]:
+    """The learning rate's factor by step: `lr_scheduler_type` over each stage anew, or over all of them.
+
+    Raises `InputError` for a type that does not follow from the step alone.
+    """
+
+    def over(steps: int) -> Callable[[int], float]:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        warmup, special = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, special)  # type: ignore[arg-type]
+        if not isinstance(scheduler, LambdaLR):
+            raise InputError(f"lr_scheduler_type {args.lr_scheduler_type} depends on more than the step: take another")
+        factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+        return factor
+
+    def factor(step: int) -> float:
+        if step >= schedule.total_steps:
+            return 0.0
+        if not args.fresh_learning_rate:
+            return over(schedule.planned_total)(step)
+        place = schedule.place(step)
+        return over(place.stage_steps)(place.step_in_stage)
+
+    over(1)
+    return factor

@@ -7,7 +7,9 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from tiny_training import encoded_samples, student_model, teacher_model, transformers_loss
 
-from pocl_fast.difficulty import LoadedModel, cross_entropy, measure, response_scores
+from pocl_fast.config import Generation
+from pocl_fast.difficulty import LoadedModel, cross_entropy, measure, measure_teacher, response_scores, rows_of
+from pocl_fast.evaluation import answer_all
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import SampleEncoder
 
@@ -35,13 +37,23 @@ def test_cross_entropy_is_of_the_scaled_and_capped_logits_of_such_families(tmp_p
     assert cross_entropy(model, encoded, packed=False) == pytest.approx(want, rel=1e-5)
 
 
-def test_measure_writes_one_row_a_sample_in_file_order(tmp_path):
+def measured(folder, samples, encoded, *, model=None, generation=None, **options):
+    """The table that `measure` writes."""
+    encoder, generation = SampleEncoder(tiny_tokenizer()), generation or Generation(5, generation_batch_size=3)
+    output = folder / "d.parquet"
+    student = LoadedModel(model or student_model(), True)
+    rows = rows_of(samples, encoded)
+    measure(student, rows, len(encoded), encoder, output, generation=generation, **options)
+    assert [path.name for path in folder.iterdir() if path.name.startswith("d.")] == ["d.parquet"]
+    return pq.read_table(output)
+
+
+@pytest.mark.parametrize("piece", [4096, 5])
+def test_measure_writes_one_row_a_sample_in_file_order(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("pocl_fast.parts.PIECE", piece)
     samples, encoded = encoded_samples(tmp_path, 9)
     kept = [sample for sample in encoded if sample.index != 4]  # one was left out
-    encoder = SampleEncoder(tiny_tokenizer())
-    settings = {"max_new_tokens": 5, "packed": True}
-    table = measure(student_model(), samples, kept, encoder, tmp_path / "d.parquet", batch_size=3, **settings)
-    assert table.equals(pq.read_table(tmp_path / "d.parquet"))
+    table = measured(tmp_path, samples, kept)
     assert table["index"].to_pylist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert table["cross_entropy"].to_pylist() == pytest.approx([transformers_loss(tiny_model(), s) for s in kept])
     assert table["answer_length"].to_pylist() == [len(sample.response_ids) for sample in kept]
@@ -74,12 +86,37 @@ def test_the_teacher_s_scores_are_those_of_its_logits(tmp_path, monkeypatch, pac
         assert mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 
 
-def test_measuring_with_a_teacher_adds_its_columns(tmp_path):
+def test_the_teacher_s_columns_are_a_table_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("pocl_fast.difficulty.TEACHER_TOKENS", 150)  # several parts
     samples, encoded = encoded_samples(tmp_path, 5)
-    encoder = SampleEncoder(tiny_tokenizer())
     student, teacher = LoadedModel(student_model(), True), LoadedModel(teacher_model(), True)
-    settings = {"max_new_tokens": 2, "batch_size": 2, "packed": True}
-    table = measure(student.model, samples, encoded, encoder, tmp_path / "d.parquet", **settings, teacher=teacher)
-    want = response_scores(student, encoded, teacher)
-    for name in ("cross_entropy", "teacher_cross_entropy", "mean_kl"):
+    measure_teacher(student, teacher, rows_of(samples, encoded), 5, tmp_path / "t.parquet")
+    table, want = pq.read_table(tmp_path / "t.parquet"), response_scores(student, encoded, teacher)
+    assert table.column_names == ["index", "teacher_cross_entropy", "mean_kl"]
+    assert table["index"].to_pylist() == [0, 1, 2, 3, 4]
+    for name in ("teacher_cross_entropy", "mean_kl"):
         assert table[name].to_pylist() == pytest.approx(want[name].tolist(), rel=1e-5)
+
+
+def test_sampled_answers_are_those_of_their_seed_and_sample(tmp_path):
+    samples, encoded = encoded_samples(tmp_path, 9)
+    tables = {}
+    for name, seed, batch in (("one", 1, 3), ("other batches", 1, 2), ("two", 2, 3)):
+        (folder := tmp_path / name).mkdir()
+        generation = Generation(5, generation_batch_size=batch)
+        tables[name] = measured(folder, samples, encoded, generation=generation, temperature=1.0, seed=seed)
+    assert tables["one"]["answer"].equals(tables["other batches"]["answer"])
+    assert not tables["one"]["answer"].equals(tables["two"]["answer"])
+    losses = [table["cross_entropy"].to_numpy() for table in tables.values()]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+    np.testing.assert_array_equal(losses[2], losses[0])
+    wanted = answer_all(
+        student_model(),
+        encoded,
+        SampleEncoder(tiny_tokenizer()),
+        max_new_tokens=5,
+        batch_size=9,
+        temperature=1.0,
+        seed=2,
+    )
+    assert tables["two"]["answer"].to_pylist() == wanted

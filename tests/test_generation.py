@@ -90,4 +90,22 @@ def test_answers_stop_at_max_new_tokens_and_progress_counts_every_prompt():
 
 
 def test_batches_hold_similar_lengths_longest_first():
-    assert generation_batches(PROMPTS, 2) == [[2, 4], [0, 3], [1]]
+    assert generation_batches(PROMPTS, batch_size=2) == [[2, 4], [0, 3], [1]]
+
+
+def test_batches_stay_within_their_tokens_unless_a_prompt_alone_is_over():
+    limits = {"batch_size": 3, "max_new_tokens": 4}
+    # lengths 8, 5, 3, 2, 1 and the answers
+    assert generation_batches(PROMPTS, **limits, batch_tokens=18) == [[2], [4, 0], [3, 1]]
+    assert generation_batches(PROMPTS, **limits, batch_tokens=21) == [[2], [4, 0], [3, 1]]
+    assert generation_batches(PROMPTS, **limits, batch_tokens=24) == [[2, 4], [0, 3, 1]]
+    assert generation_batches(PROMPTS, **limits, batch_tokens=5) == [[2], [4], [0], [3], [1]]
+
+
+def test_a_token_budget_bounds_what_is_in_the_cache_and_changes_no_answer():
+    model, seen = tiny_model(), []
+    want = run(model)
+    forward = model.forward
+    model.forward = lambda **kwargs: seen.append(kwargs["attention_mask"].numel()) or forward(**kwargs)
+    assert run(model, batch_tokens=70) == want
+    assert 40 < max(seen) <= 70

@@ -159,7 +159,13 @@ def without(name):
 
 @pytest.mark.parametrize(
     "damage",
-    [cut("model.safetensors"), flipped("optimizer.pt"), cut("trainer_state.json"), without("pocl_state.json"), without(SEAL)],
+    [
+        cut("model.safetensors"),
+        flipped("optimizer.pt"),
+        cut("trainer_state.json"),
+        without("pocl_state.json"),
+        without(SEAL),
+    ],
     ids=["weights", "optimizer", "state", "no-state", "no-seal"],
 )
 def test_a_newest_checkpoint_cut_off_by_a_crash_is_left_out(tmp_path, capsys, uninterrupted, damage):
@@ -201,9 +207,10 @@ def test_a_signalled_command_leaves_a_whole_checkpoint_and_goes_on_to_the_same_s
     assert process.returncode == 128 + signal_number
     assert f"stopped by {signal_number.name}; the same command goes on from here" in said
     assert "Traceback" not in said
-    checkpoints = sorted((output / "checkpoints" / "stage-0").glob("checkpoint-*"))
-    state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
-    assert 1 <= state["global_step"] < 15
+    newest = checkpoints.checkpoints(output / "checkpoints")[-1]
+    assert checkpoints.damage(newest) is None
+    state = json.loads((newest / "trainer_state.json").read_text())
+    assert 1 <= state["global_step"] == checkpoints.step_of(newest) < 45
     assert not (output / "student").exists()
     assert run("distill", output, *words) == 0
     if not (shared := inputs / "whole").exists():  # both signals are compared with one run

@@ -76,3 +76,30 @@ def test_a_missing_damaged_or_foreign_difficulty_table_is_one_clear_error(tmp_pa
     path.write_bytes(data)
     with pytest.raises(InputError, match="is damaged"):
         read_scores(path, chosen)
+
+
+def test_the_teacher_s_columns_are_read_from_the_table_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranking, "ROWS", 64)
+    made, rng = write_table(tmp_path / "d.parquet"), np.random.default_rng(1)
+    beside = {"index": made["index"], "teacher_cross_entropy": rng.random(1000), "mean_kl": rng.random(1000)}
+    pq.write_table(pa.table(beside), tmp_path / "teacher_scores.parquet", row_group_size=170)
+    known = read_scores(tmp_path / "d.parquet", chosen_signals("mean_kl,cross_entropy_gap,rouge_l"))
+    np.testing.assert_array_equal(known.index, made["index"])
+    np.testing.assert_array_equal(known.scores[0], beside["mean_kl"])
+    np.testing.assert_array_equal(known.scores[1], made["cross_entropy"] - beside["teacher_cross_entropy"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "all_columns.py").write_text("def score(record):\n    return record['mean_kl'] + record['rouge_l']\n")
+    known = read_scores(tmp_path / "d.parquet", chosen_signals("all_columns:score"))
+    np.testing.assert_array_equal(known.scores[0], beside["mean_kl"] + made["rouge_l"])
+
+
+# one sample fewer; another sample in its place
+@pytest.mark.parametrize("change", [lambda index: index[:-1], lambda index: np.r_[index[:-1], index[-1] + 1]])
+def test_a_table_of_other_samples_beside_it_is_refused_where_it_is_read(tmp_path, change):
+    index = change(write_table(tmp_path / "d.parquet")["index"])
+    ones = np.ones(len(index))
+    beside = pa.table({"index": index, "teacher_cross_entropy": ones, "mean_kl": ones})
+    pq.write_table(beside, tmp_path / "teacher_scores.parquet")
+    with pytest.raises(InputError, match=r"teacher_scores.parquet is of other samples"):
+        read_scores(tmp_path / "d.parquet", chosen_signals("mean_kl"))
+    assert read_scores(tmp_path / "d.parquet", chosen_signals("rouge_l")).missing() == {}

@@ -204,7 +204,9 @@ def test_a_nan_loss_stops_with_samples_stage_step_and_advice(tmp_path):
     student = student_model()
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(InputError, match=r"the loss of sample \d+ \(line \d+\), .* at stage 1, step 1: .*\(now 0.0001\)"):
+    with pytest.raises(
+        InputError, match=r"the loss of sample \d+ \(line \d+\), .* at stage 1, step 1: .*\(now 0.0001\)"
+    ):
         train(tmp_path, curriculum=curriculum_of(8, stages=1), student=student)
 
 

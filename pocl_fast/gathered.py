@@ -1,0 +1,48 @@
+"""A model whose weights are spread over ranks, whole on each of them, for work that is not training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pocl_fast.errors import InputError
+from pocl_fast.heads import causal_lm
+
+
+@contextlib.contextmanager
+def gathered(model: Any) -> Iterator[Any]:
+    """A plain model with `model`'s weights; every rank enters and leaves it, and runs it as it likes within.
+
+    The model itself where it is whole; under FSDP2 a copy, under ZeRO-3 the model with its weights gathered. Takes one
+    model's memory. Raises `InputError` for what cannot be gathered: FSDP1, and adapters under FSDP.
+    """
+    plain = causal_lm(model)
+    parameters = dict(plain.named_parameters())
+    if any(hasattr(parameter, "full_tensor") for parameter in parameters.values()):
+        if plain is not model and hasattr(model, "get_base_model"):
+            raise InputError('adapters cannot be evaluated under FSDP: give eval_strategy="no"')
+        yield _copy(plain, parameters)
+    elif any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(parameters.values())):
+            yield plain
+    elif type(model).__name__ == "FullyShardedDataParallel":
+        raise InputError('FSDP1 cannot be evaluated: give fsdp_config={"version": 2}')
+    else:
+        yield plain
+
+
+@torch.no_grad()
+def _copy(model: Any, parameters: dict[str, torch.nn.Parameter]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    first = next(iter(parameters.values()))
+    copy = AutoModelForCausalLM.from_config(model.config, dtype=first.dtype).to(first.device)
+    for name, into in copy.named_parameters():
+        weight: Any = parameters[name]
+        into.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
+    return copy.eval()
