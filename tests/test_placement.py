@@ -113,7 +113,7 @@ def test_a_tensor_is_fetched_by_its_name_and_the_model_stays_as_it_was(tmp_path)
 
 
 def test_what_a_loss_is_given_lies_on_the_device_asked_for(tmp_path):
-    """ "meta" stands in for a second device, to which things can be brought but from which nothing comes back."""
+    """The device "meta" stands in for a second one: things can be brought there, and nothing comes back."""
     teacher = Teacher(ready(tiny_model()), tmp_path, device="meta")
     output, live = teacher.output(samples()), teacher.live(samples())
     assert {t.device.type for out in (output, live) for t in (out.hidden, out.weight)} == {"meta"}
