@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def load_model(
     where = resolve(source)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     if quantization != "none":
-        _require_bitsandbytes(quantization)
+        require_bitsandbytes(quantization)
         placement = placement or Placement({"": str(device)})
     if placement is not None:
         kwargs |= placement.arguments()
@@ -206,9 +207,11 @@ def _load_gguf(where: ModelSource, dtype: torch.dtype) -> Any:
     return model
 
 
-def _require_bitsandbytes(quantization: str) -> None:
+def require_bitsandbytes(quantization: str) -> None:
+    """Raises `InputError` where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f'quantization {quantization} needs bitsandbytes: pip install "pocl-fast[quant]"')
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every 8-bit product
 
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
