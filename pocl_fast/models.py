@@ -152,6 +152,21 @@ def source_fingerprint(source: str) -> str:
     return f"{source} ({digest.hexdigest()[:16]})"
 
 
+def hub_revision(source: str, *, trust_remote_code: bool = False) -> str | None:
+    """The commit of the hub at which a hub id's files are here, after a look at the hub where it can be reached; None
+    for files of one's own. Raises `InputError` where there is no such model."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig
+
+    where = resolve(source)
+    if Path(where.path).is_dir():
+        return None
+    with _readable_errors(source, "model"):
+        AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code)
+    found = try_to_load_from_cache(where.path, "config.json")  # .../snapshots/<commit>/config.json
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of what else its state holds (the
     scales of a quantised one): equal exactly where the weights are."""

@@ -27,7 +27,7 @@ from pocl_fast import ranks
 from pocl_fast.checkpoints import damage, seal
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json
-from pocl_fast.models import load_model, require_bitsandbytes, resolve, source_fingerprint
+from pocl_fast.models import hub_revision, load_model, require_bitsandbytes, resolve, source_fingerprint
 from pocl_fast.placement import Placement, input_device
 from pocl_fast.samples import EncodedSample
 
@@ -85,7 +85,7 @@ def load_quantised(
     written.
     """
     require_bitsandbytes(quantization)
-    made_from = _made_from(source, quantization, dtype, torch.device(device))
+    made_from = _made_from(source, quantization, dtype, torch.device(device), trust_remote_code)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     target = Path(folder) / f"{quantization}-{key}"
 
@@ -112,9 +112,12 @@ def load_quantised(
     return model
 
 
-def _made_from(source: str, quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def _made_from(
+    source: str, quantization: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> dict[str, str | None]:
     return {
         "source": source_fingerprint(source),
+        "revision": hub_revision(source, trust_remote_code=trust_remote_code),
         "quantization": quantization,
         "dtype": str(dtype),
         "device": device.type,  # kernels that round differently
@@ -163,7 +166,7 @@ def _make(
     target: Path,
     device: torch.device | str,
     probe_samples: Sequence[EncodedSample],
-    made_from: dict[str, str],
+    made_from: dict[str, str | None],
     options: dict[str, Any],
 ) -> None:
     partial = target.with_name(target.name + ".partial")
