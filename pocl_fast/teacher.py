@@ -23,7 +23,7 @@ from pocl_fast import ranks
 from pocl_fast.errors import InputError
 from pocl_fast.heads import LmHead, check_head, lm_head
 from pocl_fast.models import weights_fingerprint
-from pocl_fast.packing import pack, packing_error, supervised_hidden, token_budget_batches
+from pocl_fast.packing import pack, packing_holds, supervised_hidden, token_budget_batches
 from pocl_fast.placement import input_device
 from pocl_fast.progress import progress_bar
 from pocl_fast.samples import EncodedSample
@@ -32,9 +32,6 @@ from pocl_fast.teacher_lock import Writers
 from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
 from pocl_fast.teachers import LinearTeacher, TopKTeacher
 
-PACKING_TOLERANCE = (
-    1e-2  # relative; families that do not support packing are off by 0.1 and more, bf16 rounding is 4e-3
-)
 CHUNK = 256  # rows whose logits are held at once, where logits are needed
 FILL_TOKENS = 8192  # of a batch when the cache is filled ahead of training
 
@@ -74,7 +71,7 @@ class Teacher:
         # a loss is given hidden states with the lm_head; what is most likely is found where the teacher is
         self._head: LmHead | None = head.to(self._device) if cache_mode == "hidden" else head
         self.vocab_size, hidden_size = head.weight.shape
-        self._packed = packing_error(model, self.config.vocab_size) < PACKING_TOLERANCE
+        self._packed = packing_holds(model)
         check_head(model)
         if cache_mode == "topk" and not 1 <= top_k <= self.vocab_size:
             raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {self.vocab_size} tokens")
@@ -104,8 +101,8 @@ class Teacher:
 
     @torch.no_grad()
     def live(self, samples: Sequence[EncodedSample]) -> LinearTeacher | TopKTeacher:
-        """What `output` gives, computed anew, neither read from the cache nor written to it: for samples that will not
-        come again, as a student's own answers. Raises RuntimeError once the body was released."""
+        """What `output` gives, but not rounded, computed anew and not written: for samples that will not come again, as
+        a student's own answers. Raises RuntimeError once the body was released."""
         hidden = self._run(samples)
         if isinstance(self.cache.entries, TopKEntries):
             top = most_likely(self.lm_head, hidden, self.cache.entries.k)
