@@ -104,6 +104,8 @@ class StageFlow(TrainerCallback):
         if not trainer.is_in_train or progress.stage < 0:
             return
         self._count_time(progress.stage)
+        if trainer.on_policy is not None:
+            trainer.on_policy.rollouts.dev_loss(given["metrics"]["eval_cross_entropy"])
         score, sign = given["metrics"][_full(args.metric_for_best_model)], 1 if args.greater_is_better else -1
         best = progress.best.get(progress.stage)
         if best is None or sign * score > sign * best.score:
