@@ -89,6 +89,15 @@ def remove_old(folder: Path, limit: int | None, best: set[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
+def disk_trouble(error: BaseException) -> str | None:
+    """What was wrong with the disk, where that is what an error of a library's writing means."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) and "I/O error" in str(error):
+        return str(error)
+    return "torch could not write a file" if "inline_container" in str(error) else None  # torch.save
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
 

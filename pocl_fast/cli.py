@@ -20,6 +20,7 @@ from pocl_fast.config import (
     Evaluation,
     Generation,
     Models,
+    Rollouts,
     RunConfig,
     Schedule,
     Training,
@@ -57,6 +58,7 @@ class Distill(Step):
     difficulty: Difficulty = field(default_factory=Difficulty)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
+    rollouts: Rollouts = field(default_factory=Rollouts)
     cache: Cache = field(default_factory=Cache)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
@@ -96,6 +98,7 @@ class Train(Step):
     data: Data = field(default_factory=Data)
     generation: Generation = field(default_factory=Generation)
     training: Training = field(default_factory=Training)
+    rollouts: Rollouts = field(default_factory=Rollouts)
     cache: Cache = field(default_factory=Cache)
 
 

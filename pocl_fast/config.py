@@ -54,6 +54,9 @@ class Data:
     """Most tokens of a prompt."""
     long_prompts: Literal["error", "skip"] = "error"
     """What to do about a prompt over that limit: stop before anything runs, or leave the sample out and say so."""
+    data_source: Literal["data", "teacher"] = "data"
+    """"teacher": its greedy answers to the training prompts, generated once, take the references' place
+    (sequence-level distillation)."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,25 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Rollouts:
+    """The student's own answers in training."""
+
+    rollouts: Literal["none", "gkd", "mixed", "adaptive"] = "none"
+    """When a batch has them: "gkd" with a fixed probability (arXiv 2306.13649); "mixed" the same with a replay buffer,
+    "adaptive" more of them when the dev loss rises (DistiLLM, arXiv 2402.03898)."""
+    lmbda: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """gkd: the probability that a batch has the student's answers."""
+    mixed_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """mixed: the same."""
+    loss_eps: NonNegativeFloat = 0.1
+    """adaptive: the rise of the dev loss, in nats, from which on there are more of them."""
+    replay_ratio: Literal["decreasing", "increasing", "constant"] = "decreasing"
+    """adaptive: how the share of fresh answers, against those of the replay buffer, goes over the training."""
+    replay_capacity: PositiveInt = 1000
+    """mixed and adaptive: answers in the replay buffer."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The final evaluation: sampling at temperature 1, top-p 1."""
 
@@ -186,6 +208,7 @@ class RunConfig:
     difficulty: Difficulty = field(default_factory=Difficulty)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
+    rollouts: Rollouts = field(default_factory=Rollouts)
     cache: Cache = field(default_factory=Cache)
     evaluation: Evaluation = field(default_factory=Evaluation)
 

@@ -13,7 +13,8 @@ from pocl_fast.packing import PackedBatch, pack
 from pocl_fast.samples import EncodedSample
 from pocl_fast.schedule import Schedule
 
-MicroBatch = dict[str, Any]  # "samples": list[EncodedSample], "packed": PackedBatch, "place": Place
+# "samples": list[EncodedSample], "packed": PackedBatch, "place": Place; "live": the samples are the student's own
+MicroBatch = dict[str, Any]
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -31,7 +32,7 @@ class MicroBatches(Dataset[MicroBatch]):
         indices = self.schedule.batch(step, part, self.rank)
         chosen = [self.samples[index] for index in indices]
         packed = pack(chosen) if chosen else _nothing(next(iter(self.samples.values())))
-        return {"samples": chosen, "packed": packed, "place": self.schedule.place(step)}
+        return {"samples": chosen, "packed": packed, "place": self.schedule.place(step), "live": False}
 
 
 class Numbers(Sampler[list[tuple[int, int]]]):
@@ -51,6 +52,11 @@ class Numbers(Sampler[list[tuple[int, int]]]):
             step += 1
 
 
+def with_samples(batch: MicroBatch, samples: list[EncodedSample], *, live: bool) -> MicroBatch:
+    """A micro-batch with others in its samples' place."""
+    return {**batch, "samples": samples, "packed": pack(samples) if samples else batch["packed"], "live": live}
+
+
 def pieces(batch: MicroBatch, count: int) -> list[MicroBatch]:
     """A micro-batch cut into `count` of nearly as many samples each, or into single ones."""
     samples = batch["samples"]
@@ -58,7 +64,7 @@ def pieces(batch: MicroBatch, count: int) -> list[MicroBatch]:
         return [batch]
     bounds = [len(samples) * i // count for i in range(count + 1)]
     cut = [samples[a:b] for a, b in itertools.pairwise(bounds) if a < b]
-    return [{**batch, "samples": part, "packed": pack(part)} for part in cut]
+    return [with_samples(batch, part, live=batch["live"]) for part in cut]
 
 
 def _nothing(sample: EncodedSample) -> PackedBatch:

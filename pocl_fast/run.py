@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from pocl_fast.difficulty import LoadedModel, Row, measure, measure_teacher, row
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.frozen import freeze_linears
+from pocl_fast.gathered import gathered
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_holds
 from pocl_fast.ranking import read_scores
@@ -193,15 +195,18 @@ class Run:
                 callbacks=[MetricsFile(self.path / "metrics.jsonl")],
             )
             trainer.train(resume_from_checkpoint=True)
-            self._save_student(student)
-            steps = [m for m in read_metrics(self.path / "metrics.jsonl") if "loss" in m]
-            tokens = sum(m["tokens"] for m in steps)
-            facts |= {
-                "tokens": tokens,
-                "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in steps),
-            }
-        for checkpoint in checkpoints(self.path / "checkpoints"):  # only for going on; the stages' best weights stay
-            shutil.rmtree(checkpoint)
+            with gathered(trainer.model) as whole:
+                ranks.from_first(lambda: self._save_student(whole))
+            facts |= self._speed()
+        if ranks.is_first():
+            for checkpoint in checkpoints(self.path / "checkpoints"):  # only for going on; the best weights stay
+                shutil.rmtree(checkpoint)
+
+    def _speed(self) -> dict[str, float]:
+        steps = [m for m in read_metrics(self.path / "metrics.jsonl") if "tokens" in m]
+        tokens = sum(m["tokens"] for m in steps)
+        seconds = sum(m["tokens"] / m["tokens_per_second"] for m in steps)
+        return {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
 
     def cache(self) -> None:
         """Computes what the teacher's cache lacks of the training samples."""
@@ -286,7 +291,30 @@ class Run:
 
     @cached_property
     def train_set(self) -> tuple[list[Sample], list[EncodedSample]]:
-        return self._read(self.config.data.train, "--train")
+        samples, encoded = self._read(self.config.data.train, "--train")
+        if self.config.data.data_source == "data":
+            return samples, encoded
+        return self._answered_by_teacher(samples, encoded)
+
+    def _answered_by_teacher(
+        self, samples: list[Sample], encoded: list[EncodedSample]
+    ) -> tuple[list[Sample], list[EncodedSample]]:
+        from pocl_fast.teacher import teacher_fingerprint
+        from pocl_fast.training_setup import answered_by_teacher
+
+        self._check_vocabularies()
+        model = self.teacher_model()
+        options = SimpleNamespace(**asdict(self.config.generation), max_length=self.config.data.max_length)
+        with self.precision.autocast():
+            answered = answered_by_teacher(
+                SampleSet(samples, encoded),
+                model,
+                self.encoder,
+                self.path / "teacher_answers",
+                fingerprint=teacher_fingerprint(model, self.precision.name),
+                options=options,
+            )
+        return list(answered.samples), list(answered.encoded)
 
     @cached_property
     def dev_set(self) -> tuple[list[Sample], list[EncodedSample]]:
@@ -346,6 +374,8 @@ class Run:
                 cache_mode=options.cache_mode,
                 top_k=options.cache_top_k,
                 precision=self.precision.name,
+                device=self.device,
+                keep_body=self.config.rollouts.rollouts != "none",
             )
 
     def initial_student(self) -> tuple[Any, bool]:
@@ -394,8 +424,9 @@ def trainer_arguments(config: RunConfig, folder: Path, device: torch.device) -> 
     """The trainer's arguments out of a run's options."""
     from pocl_fast.training_arguments import PoclConfig
 
-    groups = (config.training, config.schedule, config.data, config.generation, config.difficulty, config.cache)
-    options = {name: value for group in groups for name, value in asdict(group).items()}
+    groups = ("training", "schedule", "data", "generation", "difficulty", "rollouts", "cache")
+    options = {name: value for group in groups for name, value in asdict(getattr(config, group)).items()}
+    options["data_source"] = "data"  # the samples have them
     options["per_device_train_batch_size"] = options.pop("batch_size")
     options["temperature"], options["alpha"] = list(config.schedule.temperature), list(config.schedule.alpha)
     known = {field.name for field in fields(PoclConfig)}

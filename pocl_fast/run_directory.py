@@ -23,19 +23,20 @@ from pocl_fast.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
 
 _STUDENT = ("student", "student_layers", "precision", "trust_remote_code")
 _LENGTHS = ("template", "max_length", "max_prompt_length", "long_prompts")
+_TRAIN = ("train", "data_source", "teacher answers")
 _GENERATION = ("max_new_tokens", "generation_batch_size", "generation_batch_tokens", "generation_engine")
 _ANSWERS = (*_GENERATION, "eval_seeds")
 # What each step is made from: options, and files by their content.
 READS = {
-    "measure": (*_STUDENT, *_LENGTHS, *_GENERATION, "measure_temperature", "measure_seed", "train"),
-    "measure-teacher": (*_STUDENT, *_LENGTHS, "train", "teacher columns"),
+    "measure": (*_STUDENT, *_LENGTHS, *_GENERATION, "measure_temperature", "measure_seed", *_TRAIN),
+    "measure-teacher": (*_STUDENT, *_LENGTHS, *_TRAIN, "teacher columns"),
     "rank": ("curriculum", "signals", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet", TEACHER_SCORES),
     "train": (
-        *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", "train", "dev", "max_new_tokens",
+        *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", *_TRAIN, "dev", "max_new_tokens",
         "divergence", "beta", "skew", "temperature_scaling", "within_stage", "epochs_per_stage", "steps_per_stage",
         "patience", "fresh_optimizer", "fresh_learning_rate", "stage_weights", "remeasure", "batch_size",
         "tokens_per_batch", "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm",
-        "on_nonfinite", "cache_mode", "cache_dtype", "cache_top_k", "seed", "curriculum", "curriculum.json",
+        "on_nonfinite", "rollouts", "lmbda", "mixed_alpha", "loss_eps", "replay_ratio", "replay_capacity", "cache_mode", "cache_dtype", "cache_top_k", "seed", "curriculum", "curriculum.json",
     ),
     "evaluate-before": (*_STUDENT, *_LENGTHS, *_ANSWERS, "dev"),
     "evaluate-after": (*_LENGTHS, *_ANSWERS, "precision", "dev", "student/model.safetensors"),
@@ -156,6 +157,9 @@ class RunDirectory:
                 made_from[name] = models.source_fingerprint(required(options[name], f"--{name}"))
             elif name == "student":
                 made_from[name] = "cut from " + models.source_fingerprint(required(options["teacher"], "--teacher"))
+            elif name == "teacher answers":
+                if options["data_source"] == "teacher":
+                    made_from[name] = _teacher_made_from(options, "--data-source teacher")
             elif name == "teacher columns":
                 made_from[name] = self._teacher_columns_made_from(options)
             elif name == TEACHER_SCORES:
@@ -173,8 +177,7 @@ class RunDirectory:
     @staticmethod
     def _teacher_columns_made_from(options: dict[str, Any]) -> str:
         asked = next(iter(teacher_columns(options["signals"])), "")
-        source = models.source_fingerprint(required(options["teacher"], f"--teacher (for --signals {asked})"))
-        return f"of {source} in {options['teacher_quantization']}"
+        return _teacher_made_from(options, f"--signals {asked}")
 
     def _check_earlier(self, step: str, made_from: dict[str, Any]) -> None:
         """Raises `InputError` where the step that this one builds on was made from other options or data."""
@@ -214,6 +217,12 @@ def required(value: Any, option: str) -> Any:
     if value is None:
         raise InputError(f"{option} is missing")
     return value
+
+
+def _teacher_made_from(options: dict[str, Any], asked: str) -> str:
+    """The teacher that an option asks for."""
+    source = models.source_fingerprint(required(options["teacher"], f"--teacher (for {asked})"))
+    return f"of {source} in {options['teacher_quantization']}"
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:

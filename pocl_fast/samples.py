@@ -233,8 +233,8 @@ class SampleEncoder:
     """Turns samples into tokens: the tokenizer's chat template where it has one, else the Alpaca template of the
     paper's code.
 
-    Of a conversation the last answer is the response; the turns before it are the prompt. `end_ids` are the tokens that
-    end an answer in generation.
+    Of a conversation the last answer is the response; the turns before it are the prompt. `end_id` ends every response
+    that is not cut; `end_ids` are the tokens that end an answer in generation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> None:
@@ -247,6 +247,7 @@ class SampleEncoder:
         self.tokenizer = tokenizer
         self.template: Template = ("chat" if tokenizer.chat_template else "alpaca") if template == "auto" else template
         end = self._encode_response(({"role": "user", "content": "a"},), "b")[-1]
+        self.end_id = int(end)
         self.end_ids = frozenset({int(tokenizer.eos_token_id), end})
 
     def encode(self, sample: Sample, *, max_length: int, max_prompt_length: int) -> EncodedSample | None:

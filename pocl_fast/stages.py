@@ -104,6 +104,8 @@ class StageFlow(TrainerCallback):
         if not trainer.is_in_train or progress.stage < 0:
             return
         self._count_time(progress.stage)
+        if trainer.on_policy is not None:
+            trainer.on_policy.rollouts.dev_loss(given["metrics"]["eval_cross_entropy"])
         score, sign = given["metrics"][_full(args.metric_for_best_model)], 1 if args.greater_is_better else -1
         best = progress.best.get(progress.stage)
         if best is None or sign * score > sign * best.score:
@@ -180,6 +182,8 @@ class StageFlow(TrainerCallback):
         return f"stage {place.stage + 1}/{len(schedule.stages)} epoch {epoch:.2f} step {state.global_step}"
 
     def _line(self, state: Any, logs: dict[str, Any]) -> str:
+        if "ce" not in logs:
+            return f"{self._where(state)} | every step since the last line was skipped"
         parts = [
             self._where(state),
             f"loss {logs['loss']:.3f} CE {logs['ce']:.3f} KD {logs['divergence']:.3f}",

@@ -94,6 +94,13 @@ class Teacher:
             raise RuntimeError("the lm_head of a teacher with a top-k cache was released with its body")
         return self._head
 
+    @property
+    def model(self) -> Any:
+        """The whole model. Raises RuntimeError once its body was released."""
+        if self._model is None:
+            raise RuntimeError("the teacher's body was released: make the Teacher with keep_body=True")
+        return self._model
+
     def output(self, samples: Sequence[EncodedSample]) -> LinearTeacher | TopKTeacher:
         """What a loss takes as its teacher at the supervised positions of the samples, in their order; the body runs
         only for new ones."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -32,6 +33,7 @@ from pocl_fast.losses import LossOutput
 from pocl_fast.metrics import LossParts
 from pocl_fast.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.objectives import Objective
+from pocl_fast.on_policy import OnPolicy
 from pocl_fast.out_of_memory import Halving
 from pocl_fast.packing import PackedBatch, enable_packing, packing_holds
 from pocl_fast.progress import say
@@ -40,9 +42,10 @@ from pocl_fast.samples import EncodedSample, SampleEncoder
 from pocl_fast.schedule import BatchSize, Place, Schedule
 from pocl_fast.stages import Progress, StageFlow
 from pocl_fast.student import num_parameters
-from pocl_fast.teacher import Teacher
+from pocl_fast.teacher import Teacher, teacher_fingerprint
 from pocl_fast.training_arguments import PoclConfig
 from pocl_fast.training_setup import (
+    answered_by_teacher,
     learning_rate_factor,
     measured_curriculum,
     measured_from,
@@ -96,8 +99,11 @@ class PoclTrainer(Trainer):
             raise InputError("several GPUs need one process each: start with torchrun or accelerate launch")
         if eval_dataset is None and args.eval_strategy == "epoch":
             args.eval_strategy = "no"  # type: ignore[assignment]  # the default, which needs one
+        if args.rollouts == "adaptive" and args.eval_strategy == "no":
+            raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
         if args.stage_weights == "best" and args.eval_strategy == "no":
             raise InputError('stage_weights="best" needs evaluations: give eval_dataset and eval_strategy')
+        self.folder = Path(str(args.output_dir))
         self.precision = models.choose_precision(args.precision, args.device)
         args.bf16 = args.bf16 or (args.device.type == "cuda" and self.precision.name == "bf16")
         model, processing_class = student_of(model, processing_class, peft_config, args)
@@ -107,7 +113,18 @@ class PoclTrainer(Trainer):
         enable_packing(causal_lm(model))
         self.packed = packing_holds(causal_lm(model))
         self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision)
+        if args.data_source == "teacher":
+            fingerprint = teacher_fingerprint(self.teacher.model, self.precision.name)
+            self.samples = answered_by_teacher(
+                self.samples,
+                self.teacher.model,
+                self.encoder,
+                self.folder / "teacher_answers",
+                fingerprint=fingerprint,
+                options=args,
+            )
         self._curriculum = curriculum
+        self.on_policy: OnPolicy | None = None
         self.schedule: Schedule | None = None
         self.progress = Progress()
         self.objective = self._first_objective = args.objective()
@@ -138,10 +155,6 @@ class PoclTrainer(Trainer):
 
     # -- what a step trains on --------------------------------------------------------------------------------------
 
-    @property
-    def folder(self) -> Path:
-        return Path(str(self.args.output_dir))
-
     def planned(self) -> Schedule:
         """The steps of the run; measures the difficulty first where no curriculum was given."""
         if self.schedule is None:
@@ -165,6 +178,8 @@ class PoclTrainer(Trainer):
                 stage_steps=args.steps_per_stage,
                 within_stage=args.within_stage,  # type: ignore[arg-type]  # checked by PoclConfig
             )
+            if args.rollouts != "none":
+                self.on_policy = OnPolicy(self)
         return self.schedule
 
     def get_train_dataloader(self) -> DataLoader:
@@ -193,6 +208,8 @@ class PoclTrainer(Trainer):
             if inputs["place"] != place:  # fetched ahead of a stage's early end
                 inputs = MicroBatches(schedule, self._by_index, self.args.process_index)[step, part]
             batches.append(inputs)
+        if self.on_policy is not None:
+            batches = self.on_policy.batches(batches, step)
         self._step_batches = batches
         tokens = torch.tensor(sum(len(inputs["packed"].labels) for inputs in batches), device=device)
         self._loss_parts.begin_step()
@@ -216,8 +233,11 @@ class PoclTrainer(Trainer):
             if args.remeasure:
                 self.planned().reorder(stage, measured_curriculum(self, self.folder / f"stage-{stage + 1}").order)
                 self.state.max_steps = self.planned().total_steps
-        if self.lr_scheduler is not None and not self.is_deepspeed_enabled:
-            self.lr_scheduler.last_epoch = self.state.global_step  # behind by steps that a GradScaler skipped
+            if not self.is_deepspeed_enabled:
+                self.lr_scheduler.last_epoch = self.state.global_step - 1  # type: ignore[union-attr]
+                self.lr_scheduler.step()  # type: ignore[union-attr]  # it counted on the stage before going on
+        if before < 0 and self.on_policy is not None and self.on_policy.wants_first_loss:
+            self.on_policy.rollouts.dev_loss(self.evaluate()["eval_cross_entropy"])
         self.progress.begin(stage)
 
     @property
@@ -256,8 +276,10 @@ class PoclTrainer(Trainer):
         batch: PackedBatch = inputs["packed"].to(self.args.device)
         objective, teacher = self.objective, None
         if inputs["samples"]:
-            teacher = self.teacher.output(inputs["samples"])
-        else:  # no sample was left for this rank, whose part in the gradient's exchange is zeros
+            teacher = (self.teacher.live if inputs["live"] else self.teacher.output)(inputs["samples"])
+        if inputs["live"]:
+            objective = replace(objective, alpha=0.0)
+        if teacher is None:  # no sample was left for this rank, whose part in the gradient's exchange is zeros
             objective = replace(objective, alpha=1.0)
         outputs: list[LossOutput] = []
 
@@ -347,6 +369,7 @@ class PoclTrainer(Trainer):
         if "loss" in logs:
             logs |= self._loss_parts.means(self.accelerator.reduce if self.args.world_size > 1 else None)
             logs["memory_gib"] = _memory(self.args.device) / 2**30
+            logs |= {} if self.on_policy is None else self.on_policy.logs()
             if self.progress.skipped_steps:
                 logs["skipped_steps"] = self.progress.skipped_steps
         super().log(logs, *args, **kwargs)
@@ -417,6 +440,8 @@ class PoclTrainer(Trainer):
         schedule = self.planned()
         self.progress = Progress() if checkpoint is None else Progress.read(checkpoint / STATE)
         schedule.ended = dict(self.progress.ended)
+        if self.on_policy is not None and self.progress.rollouts:
+            self.on_policy.rollouts.load_state_dict(self.progress.rollouts)
         for stage in range(1, self.progress.stage + 1 if self.args.remeasure else 0):
             schedule.reorder(stage, measured_curriculum(self, self.folder / f"stage-{stage + 1}").order)
 
@@ -437,12 +462,17 @@ class PoclTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if writes:
                 self.progress.ended = dict(self.planned().ended)
+                if self.on_policy is not None:
+                    self.progress.rollouts = self.on_policy.rollouts.state_dict()
                 self.progress.write(partial / target.name / STATE)
                 checkpoints.seal(partial / target.name, target)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (trouble := checkpoints.disk_trouble(error)) is None:
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
-                f"cannot write checkpoint {target}: {error.strerror or error}. Free some space and run the same command"
-                " again; it goes on from the checkpoint before"
+                f"cannot write checkpoint {target}: {trouble}. Free some space and run the same command again; it goes"
+                " on from the checkpoint before"
             ) from error
         finally:
             self._saving_to = None

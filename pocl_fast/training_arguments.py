@@ -76,6 +76,21 @@ class PoclConfig(TrainingArguments):
         default="auto",
         metadata={"help": "fp32 or bf16, of products. On a GPU bf16 is autocast; on a CPU oneDNN's, results in fp32."},
     )
+    # the student's own answers, and the teacher's
+    rollouts: str = field(
+        default="none",
+        metadata={"help": "none, gkd, mixed or adaptive: when a batch's responses are the student's own."},
+    )
+    lmbda: float = field(default=0.5, metadata={"help": "gkd: the probability of that."})
+    mixed_alpha: float = field(default=0.5, metadata={"help": "mixed: the same."})
+    loss_eps: float = field(default=0.1, metadata={"help": "adaptive: rise of the dev loss, in nats, that counts."})
+    replay_ratio: str = field(
+        default="decreasing", metadata={"help": "adaptive: decreasing, increasing or constant share of fresh answers."}
+    )
+    replay_capacity: int = field(default=1000, metadata={"help": "mixed and adaptive: answers kept to come again."})
+    data_source: str = field(
+        default="data", metadata={"help": "data, or teacher: its answers are generated and take the references' place."}
+    )
     # answers
     max_new_tokens: int = field(default=128, metadata={"help": "Longest generated answer, in tokens."})
     generation_batch_size: int = field(default=64, metadata={"help": "Prompts that are answered at once."})
@@ -104,6 +119,7 @@ class PoclConfig(TrainingArguments):
     greater_is_better: bool | None = True
     remove_unused_columns: bool = False
     report_to: Any = "none"
+    ddp_find_unused_parameters: bool | None = False  # none are, and looking for them takes time
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +136,7 @@ class PoclConfig(TrainingArguments):
             "cache_dtype": ("bf16", "fp32", "int8"),
             "precision": ("auto", "fp32", "bf16"),
             "on_nonfinite": ("stop", "skip"),
+            "data_source": ("data", "teacher"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

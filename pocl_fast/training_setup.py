@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from pocl_fast import models, ranks
+from pocl_fast.answers import Answerer, AnswerLimits
 from pocl_fast.config import Generation
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
 from pocl_fast.difficulty import LoadedModel, measure, rows_of
@@ -22,12 +24,14 @@ from pocl_fast.frozen import freeze_linears
 from pocl_fast.gathered import gathered
 from pocl_fast.heads import causal_lm
 from pocl_fast.packing import enable_packing
+from pocl_fast.progress import say
 from pocl_fast.ranking import read_scores
 from pocl_fast.samples import SampleEncoder, SampleSet, encode_all, read_samples, samples_from
 from pocl_fast.schedule import Schedule
 from pocl_fast.signals import chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable
 from pocl_fast.teacher import Teacher
+from pocl_fast.teacher_answers import teacher_answers
 from pocl_fast.teacher_shards import HIDDEN_DTYPES
 from pocl_fast.training_arguments import PoclConfig
 
@@ -78,6 +82,8 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: models
             cache_mode=args.cache_mode,  # type: ignore[arg-type]
             top_k=args.cache_top_k,
             precision=precision.name,
+            device=args.device,
+            keep_body=args.rollouts != "none",
         )
 
 
@@ -102,6 +108,24 @@ def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -
     if ranks.is_first():
         print(report.describe(name))
     return SampleSet(samples, encoded)
+
+
+def answered_by_teacher(
+    samples: SampleSet, teacher: Any, encoder: SampleEncoder, folder: Path, *, fingerprint: str, options: Any
+) -> SampleSet:
+    """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
+
+    `options` has `max_new_tokens`, `max_length` and `generation_batch_size`. Every rank must call.
+    """
+    limits = AnswerLimits(options.max_new_tokens, options.max_length, encoder.end_id)
+    tokenizer: Any = encoder.tokenizer
+    rows = options.generation_batch_size
+    ask = Answerer(teacher, limits, encoder.end_ids, tokenizer.pad_token_id, temperature=0.0, batch_size=rows)
+    encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
+    texts = tokenizer.batch_decode([one.response_ids for one in encoded], skip_special_tokens=True)
+    answers = {one.index: text.strip() for one, text in zip(encoded, texts, strict=True)}
+    known = [replace(s, references=(answers[s.index],)) if s.index in answers else s for s in samples.samples]
+    return SampleSet(known, encoded)
 
 
 def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | None = None) -> Curriculum:

@@ -35,8 +35,10 @@ def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_model(layers: int = 2, vocab_size: int = 259, seed: int = 0, hidden: int = 32) -> LlamaForCausalLM:
-    """A Llama with random weights, four heads over two key/value heads, tied embeddings."""
+def tiny_model(
+    layers: int = 2, vocab_size: int = 259, seed: int = 0, hidden: int = 32, tied: bool = True
+) -> LlamaForCausalLM:
+    """A Llama with random weights, four heads over two key/value heads."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -47,7 +49,7 @@ def tiny_model(layers: int = 2, vocab_size: int = 259, seed: int = 0, hidden: in
         num_key_value_heads=2,
         max_position_embeddings=512,
         initializer_range=0.2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=256,
         bos_token_id=None,
         eos_token_id=258,

@@ -55,6 +55,8 @@ def trainer_of(
     """A trainer on as many samples as the curriculum has, or `count`; 4 dev samples."""
     folder.mkdir(exist_ok=True)
     train_set = SampleSet(*encoded_samples(folder, count or len(curriculum.order)))
+    if "kind" in options:  # of the configuration
+        options["curriculum"] = options.pop("kind")
     kept = {name: options.pop(name) for name in ("peft_config", "callbacks") if name in options}
     settings = {
         "per_device_train_batch_size": 4, "epochs_per_stage": 1, "max_new_tokens": 2, "precision": "fp32",

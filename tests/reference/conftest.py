@@ -1,9 +1,27 @@
 """Fresh random numbers in every test (`seed` in tests/conftest.py), and the backends that are held to the reference."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from pocl_fast import _C
+
+
+def pytest_collection_modifyitems(config, items):
+    """Interpreted, a Triton kernel takes a hundred times as long: a third of each large grid, in which every value and
+    nearly every pair of values is still there, runs without a GPU."""
+    if torch.cuda.is_available():
+        return
+    thinned = {id(item) for item in items if _interpreted(item) and sum(item.callspec.indices.values()) % 3}
+    large = Counter(item.originalname for item in items if id(item) in thinned)
+    left_out = [item for item in items if id(item) in thinned and large[item.originalname] > 12]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _interpreted(item):
+    return getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "triton"
 
 
 @pytest.fixture(autouse=True)
