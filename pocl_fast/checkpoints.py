@@ -80,11 +80,14 @@ def best_path(folder: Path, stage: int, step: int) -> Path:
     return folder / f"stage-{stage + 1}-best-{step}.safetensors"
 
 
-def remove_old(folder: Path, limit: int | None, best: set[Path]) -> None:
-    """Deletes checkpoints but for the newest `limit`, and best weights but for these."""
-    if limit:
-        for old in checkpoints(folder)[:-limit]:
-            shutil.rmtree(old, ignore_errors=True)
+def remove_old(folder: Path, limit: int | None) -> None:
+    """Deletes checkpoints but for the newest `limit`; None keeps all."""
+    for old in checkpoints(folder)[:-limit] if limit else ():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_other_weights(folder: Path, best: set[Path]) -> None:
+    """Deletes weights of evaluations that no longer are their stage's best."""
     for path in set(folder.glob("stage-*-best-*.safetensors")) - best:
         path.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from pocl_fast.difficulty import cross_entropy
 from pocl_fast.generation import Progress, generate
 from pocl_fast.progress import shared_progress
 from pocl_fast.rouge import rouge_l
-from pocl_fast.samples import EncodedSample, Sample, SampleEncoder
+from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, SampleSet
 from pocl_fast.vllm_engine import VllmEngine
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -125,6 +125,25 @@ def evaluate(
         samples=len(encoded),
     )
     return scores, first_answers
+
+
+def dev_scores(
+    model: Any, dev: SampleSet, encoder: SampleEncoder, options: Any, *, packed: bool
+) -> tuple[dict[str, float], list[str]]:
+    """What is looked at while training, and the answers: greedy `rouge_l` in percent, `cross_entropy` in nats a token.
+    `options` has `max_new_tokens` and `generation_batch_size`. Every rank must call."""
+    answers = answer_all(
+        model,
+        dev.encoded,
+        encoder,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.generation_batch_size,
+        temperature=0.0,
+        seed=0,
+    )
+    rouge = rouge_l(answers, [list(dev.samples[sample.index].references) for sample in dev.encoded]).fmeasure
+    loss = mean_token_cross_entropy(model, dev.encoded, packed=packed)
+    return {"rouge_l": 100 * float(np.mean(rouge)), "cross_entropy": loss}, answers
 
 
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -5,7 +5,6 @@ Knows the optimisation. Does not know how difficulty was measured, or what a run
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,16 +14,15 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback
 
 from pocl_fast import checkpoints, models, ranks
 from pocl_fast.curriculum import Curriculum
 from pocl_fast.errors import InputError, Interrupted
-from pocl_fast.evaluation import answer_all, mean_token_cross_entropy
+from pocl_fast.evaluation import dev_scores
 from pocl_fast.gathered import gathered
 from pocl_fast.heads import LmHead, causal_lm, loss_within_forward
 from pocl_fast.interruption import Signals
@@ -37,10 +35,10 @@ from pocl_fast.on_policy import OnPolicy
 from pocl_fast.out_of_memory import Halving
 from pocl_fast.packing import PackedBatch, enable_packing, packing_holds
 from pocl_fast.progress import say
-from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import EncodedSample, SampleEncoder
-from pocl_fast.schedule import BatchSize, Place, Schedule
-from pocl_fast.stages import Progress, StageFlow
+from pocl_fast.saving import SavingTrainer
+from pocl_fast.schedule import Place, Schedule
+from pocl_fast.stages import SHOWN_ANSWERS, Progress, StageFlow
 from pocl_fast.student import num_parameters
 from pocl_fast.teacher import Teacher, teacher_fingerprint
 from pocl_fast.training_arguments import PoclConfig
@@ -50,6 +48,7 @@ from pocl_fast.training_setup import (
     measured_curriculum,
     measured_from,
     sample_set,
+    schedule_of,
     student_of,
     teacher_of,
 )
@@ -57,7 +56,7 @@ from pocl_fast.training_setup import (
 STATE = "pocl_state.json"  # of a checkpoint
 
 
-class PoclTrainer(Trainer):
+class PoclTrainer(SavingTrainer):
     """A `transformers.Trainer` that distils a teacher into `model` on packed samples, easy to hard.
 
     Args:
@@ -103,7 +102,6 @@ class PoclTrainer(Trainer):
             raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
         if args.stage_weights == "best" and args.eval_strategy == "no":
             raise InputError('stage_weights="best" needs evaluations: give eval_dataset and eval_strategy')
-        self.folder = Path(str(args.output_dir))
         self.precision = models.choose_precision(args.precision, args.device)
         args.bf16 = args.bf16 or (args.device.type == "cuda" and self.precision.name == "bf16")
         model, processing_class = student_of(model, processing_class, peft_config, args)
@@ -119,7 +117,7 @@ class PoclTrainer(Trainer):
                 self.samples,
                 self.teacher.model,
                 self.encoder,
-                self.folder / "teacher_answers",
+                Path(str(args.output_dir)) / "teacher_answers",
                 fingerprint=fingerprint,
                 options=args,
             )
@@ -134,7 +132,6 @@ class PoclTrainer(Trainer):
         self._halving = Halving()
         self._step_batches: list[MicroBatch] = []  # of the step in progress
         self._grad_norm: Any = 0.0
-        self._saving_to: str | None = None
         self._signals = Signals()
         super().__init__(
             model=model,
@@ -163,22 +160,8 @@ class PoclTrainer(Trainer):
                 self._curriculum = measured_curriculum(self, self.folder, made_from=made_from)
             if unknown := set(self._curriculum.order.tolist()) - set(self._by_index):
                 raise InputError(f"the curriculum lists sample {min(unknown)}, which train_dataset does not have")
-            args = self.args
-            self.schedule = Schedule(
-                self._curriculum,
-                {index: len(sample) for index, sample in self._by_index.items()},
-                BatchSize(
-                    args.per_device_train_batch_size,
-                    args.tokens_per_batch,
-                    args.gradient_accumulation_steps,
-                    args.world_size,
-                ),
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                epochs=args.passes,
-                stage_steps=args.steps_per_stage,
-                within_stage=args.within_stage,  # type: ignore[arg-type]  # checked by PoclConfig
-            )
-            if args.rollouts != "none":
+            self.schedule = schedule_of(self.args, self._curriculum, self.samples.encoded)
+            if self.args.rollouts != "none":
                 self.on_policy = OnPolicy(self)
         return self.schedule
 
@@ -385,23 +368,10 @@ class PoclTrainer(Trainer):
         start = time.perf_counter()
         self.model.eval()  # type: ignore[union-attr]
         with gathered(self.model) as model, self.accelerator.autocast():
-            answers = answer_all(
-                model,
-                dev.encoded,
-                self.encoder,
-                max_new_tokens=args.max_new_tokens,
-                batch_size=args.generation_batch_size,
-                temperature=0.0,
-                seed=0,
-            )
-            cross_entropy = mean_token_cross_entropy(model, dev.encoded, packed=self.packed)
-        rouge = rouge_l(answers, [list(dev.samples[sample.index].references) for sample in dev.encoded]).fmeasure
-        self.dev_answers = answers[:3]
-        metrics = {
-            f"{metric_key_prefix}_rouge_l": 100 * float(np.mean(rouge)),
-            f"{metric_key_prefix}_cross_entropy": cross_entropy,
-            f"{metric_key_prefix}_seconds": time.perf_counter() - start,
-        }
+            scores, answers = dev_scores(model, dev, self.encoder, args, packed=self.packed)
+        self.dev_answers = answers[:SHOWN_ANSWERS]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         self._loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
@@ -413,7 +383,7 @@ class PoclTrainer(Trainer):
         """Trains through all stages; see the class. The student holds the last stage's chosen weights afterwards."""
         schedule = self.planned()
         self.args.max_steps = min(self.args.max_steps, schedule.total_steps)
-        found = self._checkpoint(resume_from_checkpoint)
+        found = self.found_checkpoint(resume_from_checkpoint)
         self._restore(found)
         self.teacher.cache.reserve(self.samples.encoded)
         with self.teacher.cache, self._signals:
@@ -426,15 +396,6 @@ class PoclTrainer(Trainer):
                 self._load_weights(checkpoints.best_path(self.folder, self.progress.stage, best.step))
         return result
 
-    def _checkpoint(self, chosen: str | bool | None) -> Path | None:
-        if not chosen:
-            return None
-        if chosen is True:
-            return ranks.from_first(lambda: checkpoints.newest_whole(self.folder, say=print))
-        if wrong := checkpoints.damage(Path(chosen)):
-            raise InputError(f"cannot go on from checkpoint {chosen}: {wrong}")
-        return Path(chosen)
-
     def _restore(self, checkpoint: Path | None) -> None:
         """The schedule and the progress as they were at a checkpoint, or at the start."""
         schedule = self.planned()
@@ -445,53 +406,29 @@ class PoclTrainer(Trainer):
         for stage in range(1, self.progress.stage + 1 if self.args.remeasure else 0):
             schedule.reorder(stage, measured_curriculum(self, self.folder / f"stage-{stage + 1}").order)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._saving_to or super()._get_output_dir(trial)
+    def before_saving(self) -> None:
+        """So that going on from the checkpoint finds the cache as it is, and computes in the same batches."""
+        self.teacher.cache.flush()
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint that is whole or not there; those before it are kept as `save_total_limit` says."""
-        partial, target = self.folder / "checkpoint.partial", self.folder / f"checkpoint-{self.state.global_step}"
-        self.teacher.cache.flush()  # so that going on from here computes in batches as before
-        writes = self.is_world_process_zero()
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving_to = str(partial)
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if writes:
-                self.progress.ended = dict(self.planned().ended)
-                if self.on_policy is not None:
-                    self.progress.rollouts = self.on_policy.rollouts.state_dict()
-                self.progress.write(partial / target.name / STATE)
-                checkpoints.seal(partial / target.name, target)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if (trouble := checkpoints.disk_trouble(error)) is None:
-                raise
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(
-                f"cannot write checkpoint {target}: {trouble}. Free some space and run the same command again; it goes"
-                " on from the checkpoint before"
-            ) from error
-        finally:
-            self._saving_to = None
-            self.state.best_model_checkpoint = None  # a place that is gone; the stages' best are ours
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-            self._remove_old()
-        self.accelerator.wait_for_everyone()
+    def write_state(self, checkpoint: Path) -> None:
+        """How far the training is."""
+        self.progress.ended = dict(self.planned().ended)
+        if self.on_policy is not None:
+            self.progress.rollouts = self.on_policy.rollouts.state_dict()
+        self.progress.write(checkpoint / STATE)
 
-    def _remove_old(self) -> None:
+    def remove_old(self) -> None:
+        """But for the newest checkpoints and the stages' best weights."""
+        super().remove_old()
         best = {checkpoints.best_path(self.folder, stage, best.step) for stage, best in self.progress.best.items()}
-        checkpoints.remove_old(self.folder, self.args.save_total_limit, best)
+        checkpoints.remove_other_weights(self.folder, best)
 
     def keep_best(self) -> None:
         """Writes the weights as the best of the running stage."""
         path = checkpoints.best_path(self.folder, self.progress.stage, self.state.global_step)
         checkpoints.save_weights(self.model, path, writes=self.is_world_process_zero())  # type: ignore[arg-type]
         if self.args.save_strategy == "no" and self.is_world_process_zero():
-            self._remove_old()
+            self.remove_old()
 
     def stop_asked(self) -> bool:
         """Whether a signal asked this or another rank to stop."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,8 @@ from pocl_fast.heads import causal_lm
 from pocl_fast.packing import enable_packing
 from pocl_fast.progress import say
 from pocl_fast.ranking import read_scores
-from pocl_fast.samples import SampleEncoder, SampleSet, encode_all, read_samples, samples_from
-from pocl_fast.schedule import Schedule
+from pocl_fast.samples import EncodedSample, SampleEncoder, SampleSet, encode_all, read_samples, samples_from
+from pocl_fast.schedule import BatchSize, Schedule
 from pocl_fast.signals import chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable
 from pocl_fast.teacher import Teacher
@@ -180,6 +180,21 @@ def measured_from(trainer: PoclTrainer) -> str:
     for sample in trainer.samples.encoded:
         digest.update(sample.fingerprint)
     return digest.hexdigest()
+
+
+def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[EncodedSample]) -> Schedule:
+    """The steps of a training on these samples, which the curriculum orders."""
+    return Schedule(
+        curriculum,
+        {sample.index: len(sample) for sample in encoded},
+        BatchSize(
+            args.per_device_train_batch_size, args.tokens_per_batch, args.gradient_accumulation_steps, args.world_size
+        ),
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        epochs=args.passes,
+        stage_steps=args.steps_per_stage,
+        within_stage=args.within_stage,  # type: ignore[arg-type]  # checked by PoclConfig
+    )
 
 
 def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int], float]:

@@ -19,7 +19,7 @@ from pocl_fast.samples import SampleEncoder
 def test_cross_entropy_is_transformers_own_loss_of_each_sample(tmp_path, monkeypatch, packed):
     monkeypatch.setattr("pocl_fast.difficulty.TOKENS_A_BATCH", 100)  # several batches
     monkeypatch.setattr("pocl_fast.difficulty.ROWS_OF_LOGITS", 3)  # each of several parts
-    _, encoded = encoded_samples(tmp_path, 9)
+    _, encoded = encoded_samples(9)
     want = [transformers_loss(tiny_model(), sample) for sample in encoded]
     assert cross_entropy(student_model(), encoded, packed=packed) == pytest.approx(want, rel=1e-5)
     assert np.ptp(want) > 0.3  # so that an exchanged order would be seen
@@ -33,7 +33,7 @@ def test_cross_entropy_is_of_the_scaled_and_capped_logits_of_such_families(tmp_p
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = GraniteConfig(**sizes, **heads, logits_scaling=4.0, initializer_range=0.4, pad_token_id=256)
     model = GraniteForCausalLM(config).eval()
-    _, encoded = encoded_samples(tmp_path, 4)
+    _, encoded = encoded_samples(4)
     want = [transformers_loss(model, sample) for sample in encoded]
     assert cross_entropy(model, encoded, packed=False) == pytest.approx(want, rel=1e-5)
 
@@ -52,7 +52,7 @@ def measured(folder, samples, encoded, *, model=None, generation=None, **options
 @pytest.mark.parametrize("piece", [4096, 5])
 def test_measure_writes_one_row_a_sample_in_file_order(tmp_path, monkeypatch, piece):
     monkeypatch.setattr("pocl_fast.parts.PIECE", piece)
-    samples, encoded = encoded_samples(tmp_path, 9)
+    samples, encoded = encoded_samples(9)
     kept = [sample for sample in encoded if sample.index != 4]  # one was left out
     table = measured(tmp_path, samples, kept)
     assert table["index"].to_pylist() == [0, 1, 2, 3, 5, 6, 7, 8]
@@ -84,7 +84,7 @@ def test_one_sample_and_an_empty_answer_are_measured(tmp_path):
 def test_the_teacher_s_scores_are_those_of_its_logits(tmp_path, monkeypatch, packed):
     monkeypatch.setattr("pocl_fast.difficulty.TOKENS_A_BATCH", 100)  # several batches
     monkeypatch.setattr("pocl_fast.difficulty.ROWS_OF_LOGITS", 3)  # each of several parts
-    _, encoded = encoded_samples(tmp_path, 7)
+    _, encoded = encoded_samples(7)
     student, teacher = student_model(), teacher_model()
     scores = response_scores(LoadedModel(student, packed), encoded, LoadedModel(teacher, packed))
     assert scores["cross_entropy"] == pytest.approx([transformers_loss(tiny_model(), s) for s in encoded], rel=1e-5)
@@ -101,7 +101,7 @@ def test_the_teacher_s_scores_are_those_of_its_logits(tmp_path, monkeypatch, pac
 
 def test_the_teacher_s_columns_are_a_table_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("pocl_fast.difficulty.TEACHER_TOKENS", 150)  # several parts
-    samples, encoded = encoded_samples(tmp_path, 5)
+    samples, encoded = encoded_samples(5)
     student, teacher = LoadedModel(student_model(), True), LoadedModel(teacher_model(), True)
     measure_teacher(student, teacher, rows_of(samples, encoded), 5, tmp_path / "t.parquet")
     table, want = pq.read_table(tmp_path / "t.parquet"), response_scores(student, encoded, teacher)
@@ -112,7 +112,7 @@ def test_the_teacher_s_columns_are_a_table_of_their_own(tmp_path, monkeypatch):
 
 
 def test_sampled_answers_are_those_of_their_seed_and_sample(tmp_path):
-    samples, encoded = encoded_samples(tmp_path, 9)
+    samples, encoded = encoded_samples(9)
     tables = {}
     for name, seed, batch in (("one", 1, 3), ("other batches", 1, 2), ("two", 2, 3)):
         (folder := tmp_path / name).mkdir()

@@ -11,7 +11,7 @@ from pocl_fast.samples import SampleEncoder
 
 
 def test_cross_entropy_of_a_set_weighs_every_token_alike(tmp_path):
-    _, encoded = encoded_samples(tmp_path, 9)
+    _, encoded = encoded_samples(9)
     losses = [transformers_loss(tiny_model(), sample) for sample in encoded]
     counts = [len(sample.response_ids) for sample in encoded]
     want = sum(a * n for a, n in zip(losses, counts, strict=True)) / sum(counts)
@@ -26,7 +26,7 @@ def test_exact_match_passes_over_case_punctuation_and_spacing_and_takes_any_refe
 
 
 def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tmp_path, monkeypatch):
-    samples, encoded = encoded_samples(tmp_path, 4)  # references "0", "1 1", "2 2 2", "3 3 3 3"
+    samples, encoded = encoded_samples(4)  # references "0", "1 1", "2 2 2", "3 3 3 3"
     answers = {10: ["0", "1 1", "2 2 2", "no"], 20: ["no", "1", "no", "no"]}
     asked = []
 
@@ -49,7 +49,7 @@ def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tm
 
 
 def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tmp_path):
-    samples, encoded = encoded_samples(tmp_path, 6)
+    samples, encoded = encoded_samples(6)
     encoder = SampleEncoder(tiny_tokenizer())
     settings = {"max_new_tokens": 6, "batch_size": 4, "packed": True}
     one, two, three = (

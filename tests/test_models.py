@@ -142,7 +142,7 @@ def test_a_quantised_teacher_has_bitsandbytes_layers_and_almost_the_same_logits(
     model = load_model(str(folder), quantization=quantization)
     kind = getattr(bitsandbytes.nn, layer)
     assert sum(isinstance(module, kind) for module in model.modules()) == 2 * 7  # two layers' seven projections
-    _, encoded = encoded_samples(tmp_path, 3)
+    _, encoded = encoded_samples(3)
     enable_packing(model)
     whole = load_model(str(folder))
     enable_packing(whole)

@@ -121,7 +121,7 @@ def test_a_run_with_rollouts_that_was_stopped_goes_on_to_the_same_bits(tmp_path,
 
 def test_adaptive_asks_the_student_more_often_when_the_dev_loss_rises(tmp_path, monkeypatch):
     losses = iter([3.0, 2.5, 3.2, 3.25, 3.4, 3.4])  # before training; then at each of five passes
-    monkeypatch.setattr("pocl_fast.trainer.mean_token_cross_entropy", lambda *_, **__: next(losses))
+    monkeypatch.setattr("pocl_fast.evaluation.mean_token_cross_entropy", lambda *_, **__: next(losses))
     setting = {**SETTING, "rollouts": "adaptive", "loss_eps": 0.1, "replay_capacity": 4, "epochs_per_stage": 5}
     train(tmp_path, curriculum=curriculum_of(4, stages=1), **setting)
     thresholds = [r["rollout_threshold"] for r in read_metrics(tmp_path / "metrics.jsonl") if "rollout_threshold" in r]

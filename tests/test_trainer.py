@@ -132,7 +132,7 @@ def test_the_teachers_body_runs_once_a_sample_over_all_stages_and_then_leaves_me
     body = weakref.ref(model)
     del model
     train(tmp_path, curriculum=curriculum_of(16, stages=4), teacher=teacher, epochs_per_stage=2)
-    _, encoded = encoded_samples(tmp_path, 16)
+    _, encoded = encoded_samples(16)
     assert sorted(lengths) == sorted(map(len, encoded))
     gc.collect()
     assert body() is None
@@ -169,7 +169,7 @@ def test_a_stage_starts_from_the_checkpoint_of_the_one_before_with_the_best_roug
         if trainer.planned().place(trainer.state.global_step).step_in_stage == 0:
             starts.append(weights_of(trainer.model))
 
-    monkeypatch.setattr("pocl_fast.trainer.rouge_l", scored)
+    monkeypatch.setattr("pocl_fast.evaluation.rouge_l", scored)
     monkeypatch.setattr(PoclTrainer, "evaluate", recorded)
     before_each_batch(monkeypatch, start)
     initial = weights_of(student_model())

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny import arithmetic, tiny_model, tiny_tokenizer, write_jsonl
+from tiny import arithmetic, tiny_model, tiny_tokenizer
 
 from pocl_fast.curriculum import Curriculum, baby_steps
 from pocl_fast.packing import enable_packing
-from pocl_fast.samples import EncodedSample, SampleEncoder, SampleSet, encode_all, read_samples
+from pocl_fast.samples import EncodedSample, SampleEncoder, SampleSet, encode_all, samples_from
 from pocl_fast.stages import MetricsFile
 from pocl_fast.teacher import Teacher
 from pocl_fast.trainer import PoclTrainer
@@ -20,8 +20,8 @@ from pocl_fast.training_arguments import PoclConfig
 LIMITS: dict[str, Any] = {"max_length": 96, "max_prompt_length": 80, "long_prompts": "error", "name": "tiny"}
 
 
-def encoded_samples(folder: Path, count: int, start: int = 0) -> tuple[list[Any], list[EncodedSample]]:
-    samples = read_samples(write_jsonl(folder / f"samples-{start}.jsonl", arithmetic(count, start)))
+def encoded_samples(count: int, start: int = 0) -> tuple[list[Any], list[EncodedSample]]:
+    samples = samples_from(arithmetic(count, start), "tiny")
     return samples, encode_all(samples, SampleEncoder(tiny_tokenizer()), **LIMITS)[0]
 
 
@@ -54,7 +54,7 @@ def trainer_of(
 ) -> PoclTrainer:
     """A trainer on as many samples as the curriculum has, or `count`; 4 dev samples."""
     folder.mkdir(exist_ok=True)
-    train_set = SampleSet(*encoded_samples(folder, count or len(curriculum.order)))
+    train_set = SampleSet(*encoded_samples(count or len(curriculum.order)))
     if "kind" in options:  # of the configuration
         options["curriculum"] = options.pop("kind")
     kept = {name: options.pop(name) for name in ("peft_config", "callbacks") if name in options}
@@ -67,7 +67,7 @@ def trainer_of(
         teacher or Teacher(teacher_model(), folder / "teacher_cache", cache_dtype=torch.float32),
         PoclConfig(output_dir=str(folder), **(settings | options)),
         train_set,
-        SampleSet(*encoded_samples(folder, 4, start=200)) if dev else None,
+        SampleSet(*encoded_samples(4, start=200)) if dev else None,
         tiny_tokenizer(),
         curriculum=curriculum,
         **({"callbacks": [MetricsFile(folder / "metrics.jsonl")]} | kept),

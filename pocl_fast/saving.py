@@ -1,0 +1,85 @@
+"""A transformers trainer whose checkpoints are whole or not there.
+
+Knows when a trainer saves and goes on. Does not know what it trains.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+
+from pocl_fast import checkpoints, ranks
+from pocl_fast.errors import InputError
+from pocl_fast.progress import say
+
+
+class SavingTrainer(Trainer):
+    """Writes each checkpoint beside its place and seals it there (see `checkpoints`)."""
+
+    _saving_to: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return Path(str(self.args.output_dir))
+
+    def before_saving(self) -> None:
+        """Called on every rank before a checkpoint is written."""
+
+    def write_state(self, checkpoint: Path) -> None:
+        """Adds to a checkpoint what only a subclass knows; on the first rank."""
+
+    def remove_old(self) -> None:
+        """Called on the first rank when a checkpoint is there."""
+        checkpoints.remove_old(self.folder, self.args.save_total_limit)
+
+    def found_checkpoint(self, chosen: str | bool | None) -> Path | None:
+        """The checkpoint to go on from: the newest whole one (True, where there is one), a chosen one, or none.
+
+        Raises `InputError` for a chosen one that is damaged.
+        """
+        if not chosen:
+            return None
+        if chosen is True:
+            return ranks.from_first(lambda: checkpoints.newest_whole(self.folder, say))
+        if wrong := checkpoints.damage(Path(chosen)):
+            raise InputError(f"cannot go on from checkpoint {chosen}: {wrong}")
+        return Path(chosen)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        partial, target = self.folder / "checkpoint.partial", self.folder / f"checkpoint-{self.state.global_step}"
+        self.before_saving()
+        writes = self.is_world_process_zero()
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving_to = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if writes:
+                self.write_state(partial / target.name)
+                checkpoints.seal(partial / target.name, target)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (trouble := checkpoints.disk_trouble(error)) is None:
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(
+                f"cannot write checkpoint {target}: {trouble}. Free some space and run the same command again; it goes"
+                " on from the checkpoint before"
+            ) from error
+        finally:
+            self._saving_to = None
+            self.state.best_model_checkpoint = None  # transformers noted a place that is gone
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            self.remove_old()
+        self.accelerator.wait_for_everyone()
