@@ -65,7 +65,7 @@ class Distill(Step):
 
 @dataclass(frozen=True)
 class Measure(Step):
-    """Measure how hard each training sample is for the student -> difficulty.parquet; also under torchrun."""
+    """Measure how hard each training sample is for the student -> difficulty.parquet, teacher_scores.parquet."""
 
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)

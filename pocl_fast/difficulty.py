@@ -8,7 +8,7 @@ part by all ranks, so that an interrupted measurement goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -117,7 +117,7 @@ def _compared(
     ).per_token
 
 
-def rows_of(samples: Sequence[Sample], encoded: Sequence[EncodedSample]) -> Iterator[Sequence[Row]]:
+def rows_of(samples: Sequence[Sample], encoded: Sequence[EncodedSample]) -> list[Sequence[Row]]:
     """The encoded samples with those of the file that they are of, in pieces."""
     return pieces_of([(samples[one.index], one) for one in encoded])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
@@ -32,9 +32,9 @@ class Job(Generic[T]):
     weight: float  # how much work they are
 
 
-def pieces_of(items: Sequence[T]) -> Iterator[Sequence[T]]:
+def pieces_of(items: Sequence[T]) -> list[Sequence[T]]:
     """The items, `PIECE` at a time."""
-    return (items[start : start + PIECE] for start in range(0, len(items), PIECE))
+    return [items[start : start + PIECE] for start in range(0, len(items), PIECE)]
 
 
 def make_table(

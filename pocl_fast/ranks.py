@@ -27,7 +27,7 @@ def start() -> bool:
 
     Raises `InputError` for more ranks than GPUs on a machine that has one.
     """
-    if dist.is_initialized() or not all(name in os.environ for name in _TORCHRUN):
+    if _in_a_group() or not all(name in os.environ for name in _TORCHRUN):
         return False
     backend = "gloo"
     if torch.cuda.is_available():
@@ -42,18 +42,18 @@ def start() -> bool:
 
 def stop() -> None:
     """Leaves the group, if there is one."""
-    if dist.is_initialized():
+    if _in_a_group():
         dist.destroy_process_group()
 
 
 def rank() -> int:
     """This process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _in_a_group() else 0
 
 
 def world_size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _in_a_group() else 1
 
 
 def is_first() -> bool:
@@ -117,3 +117,7 @@ def share(weights: Sequence[float]) -> list[int]:
         if least == rank():
             mine.append(item)
     return sorted(mine)
+
+
+def _in_a_group() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -24,17 +24,18 @@ from pocl_fast import evaluation, models, ranks, vllm_engine
 from pocl_fast.checkpoints import checkpoints
 from pocl_fast.config import RunConfig, from_options, recorded_config
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
-from pocl_fast.difficulty import LoadedModel, measure, measure_teacher, rows_of
+from pocl_fast.difficulty import LoadedModel
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.frozen import freeze_linears
 from pocl_fast.gathered import gathered
+from pocl_fast.measuring import measure_step
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import enable_packing, packing_holds
 from pocl_fast.ranking import read_scores
 from pocl_fast.run_directory import WRITES, RunDirectory, required
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, SampleSet, encode_all, read_samples
-from pocl_fast.signals import TEACHER_SCORES, chosen_signals, teacher_columns
+from pocl_fast.signals import chosen_signals
 from pocl_fast.student import as_trainable, cut_layers, num_parameters
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Run:
     def check(self) -> None:
         """Reads data, tokenizers and schedule, so that what is wrong with them is said before anything runs."""
         chosen_signals(self.config.difficulty.signals)
-        vllm_engine.chosen(self.config.generation.generation_engine, self.device)
+        self.check_engine()
         (_, encoded), _ = self.train_set, self.dev_set
         stages_over(np.arange(len(encoded)), np.zeros(len(encoded)), self.config.schedule)
         self._check_vocabularies()
@@ -75,56 +76,7 @@ class Run:
             models.check_same_vocabulary(self.tokenizer, theirs)
 
     def measure(self) -> None:
-        self._measure_student()
-        if teacher_columns(self.config.difficulty.signals):
-            self._measure_teacher()
-
-    def _measure_student(self) -> None:
-        output = self.path / "difficulty.parquet"
-        if not self.directory.begin("measure", self.config):
-            return self.say(f"measure: done before, {output}")
-        vllm_engine.chosen(self.config.generation.generation_engine, self.device)  # or say at once that it cannot be
-        samples, encoded = self.train_set
-        difficulty = self.config.difficulty
-        with self.directory.timed("measure") as facts:
-            student = LoadedModel(*self.initial_student())
-            with self.precision.autocast(), self._engine(student.model) as engine:
-                measure(
-                    student,
-                    rows_of(samples, encoded),
-                    len(encoded),
-                    self.encoder,
-                    output,
-                    generation=self.config.generation,
-                    temperature=difficulty.measure_temperature,
-                    seed=difficulty.measure_seed,
-                    engine=engine,
-                )
-            facts["samples"] = len(encoded)
-        known = read_scores(output, chosen_signals("rouge_l,cross_entropy"))
-        rouge, loss = (float(np.mean(scores)) for scores in known.scores)
-        self.say(f"measure: {len(encoded)} samples, student's ROUGE-L {100 * rouge:.2f}, cross-entropy {loss:.3f}")
-
-    def _measure_teacher(self) -> None:
-        output = self.path / TEACHER_SCORES
-        if not self.directory.begin("measure-teacher", self.config):
-            return self.say(f"measure-teacher: done before, {output}")
-        samples, encoded = self.train_set
-        with self.directory.timed("measure-teacher"):
-            student, teacher = LoadedModel(*self.initial_student()), self._resident_teacher()
-            with self.precision.autocast():
-                measure_teacher(student, teacher, rows_of(samples, encoded), len(encoded), output)
-        known = read_scores(self.path / "difficulty.parquet", chosen_signals("teacher_cross_entropy,mean_kl"))
-        loss, divergence = (float(np.mean(scores)) for scores in known.scores)
-        self.say(f"measure-teacher: cross-entropy {loss:.3f}, KL(teacher || student) {divergence:.3f}")
-
-    def _engine(self, student: Any) -> contextlib.AbstractContextManager[VllmEngine | None]:
-        """vLLM with the student in it, where vLLM answers."""
-        if not vllm_engine.chosen(self.config.generation.generation_engine, self.device):
-            return contextlib.nullcontext()
-        max_length = self.config.data.max_prompt_length + self.config.generation.max_new_tokens
-        dtype: Literal["bfloat16", "float32"] = "bfloat16" if self.precision.name == "bf16" else "float32"
-        return vllm_engine.loaded(student, max_length=max_length, dtype=dtype)
+        measure_step(self)
 
     def rank(self) -> None:
         if not self.directory.begin("rank", self.config):
@@ -214,7 +166,7 @@ class Run:
                 student, packed = self.initial_student()
             else:
                 student, packed = self._ready(models.load_model(str(self.path / "student"), device=self.device))
-            with self.precision.autocast(), self._engine(student) as engine:
+            with self.precision.autocast(), self.engine(student) as engine:
                 scores, answers = evaluation.evaluate(
                     student,
                     samples,
@@ -335,10 +287,22 @@ class Run:
             )
         return self._teacher_model
 
-    def _resident_teacher(self) -> LoadedModel:
+    def resident_teacher(self) -> LoadedModel:
         """The teacher, to be asked about each sample's response."""
         self._check_vocabularies()
         return LoadedModel(*self._ready(self.teacher_model()))
+
+    def check_engine(self) -> bool:
+        """Whether vLLM answers. Raises `InputError` where it is asked for and cannot."""
+        return vllm_engine.chosen(self.config.generation.generation_engine, self.device)
+
+    def engine(self, student: Any) -> contextlib.AbstractContextManager[VllmEngine | None]:
+        """vLLM with the student in it, where vLLM answers."""
+        if not self.check_engine():
+            return contextlib.nullcontext()
+        max_length = self.config.data.max_prompt_length + self.config.generation.max_new_tokens
+        dtype: Literal["bfloat16", "float32"] = "bfloat16" if self.precision.name == "bf16" else "float32"
+        return vllm_engine.loaded(student, max_length=max_length, dtype=dtype)
 
     def _cached_teacher(self) -> Teacher:
         """The teacher with its cache, which owns the model from now on, to free its body once it is cached."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,20 +93,25 @@ def read_samples(path: str | Path) -> list[Sample]:
 
     Raises `InputError` naming file, line and field where something is missing, empty or of the wrong type.
     """
+    return list(iter_samples(path))
+
+
+def iter_samples(path: str | Path) -> Iterator[Sample]:
+    """The samples of `read_samples` one by one, none of which is kept; raises the same, where it gets to."""
     path = Path(path)
-    samples: list[Sample] = []
+    count = 0
     try:
         with open(path, encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 if text.strip():
-                    samples.append(_parse(text, len(samples), number, f"{path}, line {number}"))
+                    yield _parse(text, count, number, f"{path}, line {number}")
+                    count += 1
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason})") from error
-    if not samples:
+    if not count:
         raise InputError(f"{path} holds no sample; expected JSON Lines, {FORMATS}")
-    return samples
 
 
 @dataclass(frozen=True)
@@ -305,11 +310,7 @@ def encode_all(
 
     Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", or where none is within it.
     """
-    if not 0 < max_prompt_length < max_length:
-        raise InputError(
-            f"--max-prompt-length ({max_prompt_length}) must be at least 1 and below --max-length ({max_length}),"
-            " so that every response has room"
-        )
+    check_limits(max_length, max_prompt_length)
     encoded: list[EncodedSample] = []
     skipped: list[int] = []
     for sample in samples:
@@ -320,11 +321,25 @@ def encode_all(
             encoded.append(one)
     if skipped and (long_prompts == "error" or not encoded):
         longest = max(len(encoder.encode_prompt(sample)) for sample in samples)
-        raise InputError(
-            f"{name}: {len(skipped)} of {len(samples)} prompts are over --max-prompt-length {max_prompt_length} tokens"
-            f" ({_some_lines(skipped)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
-            " or pass --long-prompts skip to leave these samples out"
-        )
+        raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
     line_of = {sample.index: sample.line for sample in samples}
     truncated = tuple(line_of[one.index] for one in encoded if one.truncated)
     return encoded, LengthReport(len(encoded), tuple(skipped), truncated)
+
+
+def check_limits(max_length: int, max_prompt_length: int) -> None:
+    """Raises `InputError` where a longest prompt would leave no room for a response."""
+    if not 0 < max_prompt_length < max_length:
+        raise InputError(
+            f"--max-prompt-length ({max_prompt_length}) must be at least 1 and below --max-length ({max_length}),"
+            " so that every response has room"
+        )
+
+
+def over_the_limit(name: str, lines: Sequence[int], samples: int, longest: int, max_prompt_length: int) -> InputError:
+    """The error that says which prompts are over the limit, and what to do."""
+    return InputError(
+        f"{name}: {len(lines)} of {samples} prompts are over --max-prompt-length {max_prompt_length} tokens"
+        f" ({_some_lines(lines)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
+        " or pass --long-prompts skip to leave these samples out"
+    )

@@ -85,6 +85,7 @@ def loaded(model: Any, *, max_length: int, dtype: Literal["bfloat16", "float32"]
     """
     from vllm import LLM
 
+    torch.cuda.empty_cache()  # what torch keeps for later is not free otherwise
     free, total = torch.cuda.mem_get_info()
     with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
         model.save_pretrained(folder)

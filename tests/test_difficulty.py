@@ -10,6 +10,7 @@ from tiny_training import encoded_samples, student_model, teacher_model, transfo
 from pocl_fast.config import Generation
 from pocl_fast.difficulty import LoadedModel, cross_entropy, measure, measure_teacher, response_scores, rows_of
 from pocl_fast.evaluation import answer_all
+from pocl_fast.packing import enable_packing
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import SampleEncoder
 
@@ -65,6 +66,18 @@ def test_measure_writes_one_row_a_sample_in_file_order(tmp_path, monkeypatch, pi
     ids = torch.tensor([kept[0].prompt_ids])
     greedy = tiny_model().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     assert answers[0] == tiny_tokenizer().decode(greedy[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_one_sample_and_an_empty_answer_are_measured(tmp_path):
+    samples, encoded = encoded_samples(tmp_path, 1)
+    silent = tiny_model()
+    silent.lm_head = torch.nn.Linear(32, 259)  # of its own, and sure of the end token
+    torch.nn.init.zeros_(silent.lm_head.weight)
+    silent.lm_head.bias.data = 9.0 * (torch.arange(259) == 258)
+    enable_packing(silent)
+    table = measured(tmp_path, samples, encoded, model=silent)
+    assert (table["answer"].to_pylist(), table["rouge_l"].to_pylist()) == ([""], [0.0])
+    assert table["cross_entropy"].to_pylist() == pytest.approx([transformers_loss(silent, encoded[0])], rel=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])

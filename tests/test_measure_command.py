@@ -134,6 +134,10 @@ def test_a_signal_of_the_teacher_s_is_added_without_asking_the_student_again(wor
     assert (output / "teacher_scores.parquet").stat().st_mtime_ns == written
     said = refusal(capsys, "measure", output, *words, *signals, "--teacher-quantization", "8bit")
     assert "its step 'measure-teacher' was made with other input (teacher columns: was of " in said
+    monkeypatch.undo()
+    assert run("measure", output, *words, "--signals", "rouge_l", "--student-layers", "3", "--restart") == 0
+    assert not (output / "teacher_scores.parquet").exists()  # of another student
+    assert not (output / "curriculum.json").exists()
 
 
 def test_sampled_answers_are_made_from_their_temperature_and_seed(words, whole, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
+from pocl_fast import ranks
 from pocl_fast.parts import Job, make_table
 
 gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -160,3 +161,21 @@ def test_another_number_of_ranks_goes_on_with_the_parts(two_ranks, tmp_path):
     assert sorted(map(sorted, computed)) == sorted(map(sorted, JOBS[3:]))
     (tmp_path / "whole").mkdir()
     assert (tmp_path / "t.parquet").read_bytes() == made(tmp_path / "whole")[1]
+
+
+def _in_a_folder_of_its_own(folder):
+    try:
+        made(folder / str(ranks.rank()))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@gloo
+def test_ranks_that_do_not_see_one_folder_are_told_so(two_ranks, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    first, second = two_ranks(_in_a_folder_of_its_own, tmp_path)
+    assert first.startswith(f"InputError: {tmp_path / '0' / 't.parts'}")
+    assert first.endswith("was written by another rank and is not here: --output must be one folder")
+    assert second.startswith("OtherRankFailed: rank 0 failed: InputError: ")
+    assert not (tmp_path / "0" / "t.parquet").exists()
