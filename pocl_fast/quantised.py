@@ -21,9 +21,8 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
-from pocl_fast import ranks
+from pocl_fast import progress, ranks
 from pocl_fast.checkpoints import damage, seal
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json
@@ -72,7 +71,7 @@ def load_quantised(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     probe_samples: Sequence[EncodedSample] = (),
-    say: Callable[[str], object] = tqdm.write,
+    say: Callable[[str], object] = progress.say,
     trust_remote_code: bool = False,
 ) -> Any:
     """The quantised model behind `source`, as `load_model` gives it; kept in `folder` the first time, read from there

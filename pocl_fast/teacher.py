@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pocl_fast import ranks
+from pocl_fast import progress, ranks
 from pocl_fast.errors import InputError
 from pocl_fast.heads import LmHead, check_head, lm_head
 from pocl_fast.models import weights_fingerprint
@@ -53,7 +53,7 @@ class Teacher:
         precision: str = "",
         device: torch.device | str | None = None,
         keep_body: bool = False,
-        say: Callable[[str], object] = tqdm.write,
+        say: Callable[[str], object] = progress.say,
     ) -> None:
         """`model` is a transformers causal language model whose packing is enabled.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pocl_fast import ranks
+from pocl_fast import progress, ranks
 from pocl_fast.answers import Answerer, answered
 from pocl_fast.errors import InputError
 from pocl_fast.progress import progress_bar
@@ -28,7 +28,7 @@ def teacher_answers(
     *,
     teacher: str,
     seed: int = 0,
-    say: Callable[[str], object] = tqdm.write,
+    say: Callable[[str], object] = progress.say,
 ) -> list[EncodedSample]:
     """The samples with the teacher's answers as their responses; those that are not in the folder yet are generated,
     and written batch by batch, so that a run that was killed goes on where it was.

@@ -16,8 +16,8 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from pocl_fast import progress
 from pocl_fast.errors import InputError
 from pocl_fast.samples import EncodedSample
 from pocl_fast.teacher_lock import Writers, lock_folder, unlock
@@ -61,7 +61,7 @@ class TeacherCache:
         entries: Entries,
         shard_bytes: int = 1 << 25,
         writers: Writers = Writers(),  # noqa: B008 (immutable)
-        say: Callable[[str], object] = tqdm.write,
+        say: Callable[[str], object] = progress.say,
     ) -> None:
         """`teacher` identifies the teacher, `entries` says what is kept of a token; `shard_bytes` are collected in
         memory before a shard is written; `writers` are the ranks that may write together, and which of them this is;

@@ -46,9 +46,7 @@ def load_teacher(
     }
     if where == SPREAD:
         if quantization != "none":
-            raise InputError(
-                "a quantised teacher lies on one device: give teacher_device a device, or no quantization"
-            )
+            raise InputError("a quantised teacher lies on one device: give teacher_device a device, or no quantization")
         say(f"loading the teacher {source}, spread over the devices that have room")
         return models.load_model(source, placement=Placement("auto", offload_folder=folder / "offloaded"), **common)
     device = precision.device if where == WITH_STUDENT else models.choose_device(where)

@@ -102,8 +102,7 @@ class PoclTrainer(SavingTrainer):
             raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
         if args.stage_weights == "best" and args.eval_strategy == "no":
             raise InputError('stage_weights="best" needs evaluations: give eval_dataset and eval_strategy')
-        self.precision = models.choose_precision(args.precision, args.device)
-        args.bf16 = args.bf16 or (args.device.type == "cuda" and self.precision.name == "bf16")
+        self.precision = models.choose_precision("fp32" if args.fp16 else args.precision, args.device)
         model, processing_class = student_of(model, processing_class, peft_config, args)
         self.encoder = SampleEncoder(processing_class, args.template)  # type: ignore[arg-type]  # a choice of these
         self.samples = sample_set(train_dataset, self.encoder, args, "train_dataset")

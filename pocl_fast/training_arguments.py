@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from pocl_fast.objectives import DIVERGENCES, SCALINGS, Objective
@@ -129,6 +130,8 @@ class PoclConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False  # none are, and looking for them takes time
 
     def __post_init__(self) -> None:
+        if not self.use_cpu and not self.fp16 and torch.cuda.is_available():  # transformers settles its autocast here
+            self.bf16 |= self.precision == "bf16" or (self.precision == "auto" and torch.cuda.is_bf16_supported())
         super().__post_init__()
         choices = {
             "divergence": DIVERGENCES,
