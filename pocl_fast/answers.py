@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pocl_fast.generation import generate
+from pocl_fast.generation import generate, generation_batches
 from pocl_fast.samples import EncodedSample
 
 
@@ -49,7 +49,8 @@ class Answerer:
     end_ids: Collection[int]
     pad_id: int
     temperature: float = 1.0  # 0 is greedy
-    batch_size: int = 64
+    batch_size: int = 64  # prompts answered at once,
+    batch_tokens: int | None = None  # and at most so many tokens of them and of their answers
 
     def __call__(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], seed: int) -> list[list[int]]:
         was_training = self.model.training
@@ -65,9 +66,19 @@ class Answerer:
                 seed=seed,
                 sample_ids=sample_ids,
                 batch_size=self.batch_size,
+                batch_tokens=self.batch_tokens,
             )
         finally:
             self.model.train(was_training)
+
+    def batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Indices of the prompts that are answered together."""
+        return generation_batches(
+            prompts,
+            batch_size=self.batch_size,
+            max_new_tokens=self.limits.max_new_tokens,
+            batch_tokens=self.batch_tokens,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -27,7 +27,11 @@ class Models:
     student_layers: PositiveInt | None = None
     """Keep this many of the student's layers (of the teacher's, without --student): first, last, even between."""
     teacher_quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes, on CPU and CUDA."""
+    """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes, on CPU and CUDA. It is kept in that
+    form, so that the next load is short, and its divergence from the full teacher is measured once."""
+    teacher_device: str = "student"
+    """Where the teacher lies: "student", on the student's device; "spread", over GPUs, main memory and disk as far as
+    each has room; or a device (cuda:1, cpu)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of matrix products: "bf16" is autocast on a GPU; on a CPU it is oneDNN's bf16 mode, whose results stay fp32, and
     bf16 for the teacher's body. Weights, optimizer and loss are fp32 either way. "auto": bf16 where the hardware has

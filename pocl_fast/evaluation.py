@@ -131,13 +131,14 @@ def dev_scores(
     model: Any, dev: SampleSet, encoder: SampleEncoder, options: Any, *, packed: bool
 ) -> tuple[dict[str, float], list[str]]:
     """What is looked at while training, and the answers: greedy `rouge_l` in percent, `cross_entropy` in nats a token.
-    `options` has `max_new_tokens` and `generation_batch_size`. Every rank must call."""
+    `options` has `max_new_tokens`, `generation_batch_size` and `generation_batch_tokens`. Every rank must call."""
     answers = answer_all(
         model,
         dev.encoded,
         encoder,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.generation_batch_size,
+        batch_tokens=options.generation_batch_tokens,
         temperature=0.0,
         seed=0,
     )

@@ -8,7 +8,7 @@ On a GPU there is nothing to do.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,12 @@ def freeze_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> list
             module.forward = _packed(module, dtype)  # type: ignore[method-assign, assignment]
             frozen.append(module)
     return frozen
+
+
+def drop_weights(frozen: Iterable[nn.Module]) -> None:
+    """Lets go of the weights of frozen layers, which only their copies need from now on."""
+    for module in frozen:
+        module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
 def _packed(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pocl_fast.errors import InputError
 from pocl_fast.packing import PackedBatch, forward_kwargs, pack, padded_kwargs, supervised_hidden
+from pocl_fast.placement import input_device, resident
 from pocl_fast.samples import EncodedSample
 
 
@@ -55,7 +56,10 @@ def lm_head(model: Any) -> LmHead:
     if divisor := getattr(config, "logits_scaling", None):  # Granite
         scale /= float(divisor)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return LmHead(_weight(head), getattr(head, "bias", None), scale, softcap)
+    weight, bias = _weight(head), getattr(head, "bias", None)
+    if weight.is_meta:  # offloaded
+        weight, bias = resident(head, "weight"), None if bias is None else resident(head, "bias")
+    return LmHead(weight, bias, scale, softcap)
 
 
 def _weight(head: Any) -> Tensor:
@@ -119,11 +123,12 @@ def check_head(model: Any) -> None:
     """Raises `InputError` where a model's logits are not its lm_head applied to its last hidden states."""
     head = lm_head(model)
     sample = EncodedSample(0, tuple(range(1, 5)), tuple(range(5, 9)), False)
-    batch = pack([sample]).to(head.weight.device)
+    batch = pack([sample]).to(input_device(model))
     was_training = model.training
     model.eval()
-    ours = head.logits(supervised_hidden(model.get_decoder(), batch, packed=True).to(head.weight.dtype)).float()
-    theirs = model(**forward_kwargs(batch)).logits[0, batch.supervised].float()
+    hidden = supervised_hidden(model.get_decoder(), batch, packed=True)
+    ours = head.logits(hidden.to(head.weight.device, head.weight.dtype)).float()
+    theirs = model(**forward_kwargs(batch)).logits[0, batch.supervised.to(ours.device)].float()
     model.train(was_training)
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
         raise InputError(

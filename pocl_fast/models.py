@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from pocl_fast.errors import InputError
+from pocl_fast.placement import Placement, resident
 from pocl_fast.projection import fp32_products, set_fp32_products
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -92,38 +94,39 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantization: Quantization = "none",
+    placement: Placement | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The causal language model behind `source`, in `dtype` on `device`, in evaluation mode.
 
-    `quantization` "8bit" (LLM.int8) or "4bit" (NF4) is bitsandbytes', on CPU and CUDA. Only safetensors and GGUF are
-    read.
+    `quantization` "8bit" (LLM.int8) or "4bit" (NF4) is bitsandbytes', on CPU and CUDA. `placement` says where each part
+    lies, instead of `device`. Only safetensors and GGUF are read.
     """
     from transformers import AutoModelForCausalLM
 
     where = resolve(source)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     if quantization != "none":
-        _require_bitsandbytes(quantization)
+        require_bitsandbytes(quantization)
+        placement = placement or Placement({"": str(device)})
+    if placement is not None:
+        kwargs |= placement.arguments()
     with _readable_errors(source, "model"):
         if where.gguf_file:
             model = _load_gguf(where, dtype)
             if quantization == "none":
-                return model.to(device).eval()
+                return (model.to(device) if placement is None else placement.dispatch(model)).eval()
             # bitsandbytes quantises while it reads safetensors, so the GGUF weights pass through such a file once
             with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
                 model.save_pretrained(folder)
                 del model
-                return AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    quantization_config=_bitsandbytes(quantization, dtype),
-                    device_map={"": str(device)},
-                    **kwargs,
-                ).eval()
+                config = _bitsandbytes(quantization, dtype)
+                return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **kwargs).eval()
         if quantization != "none":
-            kwargs |= {"quantization_config": _bitsandbytes(quantization, dtype), "device_map": {"": str(device)}}
-            return AutoModelForCausalLM.from_pretrained(where.path, **kwargs).eval()
+            kwargs["quantization_config"] = _bitsandbytes(quantization, dtype)
         model = AutoModelForCausalLM.from_pretrained(where.path, **kwargs)
+        if placement is not None:
+            return model.eval()
         return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method without its type
 
 
@@ -149,15 +152,37 @@ def source_fingerprint(source: str) -> str:
     return f"{source} ({digest.hexdigest()[:16]})"
 
 
+def hub_revision(source: str, *, trust_remote_code: bool = False) -> str | None:
+    """The commit of the hub at which a hub id's files are here, after a look at the hub where it can be reached; None
+    for files of one's own. Raises `InputError` where there is no such model."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig
+
+    where = resolve(source)
+    if Path(where.path).is_dir():
+        return None
+    with _readable_errors(source, "model"):
+        AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code)
+    found = try_to_load_from_cache(where.path, "config.json")  # .../snapshots/<commit>/config.json
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of what else its state holds (the
     scales of a quantised one): equal exactly where the weights are."""
     digest = hashlib.sha256()
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())  # a tied one once
+    tied = getattr(model, "all_tied_weights_keys", {})  # offloaded, one appears under both names
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter
+        for name, parameter in model.named_parameters()  # a tied one once
+        if not (parameter.is_meta and name in tied)
+    }
     untied = dict(model.named_parameters(remove_duplicate=False))
     tensors |= {name: value for name, value in model.state_dict().items() if name not in untied}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            tensor = resident(model, name, "cpu")
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -197,9 +222,11 @@ def _load_gguf(where: ModelSource, dtype: torch.dtype) -> Any:
     return model
 
 
-def _require_bitsandbytes(quantization: str) -> None:
+def require_bitsandbytes(quantization: str) -> None:
+    """Raises `InputError` where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f'quantization {quantization} needs bitsandbytes: pip install "pocl-fast[quant]"')
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every 8-bit product
 
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:

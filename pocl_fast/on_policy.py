@@ -66,9 +66,16 @@ class OnPolicy:
 
 def answerer(model: Any, trainer: PoclTrainer, limits: AnswerLimits, *, temperature: float) -> Answerer:
     """What answers as a trainer's arguments say."""
-    encoder = trainer.encoder
-    pad_id, rows = encoder.tokenizer.pad_token_id, trainer.args.generation_batch_size
-    return Answerer(model, limits, encoder.end_ids, pad_id, temperature=temperature, batch_size=rows)
+    encoder, args = trainer.encoder, trainer.args
+    return Answerer(
+        model,
+        limits,
+        encoder.end_ids,
+        encoder.tokenizer.pad_token_id,
+        temperature=temperature,
+        batch_size=args.generation_batch_size,
+        batch_tokens=args.generation_batch_tokens,
+    )
 
 
 def policy_of(options: Any) -> Policy:

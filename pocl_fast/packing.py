@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.models import exact_products
+from pocl_fast.placement import input_device
 from pocl_fast.samples import EncodedSample
 
 PACKED_ATTENTION = "pocl_packed_sdpa"
@@ -124,9 +125,11 @@ def supervised_logits(model: nn.Module, batch: PackedBatch, *, packed: bool) -> 
 def supervised_hidden(body: nn.Module, batch: PackedBatch, *, packed: bool) -> Tensor:
     """Final hidden states [N, H] at the supervised positions, from a model's body (all but the lm_head)."""
     if packed:
-        return body(**forward_kwargs(batch)).last_hidden_state[0, batch.supervised]
+        hidden = body(**forward_kwargs(batch)).last_hidden_state[0]
+        return hidden[batch.supervised.to(hidden.device)]  # the body's layers may lie on several devices
     padded, where = padded_kwargs(batch)
-    return body(**padded).last_hidden_state.flatten(0, 1)[where]
+    hidden = body(**padded).last_hidden_state.flatten(0, 1)
+    return hidden[where.to(hidden.device)]
 
 
 def padded_kwargs(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
@@ -156,7 +159,7 @@ def packing_error(model: nn.Module, vocab_size: int) -> float:
     largest logit. Around 1e-6 (fp32) where packing holds for this model; its family does not support packing
     otherwise."""
     generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
+    device = input_device(model)
     rows = [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (7, 12)]
     samples = [EncodedSample(i, tuple(row[:3]), tuple(row[3:]), False) for i, row in enumerate(rows)]
     was_training = model.training

@@ -153,7 +153,7 @@ class Rollouts:
         return "student" if chance < fresh or len(self._buffer) < policy.replay_capacity else "replay"
 
     def _answer(self, samples: Sequence[EncodedSample], step: int) -> list[EncodedSample]:
-        start = time.perf_counter()
+        start = time.perf_counter()  # without samples too: what generates may need every rank's weights
         seed = _key(self._seed, step, "answers")
         answers = self._generate([s.prompt_ids for s in samples], [s.index for s in samples], seed)
         self.seconds += time.perf_counter() - start

@@ -27,7 +27,6 @@ from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
 from pocl_fast.difficulty import LoadedModel
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
-from pocl_fast.frozen import freeze_linears
 from pocl_fast.gathered import gathered
 from pocl_fast.measuring import measure_step
 from pocl_fast.metrics import read_metrics
@@ -225,11 +224,15 @@ class Run:
         return SampleEncoder(self.tokenizer, self.config.data.template)
 
     @cached_property
+    def _train_data(self) -> tuple[list[Sample], list[EncodedSample]]:
+        return self._read(self.config.data.train, "--train")
+
+    @cached_property
     def train_set(self) -> tuple[list[Sample], list[EncodedSample]]:
-        samples, encoded = self._read(self.config.data.train, "--train")
+        """The training samples; with the teacher's answers where these are asked for."""
         if self.config.data.data_source == "data":
-            return samples, encoded
-        return self._answered_by_teacher(samples, encoded)
+            return self._train_data
+        return self._answered_by_teacher(*self._train_data)
 
     def _answered_by_teacher(
         self, samples: list[Sample], encoded: list[EncodedSample]
@@ -273,17 +276,19 @@ class Run:
     def teacher_model(self) -> Any:
         """The teacher, loaded once and kept until training takes it."""
         if self._teacher_model is None:
+            from pocl_fast.teacher_setup import load_teacher
+
             chosen = self.config.models
-            teacher = required(chosen.teacher, "--teacher")
-            self.say(
-                f"loading the teacher {teacher}" + (f" in {q}" if (q := chosen.teacher_quantization) != "none" else "")
-            )
-            self._teacher_model = models.load_model(
-                teacher,
-                dtype=torch.bfloat16 if self.device.type == "cuda" and self.precision.name == "bf16" else torch.float32,
-                device=self.device,
+            probe = self._train_data[1] if chosen.teacher_quantization != "none" else ()
+            self._teacher_model = load_teacher(
+                required(chosen.teacher, "--teacher"),
+                self.path / "teacher",
+                precision=self.precision,
                 quantization=chosen.teacher_quantization,
+                where=chosen.teacher_device,
+                probe_samples=probe,
                 trust_remote_code=chosen.trust_remote_code,
+                say=self.say,
             )
         return self._teacher_model
 
@@ -306,24 +311,18 @@ class Run:
 
     def _cached_teacher(self) -> Teacher:
         """The teacher with its cache, which owns the model from now on, to free its body once it is cached."""
-        from pocl_fast.teacher import Teacher
-        from pocl_fast.teacher_shards import HIDDEN_DTYPES
+        from pocl_fast.teacher_setup import cached_teacher
 
         model, self._teacher_model = self.teacher_model(), None
-        enable_packing(model)
-        freeze_linears(model.get_decoder(), self.precision.frozen_dtype)  # the lm_head's products stay fp32
-        options = self.config.cache
-        with self.precision.autocast():
-            return Teacher(
-                model,
-                self.path / "teacher_cache",
-                cache_dtype=HIDDEN_DTYPES[options.cache_dtype],
-                cache_mode=options.cache_mode,
-                top_k=options.cache_top_k,
-                precision=self.precision.name,
-                device=self.device,
-                keep_body=self.config.rollouts.rollouts != "none",
-            )
+        return cached_teacher(
+            model,
+            self.path / "teacher_cache",
+            self.config.cache,
+            precision=self.precision,
+            device=self.device,
+            keep_body=self.config.rollouts.rollouts != "none",
+            owned=True,
+        )
 
     def initial_student(self) -> tuple[Any, bool]:
         """The student before training, packing enabled where it holds (the second value says whether)."""

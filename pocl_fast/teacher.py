@@ -23,7 +23,8 @@ from pocl_fast import ranks
 from pocl_fast.errors import InputError
 from pocl_fast.heads import LmHead, check_head, lm_head
 from pocl_fast.models import weights_fingerprint
-from pocl_fast.packing import pack, packing_error, supervised_hidden, token_budget_batches
+from pocl_fast.packing import pack, packing_holds, supervised_hidden, token_budget_batches
+from pocl_fast.placement import input_device
 from pocl_fast.progress import progress_bar
 from pocl_fast.samples import EncodedSample
 from pocl_fast.teacher_cache import MissingSamples, TeacherCache
@@ -31,9 +32,6 @@ from pocl_fast.teacher_lock import Writers
 from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
 from pocl_fast.teachers import LinearTeacher, TopKTeacher
 
-PACKING_TOLERANCE = (
-    1e-2  # relative; families that do not support packing are off by 0.1 and more, bf16 rounding is 4e-3
-)
 CHUNK = 256  # rows whose logits are held at once, where logits are needed
 FILL_TOKENS = 8192  # of a batch when the cache is filled ahead of training
 
@@ -68,12 +66,12 @@ class Teacher:
         self._model: Any | None = model.requires_grad_(False).eval()
         self.config = model.config
         head = lm_head(model)
-        self._input_device, self._dtype = head.weight.device, head.weight.dtype
-        self._device = self._input_device if device is None else torch.device(device)
+        self._input_device, self._dtype = input_device(model), head.weight.dtype
+        self._device = head.weight.device if device is None else torch.device(device)
         # a loss is given hidden states with the lm_head; what is most likely is found where the teacher is
         self._head: LmHead | None = head.to(self._device) if cache_mode == "hidden" else head
         self.vocab_size, hidden_size = head.weight.shape
-        self._packed = packing_error(model, self.config.vocab_size) < PACKING_TOLERANCE
+        self._packed = packing_holds(model)
         check_head(model)
         if cache_mode == "topk" and not 1 <= top_k <= self.vocab_size:
             raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {self.vocab_size} tokens")
@@ -110,13 +108,13 @@ class Teacher:
 
     @torch.no_grad()
     def live(self, samples: Sequence[EncodedSample]) -> LinearTeacher | TopKTeacher:
-        """What `output` gives, computed anew, neither read from the cache nor written to it: for samples that will not
-        come again, as a student's own answers. Raises RuntimeError once the body was released."""
+        """What `output` gives, but not rounded, computed anew and not written: for samples that will not come again, as
+        a student's own answers. Raises RuntimeError once the body was released."""
         hidden = self._run(samples)
         if isinstance(self.cache.entries, TopKEntries):
             top = most_likely(self.lm_head, hidden, self.cache.entries.k)
             return TopKTeacher(top.log_probs.to(self._device), top.indices.to(self._device))
-        return self._linear(hidden.to(self._dtype))
+        return self._linear(hidden.to(self._device, self._dtype))
 
     @torch.no_grad()
     def logits(self, samples: Sequence[EncodedSample]) -> Tensor:
@@ -198,15 +196,14 @@ class Teacher:
                 damage = error
 
     def _run(self, samples: Sequence[EncodedSample]) -> Tensor:
-        """[N, H] final hidden states at the supervised positions, on the lm_head's device."""
+        """[N, H] final hidden states at the supervised positions, where the body left them."""
         if self._model is None:
             raise RuntimeError(
                 "the teacher's body was released, as all training samples are in its cache: give Teacher keep_body=True"
                 " where it is to be asked about other samples"
             )
         batch = pack(samples).to(self._input_device)
-        hidden = supervised_hidden(self._model.get_decoder(), batch, packed=self._packed)
-        return hidden.to(self.lm_head.weight.device)
+        return supervised_hidden(self._model.get_decoder(), batch, packed=self._packed)
 
     def _compute(self, samples: Sequence[EncodedSample]) -> None:
         hidden = self._run(samples)
@@ -217,7 +214,7 @@ class Teacher:
             self.cache.put(samples, top := most_likely(self.lm_head, hidden, entries.k))
         if self._say is not None:
             loss = (
-                rounding_loss(entries, self.lm_head, hidden[:CHUNK]).describe(entries.name)
+                rounding_loss(entries, lm_head(self._model), hidden[:CHUNK]).describe(entries.name)
                 if isinstance(entries, HiddenEntries)
                 else f"the {entries.k} most likely tokens hold {100 * top.log_probs.exp().sum(1).mean():.4g} % of the"
                 " probability"
@@ -241,6 +238,7 @@ class RoundingLoss:
 @torch.no_grad()
 def rounding_loss(entries: HiddenEntries, head: LmHead, hidden: Tensor) -> RoundingLoss:
     """The loss of storing hidden states [N, H] as these entries, seen through the lm_head."""
+    hidden = hidden.to(head.weight.device)
     stored = entries.decode(entries.encode(hidden), hidden.dtype)
     difference = (stored.double() - hidden.double()).norm() / hidden.double().norm()
     total = 0.0
@@ -255,7 +253,7 @@ def most_likely(head: LmHead, hidden: Tensor, k: int) -> TopK:
     """The k most likely tokens after hidden states [N, H], without the logits of all N at once."""
     parts = []
     for rows in hidden.split(CHUNK):
-        logits = head.logits(rows.to(head.weight.dtype)).float()
+        logits = head.logits(rows.to(head.weight)).float()
         top = logits.topk(k)
         parts.append((top.values - logits.logsumexp(-1, keepdim=True), top.indices.to(torch.int32)))
     return TopK(torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts]))

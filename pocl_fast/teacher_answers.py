@@ -17,7 +17,6 @@ from tqdm import tqdm
 from pocl_fast import ranks
 from pocl_fast.answers import Answerer, answered
 from pocl_fast.errors import InputError
-from pocl_fast.generation import generation_batches
 from pocl_fast.progress import progress_bar
 from pocl_fast.samples import EncodedSample
 
@@ -65,7 +64,7 @@ def _generate(
     bar = progress_bar(len(keys), "teacher's answers", "prompts") if ranks.is_first() else tqdm(disable=True)
     path = folder / f"answers-{ranks.rank()}.jsonl"
     with bar:
-        for batch in generation_batches([prompts[key] for key in keys], batch_size=answerer.batch_size):
+        for batch in answerer.batches([prompts[key] for key in keys]):
             asked = [keys[i] for i in batch]
             streams = [int(key[:15], 16) for key in asked]  # of the prompt alone, wherever its sample stands
             answers = answerer([prompts[key] for key in asked], streams, seed)

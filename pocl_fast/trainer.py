@@ -110,7 +110,7 @@ class PoclTrainer(SavingTrainer):
         self.dev = None if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
         enable_packing(causal_lm(model))
         self.packed = packing_holds(causal_lm(model))
-        self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision)
+        self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision, self.samples)
         if args.data_source == "teacher":
             fingerprint = teacher_fingerprint(self.teacher.model, self.precision.name)
             self.samples = answered_by_teacher(

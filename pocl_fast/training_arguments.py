@@ -69,6 +69,10 @@ class PoclConfig(TrainingArguments):
     long_prompts: str = field(default="error", metadata={"help": "error, or skip the sample and say so."})
     # the teacher
     teacher_quantization: str = field(default="none", metadata={"help": "none, 8bit or 4bit, of a teacher by name."})
+    teacher_device: str = field(
+        default="student",
+        metadata={"help": "student: its device; spread: over GPUs, main memory and disk; or a device's name."},
+    )
     cache_mode: str = field(default="hidden", metadata={"help": "hidden states, or topk, are kept of the teacher."})
     cache_dtype: str = field(default="bf16", metadata={"help": "bf16, fp32 or int8, of the kept hidden states."})
     cache_top_k: int = field(default=64, metadata={"help": "Tokens that topk keeps."})
@@ -93,7 +97,10 @@ class PoclConfig(TrainingArguments):
     )
     # answers
     max_new_tokens: int = field(default=128, metadata={"help": "Longest generated answer, in tokens."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Prompts that are answered at once."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Most prompts that are answered at once."})
+    generation_batch_tokens: int = field(
+        default=32_768, metadata={"help": "Most tokens of prompts and answers whose keys and values are in memory."}
+    )
     # faults
     on_nonfinite: str = field(
         default="stop", metadata={"help": "stop, or skip a step whose loss or gradient is not finite."}

@@ -20,10 +20,8 @@ from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
 from pocl_fast.difficulty import LoadedModel, measure, rows_of
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_text
-from pocl_fast.frozen import freeze_linears
 from pocl_fast.gathered import gathered
 from pocl_fast.heads import causal_lm
-from pocl_fast.packing import enable_packing
 from pocl_fast.progress import say
 from pocl_fast.ranking import read_scores
 from pocl_fast.samples import EncodedSample, SampleEncoder, SampleSet, encode_all, read_samples, samples_from
@@ -32,7 +30,7 @@ from pocl_fast.signals import chosen_signals, teacher_columns
 from pocl_fast.student import as_trainable
 from pocl_fast.teacher import Teacher
 from pocl_fast.teacher_answers import teacher_answers
-from pocl_fast.teacher_shards import HIDDEN_DTYPES
+from pocl_fast.teacher_setup import cached_teacher, load_teacher
 from pocl_fast.training_arguments import PoclConfig
 
 if TYPE_CHECKING:
@@ -57,34 +55,35 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
     return model, tokenizer
 
 
-def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: models.Precision) -> Teacher:
+def teacher_of(
+    teacher: Any, tokenizer: Any, args: PoclConfig, precision: models.Precision, samples: SampleSet
+) -> Teacher:
     """The teacher with its cache in the output folder."""
     if isinstance(teacher, Teacher):
         return teacher
     if teacher is None:
         raise InputError("teacher is missing: give a model, its name, or a Teacher")
-    if isinstance(teacher, str):
+    folder, by_name = Path(str(args.output_dir)), isinstance(teacher, str)
+    if by_name:
         models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher))
-        on_gpu = precision.device.type == "cuda" and precision.name == "bf16"
-        teacher = models.load_model(
+        teacher = load_teacher(
             teacher,
-            dtype=torch.bfloat16 if on_gpu else torch.float32,
-            device=args.device,
+            folder / "teacher",
+            precision=precision,
             quantization=args.teacher_quantization,  # type: ignore[arg-type]  # checked by PoclConfig
+            where=args.teacher_device,
+            probe_samples=samples.encoded,
+            say=say if ranks.is_first() else lambda _: None,
         )
-    enable_packing(teacher)
-    freeze_linears(teacher.get_decoder(), precision.frozen_dtype)  # the lm_head's products stay fp32
-    with precision.autocast():
-        return Teacher(
-            teacher,
-            Path(str(args.output_dir)) / "teacher_cache",
-            cache_dtype=HIDDEN_DTYPES[args.cache_dtype],
-            cache_mode=args.cache_mode,  # type: ignore[arg-type]
-            top_k=args.cache_top_k,
-            precision=precision.name,
-            device=args.device,
-            keep_body=args.rollouts != "none",
-        )
+    return cached_teacher(
+        teacher,
+        folder / "teacher_cache",
+        args,
+        precision=precision,
+        device=args.device,
+        keep_body=args.rollouts != "none",
+        owned=by_name,
+    )
 
 
 def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -> SampleSet:
@@ -115,12 +114,20 @@ def answered_by_teacher(
 ) -> SampleSet:
     """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
 
-    `options` has `max_new_tokens`, `max_length` and `generation_batch_size`. Every rank must call.
+    `options` has `max_new_tokens`, `max_length`, `generation_batch_size` and `generation_batch_tokens`. Every rank must
+    call.
     """
     limits = AnswerLimits(options.max_new_tokens, options.max_length, encoder.end_id)
     tokenizer: Any = encoder.tokenizer
-    rows = options.generation_batch_size
-    ask = Answerer(teacher, limits, encoder.end_ids, tokenizer.pad_token_id, temperature=0.0, batch_size=rows)
+    ask = Answerer(
+        teacher,
+        limits,
+        encoder.end_ids,
+        tokenizer.pad_token_id,
+        temperature=0.0,
+        batch_size=options.generation_batch_size,
+        batch_tokens=options.generation_batch_tokens,
+    )
     encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
     texts = tokenizer.batch_decode([one.response_ids for one in encoded], skip_special_tokens=True)
     answers = {one.index: text.strip() for one, text in zip(encoded, texts, strict=True)}
@@ -161,7 +168,7 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
             len(samples.encoded),
             trainer.encoder,
             table,
-            generation=Generation(args.max_new_tokens, args.generation_batch_size),
+            generation=Generation(args.max_new_tokens, args.generation_batch_size, args.generation_batch_tokens),
         )
     trainer.model.train(was_training)  # type: ignore[union-attr]
     curriculum = make_curriculum(read_scores(table, chosen_signals(args.signals)), args)

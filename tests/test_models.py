@@ -16,6 +16,7 @@ from pocl_fast.models import (
     choose_device,
     choose_precision,
     exact_products,
+    hub_revision,
     load_model,
     load_tokenizer,
     resolve,
@@ -119,6 +120,20 @@ def test_a_source_has_another_fingerprint_when_its_settings_or_template_change_b
         prints.append(source_fingerprint(str(folder)))
     assert len(set(prints)) == 4
     assert source_fingerprint("org/model") == "org/model"
+
+
+@pytest.mark.parametrize("commit", ["a" * 40, "b" * 40])
+def test_a_hub_model_is_told_from_its_next_version_by_its_commit(tmp_path, monkeypatch, commit):
+    place = tmp_path / "models--org--tiny"
+    save_tiny(place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub_revision("org/tiny") == commit
+    assert hub_revision(str(place / "snapshots" / commit)) is None
+    with pytest.raises(InputError, match="cannot load the model 'org/other'"):
+        hub_revision("org/other")
 
 
 def test_vocabularies_may_differ_only_by_entries_at_the_end():

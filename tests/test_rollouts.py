@@ -14,8 +14,12 @@ from pocl_fast import ranks
 from pocl_fast.answers import Answerer, AnswerLimits, answered
 from pocl_fast.errors import InputError
 from pocl_fast.generation import generate
+from pocl_fast.linear_loss import linear_distillation_loss
+from pocl_fast.objectives import Objective
+from pocl_fast.packing import enable_packing, pack, supervised_hidden
 from pocl_fast.rollouts import Policy, Rollouts
 from pocl_fast.samples import EncodedSample
+from pocl_fast.teacher import Teacher
 
 gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -311,3 +315,29 @@ def test_the_students_own_answers_are_trained_on_as_they_were_sampled():
     made = rollouts("gkd", student=ask, lmbda=1.0).batch(samples(3), 0).samples
     assert all(0 < len(m.response_ids) <= 6 for m in made)
     assert [m.truncated for m in made] == [m.response_ids[-1] != END for m in made]
+
+
+def test_a_student_trained_on_its_own_answers_comes_closer_to_the_teacher_on_them(tmp_path):
+    student, teacher_model = tiny_model(seed=0), tiny_model(seed=1)
+    enable_packing(student)
+    enable_packing(teacher_model)
+    teacher = Teacher(teacher_model, tmp_path, keep_body=True)
+    one = rollouts("gkd", student=Answerer(student, LIMITS, {END}, 256), lmbda=1.0)
+    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+    losses = []
+    for step in range(40):
+        made, _ = one.batch(samples(8), step)
+        batch = pack(made)
+        hidden = supervised_hidden(student.get_decoder(), batch, packed=True)
+        objective = Objective("reverse_kl", alpha=0.0)
+        loss = linear_distillation_loss(
+            hidden, student.lm_head.weight, teacher.live(made), batch.labels, objective
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert len(set(losses)) == 40
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert one.generated == 320
+    assert not list(tmp_path.rglob("*.safetensors"))

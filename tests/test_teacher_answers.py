@@ -37,7 +37,7 @@ class Never:
     """An answerer that must not be asked."""
 
     def __init__(self, like):
-        self.limits, self.settings, self.batch_size = like.limits, like.settings, like.batch_size
+        self.limits, self.settings = like.limits, like.settings
 
     def __call__(self, *_):
         raise AssertionError("asked again")
@@ -158,6 +158,13 @@ def test_a_process_killed_at_any_time_goes_on_where_it_was(tmp_path):
     assert said == str([m.response_ids for m in answers(tmp_path / "other", samples(60), asking(batch_size=2))])
     [folder] = {file.parent for file in tmp_path.glob("*/answers-0.jsonl")}
     assert set(_read(folder, print)) == {prompt_key(sample) for sample in samples(60)}
+
+
+def test_a_budget_of_tokens_makes_smaller_batches_of_the_same_answers(tmp_path):
+    tight = asking(batch_size=64, batch_tokens=20)  # two prompts of 4 tokens and their answers of 5
+    prompts = [sample.prompt_ids for sample in samples(7)]
+    assert [len(batch) for batch in tight.batches(prompts)] == [2, 2, 2, 1]
+    assert answers(tmp_path / "a", samples(7), tight) == answers(tmp_path / "b", samples(7))
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
