@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from pocl_fast.frozen import frozen_linears
 Progress: TypeAlias = Callable[
     [int], object
 ]  # called with how many prompts all ranks have answered since the last call
+BLOCK = 256  # tokens that are chosen among at once when sampling
 SHORTEST_HEAD = 8  # tokens; below it a common head is not worth a run of its own
 
 
@@ -75,8 +77,8 @@ def generate(
     with frozen_linears(model):
         decoder = _Decoder(model, prompts, max_new_tokens, set(end_ids), pad_id, temperature)
         for batch in batches:
-            uniforms = _uniforms(seed, [ids[i] for i in batch], max_new_tokens) if temperature > 0 else None
-            for i, row in zip(batch, decoder.decode([prompts[i] for i in batch], uniforms), strict=True):
+            noise = _Noise(seed, [ids[i] for i in batch]) if temperature > 0 else None
+            for i, row in zip(batch, decoder.decode([prompts[i] for i in batch], noise), strict=True):
                 answers[i] = row
             if progress:
                 progress(len(batch) * (ranks.world_size() if shared else 1))  # the others are about as far
@@ -114,18 +116,20 @@ class _Decoder:
         named = inspect.signature(type(model).forward).parameters
         self.cache_argument = "cache" if "cache" in named else "past_key_values"
 
-    def decode(self, prompts: Sequence[Sequence[int]], uniforms: Tensor | None) -> list[list[int]]:
-        """The answer to each of B prompts; `uniforms` [B, max_new_tokens] choose its tokens where it is sampled."""
+    def decode(self, prompts: Sequence[Sequence[int]], noise: _Noise | None) -> list[list[int]]:
+        """The answer to each of B prompts; `noise` chooses its tokens where it is sampled."""
         cache = self._cache_of_the_head(len(prompts))
         tokens, mask = self._padded(prompts)
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, len(self.head) :]
         answers: list[list[int]] = [[] for _ in prompts]
         active = torch.arange(len(prompts), device=self.device)  # the rows that are still in the batch
-        for step in range(self.max_new_tokens):
+        for _ in range(self.max_new_tokens):
             logits = self._forward(tokens, mask, positions, cache)
-            chosen = choose(logits, self.temperature, None if uniforms is None else uniforms[active, step])
+            rows = active.tolist()
+            numbers = None if noise is None else noise.next(rows, logits.shape[1]).to(self.device)
+            chosen = choose(logits, self.temperature, numbers)
             stay = []
-            for row, (i, token) in enumerate(zip(active.tolist(), chosen.tolist(), strict=True)):
+            for row, (i, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 if token not in self.end_ids:
                     answers[i].append(token)
                     stay.append(row)
@@ -176,17 +180,38 @@ class _Decoder:
         return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
 
 
-def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> Tensor:
-    """The next token [B] by logits [B, V]: the likeliest, or the one at which the cumulated probability passes the
-    row's number in [0, 1) of `uniforms` [B]."""
-    if uniforms is None:
+def choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
+    """The next token [B] by logits [B, V]: the likeliest, or sampled, with `noise` [B, `numbers_a_token`] of Gumbel's
+    distribution: first one of the blocks of `BLOCK` tokens by their probabilities, then one of its tokens.
+
+    The largest of log-probability + noise is chosen, which is sampling from these probabilities. Rounding changes it
+    only where the two largest are as close as that, not where a cumulated probability is.
+    """
+    if noise is None:
         return logits.argmax(-1)
-    cumulated = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
-    total = cumulated[:, -1:]
-    places = torch.minimum(
-        uniforms.to(cumulated)[:, None] * total, total * (1 - 2**-23)
-    )  # rounding may reach the total
-    return torch.searchsorted(cumulated, places, right=True)[:, 0]  # right: never a token without probability
+    B, V = logits.shape
+    scores = torch.nn.functional.pad(logits.float() / temperature, (0, -V % BLOCK), value=-math.inf).view(B, -1, BLOCK)
+    of_blocks, of_tokens = noise.split([scores.shape[1], BLOCK], dim=1)
+    block = (scores.logsumexp(-1) + of_blocks).argmax(-1)
+    inside = scores[torch.arange(B, device=logits.device), block]
+    return block * BLOCK + (inside + of_tokens).argmax(-1)
+
+
+def numbers_a_token(vocab_size: int) -> int:
+    """How many random numbers `choose` takes for a token."""
+    return -(-vocab_size // BLOCK) + BLOCK
+
+
+class _Noise:
+    """Random numbers of Gumbel's distribution: a counter-based stream for each seed and sample."""
+
+    def __init__(self, seed: int, sample_ids: Sequence[int]) -> None:
+        self._streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in sample_ids]
+
+    def next(self, rows: Sequence[int], vocab_size: int) -> Tensor:
+        """[rows, `numbers_a_token`] fp32 for the next token of each of these rows."""
+        count = numbers_a_token(vocab_size)
+        return torch.from_numpy(np.stack([self._streams[row].gumbel(size=count) for row in rows]).astype(np.float32))
 
 
 def _common_head(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
@@ -197,10 +222,3 @@ def _common_head(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
     limit = min(map(len, prompts)) - 1
     agree = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), limit)
     return low[: min(agree, limit)]
-
-
-def _uniforms(seed: int, sample_ids: Sequence[int], count: int) -> Tensor:
-    """[samples, count] numbers in [0, 1), a counter-based stream for each seed and sample."""
-    return torch.tensor(
-        np.stack([np.random.Generator(np.random.Philox(key=[seed, i])).random(count) for i in sample_ids])
-    )

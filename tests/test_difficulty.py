@@ -69,7 +69,7 @@ def test_measure_writes_one_row_a_sample_in_file_order(tmp_path, monkeypatch, pi
 
 
 def test_one_sample_and_an_empty_answer_are_measured(tmp_path):
-    samples, encoded = encoded_samples(tmp_path, 1)
+    samples, encoded = encoded_samples(1)
     silent = tiny_model()
     silent.lm_head = torch.nn.Linear(32, 259)  # of its own, and sure of the end token
     torch.nn.init.zeros_(silent.lm_head.weight)

@@ -1,10 +1,11 @@
 """Batched decoding gives what decoding alone gives."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
 
-from pocl_fast.generation import choose, generate, generation_batches
+from pocl_fast.generation import choose, generate, generation_batches, numbers_a_token
 
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8], [42, 17], [100, 101, 102, 103]]
 END = {258}
@@ -67,10 +68,39 @@ def test_a_common_head_changes_no_answer(head):
     assert [shape for shape in runs if shape[0] == 1 and shape[1] > 8] == alone
 
 
-def test_sampling_never_takes_a_token_without_probability():
-    logits = torch.tensor([[-float("inf"), 0.0, -float("inf"), 0.0, -float("inf")]]).expand(5, -1)
-    uniforms = torch.tensor([0.0, 0.499999, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
-    assert choose(logits, 1.0, uniforms).tolist() == [1, 1, 3, 3, 3]
+def gumbel(rows, vocab_size, seed=0):
+    numbers = np.random.default_rng(seed).gumbel(size=(rows, numbers_a_token(vocab_size)))
+    return torch.from_numpy(numbers.astype(np.float32))
+
+
+# 5: less than a block; 256 and 257: a block, and one token more
+@pytest.mark.parametrize("V", [5, 256, 257])
+def test_sampling_never_takes_a_token_without_probability(V):
+    logits = torch.full((2000, V), -float("inf"))
+    logits[:, [1, V - 1]] = torch.tensor([0.0, 1.0])
+    counts = torch.bincount(choose(logits, 1.0, gumbel(2000, V)), minlength=V)
+    assert counts.sum() == counts[1] + counts[V - 1] == 2000
+    assert counts[1] / 2000 == pytest.approx(1 / (1 + np.e), abs=0.04)  # four standard deviations
+
+
+# temperatures that make it peaked and flat, over several blocks
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_sampled_tokens_have_their_probabilities(temperature):
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 2
+    want = 20_000 * torch.softmax(logits.double() / temperature, -1)
+    seen = torch.bincount(choose(logits.expand(20_000, -1), temperature, gumbel(20_000, 1000)), minlength=1000)
+    often = want >= 20
+    assert often.sum() > 20
+    assert ((seen - want) / want.sqrt())[often].abs().max() < 4.5  # standard deviations
+    assert abs(float((seen - want)[~often].sum())) < 4.5 * float(want[~often].sum().clamp_min(1)) ** 0.5
+
+
+def test_rounding_of_the_logits_hardly_ever_changes_what_is_sampled():
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(1000, 20_000, generator=generator)  # flat: each token has 1 / 20,000 or so
+    other = logits + 1e-5 * torch.randn(logits.shape, generator=generator)
+    noise = gumbel(1000, 20_000)
+    assert (choose(logits, 1.0, noise) != choose(other, 1.0, noise)).sum() <= 1
 
 
 def test_sampling_follows_the_models_probabilities():
