@@ -78,15 +78,16 @@ def token_budget_batches(lengths: Sequence[int], *, max_tokens: int) -> list[lis
     return batches
 
 
-def enable_packing(model: nn.Module) -> None:
+def enable_packing(model: nn.Module, *, autocast: bool = False) -> None:
     """Makes a transformers model attend within each sample of a packed row: by flash-attention where it is installed
-    and the model is on a GPU, else by one causal `sdpa` call a sample, which costs Σ length² and not (Σ length)². A
-    family without `sdpa` (Gemma 2) keeps its own attention, with the mask that transformers derives from
-    `position_ids`."""
+    and the model is on a GPU, in bf16, fp16 or under autocast to them; else by one causal `sdpa` call a sample, which
+    costs Σ length² and not (Σ length)². A family without `sdpa` (Gemma 2) keeps its own attention, with the mask that
+    transformers derives from `position_ids`."""
     from transformers.utils import is_flash_attn_2_available
 
     on_gpu = next(model.parameters()).is_cuda
-    if on_gpu and is_flash_attn_2_available() and next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+    narrow = autocast or next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    if on_gpu and narrow and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")  # type: ignore[operator]
         return
     if not getattr(model, "_supports_sdpa", False):

@@ -75,9 +75,10 @@ class Teacher:
         check_head(model)
         if cache_mode == "topk" and not 1 <= top_k <= self.vocab_size:
             raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {self.vocab_size} tokens")
+        self.fingerprint = teacher_fingerprint(model, precision)
         self.cache = TeacherCache(
             cache_folder,
-            teacher=teacher_fingerprint(model, precision),
+            teacher=self.fingerprint,
             entries=TopKEntries(top_k) if cache_mode == "topk" else HiddenEntries(hidden_size, cache_dtype),
             writers=Writers.of_this_run(),
             say=say,

@@ -40,7 +40,7 @@ from pocl_fast.saving import SavingTrainer
 from pocl_fast.schedule import Place, Schedule
 from pocl_fast.stages import SHOWN_ANSWERS, Progress, StageFlow
 from pocl_fast.student import num_parameters
-from pocl_fast.teacher import Teacher, teacher_fingerprint
+from pocl_fast.teacher import Teacher
 from pocl_fast.training_arguments import PoclConfig
 from pocl_fast.training_setup import (
     answered_by_teacher,
@@ -107,17 +107,19 @@ class PoclTrainer(SavingTrainer):
         self.encoder = SampleEncoder(processing_class, args.template)  # type: ignore[arg-type]  # a choice of these
         self.samples = sample_set(train_dataset, self.encoder, args, "train_dataset")
         self.dev = None if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
-        enable_packing(causal_lm(model))
-        self.packed = packing_holds(causal_lm(model))
+        enable_packing(causal_lm(model), autocast=self.precision.name == "bf16")
+        with self.precision.autocast():
+            self.packed = packing_holds(causal_lm(model))
+        if not self.packed and ranks.is_first():
+            say(f"{type(causal_lm(model)).__name__} does not support packed batches: they are padded, which is slower")
         self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision, self.samples)
         if args.data_source == "teacher":
-            fingerprint = teacher_fingerprint(self.teacher.model, self.precision.name)
             self.samples = answered_by_teacher(
                 self.samples,
                 self.teacher.model,
                 self.encoder,
                 Path(str(args.output_dir)) / "teacher_answers",
-                fingerprint=fingerprint,
+                fingerprint=self.teacher.fingerprint,
                 options=args,
             )
         self._curriculum = curriculum

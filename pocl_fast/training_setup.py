@@ -52,6 +52,9 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         except ImportError as error:
             raise InputError('peft_config needs peft: pip install "pocl-fast[peft]"') from error
         model = get_peft_model(model, peft_config)
+    sharded_later = bool(args.fsdp) or args.deepspeed is not None
+    if args.device.type == "cuda" and not sharded_later and getattr(model, "hf_device_map", None) is None:
+        model = model.to(args.device)  # how it attends is chosen by where it is
     return model, tokenizer
 
 

@@ -16,6 +16,15 @@ from tiny_training import (
     trainer_of,
     weights_of,
 )
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from pocl_fast.curriculum import Curriculum
 from pocl_fast.errors import InputError
@@ -178,6 +187,46 @@ def test_no_eval_dataset_means_no_evaluation_and_the_last_weights(tmp_path):
     assert not list(tmp_path.glob("stage-*-best-*"))
     with pytest.raises(InputError, match='stage_weights="best" needs evaluations'):
         trainer_of(tmp_path, curriculum=curriculum_of(8, stages=2), dev=False, stage_weights="best")
+
+
+SMALL = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+NARROW = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+FAMILIES = {
+    "llama": LlamaConfig(**NARROW),
+    "qwen2": Qwen2Config(**NARROW),
+    "gpt2": GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0),
+    "gemma": GemmaConfig(**NARROW, head_dim=8),
+    "gemma2": Gemma2Config(**NARROW, head_dim=8, final_logit_softcapping=5.0, layer_types=["full_attention"] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_to_the_loss_of_its_own_forward(tmp_path, family, capsys):
+    def model(seed):
+        torch.manual_seed(seed)
+        config = FAMILIES[family]
+        config.initializer_range = 0.3
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    student, teacher = model(0), model(1)
+    logits = []
+    curriculum = curriculum_of(4, stages=1, temperatures=[1.0], alphas=[0.5])
+    setting = {"dev": False, "logging_steps": 1, "epochs_per_stage": 3, "learning_rate": 3e-3}
+    trainer = trainer_of(tmp_path, curriculum=curriculum, student=student, teacher=teacher, **setting)
+    total = torch.zeros(2)
+    for sample in trainer.samples.encoded:
+        ids, place = torch.tensor([sample.prompt_ids + sample.response_ids]), slice(len(sample.prompt_ids) - 1, -1)
+        with torch.no_grad():
+            logits = [one(input_ids=ids).logits[0, place].float().log_softmax(-1) for one in (student, teacher)]
+        ce = -logits[0].gather(1, torch.tensor(sample.response_ids)[:, None]).sum()
+        total += torch.stack([ce, (logits[1].exp() * (logits[1] - logits[0])).sum()])
+    trainer.train()
+    losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    tokens = sum(len(sample.response_ids) for sample in trainer.samples.encoded)
+    assert losses[0] == pytest.approx(0.5 * float(total.sum()) / tokens, rel=1e-3)  # the cache is bf16
+    assert losses[-1] < losses[0]
+    assert ("does not support packed batches" in capsys.readouterr().out) == (not trainer.packed)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["body", "lm_head"])
