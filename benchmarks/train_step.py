@@ -144,7 +144,8 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     from pocl_fast.student import as_trainable, cut_layers
 
     device = models.choose_device("auto")
-    models.choose_precision(options.precision, device)
+    if options.precision == "bf16":  # for every side; in fp32 the others' products are torch's own
+        models.choose_precision(options.precision, device)
     tokenizer = models.load_tokenizer(options.teacher)
     samples = read_samples(options.data)
     encoded, _ = encode_all(

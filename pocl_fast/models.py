@@ -20,7 +20,7 @@ from torch import nn
 
 from pocl_fast.errors import InputError
 from pocl_fast.placement import Placement, resident
-from pocl_fast.projection import fp32_products, set_fp32_products
+from pocl_fast.projection import fp32_products, rounds_to_bf16, set_fp32_products
 
 Quantization = Literal["none", "8bit", "4bit"]
 BUNDLED = "bundled"
@@ -284,8 +284,8 @@ def choose_precision(precision: str, device: torch.device) -> Precision:
     """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process.
 
     On a CPU "bf16" lets oneDNN round the inputs of fp32 matrix products to bf16 where the CPU multiplies these faster;
-    sums and results, so also logits, stay fp32. (Where it does not, products are exact fp32 and still up to 2x faster
-    than MKL's on AMD processors.)
+    sums and results, so also logits, stay fp32. Where it does not, products are exact fp32 and up to 2x faster than
+    MKL's on AMD processors, so that "fp32" is the same mode.
     """
     if device.type == "cuda":
         if precision == "auto":
@@ -294,7 +294,8 @@ def choose_precision(precision: str, device: torch.device) -> Precision:
         has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
         if precision == "auto":
             precision = "bf16" if has_bf16 else "fp32"
-        set_fp32_products("bf16" if precision == "bf16" else "ieee")
+        exact = has_bf16 and not rounds_to_bf16()
+        set_fp32_products("bf16" if precision == "bf16" or exact else "ieee")
     return Precision("bf16" if precision == "bf16" else "fp32", device)
 
 

@@ -85,6 +85,18 @@ def test_precision_on_a_cpu_is_what_was_asked_for_and_autocast_is_off():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("rounds", [False, True])
+def test_fp32_products_on_a_cpu_are_exact_by_whichever_library_is_faster(monkeypatch, rounds):
+    if rounds:  # as with AMX
+        monkeypatch.setattr("pocl_fast.models.rounds_to_bf16", lambda: True)
+    choose_precision("fp32", torch.device("cpu"))
+    a, b = torch.randn(2, 300, 300)
+    want = a.double() @ b.double()
+    assert ((a @ b).double() - want).norm() < 1e-6 * want.norm()
+    if rounds:
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+
+
 def test_weights_have_another_fingerprint_after_the_smallest_change():
     model = tiny_model()
     before = weights_fingerprint(model)
