@@ -161,6 +161,8 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     teacher = models.load_model(options.teacher, device=device)
     student = as_trainable(cut_layers(teacher, options.student_layers))
     clock = Clock(options.steps)
+    if options.side == "ours":
+        teacher = options.teacher  # by its name, so that it keeps one copy of the teacher's weights
     sides = {"ours": train_ours, "trl": train_trl, "trl-distillation": train_trl_distillation, "plain": train_plain}
     with tempfile.TemporaryDirectory() as folder:
         losses = sides[options.side](student, teacher, batches, options, clock, Path(folder), tokenizer)

@@ -32,7 +32,7 @@ from pocl_fast.metrics import LossParts
 from pocl_fast.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.objectives import Objective
 from pocl_fast.on_policy import OnPolicy
-from pocl_fast.out_of_memory import Halving
+from pocl_fast.out_of_memory import FreedMemory, Halving
 from pocl_fast.packing import PackedBatch, enable_packing, packing_holds
 from pocl_fast.progress import say
 from pocl_fast.samples import EncodedSample, SampleEncoder
@@ -131,6 +131,7 @@ class PoclTrainer(SavingTrainer):
         self._by_index = {sample.index: sample for sample in self.samples.encoded}
         self._loss_parts = LossParts()
         self._halving = Halving()
+        self._freed_memory = FreedMemory() if args.device.type == "cpu" else None
         self._step_batches: list[MicroBatch] = []  # of the step in progress
         self._grad_norm: Any = 0.0
         self._signals = Signals()
@@ -442,6 +443,8 @@ class PoclTrainer(SavingTrainer):
         """After an optimizer step: counts it; at the end of a pass lets go of the teacher's body once every sample is
         in the cache."""
         self._loss_parts.end_step()
+        if self._freed_memory is not None:
+            self._freed_memory.return_if_grown()
         if place.ends_epoch:
             self.teacher.release_body_if_cached(self.samples.encoded)
 
