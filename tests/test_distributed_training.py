@@ -2,12 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny_run import options
 from tiny_training import curriculum_of, train, trainer_of, weights_of
 
 from pocl_fast.checkpoints import step_of
@@ -156,3 +160,20 @@ def train_damaged(folder):
             trainer.train()
         except InputError as error:
             return str(error)
+
+
+def test_distill_under_torchrun_makes_the_student_of_one_process(finished, tmp_path):
+    inputs, alone = finished
+    output = tmp_path / "out"
+    words = [*options(inputs, batch_size=2), "--output", str(output)]  # of two ranks: 4, as alone
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pocl_fast.cli", "distill"]
+    quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*command, *words], env=os.environ | quiet, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (output, alone))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-4)
+    assert (output / "report.html").is_file()
+    assert not list((output / "checkpoints").glob("checkpoint-*"))
+    assert done.stdout.count("training speed:") == 1  # one rank speaks
