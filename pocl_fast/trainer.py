@@ -217,7 +217,8 @@ class PoclTrainer(SavingTrainer):
                 self._forget_optimizer_state()
             if args.remeasure:
                 self.planned().reorder(stage, measured_curriculum(self, self.folder / f"stage-{stage + 1}").order)
-                self.state.max_steps = self.planned().total_steps
+                total = self.planned().total_steps
+                self.state.max_steps = min(args.max_steps, total) if args.max_steps > 0 else total
             if not self.is_deepspeed_enabled:
                 self.lr_scheduler.last_epoch = self.state.global_step - 1  # type: ignore[union-attr]
                 self.lr_scheduler.step()  # type: ignore[union-attr]  # it counted on the stage before going on
@@ -317,7 +318,11 @@ class PoclTrainer(SavingTrainer):
     def check_finite(self) -> None:
         """Called before the optimizer's step: where the loss or the gradient is not finite, the weights are not
         touched; the step is skipped, or `InputError` raised, as `on_nonfinite` says."""
-        if np.isfinite(float(self._grad_norm)) and self._loss_parts.finite():
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips overflows of its own making
+        finite = self._loss_parts.finite() and (scaled or bool(np.isfinite(float(self._grad_norm))))
+        if self.args.world_size > 1:  # one answer, for what follows is for all
+            finite = bool(self.accelerator.gather(torch.tensor([finite], device=self.args.device)).all())
+        if finite:
             return
         bad = self._loss_parts.nonfinite_samples()
         named = [name for part in ranks.gather([self._name(sample) for sample in bad]) for name in part]
