@@ -127,10 +127,10 @@ inline BlockSums sum_block(const typename S::Storage* s_row, const typename T::S
     for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
         const Two s = load_two<S, rest.value>(s_row + v, count, f.floor), t = load_two<T, rest.value>(t_row + v, count, f.floor);
         if constexpr (!rest.value) {  // the block after this one; behind a row's end lies, mostly, the next row
-            fetch(s_row + v + kBlock);
-            fetch(t_row + v + kBlock);
-            if constexpr (sizeof *s_row == 4) fetch(s_row + v + kBlock + kWidth);
-            if constexpr (sizeof *t_row == 4) fetch(t_row + v + kBlock + kWidth);
+            fetch(s_row + v + kAhead);
+            fetch(t_row + v + kAhead);
+            if constexpr (sizeof *s_row == 4) fetch(s_row + v + kAhead + kWidth);
+            if constexpr (sizeof *t_row == 4) fetch(t_row + v + kAhead + kWidth);
         } else {  // what fills the vector must be below all else
             const Two s_in = load_two<S, true>(s_row + v, count, kInf), t_in = load_two<T, true>(t_row + v, count, kInf);
             const Float lowest = min(min(s_in.a, s_in.b), min(t_in.a, t_in.b));
