@@ -1,4 +1,4 @@
-"""The fused CPU loss with gradient is 20 (fp32) to 30 (bf16) times as fast as eager torch, 5 times torch.compile.
+"""The fused CPU loss with gradient is 40 (fp32) to 70 (bf16) times as fast as eager torch, 11 times torch.compile.
 
 All sides run in this process on the same tensors, in turns, forward and backward; the figures are medians of time over
 ours. "by hand" is what one writes without a library, on log-softmaxes in fp32; "published" takes the steps of the
@@ -146,9 +146,9 @@ def published(student: Tensor, teacher: Tensor, labels: Tensor, objective: Objec
 
 
 def step(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor, objective: Objective) -> None:
-    """Forward and backward once."""
-    student.grad = None
+    """Forward and backward once. Frees its gradient itself: left to the next side, that would be part of its time."""
     loss(student, teacher, labels, objective).backward()
+    student.grad = None
 
 
 def tensors(N: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +249,6 @@ def extra_peaks(side: str, N: int, V: int, dtype: torch.dtype, families: list[st
             torch._dynamo.reset()
             loss = torch.compile(by_hand)
             step(loss, *inputs, objective)
-        inputs[0].grad = None
         gc.collect()
         trim(0)
         if side == "compiled":

@@ -49,6 +49,15 @@ struct Exponents {
     Float operator()(Float logits) const { return (logits - max) * factor; }
 };
 
+/// A side's logits to log2 of their probabilities, but for the rounding of log2_z, which is `error` too little.
+struct Logarithms {
+    Exponents exponents;
+    Float log2_z;
+    double error;
+    explicit Logarithms(const Side& side) : exponents(side), log2_z(broadcast(static_cast<float>(side.log2_z()))), error(log2_z[0] - side.log2_z()) {}
+    Float operator()(Float logits) const { return exponents(logits) - log2_z; }
+};
+
 /// What is known of a row once it was swept.
 struct RowFacts {
     float tau = 1, alpha = 0;
@@ -118,10 +127,10 @@ inline BlockSums sum_block(const typename S::Storage* s_row, const typename T::S
     for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
         const Two s = load_two<S, rest.value>(s_row + v, count, f.floor), t = load_two<T, rest.value>(t_row + v, count, f.floor);
         if constexpr (!rest.value) {  // the block after this one; behind a row's end lies, mostly, the next row
-            fetch(s_row + v + kBlock);
-            fetch(t_row + v + kBlock);
-            if constexpr (sizeof *s_row == 4) fetch(s_row + v + kBlock + kWidth);
-            if constexpr (sizeof *t_row == 4) fetch(t_row + v + kBlock + kWidth);
+            fetch(s_row + v + kAhead);
+            fetch(t_row + v + kAhead);
+            if constexpr (sizeof *s_row == 4) fetch(s_row + v + kAhead + kWidth);
+            if constexpr (sizeof *t_row == 4) fetch(t_row + v + kAhead + kWidth);
         } else {  // what fills the vector must be below all else
             const Two s_in = load_two<S, true>(s_row + v, count, kInf), t_in = load_two<T, true>(t_row + v, count, kInf);
             const Float lowest = min(min(s_in.a, s_in.b), min(t_in.a, t_in.b));

@@ -5,7 +5,8 @@
 namespace pocl {
 namespace {
 
-constexpr std::int64_t kBlock = 2048;
+constexpr std::int64_t kBlock = 64 * kTwo;  // 128 terms a lane, whose fp32 sums lose the more digits the more there are
+constexpr std::int64_t kAhead = 2048;       // entries from a read one to one that the caches are to take in
 
 struct Whole { static constexpr bool value = false; };
 struct Rest { static constexpr bool value = true; };

@@ -6,7 +6,7 @@ namespace pocl {
 
 /// fp32 numbers in each array of a thread's scratch, whole vectors of any build, and those for a number a block.
 inline std::int64_t scratch_array(std::int64_t V) { return (V + 15) / 16 * 16 + 128; }  // not a multiple of the pages, which would meet in the caches
-inline std::int64_t scratch_blocks(std::int64_t V) { return (V / 2048 + 2 + 15) / 16 * 16; }
+inline std::int64_t scratch_blocks(std::int64_t V) { return (V / 512 + 2 + 15) / 16 * 16; }
 
 /// fp32 numbers of scratch that a thread needs, aligned to 64 bytes: see rows_impl.h. Only the pages that a task does use are ever touched.
 inline std::int64_t scratch_size(const Task& task) {

@@ -36,8 +36,8 @@ inline float load_block(const typename S::Storage* row, Pieces pieces, std::int6
     for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
         const Two s = load_logits<S, transformed, rest.value>(row + v, count, transform);
         if constexpr (!rest.value) {
-            fetch(row + v + kBlock);
-            if constexpr (sizeof *row == 4) fetch(row + v + kBlock + kWidth);
+            fetch(row + v + kAhead);
+            if constexpr (sizeof *row == 4) fetch(row + v + kAhead + kWidth);
         }
         top = max(s.a, max(s.b, top));
         F32::store(kept + place, s.a);

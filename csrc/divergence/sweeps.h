@@ -32,9 +32,7 @@ template <Family family, class S, class T>
 inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, const Kept& kept) {
     constexpr bool logs = family != Family::tvd;
     const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
-    const Exponents exponents_q(f.q), exponents_p(f.p);
-    const double log2_z_q = f.q.log2_z(), log2_z_p = f.p.log2_z();
-    const Float log_z_q = broadcast(static_cast<float>(log2_z_q)), log_z_p = broadcast(static_cast<float>(log2_z_p));
+    const Logarithms log_q(f.q), log_p(f.p);
     double of_q = 0, of_p = 0, u = 0;  // sums of q log2(q/m) and p log2(p/m), or of |p - q|; of q u
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
         const Float weight_q = broadcast(static_cast<float>(f.q.weight(kept.max_s[block])));
@@ -46,10 +44,10 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
             if constexpr (logs) {
                 const Float m = max(broadcast(1.17549435e-38f), a * p + b * q);  // where both underflow their logarithms do not matter
                 const Float log_m = log2_of(m);
-                const Float log_q_m = exponents_q(s) - log_z_q - log_m, log_p_m = exponents_p(t) - log_z_p - log_m;
-                if constexpr (family != Family::skew_forward_kl) q_sum += q * log_q_m;
-                if constexpr (family != Family::skew_reverse_kl) p_sum += p * log_p_m;
-                if constexpr (family == Family::jsd) product = q * log_q_m;
+                const Float log_q_m = log_q(s) - log_m, log_p_m = log_p(t) - log_m;
+                if constexpr (family == Family::skew_reverse_kl) q_sum += q * log_q_m;
+                else p_sum += p * log_p_m;
+                if constexpr (family == Family::jsd) product = q * log_q_m;  // which D sums too
                 else if constexpr (family == Family::skew_forward_kl) product = q * ((p - m) / m);
                 else product = q * (log_q_m + (a * kLog2E) * ((p - m) / m));
             } else {
@@ -68,15 +66,14 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
             add(s.a, t.a, place);
             add(s.b, t.b, place + kWidth);
         });
-        of_q += sum_lanes(q_sum);
+        of_q += sum_lanes(family == Family::jsd ? u_sum : q_sum);
         of_p += sum_lanes(p_sum);
         u += sum_lanes(u_sum);
     }
     MixtureSums sums;
     if (!::isfinite(f.q.z + f.p.z)) of_q = of_p = __builtin_nan("");  // which the logarithms above do not pass on
-    // the fp32 normalisers' rounding, which all terms have in common
-    of_q += static_cast<float>(log2_z_q) - log2_z_q;
-    of_p += static_cast<float>(log2_z_p) - log2_z_p;
+    of_q += log_q.error;  // which all terms have in common
+    of_p += log_p.error;
     if (family == Family::jsd) sums.D = kLn2 * (teacher_share * of_p + (1.0 - teacher_share) * of_q);
     if (family == Family::skew_forward_kl) sums.D = kLn2 * of_p;
     if (family == Family::skew_reverse_kl) sums.D = kLn2 * of_q;
