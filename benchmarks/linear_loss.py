@@ -146,8 +146,9 @@ if torch.cuda.is_available() and find_spec("liger_kernel"):
 
 
 def step(table: str, side: str, x: Inputs, number: int) -> None:
-    x.hidden.grad = x.weight.grad = None
+    """Forward and backward once. Frees its gradients itself: left to the next side, that would be part of its time."""
     TABLES[table][side](x, number).backward()
+    x.hidden.grad = x.weight.grad = None
     if x.hidden.is_cuda:
         torch.cuda.synchronize()
 

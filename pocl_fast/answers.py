@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pocl_fast.generation import generate, generation_batches
-from pocl_fast.samples import EncodedSample
+from pocl_fast.samples import EncodedSample, SampleEncoder
 
 
 class Generate(Protocol):
@@ -51,6 +51,21 @@ class Answerer:
     temperature: float = 1.0  # 0 is greedy
     batch_size: int = 64  # prompts answered at once,
     batch_tokens: int | None = None  # and at most so many tokens of them and of their answers
+
+    @classmethod
+    def of(cls, model: Any, encoder: SampleEncoder, options: Any, *, temperature: float) -> Answerer:
+        """As options say, which have `max_new_tokens`, `max_length`, `generation_batch_size` and
+        `generation_batch_tokens`."""
+        tokenizer: Any = encoder.tokenizer
+        return cls(
+            model,
+            AnswerLimits(options.max_new_tokens, options.max_length, encoder.end_id),
+            encoder.end_ids,
+            tokenizer.pad_token_id,
+            temperature=temperature,
+            batch_size=options.generation_batch_size,
+            batch_tokens=options.generation_batch_tokens,
+        )
 
     def __call__(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], seed: int) -> list[list[int]]:
         was_training = self.model.training

@@ -22,11 +22,10 @@ class OnPolicy:
     def __init__(self, trainer: PoclTrainer) -> None:
         args = trainer.args
         self._trainer = trainer
-        self._limits = AnswerLimits(args.max_new_tokens, args.max_length, trainer.encoder.end_id)
         self.rollouts = Rollouts(
             policy_of(args),
             self._generate,
-            self._limits,
+            AnswerLimits(args.max_new_tokens, args.max_length, trainer.encoder.end_id),
             total_steps=trainer.planned().planned_total,
             seed=args.seed,
         )
@@ -61,21 +60,7 @@ class OnPolicy:
     ) -> Sequence[Sequence[int]]:
         trainer = self._trainer
         with gathered(trainer.model) as model, trainer.accelerator.autocast():
-            return answerer(model, trainer, self._limits, temperature=1.0)(prompts, sample_ids, seed)
-
-
-def answerer(model: Any, trainer: PoclTrainer, limits: AnswerLimits, *, temperature: float) -> Answerer:
-    """What answers as a trainer's arguments say."""
-    encoder, args = trainer.encoder, trainer.args
-    return Answerer(
-        model,
-        limits,
-        encoder.end_ids,
-        encoder.tokenizer.pad_token_id,
-        temperature=temperature,
-        batch_size=args.generation_batch_size,
-        batch_tokens=args.generation_batch_tokens,
-    )
+            return Answerer.of(model, trainer.encoder, trainer.args, temperature=1.0)(prompts, sample_ids, seed)
 
 
 def policy_of(options: Any) -> Policy:

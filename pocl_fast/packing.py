@@ -5,7 +5,7 @@ Knows token layouts and attention. Does not know losses or the curriculum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,15 @@ def padded_kwargs(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     return {"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "use_cache": False}, places[
         batch.supervised
     ]
+
+
+def packing_ready(model: nn.Module, say: Callable[[str], object], *, autocast: bool = False) -> bool:
+    """Enables packing, and whether it holds for the model; `say` is told where it does not."""
+    enable_packing(model, autocast=autocast)
+    holds = packing_holds(model)
+    if not holds:
+        say(f"{type(model).__name__} does not support packed batches: they are padded instead, which is slower")
+    return holds
 
 
 def packing_holds(model: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from pocl_fast.files import write_json, write_text
 from pocl_fast.gathered import gathered
 from pocl_fast.measuring import measure_step
 from pocl_fast.metrics import read_metrics
-from pocl_fast.packing import enable_packing, packing_holds
+from pocl_fast.packing import packing_ready
 from pocl_fast.ranking import read_scores
 from pocl_fast.run_directory import WRITES, RunDirectory, required
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, SampleSet, encode_all, read_samples
@@ -340,13 +340,7 @@ class Run:
         return self._initial_student
 
     def _ready(self, model: Any) -> tuple[Any, bool]:
-        enable_packing(model)
-        packed = packing_holds(model)
-        if not packed:
-            self.say(
-                f"{type(model).__name__} does not support packed batches: they are padded instead, which is slower"
-            )
-        return model, packed
+        return model, packing_ready(model, self.say)
 
     def _save_student(self, student: Any) -> None:
         partial, folder = self.path / "student.partial", self.path / "student"

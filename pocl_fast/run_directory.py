@@ -162,7 +162,8 @@ class RunDirectory:
                 if options["data_source"] == "teacher":
                     made_from[name] = _teacher_made_from(options, "--data-source teacher")
             elif name == "teacher columns":
-                made_from[name] = self._teacher_columns_made_from(options)
+                asked = next(iter(teacher_columns(options["signals"])), "")
+                made_from[name] = _teacher_made_from(options, f"--signals {asked}")
             elif name == TEACHER_SCORES:
                 if may_read_teacher(options["signals"]) and (self.path / name).exists():
                     made_from[name] = file_fingerprint(self.path / name)
@@ -174,11 +175,6 @@ class RunDirectory:
             else:
                 made_from[name] = file_fingerprint(self.path / name)
         return made_from
-
-    @staticmethod
-    def _teacher_columns_made_from(options: dict[str, Any]) -> str:
-        asked = next(iter(teacher_columns(options["signals"])), "")
-        return _teacher_made_from(options, f"--signals {asked}")
 
     def _check_earlier(self, step: str, made_from: dict[str, Any]) -> None:
         """Raises `InputError` where the step that this one builds on was made from other options or data."""

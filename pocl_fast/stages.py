@@ -126,7 +126,6 @@ class StageFlow(TrainerCallback):
         if place.ends_stage:
             return
         schedule.end_stage(stage, place.step_in_stage + 1)
-        self.trainer.progress.ended[stage] = place.step_in_stage + 1
         state.max_steps = min(state.max_steps, schedule.total_steps)
         control.should_training_stop |= state.global_step >= state.max_steps
         control.should_save = True

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pocl_fast import progress, ranks
 from pocl_fast.errors import InputError
@@ -25,7 +24,7 @@ from pocl_fast.heads import LmHead, check_head, lm_head
 from pocl_fast.models import weights_fingerprint
 from pocl_fast.packing import pack, packing_holds, supervised_hidden, token_budget_batches
 from pocl_fast.placement import input_device
-from pocl_fast.progress import progress_bar
+from pocl_fast.progress import shared_progress
 from pocl_fast.samples import EncodedSample
 from pocl_fast.teacher_cache import MissingSamples, TeacherCache
 from pocl_fast.teacher_lock import Writers
@@ -97,7 +96,10 @@ class Teacher:
     def model(self) -> Any:
         """The whole model. Raises RuntimeError once its body was released."""
         if self._model is None:
-            raise RuntimeError("the teacher's body was released: make the Teacher with keep_body=True")
+            raise RuntimeError(
+                "the teacher's body was released, as all training samples are in its cache: give Teacher keep_body=True"
+                " where it is to be asked about other samples"
+            )
         return self._model
 
     def output(self, samples: Sequence[EncodedSample]) -> LinearTeacher | TopKTeacher:
@@ -145,11 +147,10 @@ class Teacher:
         first = ranks.from_first(lambda: {sample.fingerprint for sample in missing})
         missing = list({sample.fingerprint: sample for sample in samples if sample.fingerprint in first}.values())
         mine = [missing[i] for i in ranks.share([len(sample) for sample in missing])]
-        bar = progress_bar(len(mine), "cache", "samples") if ranks.is_first() else tqdm(disable=True)
-        with self.cache, bar:
+        with self.cache, shared_progress(len(missing), "cache", "samples") as done:
             for batch in token_budget_batches([len(sample) for sample in mine], max_tokens=FILL_TOKENS):
                 self._compute([mine[i] for i in batch])
-                bar.update(len(batch))
+                done(len(batch) * ranks.world_size())  # the others are about as far
             self._exchange()
 
     def release_body_if_cached(self, samples: Sequence[EncodedSample]) -> bool:
@@ -198,13 +199,9 @@ class Teacher:
 
     def _run(self, samples: Sequence[EncodedSample]) -> Tensor:
         """[N, H] final hidden states at the supervised positions, where the body left them."""
-        if self._model is None:
-            raise RuntimeError(
-                "the teacher's body was released, as all training samples are in its cache: give Teacher keep_body=True"
-                " where it is to be asked about other samples"
-            )
+        body = self.model.get_decoder()
         batch = pack(samples).to(self._input_device)
-        return supervised_hidden(self._model.get_decoder(), batch, packed=self._packed)
+        return supervised_hidden(body, batch, packed=self._packed)
 
     def _compute(self, samples: Sequence[EncodedSample]) -> None:
         hidden = self._run(samples)

@@ -12,12 +12,10 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pocl_fast import progress, ranks
 from pocl_fast.answers import Answerer, answered
 from pocl_fast.errors import InputError
-from pocl_fast.progress import progress_bar
+from pocl_fast.progress import shared_progress
 from pocl_fast.samples import EncodedSample
 
 
@@ -45,7 +43,8 @@ def teacher_answers(
         if ranks.is_first():
             say(f"the teacher answers {len(missing)} of {len(prompts)} prompts, kept in {folder}")
         mine = [missing[i] for i in ranks.share([len(prompts[key]) for key in missing])]
-        _generate(mine, prompts, folder, answerer, seed)
+        with shared_progress(len(missing), "teacher's answers", "prompts") as done:
+            _generate(mine, prompts, folder, answerer, seed, done)
         ranks.barrier()
     known = _read(folder, lambda _: None)
     if lost := set(prompts) - set(known):
@@ -59,18 +58,21 @@ def prompt_key(sample: EncodedSample) -> str:
 
 
 def _generate(
-    keys: Sequence[str], prompts: Mapping[str, Sequence[int]], folder: Path, answerer: Answerer, seed: int
+    keys: Sequence[str],
+    prompts: Mapping[str, Sequence[int]],
+    folder: Path,
+    answerer: Answerer,
+    seed: int,
+    done: Callable[[int], object],
 ) -> None:
-    bar = progress_bar(len(keys), "teacher's answers", "prompts") if ranks.is_first() else tqdm(disable=True)
     path = folder / f"answers-{ranks.rank()}.jsonl"
-    with bar:
-        for batch in answerer.batches([prompts[key] for key in keys]):
-            asked = [keys[i] for i in batch]
-            streams = [int(key[:15], 16) for key in asked]  # of the prompt alone, wherever its sample stands
-            answers = answerer([prompts[key] for key in asked], streams, seed)
-            lines = [json.dumps({"prompt": key, "answer": list(a)}) for key, a in zip(asked, answers, strict=True)]
-            _append(path, lines)
-            bar.update(len(batch))
+    for batch in answerer.batches([prompts[key] for key in keys]):
+        asked = [keys[i] for i in batch]
+        streams = [int(key[:15], 16) for key in asked]  # of the prompt alone, wherever its sample stands
+        answers = answerer([prompts[key] for key in asked], streams, seed)
+        lines = [json.dumps({"prompt": key, "answer": list(a)}) for key, a in zip(asked, answers, strict=True)]
+        _append(path, lines)
+        done(len(batch) * ranks.world_size())  # the others are about as far
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:

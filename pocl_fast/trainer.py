@@ -33,7 +33,7 @@ from pocl_fast.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.objectives import Objective
 from pocl_fast.on_policy import OnPolicy
 from pocl_fast.out_of_memory import FreedMemory, Halving
-from pocl_fast.packing import PackedBatch, enable_packing, packing_holds
+from pocl_fast.packing import PackedBatch, packing_ready
 from pocl_fast.progress import say
 from pocl_fast.samples import EncodedSample, SampleEncoder
 from pocl_fast.saving import SavingTrainer
@@ -107,11 +107,9 @@ class PoclTrainer(SavingTrainer):
         self.encoder = SampleEncoder(processing_class, args.template)  # type: ignore[arg-type]  # a choice of these
         self.samples = sample_set(train_dataset, self.encoder, args, "train_dataset")
         self.dev = None if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
-        enable_packing(causal_lm(model), autocast=self.precision.name == "bf16")
+        first_says = say if ranks.is_first() else lambda _: None
         with self.precision.autocast():
-            self.packed = packing_holds(causal_lm(model))
-        if not self.packed and ranks.is_first():
-            say(f"{type(causal_lm(model)).__name__} does not support packed batches: they are padded, which is slower")
+            self.packed = packing_ready(causal_lm(model), first_says, autocast=self.precision.name == "bf16")
         self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision, self.samples)
         if args.data_source == "teacher":
             self.samples = answered_by_teacher(
@@ -169,11 +167,9 @@ class PoclTrainer(SavingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of the whole schedule, this rank's; not for accelerate to cut again."""
-        schedule = self.planned()
-        batches = MicroBatches(schedule, self._by_index, self.args.process_index)
         return DataLoader(
-            batches,
-            batch_sampler=Numbers(schedule),
+            self._micro_batches(),
+            batch_sampler=Numbers(self.planned()),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
         )
@@ -191,7 +187,7 @@ class PoclTrainer(SavingTrainer):
         for part in range(num_batches):
             inputs = next(epoch_iterator)
             if inputs["place"] != place:  # fetched ahead of a stage's early end
-                inputs = MicroBatches(schedule, self._by_index, self.args.process_index)[step, part]
+                inputs = self._micro_batches()[step, part]
             batches.append(inputs)
         if self.on_policy is not None:
             batches = self.on_policy.batches(batches, step)
@@ -199,6 +195,9 @@ class PoclTrainer(SavingTrainer):
         tokens = torch.tensor(sum(len(inputs["packed"].labels) for inputs in batches), device=device)
         self._loss_parts.begin_step()
         return batches, self.accelerator.reduce(tokens) if self.args.world_size > 1 else tokens
+
+    def _micro_batches(self) -> MicroBatches:
+        return MicroBatches(self.planned(), self._by_index, self.args.process_index)
 
     def _enter(self, place: Place) -> None:
         """Begins a stage where the step is its first, and sets the step's objective."""

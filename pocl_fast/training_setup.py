@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from pocl_fast import models, ranks
-from pocl_fast.answers import Answerer, AnswerLimits
+from pocl_fast.answers import Answerer
 from pocl_fast.config import Generation
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
 from pocl_fast.difficulty import LoadedModel, measure, rows_of
@@ -120,17 +121,8 @@ def answered_by_teacher(
     `options` has `max_new_tokens`, `max_length`, `generation_batch_size` and `generation_batch_tokens`. Every rank must
     call.
     """
-    limits = AnswerLimits(options.max_new_tokens, options.max_length, encoder.end_id)
     tokenizer: Any = encoder.tokenizer
-    ask = Answerer(
-        teacher,
-        limits,
-        encoder.end_ids,
-        tokenizer.pad_token_id,
-        temperature=0.0,
-        batch_size=options.generation_batch_size,
-        batch_tokens=options.generation_batch_tokens,
-    )
+    ask = Answerer.of(teacher, encoder, options, temperature=0.0)
     encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
     texts = tokenizer.batch_decode([one.response_ids for one in encoded], skip_special_tokens=True)
     answers = {one.index: text.strip() for one, text in zip(encoded, texts, strict=True)}
@@ -213,6 +205,7 @@ def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int]
     Raises `InputError` for a type that does not follow from the step alone.
     """
 
+    @functools.cache  # asked at every step
     def over(steps: int) -> Callable[[int], float]:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         warmup, special = args.get_warmup_steps(steps), args.lr_scheduler_kwargs

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import gloo
 from torch import Tensor, nn
 
 from pocl_fast.linear_loss import linear_distillation_loss
@@ -16,7 +17,7 @@ from pocl_fast.teachers import LinearTeacher
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"),
+    gloo,
 ]
 
 

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import gloo
 from safetensors.torch import load_file
 from tiny_run import options
 from tiny_training import curriculum_of, train, trainer_of, weights_of
@@ -18,9 +19,7 @@ from pocl_fast.checkpoints import step_of
 from pocl_fast.errors import InputError, Interrupted
 from pocl_fast.metrics import read_metrics
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
-)
+pytestmark = gloo
 
 # 22 samples in steps of 4: each pass ends in a step that gives the ranks unequal numbers of samples
 SETTING = {"epochs_per_stage": 1, "learning_rate": 1e-3, "logging_steps": 1}

@@ -9,13 +9,12 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch.distributed as dist
+from ranks import gloo
 from tiny_run import make_inputs, options, read_json, refusal, run, select
 
 from pocl_fast import difficulty, ranks
 from pocl_fast.curriculum import Curriculum
 
-gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 # A command whose answers take their time or fail: RANK_FAILS names the rank, SECONDS is what a batch takes.

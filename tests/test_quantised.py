@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import gloo
 from tiny import save_tiny, tiny_model
 from tiny_cache import samples
 from torch.nn.functional import kl_div
@@ -22,7 +22,6 @@ from pocl_fast.packing import enable_packing, pack, supervised_logits
 from pocl_fast.quantised import load_quantised
 from pocl_fast.teacher import teacher_fingerprint
 
-gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 pytest.importorskip("bitsandbytes")
 
 

@@ -8,11 +8,9 @@ import textwrap
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import gloo
 
 from pocl_fast import ranks
-
-gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
 def test_without_torchrun_there_is_one_rank_which_has_all_the_work():

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import gloo
 from tiny import tiny_model
 from tiny_cache import samples
 
@@ -20,8 +20,6 @@ from pocl_fast.packing import enable_packing, pack, supervised_hidden
 from pocl_fast.rollouts import Policy, Rollouts
 from pocl_fast.samples import EncodedSample
 from pocl_fast.teacher import Teacher
-
-gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 
 END = 258
 LIMITS = AnswerLimits(max_new_tokens=6, max_length=64, end_id=END)

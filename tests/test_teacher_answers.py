@@ -5,7 +5,7 @@ import signal
 from dataclasses import replace
 
 import pytest
-import torch.distributed as dist
+from ranks import gloo
 from test_teacher_cache_processes import output_of, python
 from tiny import tiny_model
 from tiny_cache import samples
@@ -17,8 +17,6 @@ from pocl_fast.generation import generate
 from pocl_fast.samples import EncodedSample
 from pocl_fast.teacher import teacher_fingerprint
 from pocl_fast.teacher_answers import _read, prompt_key, teacher_answers
-
-gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 
 END = 258
 LIMITS = AnswerLimits(max_new_tokens=5, max_length=64, end_id=END)

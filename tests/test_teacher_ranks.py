@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import gloo
 from test_teacher import lengths_of_calls, ready
 from test_teacher_cache_processes import output_of, python
 from tiny import tiny_model
@@ -18,8 +18,6 @@ from pocl_fast.packing import pack, supervised_logits
 from pocl_fast.teacher import Teacher
 from pocl_fast.teacher_cache import TeacherCache
 from pocl_fast.teacher_lock import Writers
-
-gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
 def of_rank(folder, rank, world_size=2, run="one", **options):

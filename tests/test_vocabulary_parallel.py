@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from memory import peak_of
-from ranks import Ranks
+from ranks import Ranks, gloo
 from torch import Tensor
 from vocabulary_parts import Problem, shards_of, some_problem, step_of_a_part
 
@@ -22,7 +22,7 @@ from pocl_fast.vocabulary_parallel import MATRICES, VocabularyShards
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"),
+    gloo,
 ]
 
 
