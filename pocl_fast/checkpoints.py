@@ -55,12 +55,14 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
-    """The newest checkpoint of a folder that is whole. Damaged ones are named, and deleted."""
+    """The newest checkpoint of a folder that is whole. Damaged ones are named, and renamed to *.damaged."""
     for checkpoint in reversed(checkpoints(folder)):
         if (wrong := damage(checkpoint)) is None:
             return checkpoint
-        say(f"checkpoint {checkpoint} is left out: {wrong}")
-        shutil.rmtree(checkpoint)
+        aside = checkpoint.with_name(checkpoint.name + ".damaged")
+        say(f"checkpoint {checkpoint} is left out and renamed to {aside.name}: {wrong}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
     return None
 
 
@@ -73,6 +75,16 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps that were done."""
     return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def check_none_after(folder: Path, step: int) -> None:
+    """Raises `InputError` where a folder holds checkpoints of later steps: they are another training's, and going on
+    from the newest would mix the two."""
+    if later := [checkpoint.name for checkpoint in checkpoints(folder) if step_of(checkpoint) > step]:
+        raise InputError(
+            f"{folder} holds {', '.join(later)} of an earlier training: go on from there"
+            " (resume_from_checkpoint=True), give another output_dir, or delete them"
+        )
 
 
 def best_path(folder: Path, stage: int, step: int) -> Path:

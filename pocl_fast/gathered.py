@@ -11,6 +11,8 @@ import torch
 from pocl_fast.errors import InputError
 from pocl_fast.heads import causal_lm
 
+CHECKPOINTED = "_checkpoint_wrapped_module."  # in the names under FSDP's activation checkpointing
+
 
 @contextlib.contextmanager
 def gathered(model: Any) -> Iterator[Any]:
@@ -24,7 +26,7 @@ def gathered(model: Any) -> Iterator[Any]:
     if any(hasattr(parameter, "full_tensor") for parameter in parameters.values()):
         if plain is not model and hasattr(model, "get_base_model"):
             raise InputError('adapters cannot be evaluated under FSDP: give eval_strategy="no"')
-        yield _copy(plain, parameters)
+        yield _copy(plain, {name.replace(CHECKPOINTED, ""): parameter for name, parameter in parameters.items()})
     elif any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
         from deepspeed.zero import GatheredParameters
 
@@ -41,7 +43,9 @@ def _copy(model: Any, parameters: dict[str, torch.nn.Parameter]) -> Any:
     from transformers import AutoModelForCausalLM
 
     first = next(iter(parameters.values()))
-    copy = AutoModelForCausalLM.from_config(model.config, dtype=first.dtype).to(first.device)
+    # the first values, which nobody sees, are not to move our generators
+    with torch.random.fork_rng([first.device] if first.device.type == "cuda" else []), torch.device(first.device):
+        copy = AutoModelForCausalLM.from_config(model.config, dtype=first.dtype)
     for name, into in copy.named_parameters():
         weight: Any = parameters[name]
         into.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)

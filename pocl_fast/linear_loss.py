@@ -263,13 +263,7 @@ def _unpacked(
         kind, rows = "linear", [("teacher.hidden", teacher.hidden)]
         rest = [teacher.weight] if teacher.bias is None else [teacher.weight, teacher.bias]
     elif isinstance(teacher, TopKTeacher):
-        if teacher.indices.shape != teacher.log_probs.shape or teacher.indices.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"teacher.indices must be int32 or int64 of teacher.log_probs' shape {tuple(teacher.log_probs.shape)};"
-                f" got {teacher.indices.dtype} {tuple(teacher.indices.shape)}"
-            )
-        if teacher.tail not in ("bucket", "renormalise"):
-            raise ValueError(f'teacher.tail must be "bucket" or "renormalise", got {teacher.tail!r}')
+        teacher.check()
         kind, rest = "topk", []
         rows = [("teacher.log_probs", teacher.log_probs), ("teacher.indices", teacher.indices)]
     else:

@@ -19,7 +19,7 @@ from pocl_fast.projection import Head, on_cpu, weight_grad_
 if TYPE_CHECKING:
     from pocl_fast.vocabulary_parallel import Shard
 
-CPU_BUDGET = 128 << 20  # chunks of logits (student's and teacher's), unless that is less than the least rows
+CPU_BUDGET = 48 << 20  # chunks of logits (student's and teacher's), unless that is less than the least rows
 CPU_CHUNKS = (256, 1024)  # as below; 96 rows of a vocabulary of 152k took 1.4 times as long as 256
 CUDA_CHUNKS = (1024, 4096)  # fewer rows read the lm_head's gradient too often; more gain nothing
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pocl_fast import ops, reference
+from pocl_fast import ops, reference, sparse_ops
 from pocl_fast.objectives import Objective
+from pocl_fast.teachers import TopKTeacher
 
 Backend: TypeAlias = Literal["auto", "triton", "cpp", "reference"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -34,7 +35,7 @@ class LossOutput:
 
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
     labels: Tensor,
     objective: Objective,
     *,
@@ -55,7 +56,8 @@ def distillation_loss(
         student_logits: [N, V_s] or [B, T, V_s], fp32, bf16 or fp16 (float64 by the reference alone). Row i is judged
             against label i: see `shift_labels` for logits that predict the next token.
         teacher_logits: [N, V_t] or [B, T, V_t], its own dtype; never differentiated. Where V_t differs from V_s, D
-            compares the first min(V_s, V_t) entries, renormalised there; CE is over the student's own V_s.
+            compares the first min(V_s, V_t) entries, renormalised there; CE is over the student's own V_s. Or a
+            `TopKTeacher`, of which K numbers a token are read.
         labels: [N] or [B, T] int32 or int64; rows whose label is `ignore_index` cost nothing: loss 0, gradient
             exactly 0, the logits are not read.
         objective: what to compute; see `Objective`. Its temperature and alpha are not differentiated.
@@ -81,7 +83,15 @@ def distillation_loss(
     a CPU for a label outside the vocabulary; on a GPU such a label is undefined, but for a process started with
     TRITON_DEBUG=1, where it stops the kernel. (arXiv 2506.05695, equation 4.)
     """
-    student, teacher, labels = _as_rows(student_logits, teacher_logits, labels)
+    top_k: TopKTeacher | None = None
+    if not isinstance(teacher_logits, TopKTeacher):
+        student, teacher, labels = _as_rows(student_logits, teacher_logits, labels)
+    else:
+        top_k = teacher_logits
+        top_k.check()
+        student, teacher, labels = _as_rows(student_logits, top_k.log_probs, labels, "teacher_logits.log_probs")
+        if (teacher_logit_scale, teacher_logit_softcap) != (1.0, None):
+            raise ValueError("teacher_logit_scale and _softcap are of logits; a TopKTeacher has log-probabilities")
     backend = _choose_backend(backend, student, teacher)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     inplace = inplace and needs_grad
@@ -101,20 +111,20 @@ def distillation_loss(
 
     student_transform = _transform("logit", logit_scale, logit_softcap)
     teacher_transform = _transform("teacher_logit", teacher_logit_scale, teacher_logit_softcap)
+    teacher_rows = [teacher.detach()] if top_k is None else [teacher.detach(), _rows(top_k.indices)]
     if backend == "reference":
-        rows = reference.distillation_rows(
-            student.to(dtype),
-            teacher.detach(),
-            labels,
-            temperature,
-            alpha,
-            divergence=objective.family,
-            teacher_share=objective.teacher_share,
-            temperature_power=objective.temperature_power,
-            ignore_index=ignore_index,
-            student_transform=student_transform,
-            teacher_transform=teacher_transform,
-        )
+        options: dict[str, Any] = {
+            "divergence": objective.family,
+            "teacher_share": objective.teacher_share,
+            "temperature_power": objective.temperature_power,
+            "ignore_index": ignore_index,
+            "student_transform": student_transform,
+        }
+        given = (student.to(dtype), *teacher_rows, labels, temperature, alpha)
+        if top_k is None:
+            rows = reference.distillation_rows(*given, **options, teacher_transform=teacher_transform)
+        else:
+            rows = reference.sparse_distillation_rows(*given, **options, tail=top_k.tail)
         per_row = rows.loss * torch.where(counted, row_scale, 0.0)
         stats = torch.stack([value.detach() for value in rows])
     else:
@@ -122,14 +132,25 @@ def distillation_loss(
         # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
         half = student.dtype == torch.float16
         scale = torch.ones_like(row_scale) if half else row_scale
-        tensors = (teacher.detach(), labels, temperature, alpha, scale)
-        settings = (objective.family, objective.teacher_share, objective.temperature_power, ignore_index)
-        transforms = [*student_transform, *teacher_transform]
+        tensors = (*teacher_rows, labels, temperature, alpha, scale)
+        settings: tuple[Any, ...] = (
+            objective.family,
+            objective.teacher_share,
+            objective.temperature_power,
+            ignore_index,
+        )
+        rows_of: Any = ops.distillation_rows
+        rows_over: Any = ops.distillation_rows_
+        if top_k is None:
+            settings += ([*student_transform, *teacher_transform],)
+        else:
+            rows_of, rows_over = sparse_ops.sparse_distillation_rows, sparse_ops.sparse_distillation_rows_
+            settings += (top_k.tail, list(student_transform))
         if inplace:
-            per_row, stats = ops.distillation_rows_(student.detach(), *tensors, *settings, transforms, backend)
+            per_row, stats = rows_over(student.detach(), *tensors, *settings, backend)
             per_row = ops.with_gradient(per_row, student, backend)
         else:
-            per_row, stats, _ = ops.distillation_rows(student, *tensors, *settings, transforms, needs_grad, backend)
+            per_row, stats, _ = rows_of(student, *tensors, *settings, needs_grad, backend)
         if half:
             per_row = per_row * torch.where(counted, row_scale, 0.0)
     loss = per_row if reduction == "none" else per_row.sum()
@@ -157,7 +178,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | TopKTeacher,
         labels: Tensor,
         *,
         token_weights: Tensor | None = None,
@@ -193,13 +214,15 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
-def _as_rows(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _as_rows(
+    student: Tensor, teacher: Tensor, labels: Tensor, name: str = "teacher_logits"
+) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments as [N, V_s], [N, V_t], [N], views where their layout allows it."""
     if student.dim() not in (2, 3):
         raise ValueError(f"student_logits must be [N, V] or [B, T, V], got shape {tuple(student.shape)}")
     if teacher.shape[:-1] != student.shape[:-1]:
         raise ValueError(
-            f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must be of the same"
+            f"student_logits {tuple(student.shape)} and {name} {tuple(teacher.shape)} must be of the same"
             " tokens: all but the last dimension must be equal"
         )
     if labels.shape != student.shape[:-1]:
@@ -207,10 +230,10 @@ def _as_rows(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, 
     if labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"labels must be int32 or int64, got {labels.dtype}")
     if student.shape[-1] == 0 or teacher.shape[-1] == 0:
-        raise ValueError("the vocabulary is empty: student_logits and teacher_logits need at least one column")
+        raise ValueError(f"the vocabulary is empty: student_logits and {name} need at least one column")
     if not (student.device == teacher.device == labels.device):
         raise ValueError(
-            f"student_logits, teacher_logits and labels are on {student.device}, {teacher.device} and {labels.device};"
+            f"student_logits, {name} and labels are on {student.device}, {teacher.device} and {labels.device};"
             " move them to one"
         )
     return _rows(student), _rows(teacher), labels.reshape(-1)

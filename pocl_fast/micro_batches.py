@@ -42,7 +42,7 @@ class Numbers(Sampler[list[tuple[int, int]]]):
         self.schedule = schedule
 
     def __len__(self) -> int:
-        return self.schedule.total_steps * self.schedule.size.accumulation
+        return self.schedule.most_steps * self.schedule.size.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = 0

@@ -289,7 +289,7 @@ def choose_precision(precision: str, device: torch.device) -> Precision:
     """
     if device.type == "cuda":
         if precision == "auto":
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     else:
         has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
         if precision == "auto":

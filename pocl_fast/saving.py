@@ -5,7 +5,9 @@ Knows when a trainer saves and goes on. Does not know what it trains.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,33 @@ class SavingTrainer(Trainer):
         Raises `InputError` for a chosen one that is damaged.
         """
         if not chosen:
+            checkpoints.check_none_after(self.folder, -1)
             return None
         if chosen is True:
             return ranks.from_first(lambda: checkpoints.newest_whole(self.folder, say))
         if wrong := checkpoints.damage(Path(chosen)):
             raise InputError(f"cannot go on from checkpoint {chosen}: {wrong}")
+        checkpoints.check_none_after(self.folder, checkpoints.step_of(Path(chosen)))
         return Path(chosen)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: transformers calls it before the checkpoint is in its place."""
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`; of the output folder only the model goes there, from its folder `hub`."""
+        with self._uploading_alone():
+            return super().push_to_hub(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _uploading_alone(self) -> Iterator[None]:
+        """transformers uploads the whole output folder: the teacher's cache and the training prompts would be in it."""
+        before, folder = self.args.output_dir, self.folder / "hub"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.args.output_dir = str(folder)
+        try:
+            yield
+        finally:
+            self.args.output_dir = before
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving_to or super()._get_output_dir(trial)
@@ -81,5 +104,8 @@ class SavingTrainer(Trainer):
             self.state.best_model_checkpoint = None  # transformers noted a place that is gone
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
+            if self.args.push_to_hub:
+                with self._uploading_alone():
+                    super()._push_from_checkpoint(str(target))
             self.remove_old()
         self.accelerator.wait_for_everyone()

@@ -6,9 +6,10 @@ every rank and every restart sees the same order.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class Schedule:
     epochs: int = 8
     stage_steps: int | None = None
     within_stage: Literal["constant", "linear"] = "constant"
+    reorders: bool = False  # whether `reorder` may be called
     ended: dict[int, int] = field(default_factory=dict)  # stage -> steps after which it was ended
     # stage -> a new order, valid from there on
     _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
@@ -94,6 +96,27 @@ class Schedule:
     @property
     def planned_total(self) -> int:
         return sum(self.planned_steps(stage.index) for stage in self.stages)
+
+    @property
+    def most_steps(self) -> int:
+        """No fewer than there will be, whatever orders are still to come."""
+        if self.reorders and self.size.tokens is not None and self.stage_steps is None:
+            return self.epochs * sum(stage.size for stage in self.stages)  # a sample a step
+        return self.total_steps
+
+    def identity(self) -> dict[str, Any]:
+        """What a step's number stands on. Ranks and accumulation count by their product: the samples of a step are the
+        same for the same product."""
+        return {
+            "samples of a micro-batch": self.size.samples if self.size.tokens is None else None,
+            "tokens of a micro-batch": self.size.tokens,
+            "ranks x accumulated micro-batches": self.size.parts,
+            "seed of the order": self.seed,
+            "epochs of a stage": self.epochs if self.stage_steps is None else None,
+            "steps of a stage": self.stage_steps,
+            "samples of the stages": [stage.size for stage in self.stages],
+            "order of the samples": hashlib.sha256(self.curriculum.order.tobytes()).hexdigest()[:16],
+        }
 
     def end_stage(self, stage: int, steps: int) -> None:
         """Ends a stage after so many of its steps."""

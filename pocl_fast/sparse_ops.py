@@ -36,14 +36,58 @@ def sparse_distillation_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scaled loss of each token [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the gradient of
     the losses' sum [N, V], empty unless `needs_grad`."""
+    tensors = (student, log_probs, indices, labels, temperature, alpha, row_scale)
+    settings = (divergence, teacher_share, temperature_power, ignore_index, tail, transform)
+    return _run(backend, tensors, settings, needs_grad)
+
+
+@sparse_distillation_rows.register_fake
+def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, needs_grad, _backend = others
+    return ops.empty_outputs(student, needs_grad)
+
+
+@torch.library.custom_op("pocl_fast::sparse_distillation_rows_", mutates_args=("student",))
+def sparse_distillation_rows_(
+    student: Tensor,
+    log_probs: Tensor,
+    indices: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    alpha: Tensor,
+    row_scale: Tensor,
+    divergence: str,
+    teacher_share: float,
+    temperature_power: int,
+    ignore_index: int,
+    tail: str,
+    transform: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The first two of `sparse_distillation_rows`; the gradient takes the place of the logits in `student`. Autograd
+    learns of it by `ops.with_gradient`."""
+    tensors = (student, log_probs, indices, labels, temperature, alpha, row_scale)
+    settings = (divergence, teacher_share, temperature_power, ignore_index, tail, transform)
+    loss, stats, _ = _run(backend, tensors, settings, True, grad=student)
+    return loss, stats
+
+
+@sparse_distillation_rows_.register_fake
+def _(student: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
+    return ops.empty_outputs(student, False)[:2]
+
+
+def _run(
+    backend: str,
+    tensors: tuple[Tensor, ...],
+    settings: tuple[str, float, int, int, str, list[float]],
+    needs_grad: bool,
+    grad: Tensor | None = None,  # where the gradient goes; None: memory of its own
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `sparse_distillation_rows` gives, by a backend."""
+    divergence, teacher_share, temperature_power, ignore_index, tail, transform = settings
     stats, grad = ops.backend_module(backend, "sparse").sparse_distillation_rows(
-        student,
-        log_probs,
-        indices,
-        labels,
-        temperature,
-        alpha,
-        row_scale,
+        *tensors,
         divergence=divergence,
         teacher_share=teacher_share,
         temperature_power=temperature_power,
@@ -51,14 +95,10 @@ def sparse_distillation_rows(
         tail=tail,
         transform=transform,
         needs_grad=needs_grad,
+        grad=grad,
     )
+    labels, row_scale = tensors[3], tensors[6]
     return ops.scaled_losses(stats, labels, row_scale, ignore_index), stats, grad
-
-
-@sparse_distillation_rows.register_fake
-def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_grad, _backend = others
-    return ops.empty_outputs(student, needs_grad)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:

@@ -46,6 +46,7 @@ class Progress:
     seconds: dict[int, float] = field(default_factory=dict)  # of training and evaluation, by stage
     losses: dict[int, float] = field(default_factory=dict)  # the last logged, by stage
     rollouts: dict[str, Any] = field(default_factory=dict)  # of the student's own answers
+    plan: dict[str, Any] = field(default_factory=dict)  # `Schedule.identity` of what a step's number means
 
     def begin(self, stage: int) -> None:
         self.stage, self.evaluations_since_best = stage, 0
@@ -74,6 +75,8 @@ class StageFlow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved = self.since = time.monotonic()
+        total = self.trainer.planned().total_steps
+        state.max_steps = min(args.max_steps, total) if args.max_steps > 0 else total
         if state.is_world_process_zero:
             self.bar = progress_bar(state.max_steps, "train", "steps")
             self.bar.update(state.global_step)
@@ -101,7 +104,7 @@ class StageFlow(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         trainer, progress = self.trainer, self.trainer.progress
-        if not trainer.is_in_train or progress.stage < 0:
+        if not trainer.is_in_train or progress.stage < 0 or not trainer.scoring:
             return
         self._count_time(progress.stage)
         if trainer.on_policy is not None:
@@ -128,7 +131,7 @@ class StageFlow(TrainerCallback):
         schedule.end_stage(stage, place.step_in_stage + 1)
         state.max_steps = min(state.max_steps, schedule.total_steps)
         control.should_training_stop |= state.global_step >= state.max_steps
-        control.should_save = True
+        control.should_save |= self.trainer.args.save_strategy != "no"
         if self.bar is not None:
             self.bar.total = state.max_steps
         self._say(f"stage {stage + 1} has converged: no better score in {self.trainer.args.patience} evaluations")

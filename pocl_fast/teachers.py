@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 Tail: TypeAlias = Literal["bucket", "renormalise"]
@@ -52,6 +53,21 @@ class TopKTeacher:
     log_probs: Tensor
     indices: Tensor
     tail: Tail = "bucket"
+
+    def check(self) -> None:
+        """Raises ValueError where the three do not fit together."""
+        if self.indices.shape != self.log_probs.shape or self.indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"teacher.indices must be int32 or int64 of teacher.log_probs' shape {tuple(self.log_probs.shape)};"
+                f" got {self.indices.dtype} {tuple(self.indices.shape)}"
+            )
+        if self.indices.device != self.log_probs.device:
+            raise ValueError(
+                f"teacher.log_probs is on {self.log_probs.device} and teacher.indices on {self.indices.device};"
+                " move them to one"
+            )
+        if self.tail not in ("bucket", "renormalise"):
+            raise ValueError(f'teacher.tail must be "bucket" or "renormalise", got {self.tail!r}')
 
 
 TeacherOutput: TypeAlias = DenseTeacher | LinearTeacher | TopKTeacher

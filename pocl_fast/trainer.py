@@ -5,6 +5,7 @@ Knows the optimisation. Does not know how difficulty was measured, or what a run
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -94,8 +95,9 @@ class PoclTrainer(SavingTrainer):
         callbacks: Sequence[Any] = (),
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if args.n_gpu > 1:
-            raise InputError("several GPUs need one process each: start with torchrun or accelerate launch")
+        if args.n_gpu > 1:  # not DataParallel: the others are for the teacher, or for one process each
+            say(f"training on {args.device} of {args.n_gpu} GPUs: for all of them start with torchrun or accelerate")
+            args._n_gpu = 1
         if eval_dataset is None and args.eval_strategy == "epoch":
             args.eval_strategy = "no"  # type: ignore[assignment]  # the default, which needs one
         if args.rollouts == "adaptive" and args.eval_strategy == "no":
@@ -133,6 +135,7 @@ class PoclTrainer(SavingTrainer):
         self._step_batches: list[MicroBatch] = []  # of the step in progress
         self._grad_norm: Any = 0.0
         self._signals = Signals()
+        self.scoring = False  # whether an evaluation in progress is one of the dev set, for choosing and stopping
         super().__init__(
             model=model,
             args=args,
@@ -172,6 +175,8 @@ class PoclTrainer(SavingTrainer):
             batch_sampler=Numbers(self.planned()),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
         )
 
     def get_batch_samples(
@@ -194,6 +199,7 @@ class PoclTrainer(SavingTrainer):
         self._step_batches = batches
         tokens = torch.tensor(sum(len(inputs["packed"].labels) for inputs in batches), device=device)
         self._loss_parts.begin_step()
+        self._loss_before = self._tr_loss.clone()
         return batches, self.accelerator.reduce(tokens) if self.args.world_size > 1 else tokens
 
     def _micro_batches(self) -> MicroBatches:
@@ -293,7 +299,7 @@ class PoclTrainer(SavingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch; in pieces from where it does not fit into memory."""
-        if not inputs["samples"] and self.args.world_size == 1:
+        if not inputs["samples"] and self.args.world_size == 1 and not self.is_deepspeed_enabled:
             return torch.zeros((), device=self.args.device)
         step = super().training_step
         number = next(i for i, batch in enumerate(self._step_batches) if batch is inputs)
@@ -336,7 +342,7 @@ class PoclTrainer(SavingTrainer):
         self.progress.skipped_steps += 1
         self.optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]  # nothing to step on
         self._loss_parts.forget_step()
-        self._tr_loss = self._tr_loss.nan_to_num(0.0, 0.0, 0.0)
+        self._tr_loss = self._loss_before
         if self.is_world_process_zero():
             say(f"{what} {where}: the step is skipped ({self.progress.skipped_steps} so far)")
 
@@ -379,6 +385,7 @@ class PoclTrainer(SavingTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(dict(metrics))
+        self.scoring = eval_dataset is None and metric_key_prefix == "eval"
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         self._loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
         return metrics
@@ -405,7 +412,17 @@ class PoclTrainer(SavingTrainer):
     def _restore(self, checkpoint: Path | None) -> None:
         """The schedule and the progress as they were at a checkpoint, or at the start."""
         schedule = self.planned()
+        if checkpoint is None and self.args.remeasure and ranks.is_first():  # of an earlier training
+            for later in schedule.stages[1:]:
+                shutil.rmtree(self.folder / f"stage-{later.index + 1}", ignore_errors=True)
+        ranks.barrier()
         self.progress = Progress() if checkpoint is None else Progress.read(checkpoint / STATE)
+        for name, value in schedule.identity().items():
+            if checkpoint is not None and (before := self.progress.plan.get(name)) != value:
+                raise InputError(
+                    f"checkpoint {checkpoint} is of another schedule ({name}: {before} there, {value} here): give the"
+                    " settings it was made with, or another output_dir"
+                )
         schedule.ended = dict(self.progress.ended)
         if self.on_policy is not None and self.progress.rollouts:
             self.on_policy.rollouts.load_state_dict(self.progress.rollouts)
@@ -419,14 +436,16 @@ class PoclTrainer(SavingTrainer):
     def write_state(self, checkpoint: Path) -> None:
         """How far the training is."""
         self.progress.ended = dict(self.planned().ended)
+        self.progress.plan = self.planned().identity()
         if self.on_policy is not None:
             self.progress.rollouts = self.on_policy.rollouts.state_dict()
         self.progress.write(checkpoint / STATE)
 
     def remove_old(self) -> None:
-        """But for the newest checkpoints and the stages' best weights."""
+        """But for the newest checkpoints, and the stages' best weights now and at those."""
         super().remove_old()
-        best = {checkpoints.best_path(self.folder, stage, best.step) for stage, best in self.progress.best.items()}
+        kept = [self.progress, *(Progress.read(found / STATE) for found in checkpoints.checkpoints(self.folder))]
+        best = {checkpoints.best_path(self.folder, stage, b.step) for p in kept for stage, b in p.best.items()}
         checkpoints.remove_other_weights(self.folder, best)
 
     def keep_best(self) -> None:

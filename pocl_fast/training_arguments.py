@@ -10,6 +10,17 @@ from transformers import TrainingArguments
 
 from pocl_fast.objectives import DIVERGENCES, SCALINGS, Objective
 
+# arguments of transformers that would do nothing here, or harm
+NOT_HERE = {
+    "load_best_model_at_end": 'stage_weights="best" is that, and also holds between stages',
+    "label_smoothing_factor": "its loss is the objective's",
+    "include_num_input_tokens_seen": "tokens/s are logged",
+    "auto_find_batch_size": "a batch that does not fit is halved by itself",
+    "neftune_noise_alpha": "its size would be that of the packed row, not of a sample",
+    "eval_delay": "give eval_strategy and eval_steps",
+    "bf16_full_eval": "evaluation is in the training's precision",
+    "fp16_full_eval": "evaluation is in the training's precision",
+}
 PAPER = "paper"  # as a temperature scaling: what the published code does for each divergence
 
 
@@ -126,12 +137,13 @@ class PoclConfig(TrainingArguments):
     metric_for_best_model: str | None = "eval_rouge_l"
     greater_is_better: bool | None = True
     remove_unused_columns: bool = False
-    report_to: Any = "none"
+    report_to: None | str | list[str] = "none"  # noqa: RUF036 (the order that HfArgumentParser reads)
     ddp_find_unused_parameters: bool | None = False  # none are, and looking for them takes time
 
     def __post_init__(self) -> None:
         if not self.use_cpu and not self.fp16 and torch.cuda.is_available():  # transformers settles its autocast here
-            self.bf16 |= self.precision == "bf16" or (self.precision == "auto" and torch.cuda.is_bf16_supported())
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.bf16 |= self.precision == "bf16" or (self.precision == "auto" and fast)
         super().__post_init__()
         choices = {
             "divergence": DIVERGENCES,
@@ -157,8 +169,17 @@ class PoclConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.num_train_epochs != 1:
             raise ValueError("num_train_epochs counts the whole schedule and must stay 1: give epochs_per_stage")
-        if self.load_best_model_at_end:
-            raise ValueError('load_best_model_at_end is stage_weights="best" here, which also holds between stages')
+        for name, instead in NOT_HERE.items():
+            if getattr(self, name) not in (None, False, 0, "no"):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not for this trainer: {instead}")
+        if self.save_strategy == "best":
+            raise ValueError('save_strategy="best" would not save what a stop leaves: the best weights are kept anyway')
+        if str(self.optim).startswith("schedule_free"):
+            raise ValueError(f"optim={str(self.optim)!r} has no state of its own stages: take adamw_torch_fused")
+        if self.remeasure and self.dataloader_num_workers:
+            raise ValueError("remeasure changes the order, and workers have the old one: dataloader_num_workers=0")
+        if self.deepspeed and self.on_nonfinite == "skip":
+            raise ValueError('DeepSpeed steps before a gradient can be looked at: give on_nonfinite="stop"')
         if self.patience is not None and self.eval_strategy == "no":
             raise ValueError('patience needs evaluations: give eval_strategy "epoch" or "steps"')
         self.objective()

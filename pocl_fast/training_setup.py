@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,10 +54,20 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         except ImportError as error:
             raise InputError('peft_config needs peft: pip install "pocl-fast[peft]"') from error
         model = get_peft_model(model, peft_config)
-    sharded_later = bool(args.fsdp) or args.deepspeed is not None
-    if args.device.type == "cuda" and not sharded_later and getattr(model, "hf_device_map", None) is None:
+    peft_of = getattr(model, "active_peft_config", None)
+    if getattr(peft_of, "is_prompt_learning", False):
+        raise InputError(
+            f"{type(peft_of).__name__} puts tokens before the prompt, which packed batches have no room for"
+        )
+    if args.device.type == "cuda" and not sharded_later(args) and getattr(model, "hf_device_map", None) is None:
         model = model.to(args.device)  # how it attends is chosen by where it is
     return model, tokenizer
+
+
+def sharded_later(args: PoclConfig) -> bool:
+    """Whether the student goes to the GPUs in parts."""
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    return bool(args.fsdp) or by_launcher or args.deepspeed is not None
 
 
 def teacher_of(
@@ -79,6 +90,8 @@ def teacher_of(
             probe_samples=samples.encoded,
             say=say if ranks.is_first() else lambda _: None,
         )
+    elif placeable(teacher) and args.teacher_device == "student":
+        teacher = teacher.to(args.device)
     return cached_teacher(
         teacher,
         folder / "teacher_cache",
@@ -88,6 +101,12 @@ def teacher_of(
         keep_body=args.rollouts != "none",
         owned=by_name,
     )
+
+
+def placeable(model: Any) -> bool:
+    """Whether a model's place is ours to choose: nobody has spread, quantised or sharded it."""
+    chosen = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    return not chosen and not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -> SampleSet:
@@ -143,18 +162,22 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
             f"{folder} holds the difficulty of other samples or of another student: give another output_dir, or delete"
             " that folder"
         )
-    if known.is_file():
-        return Curriculum.load(known)
     if args.curriculum == "none":
         index = np.array([sample.index for sample in samples.encoded])
         return stages_over(index, np.zeros(len(index)), args)
+    if known.is_file():
+        return Curriculum.load(known)
     if teacher_columns(args.signals):
         raise InputError("signals that need the teacher are measured by `pocl-fast measure`: give its curriculum")
     if made_from is not None and ranks.is_first():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(key, made_from)
-    was_training = trainer.model.training  # type: ignore[union-attr]
-    trainer.model.eval()  # type: ignore[union-attr]
+    model: Any = trainer.model
+    was_training, home = model.training, next(model.parameters()).device
+    moves = home.type == "cpu" and args.device.type == "cuda" and placeable(model)  # sharded only when it trains
+    model.eval()
+    if moves:
+        model.to(args.device)
     table = folder / "difficulty.parquet"
     with gathered(trainer.model) as student, trainer.accelerator.autocast():
         measure(
@@ -165,7 +188,9 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
             table,
             generation=Generation(args.max_new_tokens, args.generation_batch_size, args.generation_batch_tokens),
         )
-    trainer.model.train(was_training)  # type: ignore[union-attr]
+    model.train(was_training)
+    if moves:
+        model.to(home)
     curriculum = make_curriculum(read_scores(table, chosen_signals(args.signals)), args)
     if ranks.is_first():
         curriculum.save(known)
@@ -196,6 +221,7 @@ def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[Enco
         epochs=args.passes,
         stage_steps=args.steps_per_stage,
         within_stage=args.within_stage,  # type: ignore[arg-type]  # checked by PoclConfig
+        reorders=args.remeasure,
     )
 
 

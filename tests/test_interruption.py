@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from tiny_run import options, run, weights
-from tiny_training import before_each_batch, curriculum_of, same_bits, train, weights_of
+from tiny_training import before_each_batch, curriculum_of, same_bits, train, trainer_of, weights_of
 
 from pocl_fast import checkpoints, difficulty
 from pocl_fast.checkpoints import SEAL
-from pocl_fast.errors import Interrupted
+from pocl_fast.errors import InputError, Interrupted
 from pocl_fast.metrics import read_metrics
+from pocl_fast.stages import Progress
 from pocl_fast.trainer import PoclTrainer
 
 TWO_STAGES = {"curriculum": curriculum_of(24, stages=2), "epochs_per_stage": 2, "learning_rate": 1e-3}  # 6 + 12 steps
@@ -178,9 +180,58 @@ def test_a_newest_checkpoint_cut_off_by_a_crash_is_left_out(tmp_path, capsys, un
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"stage": 0, "st')
     student = train(tmp_path, **TWO_STAGES)
-    assert "checkpoint-5 is left out: " in capsys.readouterr().out
+    assert "checkpoint-5 is left out and renamed to checkpoint-5.damaged: " in capsys.readouterr().out
     assert same_bits(weights_of(student), uninterrupted[0])
     assert metrics(tmp_path) == uninterrupted[1]
+
+
+def test_a_start_beside_checkpoints_of_an_earlier_training_is_refused(tmp_path):
+    train(tmp_path, **TWO_STAGES)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match="holds checkpoint-12, checkpoint-18 of an earlier training"):
+        trainer_of(tmp_path, **TWO_STAGES).train()
+    with pytest.raises(InputError, match="holds checkpoint-18 of an earlier training"):
+        trainer_of(tmp_path, **TWO_STAGES).train(str(tmp_path / "checkpoint-12"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_device_train_batch_size": 2}, "samples of a micro-batch: 4 there, 2 here"),
+        ({"gradient_accumulation_steps": 2}, "ranks x accumulated micro-batches: 1 there, 2 here"),
+        ({"epochs_per_stage": 3}, "epochs of a stage: 2 there, 3 here"),
+        ({"seed": 5}, "seed of the order: 42 there, 5 here"),
+        ({"curriculum": curriculum_of(24, stages=3)}, "samples of the stages"),
+    ],
+)
+def test_going_on_with_another_schedule_is_refused(tmp_path, monkeypatch, changes, message):
+    interrupt_at(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        train(tmp_path, **TWO_STAGES)
+    with pytest.raises(InputError, match=f"checkpoint-5 is of another schedule .{message}"):
+        train(tmp_path, **(TWO_STAGES | changes))
+
+
+def test_an_interrupted_trainer_can_go_on_itself(tmp_path, monkeypatch, uninterrupted):
+    interrupt_at(monkeypatch, 5)
+    trainer = trainer_of(tmp_path, **TWO_STAGES)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert same_bits(weights_of(trainer.model), uninterrupted[0])
+
+
+def test_the_best_weights_that_an_older_checkpoint_names_stay_with_it(tmp_path, monkeypatch):
+    given = iter([0.1, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(
+        "pocl_fast.evaluation.rouge_l", lambda *_: type("RougeL", (), {"fmeasure": np.array([next(given)])})
+    )
+    train(tmp_path, **TWO_STAGES)
+    older = Progress.read(tmp_path / "checkpoint-12" / "pocl_state.json")
+    assert {checkpoints.best_path(tmp_path, stage, best.step).name for stage, best in older.best.items()} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_checkpoints_are_also_written_by_the_clock(tmp_path):

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from pocl_fast import reference, sparse_ops
+from pocl_fast.losses import DistillationLoss, distillation_loss
+from pocl_fast.objectives import DIVERGENCES, Objective
+from pocl_fast.teachers import TopKTeacher
 
 N, V, K = 5, 203, 7
 
@@ -67,3 +70,81 @@ def test_compiled_code_takes_the_operator_without_a_graph_break():
     loss(plain).backward()
     torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
     torch.testing.assert_close(compiled.grad, plain.grad)
+
+
+# -- through distillation_loss -----------------------------------------------------------------------------------------
+
+
+def relative_error(got, want):
+    return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
+
+
+def a_batch(dtype=torch.float32, B=2, T=4, K=7):
+    student = (3 * torch.randn(B, T, V)).to(dtype).requires_grad_(True)
+    log_probs, indices = torch.log_softmax(3 * torch.randn(B, T, V), -1).topk(K)
+    labels = torch.randint(0, V, (B, T))
+    labels[0, 1] = -100
+    return student, log_probs, indices, labels
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", sparse_ops.TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_loss_of_logits_takes_the_k_best_of_each_token(divergence, tail, dtype, inplace):
+    student, log_probs, indices, labels = a_batch(dtype)
+    objective = Objective(divergence, temperature=1.7, alpha=0.3)
+    options = {"token_weights": torch.rand(labels.shape), "logit_scale": 0.5, "logit_softcap": 9.0}
+    exact = student.detach().double().requires_grad_(True)
+    want = distillation_loss(exact, TopKTeacher(log_probs.double(), indices, tail), labels, objective, **options)
+    logits = student * 1
+    teacher = TopKTeacher(log_probs, indices.int(), tail)
+    got = distillation_loss(logits, teacher, labels, objective, inplace=inplace, backend="cpp", **options)
+    (3 * want.loss).backward()
+    (3 * got.loss).backward()
+    assert relative_error(got.loss, want.loss) <= 2e-6
+    assert relative_error(got.divergence, want.divergence) <= 2e-6
+    assert relative_error(student.grad, exact.grad) <= {torch.float32: 2e-6, torch.bfloat16: 4e-3}.get(dtype, 1e-3)
+
+
+def test_all_entries_listed_are_the_dense_teacher():
+    student, log_probs, indices, labels = a_batch(K=V)
+    dense = torch.empty_like(log_probs).scatter_(-1, indices, log_probs)
+    objective = Objective("jsd", temperature=1.3, alpha=0.2)
+    losses = [
+        distillation_loss(student, teacher, labels, objective, reduction="none").loss
+        for teacher in (dense, TopKTeacher(log_probs, indices), TopKTeacher(log_probs, indices, "renormalise"))
+    ]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_loss_with_the_k_best_compiles_without_a_graph_break(inplace):
+    student, log_probs, indices, labels = a_batch()
+    loss = DistillationLoss(Objective("reverse_kl", temperature=1.3), inplace=inplace)
+
+    def of(x):
+        return loss(x * 1, TopKTeacher(log_probs, indices), labels).loss
+
+    plain, compiled = (student.detach().clone().requires_grad_(True) for _ in range(2))
+    of(plain).backward()
+    torch.compile(of, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(compiled.grad, plain.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"indices": torch.zeros(2, 4, 6, dtype=torch.int64)}, {}, "teacher.indices must be int32 or int64"),
+        ({"tail": "drop"}, {}, 'teacher.tail must be "bucket" or "renormalise"'),
+        ({"log_probs": torch.zeros(2, 3, 7), "indices": torch.zeros(2, 3, 7, dtype=torch.int64)}, {}, "log_probs"),
+        ({"indices": torch.full((2, 4, 7), V)}, {}, "outside|vocabulary"),
+        ({}, {"teacher_logit_scale": 0.5}, "a TopKTeacher has log-probabilities"),
+    ],
+)
+def test_k_best_that_do_not_fit_are_refused(change, options, message):
+    student, log_probs, indices, labels = a_batch()
+    teacher = TopKTeacher(**({"log_probs": log_probs, "indices": indices} | change))
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(student, teacher, labels, Objective(), **options)

@@ -73,6 +73,7 @@ def test_a_step_with_a_nan_loss_is_skipped_as_if_it_had_not_been(tmp_path, monke
     assert "the loss of sample " in said
     assert "is not finite at stage 1, step 2: the step is skipped (1 so far)" in said
     assert all(torch.tensor(losses(tmp_path)).isfinite())
+    assert trainer.state.log_history[-1]["train_loss"] > 0.5 * losses(tmp_path)[0]  # of the steps that were made
     assert next(r["skipped_steps"] for r in read_metrics(tmp_path / "metrics.jsonl") if "skipped_steps" in r) == 1
 
 

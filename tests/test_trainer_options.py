@@ -1,6 +1,8 @@
 """What a training can be told: stages, batches, adapters, models and data given in other ways."""
 
 import math
+from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from tiny import arithmetic, save_tiny, tiny_model
 from tiny_training import (
     before_each_batch,
     curriculum_of,
+    encoded_samples,
     same_bits,
     student_model,
     teacher_model,
@@ -21,15 +24,18 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    HfArgumentParser,
     LlamaConfig,
     OPTConfig,
     Qwen2Config,
+    TrainerCallback,
 )
 
 from pocl_fast.curriculum import Curriculum
 from pocl_fast.errors import InputError
 from pocl_fast.metrics import read_metrics
 from pocl_fast.objectives import Objective
+from pocl_fast.samples import SampleSet
 from pocl_fast.trainer import PoclTrainer
 from pocl_fast.training_arguments import PoclConfig
 
@@ -145,6 +151,21 @@ def test_the_difficulty_is_measured_again_before_each_stage_where_asked(tmp_path
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_tokens_holds_through_orders_that_are_measured_anew(tmp_path):
+    options = {"signals": "answer_length", "stages": 2, "epochs_per_stage": 2, "tokens_per_batch": 100}
+    trainer = trainer_of(tmp_path, count=20, remeasure=True, **options)
+    trainer.train()
+    total = trainer.planned().total_steps
+    assert trainer.state.global_step == trainer.state.max_steps == total
+    assert (tmp_path / f"checkpoint-{total}").exists()
+
+
+def test_without_a_curriculum_an_earlier_one_in_the_folder_is_not_taken(tmp_path):
+    trainer_of(tmp_path, count=12, stages=3).planned()
+    assert (tmp_path / "curriculum.json").exists()
+    assert len(trainer_of(tmp_path, count=12, stages=3, kind="none").planned().stages) == 1
 
 
 def test_a_budget_of_tokens_bounds_every_batch(tmp_path, monkeypatch):
@@ -301,6 +322,13 @@ def test_losses_and_scores_go_where_report_to_says(tmp_path):
         ({"patience": 0}, "patience must be at least 1"),
         ({"num_train_epochs": 3}, "give epochs_per_stage"),
         ({"load_best_model_at_end": True}, 'stage_weights="best"'),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not for this trainer"),
+        ({"auto_find_batch_size": True}, "halved by itself"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen"),
+        ({"eval_delay": 2}, "eval_delay"),
+        ({"save_strategy": "best"}, "the best weights are kept anyway"),
+        ({"remeasure": True, "dataloader_num_workers": 2}, "dataloader_num_workers=0"),
         ({"patience": 2, "eval_strategy": "no"}, "patience needs evaluations"),
         ({"skew": 1.5}, "skew must be above 0 and below 1"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of stop, skip"),
@@ -309,6 +337,20 @@ def test_losses_and_scores_go_where_report_to_says(tmp_path):
 def test_wrong_arguments_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         PoclConfig(output_dir=str(tmp_path), **options)
+
+
+def test_a_command_line_parses_into_the_arguments(tmp_path):
+    parser = HfArgumentParser(PoclConfig)
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--divergence", "jsd", "--temperature", "1", "3"]
+    [args] = parser.parse_args_into_dataclasses([*words, "--report_to", "none"])
+    assert (args.divergence, args.temperature, args.report_to) == ("jsd", [1.0, 3.0], [])
+
+
+def test_prompt_tuning_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(InputError, match="PromptTuningConfig puts tokens before the prompt"):
+        trainer_of(tmp_path, curriculum=curriculum_of(8, stages=1), peft_config=config)
 
 
 def test_the_paper_preset_is_the_papers_recipe(tmp_path):
@@ -325,6 +367,52 @@ def test_the_paper_preset_is_the_papers_recipe(tmp_path):
 def test_a_learning_rate_schedule_that_needs_scores_is_refused(tmp_path):
     with pytest.raises(InputError, match="depends on more than the step"):
         trainer_of(tmp_path, curriculum=curriculum_of(8, stages=1), lr_scheduler_type="reduce_lr_on_plateau").train()
+
+
+def test_only_the_model_is_uploaded(tmp_path, monkeypatch):
+    uploaded = []
+
+    class Hub:
+        def create_repo(self, *_, **__):
+            return type("Url", (), {"repo_id": "someone/student"})
+
+        def upload_folder(self, folder_path, **_):
+            uploaded.append(sorted(path.name for path in Path(folder_path).rglob("*")))
+            done = Future()
+            done.set_result(type("Commit", (), {"is_done": lambda _: True}))
+            done.is_done = done.done
+            return done
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = trainer_of(
+        tmp_path,
+        curriculum=curriculum_of(8, stages=1),
+        push_to_hub=True,
+        hub_strategy="every_save",
+        hub_always_push=True,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert len(uploaded) >= 2
+    for names in uploaded:
+        assert "model.safetensors" in names
+        assert not {"teacher_cache", "metrics.jsonl", "difficulty.parquet"} & set(names)
+        assert not any("best" in name or "checkpoint" in name for name in names)
+
+
+def test_evaluating_something_else_on_the_way_changes_nothing_of_the_training(tmp_path):
+    class Also(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            other = SampleSet(*encoded_samples(2, start=100))
+            found.append(trainer.evaluate(other, metric_key_prefix="test"))
+            trainer.evaluate(other)
+
+    found = []
+    trainer = trainer_of(tmp_path, curriculum=curriculum_of(8, stages=1), patience=1, callbacks=[Also()])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "test_rouge_l" in found[0]
+    assert {best.step for best in trainer.progress.best.values()} == {2}
 
 
 def test_the_teacher_may_be_a_plain_model(tmp_path):
