@@ -74,6 +74,13 @@ class Halving:
         )
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the process's on a CPU, the tensors' peak on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
 class FreedMemory:
     """Returns to the system what the C library's allocator keeps of freed memory, whenever the process has grown much.
 

@@ -51,6 +51,15 @@ class Progress:
     def begin(self, stage: int) -> None:
         self.stage, self.evaluations_since_best = stage, 0
 
+    def check_plan(self, plan: dict[str, Any], checkpoint: Path) -> None:
+        """Raises `InputError` where a step's number means something else than it did at the checkpoint."""
+        for name, value in plan.items():
+            if (before := self.plan.get(name)) != value:
+                raise InputError(
+                    f"checkpoint {checkpoint} is of another schedule ({name}: {before} there, {value} here): give the"
+                    " settings it was made with, or another output_dir"
+                )
+
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
 
@@ -82,7 +91,7 @@ class StageFlow(TrainerCallback):
             self.bar.update(state.global_step)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.trainer.check_finite()
+        self.trainer.finite_steps.check()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,6 +22,7 @@ from pocl_fast import checkpoints, models, ranks
 from pocl_fast.curriculum import Curriculum
 from pocl_fast.errors import InputError, Interrupted
 from pocl_fast.evaluation import dev_scores
+from pocl_fast.finite_steps import FiniteSteps
 from pocl_fast.gathered import gathered
 from pocl_fast.heads import LmHead, causal_lm, loss_within_forward
 from pocl_fast.interruption import Signals
@@ -33,10 +32,10 @@ from pocl_fast.metrics import LossParts
 from pocl_fast.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.objectives import Objective
 from pocl_fast.on_policy import OnPolicy
-from pocl_fast.out_of_memory import FreedMemory, Halving
+from pocl_fast.out_of_memory import FreedMemory, Halving, memory_in_use
 from pocl_fast.packing import PackedBatch, packing_ready
 from pocl_fast.progress import say
-from pocl_fast.samples import EncodedSample, SampleEncoder
+from pocl_fast.samples import SampleEncoder
 from pocl_fast.saving import SavingTrainer
 from pocl_fast.schedule import Place, Schedule
 from pocl_fast.stages import SHOWN_ANSWERS, Progress, StageFlow
@@ -129,11 +128,11 @@ class PoclTrainer(SavingTrainer):
         self.objective = self._first_objective = args.objective()
         self.dev_answers: list[str] = []
         self._by_index = {sample.index: sample for sample in self.samples.encoded}
-        self._loss_parts = LossParts()
+        self.loss_parts = LossParts()
         self._halving = Halving()
         self._freed_memory = FreedMemory() if args.device.type == "cpu" else None
         self._step_batches: list[MicroBatch] = []  # of the step in progress
-        self._grad_norm: Any = 0.0
+        self.finite_steps = FiniteSteps(self)
         self._signals = Signals()
         self.scoring = False  # whether an evaluation in progress is one of the dev set, for choosing and stopping
         super().__init__(
@@ -198,8 +197,8 @@ class PoclTrainer(SavingTrainer):
             batches = self.on_policy.batches(batches, step)
         self._step_batches = batches
         tokens = torch.tensor(sum(len(inputs["packed"].labels) for inputs in batches), device=device)
-        self._loss_parts.begin_step()
-        self._loss_before = self._tr_loss.clone()
+        self.loss_parts.begin_step()
+        self.finite_steps.begin_step()
         return batches, self.accelerator.reduce(tokens) if self.args.world_size > 1 else tokens
 
     def _micro_batches(self) -> MicroBatches:
@@ -293,7 +292,7 @@ class PoclTrainer(SavingTrainer):
         with self.accelerator.autocast():
             value = loss_within_forward(model, batch, loss, packed=self.packed)
         if not self._halving.repeating:
-            self._loss_parts.add(inputs["samples"], batch, outputs[0])
+            self.loss_parts.add(inputs["samples"], batch, outputs[0])
         value = value * self.args.world_size  # the engines average gradients over ranks
         return (value, {"per_token": outputs[0].per_token}) if return_outputs else value
 
@@ -306,7 +305,7 @@ class PoclTrainer(SavingTrainer):
 
         def clear() -> None:
             model.zero_grad()
-            self._loss_parts.drop(inputs["samples"])
+            self.loss_parts.drop(inputs["samples"])
 
         return self._halving.run(
             lambda piece: step(model, piece, num_items_in_batch),
@@ -317,37 +316,8 @@ class PoclTrainer(SavingTrainer):
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._grad_norm
-
-    def check_finite(self) -> None:
-        """Called before the optimizer's step: where the loss or the gradient is not finite, the weights are not
-        touched; the step is skipped, or `InputError` raised, as `on_nonfinite` says."""
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips overflows of its own making
-        finite = self._loss_parts.finite() and (scaled or bool(np.isfinite(float(self._grad_norm))))
-        if self.args.world_size > 1:  # one answer, for what follows is for all
-            finite = bool(self.accelerator.gather(torch.tensor([finite], device=self.args.device)).all())
-        if finite:
-            return
-        bad = self._loss_parts.nonfinite_samples()
-        named = [name for part in ranks.gather([self._name(sample) for sample in bad]) for name in part]
-        of = f" of {', '.join(named[:5])}{', ...' if len(named) > 5 else ''}" if named else ""
-        what = f"the loss{of} is not finite" if named else f"the gradient is not finite (norm {self._grad_norm})"
-        where = f"at stage {self.progress.stage + 1}, step {self.state.global_step + 1}"
-        if self.args.on_nonfinite == "stop":
-            raise InputError(
-                f"{what} {where}: look for damaged weights in the models, give a lower learning rate (now"
-                f" {self.args.learning_rate}), or on_nonfinite=skip to leave such steps out"
-            )
-        self.progress.skipped_steps += 1
-        self.optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]  # nothing to step on
-        self._loss_parts.forget_step()
-        self._tr_loss = self._loss_before
-        if self.is_world_process_zero():
-            say(f"{what} {where}: the step is skipped ({self.progress.skipped_steps} so far)")
-
-    def _name(self, sample: EncodedSample) -> str:
-        return f"sample {sample.index} (line {self.samples.samples[sample.index].line})"
+        self.finite_steps.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.finite_steps.grad_norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training flops of a batch by the usual 6 · parameters · tokens."""
@@ -362,8 +332,8 @@ class PoclTrainer(SavingTrainer):
             logs |= {"stage": self.progress.stage, "temperature": self.objective.temperature}  # type: ignore[dict-item]
             logs |= {"alpha": self.objective.alpha}  # type: ignore[dict-item]
         if "loss" in logs:
-            logs |= self._loss_parts.means(self.accelerator.reduce if self.args.world_size > 1 else None)
-            logs["memory_gib"] = _memory(self.args.device) / 2**30
+            logs |= self.loss_parts.means(self.accelerator.reduce if self.args.world_size > 1 else None)
+            logs["memory_gib"] = memory_in_use(self.args.device) / 2**30
             logs |= {} if self.on_policy is None else self.on_policy.logs()
             if self.progress.skipped_steps:
                 logs["skipped_steps"] = self.progress.skipped_steps
@@ -387,7 +357,7 @@ class PoclTrainer(SavingTrainer):
         self.log(dict(metrics))
         self.scoring = eval_dataset is None and metric_key_prefix == "eval"
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
-        self._loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
+        self.loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
         return metrics
 
     # -- training, and what a stop leaves ---------------------------------------------------------------------------
@@ -417,12 +387,8 @@ class PoclTrainer(SavingTrainer):
                 shutil.rmtree(self.folder / f"stage-{later.index + 1}", ignore_errors=True)
         ranks.barrier()
         self.progress = Progress() if checkpoint is None else Progress.read(checkpoint / STATE)
-        for name, value in schedule.identity().items():
-            if checkpoint is not None and (before := self.progress.plan.get(name)) != value:
-                raise InputError(
-                    f"checkpoint {checkpoint} is of another schedule ({name}: {before} there, {value} here): give the"
-                    " settings it was made with, or another output_dir"
-                )
+        if checkpoint is not None:
+            self.progress.check_plan(schedule.identity(), checkpoint)
         schedule.ended = dict(self.progress.ended)
         if self.on_policy is not None and self.progress.rollouts:
             self.on_policy.rollouts.load_state_dict(self.progress.rollouts)
@@ -465,15 +431,8 @@ class PoclTrainer(SavingTrainer):
     def end_step(self, place: Place) -> None:
         """After an optimizer step: counts it; at the end of a pass lets go of the teacher's body once every sample is
         in the cache."""
-        self._loss_parts.end_step()
+        self.loss_parts.end_step()
         if self._freed_memory is not None:
             self._freed_memory.return_if_grown()
         if place.ends_epoch:
             self.teacher.release_body_if_cached(self.samples.encoded)
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes in use: the process's on a CPU, the tensors' peak on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
