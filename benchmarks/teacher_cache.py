@@ -2,8 +2,9 @@
 the same loss; samples are read from the cache in random order as fast as the same bytes from end to end.
 
 (a) Three students, equal at the start, take the same steps of AdamW on the same batches in turns: one's teacher is run
-at every step as transformers runs it, another's as a run of pocl-fast does (`freeze_linears`), the third's is read from
-a full bf16 cache. Prints the median seconds of a step and the largest relative difference of the losses. (b) A cache of
+at every step as transformers runs it, with torch's own products, another's as a run of pocl-fast does
+(`freeze_linears`), the third's is read from a full bf16 cache. Prints the median seconds of a step and the largest
+relative difference of the losses. (b) A cache of
 `--read-mib` of random rows is read in batches of random order, out of the page cache, in turns with its files read from
 end to end; the first reading of a sample, which compares its checksum, apart. (c) What bf16, fp32 and int8 lose, and
 how many bytes a token they take.
@@ -14,6 +15,7 @@ how many bytes a token they take.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import random
 import statistics
@@ -34,6 +36,7 @@ from pocl_fast.heads import LmHead, lm_head, loss_within_forward
 from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.objectives import Objective
 from pocl_fast.packing import enable_packing, pack, supervised_hidden
+from pocl_fast.projection import fp32_products
 from pocl_fast.samples import EncodedSample, SampleEncoder, encode_all, read_samples
 from pocl_fast.student import as_trainable, cut_layers
 from pocl_fast.teacher import Teacher, rounding_loss
@@ -88,8 +91,8 @@ def training_steps(
     """(a)"""
     cached = Teacher(frozen, folder)
     sides = {
-        "plain": (student, partial(run_live, plain)),
-        "frozen": (copy.deepcopy(student), partial(run_live, frozen)),
+        "plain": (student, partial(run_live, plain, "ieee")),
+        "frozen": (copy.deepcopy(student), partial(run_live, frozen, None)),
         "cached": (copy.deepcopy(student), cached.output),
     }
     optimizers = {
@@ -113,9 +116,11 @@ def training_steps(
 
 
 @torch.no_grad()
-def run_live(teacher: Any, samples: list[EncodedSample]) -> LinearTeacher:
+def run_live(teacher: Any, mode: str | None, samples: list[EncodedSample]) -> LinearTeacher:
+    """With torch's own products of fp32 tensors on a CPU ("ieee"), or the process's."""
     head = lm_head(teacher)
-    hidden = supervised_hidden(teacher.get_decoder(), pack(samples).to(head.weight.device), packed=True)
+    with contextlib.nullcontext() if mode is None else fp32_products(mode):
+        hidden = supervised_hidden(teacher.get_decoder(), pack(samples).to(head.weight.device), packed=True)
     return LinearTeacher(hidden, head.weight, head.bias, head.logit_scale, head.logit_softcap)
 
 
