@@ -410,7 +410,8 @@ class PoclTrainer(SavingTrainer):
     def remove_old(self) -> None:
         """But for the newest checkpoints, and the stages' best weights now and at those."""
         super().remove_old()
-        kept = [self.progress, *(Progress.read(found / STATE) for found in checkpoints.checkpoints(self.folder))]
+        states = [found / STATE for found in checkpoints.checkpoints(self.folder)]
+        kept = [self.progress, *(Progress.read(state) for state in states if state.is_file())]
         best = {checkpoints.best_path(self.folder, stage, b.step) for p in kept for stage, b in p.best.items()}
         checkpoints.remove_other_weights(self.folder, best)
 

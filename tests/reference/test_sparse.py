@@ -25,7 +25,7 @@ def tiles_of_128_logits(request):
 
 
 # K = 1, 7, 64 and all V; V = 1: nothing but the label; 31: within a tile; 301: tiles, and a rest within a vector; 4097:
-# past the blocks that are summed in fp32. (Interpreted, Triton takes the first three, in the 16-bit formats one.)
+# past the blocks that are summed in fp32. (Interpreted, Triton takes one of the first three in each case.)
 SIZES = [(301, 7), (31, 31), (1, 1), (4097, 64), (4097, 1), (1500, 1000)]
 
 
@@ -35,7 +35,7 @@ SIZES = [(301, 7), (31, 31), (1, 1), (4097, 64), (4097, 1), (1500, 1000)]
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.3), (1.33, 0.3), (2.0, 0.3), (0.5, 0.0), (1.5, 1.0)])
 def test_loss_metrics_and_gradient_match(backend, divergence, tail, dtype, temperature, alpha):
     interpreted = backend == "triton" and not torch.cuda.is_available()
-    for V, K in SIZES[: 3 if dtype == torch.float32 else 1] if interpreted else SIZES:
+    for V, K in [SIZES[int(torch.randint(3, ()))]] if interpreted else SIZES:
         assert_matches(backend, case(3, V, K, dtype, temperature, alpha), divergence, tail)
 
 
