@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from pocl_fast.objectives import DIVERGENCES, SCALINGS, Objective
 
+COMPILED_ANEW = "each packed batch has lengths of its own, for which it would be compiled again"
 # arguments of transformers that would do nothing here, or harm
 NOT_HERE = {
     "load_best_model_at_end": 'stage_weights="best" is that, and also holds between stages',
@@ -17,6 +18,9 @@ NOT_HERE = {
     "include_num_input_tokens_seen": "tokens/s are logged",
     "auto_find_batch_size": "a batch that does not fit is halved by itself",
     "neftune_noise_alpha": "its size would be that of the packed row, not of a sample",
+    "torch_compile": COMPILED_ANEW,
+    "torch_compile_backend": COMPILED_ANEW,
+    "torch_compile_mode": COMPILED_ANEW,
     "eval_delay": "give eval_strategy and eval_steps",
     "bf16_full_eval": "evaluation is in the training's precision",
     "fp16_full_eval": "evaluation is in the training's precision",
@@ -141,6 +145,9 @@ class PoclConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False  # none are, and looking for them takes time
 
     def __post_init__(self) -> None:
+        for name, instead in NOT_HERE.items():
+            if getattr(self, name) not in (None, False, 0, "no"):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not for this trainer: {instead}")
         if not self.use_cpu and not self.fp16 and torch.cuda.is_available():  # transformers settles its autocast here
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
             self.bf16 |= self.precision == "bf16" or (self.precision == "auto" and fast)
@@ -169,9 +176,6 @@ class PoclConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.num_train_epochs != 1:
             raise ValueError("num_train_epochs counts the whole schedule and must stay 1: give epochs_per_stage")
-        for name, instead in NOT_HERE.items():
-            if getattr(self, name) not in (None, False, 0, "no"):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not for this trainer: {instead}")
         if self.save_strategy == "best":
             raise ValueError('save_strategy="best" would not save what a stop leaves: the best weights are kept anyway')
         if str(self.optim).startswith("schedule_free"):

@@ -327,6 +327,7 @@ def test_losses_and_scores_go_where_report_to_says(tmp_path):
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen"),
         ({"eval_delay": 2}, "eval_delay"),
+        ({"torch_compile": True}, "compiled again"),
         ({"save_strategy": "best"}, "the best weights are kept anyway"),
         ({"remeasure": True, "dataloader_num_workers": 2}, "dataloader_num_workers=0"),
         ({"patience": 2, "eval_strategy": "no"}, "patience needs evaluations"),
