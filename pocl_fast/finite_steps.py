@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +31,13 @@ class FiniteSteps:
         `InputError` raised, as `on_nonfinite` says."""
         trainer, args = self.trainer, self.trainer.args
         scaled = getattr(trainer.accelerator, "scaler", None) is not None  # which skips overflows of its own making
-        finite = trainer.loss_parts.finite() and (scaled or math.isfinite(float(self.grad_norm)))
+        finite = trainer.loss_parts.finite()
+        if not scaled:
+            norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else self.grad_norm
+            finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))
         if args.world_size > 1:  # one answer, for what follows is for all
-            finite = bool(trainer.accelerator.gather(torch.tensor([finite], device=args.device)).all())
-        if finite:
+            finite = trainer.accelerator.gather(finite.reshape(1).to(args.device)).all()
+        if bool(finite):  # the step's one wait for the device
             return
         bad = trainer.loss_parts.nonfinite_samples()
         named = [name for part in ranks.gather([self._name(sample) for sample in bad]) for name in part]

@@ -86,9 +86,10 @@ class LossParts:
             self._sums["supervised_tokens"] = self._sums.get("supervised_tokens", 0) + out.num_tokens
         self._step = []
 
-    def finite(self) -> bool:
-        """Whether every loss of the step is."""
-        return all(bool(torch.isfinite(out.loss)) for _, _, out in self._step)
+    def finite(self) -> Tensor:
+        """0-d: whether every loss of the step is; on the device, where nobody waits for it."""
+        losses = [torch.isfinite(out.loss) for _, _, out in self._step]
+        return torch.stack(losses).all() if losses else torch.ones((), dtype=torch.bool)
 
     def nonfinite_samples(self) -> list[EncodedSample]:
         """The samples of the step that have a token whose loss is not finite."""
