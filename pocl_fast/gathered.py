@@ -18,20 +18,22 @@ CHECKPOINTED = "_checkpoint_wrapped_module."  # in the names under FSDP's activa
 def gathered(model: Any) -> Iterator[Any]:
     """A plain model with `model`'s weights; every rank enters and leaves it, and runs it as it likes within.
 
-    The model itself where it is whole; under FSDP2 a copy, under ZeRO-3 the model with its weights gathered. Takes one
-    model's memory. Raises `InputError` for what cannot be gathered: FSDP1, and adapters under FSDP.
+    The model itself where it is whole; under FSDP2 and ZeRO-3 a copy, which takes one model's memory. Raises
+    `InputError` for what cannot be gathered: FSDP1, and adapters under FSDP or ZeRO-3.
     """
     plain = causal_lm(model)
     parameters = dict(plain.named_parameters())
+    sharded = any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in parameters.values())
+    if sharded and plain is not model and hasattr(model, "get_base_model"):
+        raise InputError('adapters cannot be evaluated under FSDP or ZeRO-3: give eval_strategy="no"')
     if any(hasattr(parameter, "full_tensor") for parameter in parameters.values()):
-        if plain is not model and hasattr(model, "get_base_model"):
-            raise InputError('adapters cannot be evaluated under FSDP: give eval_strategy="no"')
         yield _copy(plain, {name.replace(CHECKPOINTED, ""): parameter for name, parameter in parameters.items()})
     elif any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(parameters.values())):
-            yield plain
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            whole = _copy(plain, parameters)
+        yield whole  # the model itself would put its weights away after their first use
     elif type(model).__name__ == "FullyShardedDataParallel":
         raise InputError('FSDP1 cannot be evaluated: give fsdp_config={"version": 2}')
     else:
@@ -40,12 +42,18 @@ def gathered(model: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def _copy(model: Any, parameters: dict[str, torch.nn.Parameter]) -> Any:
-    from transformers import AutoModelForCausalLM
+    from torch.distributed.fsdp import FSDPModule
 
     first = next(iter(parameters.values()))
-    # the first values, which nobody sees, are not to move our generators
-    with torch.random.fork_rng([first.device] if first.device.type == "cuda" else []), torch.device(first.device):
-        copy = AutoModelForCausalLM.from_config(model.config, dtype=first.dtype)
+    # the model's own class: FSDP2 puts two before it, and transformers' makers would cut the copy up for ZeRO-3
+    kind = type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(first.dtype)
+    try:  # the first values, which nobody sees, are not to move our generators
+        with torch.random.fork_rng([first.device] if first.device.type == "cuda" else []), torch.device(first.device):
+            copy: Any = kind(model.config)
+    finally:
+        torch.set_default_dtype(default)
     for name, into in copy.named_parameters():
         weight: Any = parameters[name]
         into.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)

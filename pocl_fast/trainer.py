@@ -251,9 +251,12 @@ class PoclTrainer(SavingTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate's schedule: `lr_scheduler_type` over each stage anew, or over all of them."""
         if self.lr_scheduler is None:
-            optimizer = optimizer or self.optimizer
-            factor = learning_rate_factor(self.args, self.planned())
-            self.lr_scheduler = LambdaLR(getattr(optimizer, "optimizer", optimizer), factor)
+            inner: Any = optimizer or self.optimizer
+            while not isinstance(inner, torch.optim.Optimizer) or hasattr(
+                inner, "optimizer"
+            ):  # accelerate's, an engine's
+                inner = inner.optimizer
+            self.lr_scheduler = LambdaLR(inner, learning_rate_factor(self.args, self.planned()))
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -176,3 +177,50 @@ def test_distill_under_torchrun_makes_the_student_of_one_process(finished, tmp_p
     assert (output / "report.html").is_file()
     assert not list((output / "checkpoints").glob("checkpoint-*"))
     assert done.stdout.count("training speed:") == 1  # one rank speaks
+
+
+DEEPSPEED = """
+import sys
+from tiny_training import curriculum_of, teacher_model, trainer_of
+import torch.distributed as dist
+from pathlib import Path
+
+folder, stage, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+engine = {
+    "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+    "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+trainer = trainer_of(
+    folder, curriculum=curriculum_of(22, stages=2), teacher=teacher_model(), cache_dtype="fp32", max_steps=last,
+    learning_rate=1e-3, logging_steps=1, fresh_optimizer=False, stage_weights="last",
+    **({"deepspeed": engine, "per_device_train_batch_size": 2} if stage else {}),
+)
+trainer.train(resume_from_checkpoint=True)
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_the_losses_of_one_process_and_goes_on(tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "train.py").write_text(DEEPSPEED, encoding="utf-8")
+    quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+    def run(launcher, *words):
+        command = [sys.executable, *launcher, str(tmp_path / "train.py"), *map(str, words)]
+        done = subprocess.run(
+            command, env=os.environ | quiet | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run([], tmp_path / "alone", 0, -1)
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    run(ranks, tmp_path / "ranks", stage, 5)  # in the second stage
+    run(ranks, tmp_path / "ranks", stage, -1)
+    got, want = logged(tmp_path / "ranks"), logged(tmp_path / "alone")
+    assert len(got) == len(want) > 9
+    for record, exact in zip(got, want, strict=True):
+        assert record == pytest.approx(exact, rel=1e-4)
