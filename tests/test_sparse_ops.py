@@ -8,6 +8,8 @@ from pocl_fast.losses import DistillationLoss, distillation_loss
 from pocl_fast.objectives import DIVERGENCES, Objective
 from pocl_fast.teachers import TopKTeacher
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 N, V, K = 5, 203, 7
 
 
@@ -104,7 +106,9 @@ def test_the_loss_of_logits_takes_the_k_best_of_each_token(divergence, tail, dty
     (3 * got.loss).backward()
     assert relative_error(got.loss, want.loss) <= 2e-6
     assert relative_error(got.divergence, want.divergence) <= 2e-6
-    assert relative_error(student.grad, exact.grad) <= {torch.float32: 2e-6, torch.bfloat16: 4e-3}.get(dtype, 1e-3)
+    # rounded twice to the logits' dtype: by the kernel, and when it was multiplied by 3
+    twice = {torch.float32: 2e-6, torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-11 + 2e-4}  # fp16: and subnormals
+    assert relative_error(student.grad, exact.grad) <= twice[dtype]
 
 
 def test_all_entries_listed_are_the_dense_teacher():
