@@ -4,10 +4,9 @@ the same loss; samples are read from the cache in random order as fast as the sa
 (a) Three students, equal at the start, take the same steps of AdamW on the same batches in turns: one's teacher is run
 at every step as transformers runs it, with torch's own products, another's as a run of pocl-fast does
 (`freeze_linears`), the third's is read from a full bf16 cache. Prints the median seconds of a step and the largest
-relative difference of the losses. (b) A cache of
-`--read-mib` of random rows is read in batches of random order, out of the page cache, in turns with its files read from
-end to end; the first reading of a sample, which compares its checksum, apart. (c) What bf16, fp32 and int8 lose, and
-how many bytes a token they take.
+relative difference of the losses. (b) A cache of `--read-mib` of random rows is read in batches of random order, out of
+the page cache, in turns with its files read from end to end; the first reading of a sample, which compares its
+checksum, apart. (c) What bf16, fp32 and int8 lose, and how many bytes a token they take.
 
     python benchmarks/teacher_cache.py [--data dolly.jsonl] [--steps 6]
 """

@@ -59,7 +59,7 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         raise InputError(
             f"{type(peft_of).__name__} puts tokens before the prompt, which packed batches have no room for"
         )
-    if args.device.type == "cuda" and not sharded_later(args) and getattr(model, "hf_device_map", None) is None:
+    if args.device.type == "cuda" and not sharded_later(args) and placeable(model):
         model = model.to(args.device)  # how it attends is chosen by where it is
     return model, tokenizer
 

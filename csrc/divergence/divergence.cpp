@@ -11,10 +11,6 @@ namespace pocl {
 namespace {
 
 constexpr std::align_val_t kCacheLine{64};
-constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
-constexpr std::int64_t kLeastWork = 32768;  // logits of a piece: for less it does not pay to wake a thread
-
-std::int64_t bytes_per_element(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 /// Memory of the calling thread's own, on cache lines, kept for its next rows.
 float* thread_scratch(std::int64_t size) {
@@ -66,12 +62,7 @@ void distillation_rows(const Task& task, Isa isa, int threads) {
 #else
     (void)isa;
 #endif
-    // a thread takes neighbouring rows, so that two of them seldom wait for the same fresh page; yet enough pieces for all
-    const std::int64_t row_bytes = std::max<std::int64_t>(1, task.student.columns * bytes_per_element(task.student.dtype));
-    const std::int64_t least = kLeastWork / std::max<std::int64_t>(1, task.student.columns);
-    const std::int64_t grain =
-        std::max(least, std::min(kHugePage / row_bytes, task.student.rows / (8 * std::max(threads, 1))));
-    parallel_for(task.student.rows, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(task.student.rows, rows_of_a_piece(task.student, threads), threads, [&](std::int64_t begin, std::int64_t end) {
         rows(task, begin, end, thread_scratch(scratch_size(task)));
     });
 }

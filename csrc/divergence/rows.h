@@ -1,8 +1,18 @@
 // The row kernel's builds: rows [begin, end) of a task on the calling thread. Each is rows_impl.h compiled for one instruction set.
 #pragma once
+#include <algorithm>
+
 #include "divergence/divergence.h"
 
 namespace pocl {
+
+/// Rows that a thread takes at a time: neighbours, of 2 MiB at most, so that two threads seldom wait for the same fresh page; yet enough
+/// pieces for all threads, and none so small that it does not pay to wake one (32768 logits). 0 where that is less than a row.
+inline std::int64_t rows_of_a_piece(const Matrix& student, int threads) {
+    const std::int64_t columns = std::max<std::int64_t>(1, student.columns);
+    const std::int64_t page = (std::int64_t{2} << 20) / (columns * (student.dtype == DType::float32 ? 4 : 2));
+    return std::max(32768 / columns, std::min(page, student.rows / (8 * std::max(threads, 1))));
+}
 
 /// fp32 numbers in each array of a thread's scratch, whole vectors of any build, and those for a number a block.
 inline std::int64_t scratch_array(std::int64_t V) { return (V + 15) / 16 * 16 + 128; }  // not a multiple of the pages, which would meet in the caches

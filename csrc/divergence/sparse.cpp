@@ -13,8 +13,6 @@ namespace pocl {
 namespace {
 
 constexpr std::size_t kLine = 16;                    // fp32 numbers in a cache line
-constexpr std::int64_t kPiece = std::int64_t{2} << 20;  // bytes of rows that a thread takes at a time, at most
-constexpr std::int64_t kLeastWork = 32768;  // logits of a piece: for less it does not pay to wake a thread
 
 /// The calling thread's own, kept for its next rows. Only the pages that a task does use are ever touched.
 SparseScratch thread_scratch(std::int64_t K, std::int64_t V) {
@@ -60,10 +58,7 @@ void sparse_distillation_rows(const SparseTask& task, Isa isa, int threads) {
 #else
     (void)isa;
 #endif
-    const std::int64_t row_bytes = std::max<std::int64_t>(1, task.student.columns * (task.student.dtype == DType::float32 ? 4 : 2));
-    const std::int64_t least = std::max<std::int64_t>(1, kLeastWork / std::max<std::int64_t>(1, task.student.columns));
-    const std::int64_t grain = std::max(least, std::min(kPiece / row_bytes, task.student.rows / (8 * std::max(threads, 1))));
-    parallel_for(task.student.rows, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(task.student.rows, rows_of_a_piece(task.student, threads), threads, [&](std::int64_t begin, std::int64_t end) {
         rows(task, begin, end, thread_scratch(task.K, task.student.columns));
     });
 }
