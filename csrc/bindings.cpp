@@ -11,6 +11,7 @@
 #include <array>
 #include <cstdlib>
 #include <functional>
+#include <initializer_list>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -75,20 +76,25 @@ void require_labels_within(const std::int64_t* labels, std::int64_t N, std::int6
 }
 
 /// Whether what both row kernels are given is of the student's rows.
-bool rows_fit(const pocl::Matrix& student, const std::optional<pocl::Matrix>& gradient, std::int64_t temperatures, std::int64_t alphas) {
+bool rows_fit(const pocl::Matrix& student, const std::optional<pocl::Matrix>& gradient, std::initializer_list<std::int64_t> values) {
     const std::int64_t N = student.rows;
-    return (temperatures == 1 || temperatures == N) && (alphas == 1 || alphas == N) &&
+    return std::ranges::all_of(values, [=](std::int64_t count) { return count == 1 || count == N; }) &&
            (!gradient || (gradient->rows == N && gradient->columns == student.columns && gradient->dtype == student.dtype));
+}
+
+pocl::PerRow per_row(std::uintptr_t address, std::int64_t count) {
+    return {reinterpret_cast<const float*>(address), count == 1 ? 0 : 1};
 }
 
 /// Addresses come from tensors that the caller keeps alive; shapes are checked against each other here.
 void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher, const std::optional<pocl::Matrix>& gradient,
                        std::uintptr_t labels, std::uintptr_t temperature, std::int64_t temperatures, std::uintptr_t alpha,
-                       std::int64_t alphas, std::uintptr_t row_scale, std::uintptr_t stats, const std::string& divergence,
+                       std::int64_t alphas, std::uintptr_t row_scale, std::int64_t row_scales, std::uintptr_t stats,
+                       std::uintptr_t loss, bool reduced, const std::string& divergence,
                        float teacher_share, int temperature_power, std::int64_t ignore_index, const std::array<float, 4>& transforms,
                        int threads) {
     const std::int64_t N = student.rows;
-    if (teacher.rows != N || !rows_fit(student, gradient, temperatures, alphas))
+    if (teacher.rows != N || !rows_fit(student, gradient, {temperatures, alphas, row_scales}))
         throw std::invalid_argument("distillation_rows: the arguments' shapes do not fit each other");
     require_labels_within(reinterpret_cast<const std::int64_t*>(labels), N, ignore_index, student.columns);
     const pocl::Task task{
@@ -96,9 +102,9 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
         .teacher = teacher,
         .gradient = gradient.value_or(pocl::Matrix{}),
         .labels = reinterpret_cast<const std::int64_t*>(labels),
-        .temperature = {reinterpret_cast<const float*>(temperature), temperatures == 1 ? 0 : 1},
-        .alpha = {reinterpret_cast<const float*>(alpha), alphas == 1 ? 0 : 1},
-        .row_scale = reinterpret_cast<const float*>(row_scale),
+        .temperature = per_row(temperature, temperatures),
+        .alpha = per_row(alpha, alphas),
+        .row_scale = per_row(row_scale, row_scales),
         .stats = reinterpret_cast<float*>(stats),
         .family = family_of(divergence),
         .teacher_share = teacher_share,
@@ -110,15 +116,16 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
     const pocl::Isa isa = chosen_isa();
     py::gil_scoped_release release;
     pocl::distillation_rows(task, isa, threads);
+    pocl::scaled_losses(task.stats, task.labels, N, ignore_index, task.row_scale, reduced, reinterpret_cast<float*>(loss));
 }
 
 void sparse_distillation_rows(const pocl::Matrix& student, std::uintptr_t log_probs, std::uintptr_t indices, std::int64_t K,
                               const std::optional<pocl::Matrix>& gradient, std::uintptr_t labels, std::uintptr_t temperature,
                               std::int64_t temperatures, std::uintptr_t alpha, std::int64_t alphas, std::uintptr_t row_scale,
-                              std::uintptr_t stats, const std::string& divergence, float teacher_share, int temperature_power,
+                              std::int64_t row_scales, std::uintptr_t stats, std::uintptr_t loss, bool reduced, const std::string& divergence, float teacher_share, int temperature_power,
                               std::int64_t ignore_index, const std::string& tail, const std::array<float, 2>& transform, int threads) {
     const std::int64_t N = student.rows;
-    if (!rows_fit(student, gradient, temperatures, alphas))
+    if (!rows_fit(student, gradient, {temperatures, alphas, row_scales}))
         throw std::invalid_argument("sparse_distillation_rows: the arguments' shapes do not fit each other");
     if (tail != "bucket" && tail != "renormalise") throw std::invalid_argument("tail must be bucket or renormalise, got " + tail);
     const pocl::SparseTask task{
@@ -128,9 +135,9 @@ void sparse_distillation_rows(const pocl::Matrix& student, std::uintptr_t log_pr
         .indices = reinterpret_cast<const std::int64_t*>(indices),
         .K = K,
         .labels = reinterpret_cast<const std::int64_t*>(labels),
-        .temperature = {reinterpret_cast<const float*>(temperature), temperatures == 1 ? 0 : 1},
-        .alpha = {reinterpret_cast<const float*>(alpha), alphas == 1 ? 0 : 1},
-        .row_scale = reinterpret_cast<const float*>(row_scale),
+        .temperature = per_row(temperature, temperatures),
+        .alpha = per_row(alpha, alphas),
+        .row_scale = per_row(row_scale, row_scales),
         .stats = reinterpret_cast<float*>(stats),
         .family = family_of(divergence),
         .teacher_share = teacher_share,
@@ -148,6 +155,7 @@ void sparse_distillation_rows(const pocl::Matrix& student, std::uintptr_t log_pr
     const pocl::Isa isa = chosen_isa();
     py::gil_scoped_release release;
     pocl::sparse_distillation_rows(task, isa, threads);
+    pocl::scaled_losses(task.stats, task.labels, N, ignore_index, task.row_scale, reduced, reinterpret_cast<float*>(loss));
 }
 
 void bind_divergence(py::module_& m) {
@@ -162,11 +170,12 @@ void bind_divergence(py::module_& m) {
              py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"));
     m.def("distillation_rows", &distillation_rows, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("gradient"),
           py::arg("labels"), py::arg("temperature"), py::arg("temperatures"), py::arg("alpha"), py::arg("alphas"),
-          py::arg("row_scale"), py::arg("stats"), py::arg("divergence"), py::arg("teacher_share"),
-          py::arg("temperature_power"), py::arg("ignore_index"), py::arg("transforms"), py::arg("threads"), "The fused loss of each row; see csrc/divergence/divergence.h.");
+          py::arg("row_scale"), py::arg("row_scales"), py::arg("stats"), py::arg("loss"), py::arg("reduced"), py::arg("divergence"),
+          py::arg("teacher_share"), py::arg("temperature_power"), py::arg("ignore_index"), py::arg("transforms"), py::arg("threads"), "The fused loss of each row; see csrc/divergence/divergence.h.");
     m.def("sparse_distillation_rows", &sparse_distillation_rows, py::kw_only(), py::arg("student"), py::arg("log_probs"),
           py::arg("indices"), py::arg("K"), py::arg("gradient"), py::arg("labels"), py::arg("temperature"), py::arg("temperatures"),
-          py::arg("alpha"), py::arg("alphas"), py::arg("row_scale"), py::arg("stats"), py::arg("divergence"), py::arg("teacher_share"),
+          py::arg("alpha"), py::arg("alphas"), py::arg("row_scale"), py::arg("row_scales"), py::arg("stats"), py::arg("loss"),
+          py::arg("reduced"), py::arg("divergence"), py::arg("teacher_share"),
           py::arg("temperature_power"), py::arg("ignore_index"), py::arg("tail"), py::arg("transform"), py::arg("threads"),
           "The fused loss of each row against K entries of the teacher's; see csrc/divergence/sparse.h.");
     m.def("vector_math", [](const std::string& function, const Array<float>& x) {

@@ -20,16 +20,17 @@ CLOSE = tl.constexpr(0.01)  # nats of D below which it is summed term by term
 
 def _rows_kernel(
     student_ptr, teacher_ptr, labels_ptr,          # [N, V_S], [N, V_T], [N]
-    temperature_ptr, alpha_ptr, row_scale_ptr,     # [1] or [N] (stride 0 or 1), [N]
-    stats_ptr, grad_ptr,                           # [7, N], [N, V_S]
+    temperature_ptr, alpha_ptr, row_scale_ptr,     # [1] or [N] (stride 0 or 1)
+    stats_ptr, grad_ptr,                           # [8, N], [N, V_S]
     N, V_S, V,                                     # V: the shared vocabulary
-    student_stride_n, teacher_stride_n, grad_stride_n, temperature_stride_n, alpha_stride_n, ignore_index,
+    student_stride_n, teacher_stride_n, grad_stride_n, temperature_stride_n, alpha_stride_n, row_scale_stride_n,
+    ignore_index,
     share,                                         # the teacher's, of the mixture
     s_scale, s_softcap, t_scale, t_softcap,        # softcap 0: none
     FAMILY: tl.constexpr, POWER: tl.constexpr, NEEDS_GRAD: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
     RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """One token: its seven stats, and row_scale · d loss / d student."""
+    """One token: its seven stats, row_scale · loss, and row_scale · d loss / d student."""
     KL: tl.constexpr = (FAMILY == FORWARD_KL) | (FAMILY == REVERSE_KL)
     n = tl.program_id(0).to(tl.int64)  # 64 bits: n * stride passes 2**31 at 14k tokens x 152k entries
     label = tl.load(labels_ptr + n).to(tl.int64)
@@ -42,6 +43,7 @@ def _rows_kernel(
     teacher_row = teacher_ptr + n * teacher_stride_n
     tau = tl.load(temperature_ptr + n * temperature_stride_n)
     alpha = tl.load(alpha_ptr + n * alpha_stride_n)
+    row_scale = tl.load(row_scale_ptr + n * row_scale_stride_n)
     k = (1.0 / tau) * LOG2E  # logits to base-2 exponents at temperature tau
     s_label = tl.load(student_row + label).to(tl.float32)
     if HAS_TRANSFORM:
@@ -90,7 +92,6 @@ def _rows_kernel(
         c = c * tau
     empty = m_ce == FLOOR  # the student's row is all −inf: nothing can lower its CE
     if NEEDS_GRAD:
-        row_scale = tl.load(row_scale_ptr + n)
         weight_d = tl.where(nothing, 0.0, row_scale * (1 - alpha) * c / tau)
         weight_ce = tl.where(empty | (V_S == 1), 0.0, row_scale * alpha)
         terms = gradient(
@@ -105,19 +106,21 @@ def _rows_kernel(
     ce = (m_ce - s_label) + tl.log2(z_ce / largest) * LN2
     ce = tl.where(empty & (z_ce == z_ce), float("inf"), ce)
     weighted_ce = tl.where((alpha == 0) & (ce == ce), 0.0, alpha * ce)
-    tl.store(stats_ptr + n, weighted_ce + (1 - alpha) * c * d)
+    loss = weighted_ce + (1 - alpha) * c * d
+    tl.store(stats_ptr + n, loss)
     tl.store(stats_ptr + N + n, ce)
     tl.store(stats_ptr + 2 * N + n, d)
     tl.store(stats_ptr + 3 * N + n, tl.where(nothing, 0.0, (log2_z_q - x_sum / z_q) * LN2))
     tl.store(stats_ptr + 4 * N + n, tl.where(nothing, 0.0, (log2_z_p - y_sum / z_p) * LN2))
     tl.store(stats_ptr + 5 * N + n, tl.where((s_label == m_ce) & (empty == 0), 1.0, 0.0))
     tl.store(stats_ptr + 6 * N + n, agree.to(tl.float32))
+    tl.store(stats_ptr + 7 * N + n, row_scale * loss)
 
 
 # what a new value of must not compile again; pointers to scalars have no alignment that matters
 _rows_kernel = triton.jit(
     _rows_kernel,
-    do_not_specialize=["N", "ignore_index", "temperature_stride_n", "alpha_stride_n"],
+    do_not_specialize=["N", "ignore_index", "temperature_stride_n", "alpha_stride_n", "row_scale_stride_n"],
     do_not_specialize_on_alignment=["labels_ptr", "temperature_ptr", "alpha_ptr", "row_scale_ptr", "stats_ptr"],
 )
 
@@ -148,7 +151,7 @@ def distillation_rows(
     labels: torch.Tensor,  # [N] int32 or int64
     temperature: torch.Tensor,  # [1] or [N] fp32
     alpha: torch.Tensor,  # [1] or [N] fp32
-    row_scale: torch.Tensor,  # [N] fp32
+    row_scale: torch.Tensor,  # [1] or [N] fp32
     *,
     divergence: str,
     teacher_share: float,
@@ -156,37 +159,39 @@ def distillation_rows(
     ignore_index: int,
     transforms: list[float],
     needs_grad: bool,
+    reduced: bool,
     grad: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stats [7, N] fp32 and the gradient [N, V_s] in the student's dtype, or [0]. The gradient is written to `grad`
-    where that is given: of the student's shape and dtype, rows may be strided; it may be `student` itself."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of the scaled losses, [] fp32, or where not `reduced` each row's, [N]; stats [7, N] fp32; and the
+    gradient [N, V_s] in the student's dtype, or [0]. The gradient is written to `grad` where that is given: of the
+    student's shape and dtype, rows may be strided; it may be `student` itself."""
     N, V_S = student.shape
     V = min(V_S, teacher.shape[1])
     stats, grad = tiles.outputs(student, needs_grad, grad)
     if N == 0:
-        return stats, grad
+        return *tiles.loss_and_stats(stats, reduced), grad
     capability = tiles.capability_of(student.device)
     tile = tiles.choose_tile(divergence, V_S, student.element_size(), teacher.element_size(), capability)
     s_scale, s_softcap, t_scale, t_softcap = transforms
     _rows_kernel[(N,)](
         student, teacher, labels, temperature, alpha, row_scale, stats, grad,
         N, V_S, V, student.stride(0), teacher.stride(0), grad.stride(0),
-        int(temperature.numel() > 1), int(alpha.numel() > 1), ignore_index, teacher_share,
+        *(int(value.numel() > 1) for value in (temperature, alpha, row_scale)), ignore_index, teacher_share,
         s_scale, s_softcap, t_scale, t_softcap,
         FAMILY=FAMILIES[divergence], POWER=temperature_power, NEEDS_GRAD=needs_grad,
         HAS_TRANSFORM=transforms != [1.0, 0.0, 1.0, 0.0], RAGGED=bool(V % 16 or V_S % 16),
         LANES=tile.lanes, VEC=tile.vec, num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    return stats, grad
+    return *tiles.loss_and_stats(stats, reduced), grad
 
 
 def scale_rows_(grad: torch.Tensor, upstream: torch.Tensor) -> None:
-    """Multiplies `grad` [N, V] in place by `upstream` [N]; touches no row whose factor is 1."""
+    """Multiplies `grad` [N, V] in place by `upstream` [1] or [N]; touches no row whose factor is 1."""
     N, V = grad.shape
     if N == 0:
         return
     BLOCK_V = min(4096, max(128, triton.next_power_of_2(V)))
     grid = (N, triton.cdiv(V, BLOCK_V))
     _scale_rows_kernel[grid](
-        grad, upstream, V, grad.stride(0), upstream.stride(0), BLOCK_V=BLOCK_V, num_warps=max(1, BLOCK_V // 512)
+        grad, upstream, V, grad.stride(0), int(upstream.numel() > 1), BLOCK_V=BLOCK_V, num_warps=max(1, BLOCK_V // 512)
     )

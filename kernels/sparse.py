@@ -95,16 +95,17 @@ def _rest_gradient(
 
 def _sparse_rows_kernel(
     student_ptr, log_probs_ptr, indices_ptr, listed_ptr, labels_ptr,  # [N, V], [N, K] three times, [N]
-    temperature_ptr, alpha_ptr, row_scale_ptr,     # [1] or [N] (stride 0 or 1), [N]
-    stats_ptr, grad_ptr,                           # [7, N], [N, V]
+    temperature_ptr, alpha_ptr, row_scale_ptr,     # [1] or [N] (stride 0 or 1)
+    stats_ptr, grad_ptr,                           # [8, N], [N, V]
     N, V, K,
-    student_stride_n, grad_stride_n, temperature_stride_n, alpha_stride_n, ignore_index,
+    student_stride_n, grad_stride_n, temperature_stride_n, alpha_stride_n, row_scale_stride_n,
+    ignore_index,
     share,                                         # the teacher's, of the mixture
     s_scale, s_softcap,                            # softcap 0: none
     FAMILY: tl.constexpr, BUCKET: tl.constexpr, POWER: tl.constexpr, NEEDS_GRAD: tl.constexpr,
     HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One token: its seven stats, and row_scale · d loss / d student."""
+    """One token: its seven stats, row_scale · loss, and row_scale · d loss / d student."""
     n = tl.program_id(0).to(tl.int64)  # 64 bits: n * stride passes 2**31 at 14k tokens x 152k entries
     label = tl.load(labels_ptr + n).to(tl.int64)
     grad_row = grad_ptr + n * grad_stride_n
@@ -115,6 +116,7 @@ def _sparse_rows_kernel(
     student_row = student_ptr + n * student_stride_n
     tau = tl.load(temperature_ptr + n * temperature_stride_n)
     alpha = tl.load(alpha_ptr + n * alpha_stride_n)
+    row_scale = tl.load(row_scale_ptr + n * row_scale_stride_n)
     tau64, alpha64 = tau.to(tl.float64), alpha.to(tl.float64)
     k = (1.0 / tau) * LOG2E
     apart = tau != 1.0
@@ -172,15 +174,17 @@ def _sparse_rows_kernel(
     ce = log_z_ce - s_label.to(tl.float64)
     ce = tl.where(empty | (s_label == -float("inf")), float("inf"), ce)
     weighted_ce = tl.where((alpha == 0) & (ce == ce), 0.0, alpha64 * ce)
-    tl.store(stats_ptr + n, (weighted_ce + (1 - alpha64) * c * D).to(tl.float32))
+    loss = (weighted_ce + (1 - alpha64) * c * D).to(tl.float32)
+    tl.store(stats_ptr + n, loss)
     tl.store(stats_ptr + N + n, ce.to(tl.float32))
     tl.store(stats_ptr + 2 * N + n, D.to(tl.float32))
     tl.store(stats_ptr + 3 * N + n, tl.where(empty, 0.0, student_entropy).to(tl.float32))
     tl.store(stats_ptr + 4 * N + n, teacher_entropy.to(tl.float32))
     tl.store(stats_ptr + 5 * N + n, tl.where((s_label == largest) & (empty == 0), 1.0, 0.0))
     tl.store(stats_ptr + 6 * N + n, agree)
+    tl.store(stats_ptr + 7 * N + n, row_scale * loss)
     if NEEDS_GRAD:
-        row_scale = tl.load(row_scale_ptr + n).to(tl.float64)
+        row_scale = row_scale.to(tl.float64)
         weight_d = row_scale * (1 - alpha64) * c / tau64
         weight_ce = tl.where(empty, 0.0, row_scale * alpha64)
         weight_q = tl.where(has_rest, weight_d * g_rest / z, 0.0).to(tl.float32)
@@ -203,7 +207,7 @@ def _sparse_rows_kernel(
 # what a new value of must not compile again; pointers to scalars have no alignment that matters
 _sparse_rows_kernel = triton.jit(
     _sparse_rows_kernel,
-    do_not_specialize=["N", "K", "ignore_index", "temperature_stride_n", "alpha_stride_n"],
+    do_not_specialize=["N", "K", "ignore_index", "temperature_stride_n", "alpha_stride_n", "row_scale_stride_n"],
     do_not_specialize_on_alignment=[
         "log_probs_ptr", "indices_ptr", "listed_ptr", "labels_ptr", "temperature_ptr", "alpha_ptr", "row_scale_ptr",
         "stats_ptr",
@@ -218,7 +222,7 @@ def sparse_distillation_rows(
     labels: torch.Tensor,  # [N] int32 or int64
     temperature: torch.Tensor,  # [1] or [N] fp32
     alpha: torch.Tensor,  # [1] or [N] fp32
-    row_scale: torch.Tensor,  # [N] fp32
+    row_scale: torch.Tensor,  # [1] or [N] fp32
     *,
     divergence: str,
     teacher_share: float,
@@ -227,8 +231,9 @@ def sparse_distillation_rows(
     tail: str,
     transform: list[float],
     needs_grad: bool,
+    reduced: bool,
     grad: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `dense.distillation_rows`, the teacher being K entries a row; `tail` says what becomes of the others. Raises
     ValueError where K is above 1024."""
     N, V = student.shape
@@ -237,7 +242,7 @@ def sparse_distillation_rows(
         raise ValueError(f"the Triton kernel takes at most {MAX_K} entries of the teacher a token, got {K}")
     stats, grad = tiles.outputs(student, needs_grad, grad)
     if N == 0:
-        return stats, grad
+        return *tiles.loss_and_stats(stats, reduced), grad
     log_probs, indices = log_probs.contiguous(), indices.contiguous()
     listed = torch.where(log_probs == -torch.inf, V, indices).to(torch.int32).sort(1).values
     itemsize = student.element_size()
@@ -246,9 +251,10 @@ def sparse_distillation_rows(
     _sparse_rows_kernel[(N,)](
         student, log_probs, indices, listed, labels, temperature, alpha, row_scale, stats, grad,
         N, V, K, student.stride(0), grad.stride(0),
-        int(temperature.numel() > 1), int(alpha.numel() > 1), ignore_index, teacher_share, s_scale, s_softcap,
+        *(int(value.numel() > 1) for value in (temperature, alpha, row_scale)), ignore_index, teacher_share,
+        s_scale, s_softcap,
         FAMILY=FAMILIES[divergence], BUCKET=tail == "bucket", POWER=temperature_power, NEEDS_GRAD=needs_grad,
         HAS_TRANSFORM=transform != [1.0, 0.0], RAGGED=bool(V % 16), LANES=tile.lanes, VEC=tile.vec,
         BLOCK_K=max(32, triton.next_power_of_2(K)), num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    return stats, grad
+    return *tiles.loss_and_stats(stats, reduced), grad

@@ -92,8 +92,8 @@ def store_zeros(
     stats_ptr, N, grad_row, V,
     NEEDS_GRAD: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """An ignored row: its seven stats, N apart, and its gradient are 0."""
-    for j in tl.static_range(7):
+    """An ignored row: its seven stats and its scaled loss, N apart, and its gradient are 0."""
+    for j in tl.static_range(8):
         tl.store(stats_ptr + j * N, 0.0)
     if NEEDS_GRAD:
         lanes = offsets(LANES, VEC)
@@ -102,11 +102,17 @@ def store_zeros(
 
 
 def outputs(student: torch.Tensor, needs_grad: bool, grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row kernel's stats [7, N], and its gradient where it is not to go to `grad`: [N, V], or [0] if not wanted."""
-    stats = torch.empty((7, len(student)), dtype=torch.float32, device=student.device)
+    """Place for a row kernel's seven stats and the scaled losses [8, N], and for its gradient where that is not to go
+    to `grad`: [N, V], or [0] if not wanted."""
+    stats = torch.empty((8, len(student)), dtype=torch.float32, device=student.device)
     if grad is None:
         grad = student.new_empty(student.shape if needs_grad else (0,))
     return stats, grad
+
+
+def loss_and_stats(stats: torch.Tensor, reduced: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a row kernel wrote [8, N], as the loss, [] or [N], in memory of its own, and the stats [7, N]."""
+    return stats[7].sum() if reduced else stats[7].clone(), stats[:7]
 
 
 def capability_of(device: torch.device) -> int:

@@ -19,7 +19,7 @@ def distillation_rows(
     labels: Tensor,  # [N] int32 or int64
     temperature: Tensor,  # [1] or [N] fp32
     alpha: Tensor,  # [1] or [N] fp32
-    row_scale: Tensor,  # [N] fp32
+    row_scale: Tensor,  # [1] or [N] fp32
     *,
     divergence: str,
     teacher_share: float,
@@ -27,11 +27,13 @@ def distillation_rows(
     ignore_index: int,
     transforms: list[float],
     needs_grad: bool,
+    reduced: bool,
     grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Stats [7, N] fp32 and the gradient [N, V_s] in the student's dtype, or [0]. The gradient is written to `grad`
-    where that is given: of the student's shape and dtype, rows may be strided; it may be `student` itself."""
-    call = _Call(student, labels, temperature, alpha, row_scale, needs_grad, grad)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the scaled losses, [] fp32, or where not `reduced` each row's, [N]; stats [7, N] fp32; and the
+    gradient [N, V_s] in the student's dtype, or [0]. The gradient is written to `grad` where that is given: of the
+    student's shape and dtype, rows may be strided; it may be `student` itself."""
+    call = _Call(student, labels, temperature, alpha, row_scale, needs_grad, reduced, grad)
     _C.distillation_rows(
         teacher=_matrix(teacher),
         divergence=divergence,
@@ -41,7 +43,7 @@ def distillation_rows(
         transforms=transforms,
         **call.arguments(),
     )
-    return call.stats, call.grad
+    return call.loss, call.stats, call.grad
 
 
 def has_products() -> bool:
@@ -85,7 +87,7 @@ def sparse_distillation_rows(
     labels: Tensor,  # [N] int32 or int64
     temperature: Tensor,  # [1] or [N] fp32
     alpha: Tensor,  # [1] or [N] fp32
-    row_scale: Tensor,  # [N] fp32
+    row_scale: Tensor,  # [1] or [N] fp32
     *,
     divergence: str,
     teacher_share: float,
@@ -94,10 +96,11 @@ def sparse_distillation_rows(
     tail: str,
     transform: list[float],
     needs_grad: bool,
+    reduced: bool,
     grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `distillation_rows`, the teacher being K entries a row; `tail` says what becomes of the others."""
-    call = _Call(student, labels, temperature, alpha, row_scale, needs_grad, grad)
+    call = _Call(student, labels, temperature, alpha, row_scale, needs_grad, reduced, grad)
     log_probs, indices = log_probs.float().contiguous(), indices.to(torch.int64).contiguous()  # exact, and small
     _C.sparse_distillation_rows(
         log_probs=log_probs.data_ptr(),
@@ -111,7 +114,7 @@ def sparse_distillation_rows(
         transform=transform,
         **call.arguments(),
     )
-    return call.stats, call.grad
+    return call.loss, call.stats, call.grad
 
 
 class _Call:
@@ -125,10 +128,12 @@ class _Call:
         alpha: Tensor,
         row_scale: Tensor,
         needs_grad: bool,
+        reduced: bool,
         grad: Tensor | None,
     ) -> None:
         N, V = student.shape
-        self.student, self.needs_grad = student, needs_grad
+        self.student, self.needs_grad, self.reduced = student, needs_grad, reduced
+        self.loss = torch.empty(() if reduced else (N,), dtype=torch.float32)
         self.stats = torch.empty((7, N), dtype=torch.float32)
         if grad is None:
             grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
@@ -147,7 +152,10 @@ class _Call:
             "alpha": self.alpha.data_ptr(),
             "alphas": self.alpha.numel(),
             "row_scale": self.row_scale.data_ptr(),
+            "row_scales": self.row_scale.numel(),
             "stats": self.stats.data_ptr(),
+            "loss": self.loss.data_ptr(),
+            "reduced": self.reduced,
             "threads": torch.get_num_threads(),
         }
 
@@ -170,7 +178,11 @@ def release_buffers() -> int:
 
 
 def scale_rows_(grad: Tensor, upstream: Tensor) -> None:
-    """Multiplies `grad` [N, V] in place by `upstream` [N]; touches no row whose factor is 1."""
+    """Multiplies `grad` [N, V] in place by `upstream` [1] or [N]; touches no row whose factor is 1."""
+    if upstream.numel() == 1:
+        if (factor := upstream.item()) != 1:
+            grad.mul_(factor)
+        return
     if grad.dtype == torch.float32:
         if bool((upstream != 1).any()):
             grad.mul_(upstream[:, None])

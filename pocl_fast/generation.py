@@ -9,6 +9,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,22 +23,33 @@ Progress: TypeAlias = Callable[
     [int], object
 ]  # called with how many prompts all ranks have answered since the last call
 BLOCK = 256  # tokens that are chosen among at once when sampling
+CPU_STEP_ROWS = 16  # rows below which a decoding step takes a CPU no less time: what one batch more costs
 SHORTEST_HEAD = 8  # tokens; below it a common head is not worth a run of its own
 
 
 def generation_batches(
-    prompts: Sequence[Sequence[int]], *, batch_size: int, max_new_tokens: int = 0, batch_tokens: int | None = None
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int = 0,
+    batch_tokens: int | None = None,
+    most_padding: int | None = None,
 ) -> list[list[int]]:
     """Indices of the prompts in batches of similar length, longest first: at most `batch_size` prompts, whose cache
-    takes at most `batch_tokens` tokens should each answer have `max_new_tokens` (a prompt over that stands alone)."""
+    takes at most `batch_tokens` tokens should each answer have `max_new_tokens` (a prompt over that stands alone), and
+    which are padded by at most `most_padding` tokens in all."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
         row = len(prompts[order[start]]) + max_new_tokens  # the longest: all are padded to it
         rows = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // row))
-        batches.append(order[start : start + rows])
-        start += rows
+        batch = order[start : start + rows]
+        if most_padding is not None:
+            gaps = accumulate(len(prompts[batch[0]]) - len(prompts[i]) for i in batch)
+            batch = batch[: sum(padding <= most_padding for padding in gaps)]
+        batches.append(batch)
+        start += len(batch)
     return batches
 
 
@@ -62,13 +74,19 @@ def generate(
     `temperature` 0 is greedy; otherwise each answer is sampled from the whole distribution (top-p 1) with random
     numbers of its own, made from `seed` and its entry in `sample_ids` (its position where left out), so that it does
     not depend on the batch it is in. Answers are cut at `max_new_tokens`. Prompts are token ids and must not be empty.
-    `batch_size` and `batch_tokens` are as in `generation_batches`. With `shared` every rank must call with the same
-    arguments, answers its share of the batches, and has all answers at the end.
+    `batch_size` and `batch_tokens` are as in `generation_batches`; on a CPU a batch is cut, too, where its padding
+    would take longer than the steps of one batch more. With `shared` every rank must call with the same arguments,
+    answers its share of the batches, and has all answers at the end.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     ids = range(len(prompts)) if sample_ids is None else sample_ids
+    on_cpu = next(model.parameters()).device.type == "cpu"
     batches = generation_batches(
-        prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
+        prompts,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+        most_padding=CPU_STEP_ROWS * max_new_tokens if on_cpu else None,
     )
     if shared:
         batches = [
@@ -157,12 +175,12 @@ class _Decoder:
 
     def _cache_of_the_head(self, rows: int) -> Any:
         """A cache of its own for a batch, which holds the head in each of its rows."""
-        from transformers import DynamicCache
+        from pocl_fast.kv_cache import roomy_cache  # imports transformers, which takes seconds
 
         if not self.head:
-            return DynamicCache(config=self.model.config)
+            return roomy_cache(self.model.config, self.max_new_tokens)
         if self._head_cache is None:
-            self._head_cache = DynamicCache(config=self.model.config)
+            self._head_cache = roomy_cache(self.model.config, self.max_new_tokens)
             tokens = torch.tensor([self.head], device=self.device)
             places = torch.arange(len(self.head), device=self.device)[None]
             self._forward(tokens, torch.ones_like(tokens), places, self._head_cache)

@@ -15,7 +15,6 @@ from pocl_fast.losses import (
     Reduction,
     _choose_backend,
     _divisor,
-    _output,
     _per_token,
     _token_weights,
     _transform,
@@ -96,7 +95,7 @@ def linear_distillation_loss(
     fp = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     counted = labels != ignore_index
     num_tokens = counted.sum()
-    weights = _token_weights(token_weights, N, hidden.device, fp)
+    weights = _token_weights(token_weights, N, hidden.device, fp).expand(N)
     divisor = _divisor(reduction, num_items, num_tokens)
     for name, value in (("chunk_tokens", chunk_tokens), ("max_supervised", max_supervised)):
         if value is not None and value < 1:
@@ -131,7 +130,7 @@ def linear_distillation_loss(
             )
         per_row = rows.loss * torch.where(counted, weights / divisor, 0.0)
         loss = per_row if reduction == "none" else per_row.sum()
-        return _output(loss, torch.stack([value.detach() for value in rows]), num_tokens)
+        return LossOutput(loss, num_tokens, torch.stack([value.detach() for value in rows]))
 
     with_grad = torch.is_grad_enabled()
     # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
@@ -167,7 +166,7 @@ def linear_distillation_loss(
         )
     if late:
         loss = loss / divisor
-    return _output(loss, stats.detach(), num_tokens)
+    return LossOutput(loss, num_tokens, stats.detach())
 
 
 def gathered(weight: Tensor) -> Tensor:

@@ -85,9 +85,9 @@ def linear_distillation(
         grad = workspace.take("grad", len(logits), V, dtype) if apart else logits
         chunk_values = tuple(rows.take(value, part) if value.numel() > 1 else value for value in (temperature, alpha))
         chunk_labels, chunk_scale = rows.labels[part], rows.row_scale[part]
-        stats = row_kernel(part, logits, chunk_labels, *chunk_values, chunk_scale, grad if any(needs) else None)
+        loss, stats = row_kernel(part, logits, chunk_labels, *chunk_values, chunk_scale, grad if any(needs) else None)
         rows.put(out.stats, stats, part, dim=1)
-        rows.put(out.loss, ops.scaled_losses(stats, chunk_labels, chunk_scale, ignore_index), part)
+        rows.put(out.loss, loss, part)
         if needs.hidden:
             rows.put(out.grad_hidden, head.hidden_grad(grad, out.grad_hidden.dtype), part)
         if needs.weight:
@@ -244,26 +244,27 @@ class _TeacherRows:
 
 def _row_kernel(
     backend: str, shard: Shard | None, teacher: _TeacherRows, transforms: list[float], **options: Any
-) -> Callable[..., Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function of a chunk, its student logits [n, V], labels, temperature, alpha, row_scale, and of the gradient's
-    place: the stats [7, n]."""
+    place: the scaled losses [n] and the stats [7, n]."""
     if teacher.kind == "topk":
         sparse = ops.backend_module(backend, "sparse").sparse_distillation_rows
 
-        def topk(part: slice, logits: Tensor, *values: Tensor) -> Tensor:
+        def topk(part: slice, logits: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
             log_probs, indices = (teacher.rows.take(x, part) for x in teacher.tensors)
             return sparse(
                 logits, log_probs, indices, *values[:-1],
-                tail=teacher.tail, transform=transforms[:2], grad=values[-1], **options,
-            )[0]  # fmt: skip
+                tail=teacher.tail, transform=transforms[:2], grad=values[-1], reduced=False, **options,
+            )[:2]  # fmt: skip
 
         return topk
     dense = shard.distillation_rows if shard else ops.backend_module(backend).distillation_rows
 
-    def rows(part: slice, logits: Tensor, *values: Tensor) -> Tensor:
+    def rows(part: slice, logits: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         return dense(
-            logits, teacher.logits(part, logits), *values[:-1], transforms=transforms, grad=values[-1], **options
-        )[0]  # fmt: skip
+            logits, teacher.logits(part, logits), *values[:-1],
+            transforms=transforms, grad=values[-1], reduced=False, **options,
+        )[:2]  # fmt: skip
 
     return rows
 
@@ -324,7 +325,7 @@ def _finished(grad: Tensor, upstream: Tensor | None, dtype: torch.dtype, keep: b
     if grad.dtype != dtype or grad.dim() == 1 or type(upstream) is not Tensor:  # the conversion has to read all of it
         return _converted(grad, upstream, dtype)
     grad = grad.clone() if keep else grad
-    ops.scale_rows(grad, upstream.reshape(1).expand(len(grad)).contiguous(), backend)
+    ops.scale_rows(grad, upstream.reshape(1), backend)
     return grad
 
 

@@ -17,20 +17,42 @@ Backend: TypeAlias = Literal["auto", "triton", "cpp", "reference"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# what a kernel knows of a token beside its loss: the rows of `LossOutput.stats` after the first
+STATS = ("ce", "divergence", "student_entropy", "teacher_entropy", "accuracy", "agreement")
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss and what the same pass knows besides: tensors on the logits' device, all but `loss` detached."""
+    """A loss and what the same pass knows besides: tensors on the logits' device, all but `loss` detached.
+
+    Means are computed where they are asked for, so that a step which logs nothing does not pay for them."""
 
     loss: Tensor  # 0-d, or [N] with reduction "none"
-    ce: Tensor  # 0-d: mean cross-entropy over supervised tokens, nats
-    divergence: Tensor  # 0-d: mean divergence over supervised tokens, without its temperature factor, nats
     num_tokens: Tensor  # 0-d: supervised tokens
-    metrics: dict[
-        str, Tensor
-    ]  # student_entropy, teacher_entropy, accuracy, agreement: 0-d means over supervised tokens
-    per_token: dict[str, Tensor] = field(repr=False, default_factory=dict)  # [N]: the same, with ce and divergence
+    stats: Tensor = field(repr=False)  # [7, N] of each token: see `reference.Rows`
+
+    @property
+    def ce(self) -> Tensor:
+        """0-d: mean cross-entropy over supervised tokens, nats."""
+        return self._mean(self.stats[1])
+
+    @property
+    def divergence(self) -> Tensor:
+        """0-d: mean divergence over supervised tokens, without its temperature factor, nats."""
+        return self._mean(self.stats[2])
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """student_entropy, teacher_entropy (nats), accuracy, agreement: 0-d means over supervised tokens."""
+        return dict(zip(STATS[2:], self._mean(self.stats[3:]).unbind(), strict=True))
+
+    @property
+    def per_token(self) -> dict[str, Tensor]:
+        """[N] each: ce, divergence, student_entropy, teacher_entropy, accuracy, agreement; 0 for ignored tokens."""
+        return dict(zip(STATS, self.stats[1:].unbind(), strict=True))
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        return rows.sum(-1) / self.num_tokens.clamp_min(1)
 
 
 def distillation_loss(
@@ -105,7 +127,10 @@ def distillation_loss(
     # fp32 but for the reference in float64, which must not round 1.33
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     divisor = _divisor(reduction, num_items, num_tokens)
-    row_scale = _token_weights(token_weights, N, student.device, dtype) / divisor
+    # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
+    late = student.dtype == torch.float16 and backend != "reference"
+    row_scale = _token_weights(token_weights, N, student.device, dtype)
+    row_scale = row_scale if late else row_scale / divisor
     temperature = _per_token("temperature", objective.temperature, N, student.device, dtype)
     alpha = _per_token("alpha", objective.alpha, N, student.device, dtype)
 
@@ -125,14 +150,12 @@ def distillation_loss(
             rows = reference.distillation_rows(*given, **options, teacher_transform=teacher_transform)
         else:
             rows = reference.sparse_distillation_rows(*given, **options, tail=top_k.tail)
-        per_row = rows.loss * torch.where(counted, row_scale, 0.0)
+        loss = rows.loss * torch.where(counted, row_scale, 0.0)
+        loss = loss if reduction == "none" else loss.sum()
         stats = torch.stack([value.detach() for value in rows])
     else:
-        row_scale = row_scale.float().contiguous()
-        # of a mean most of fp16's gradient would be below its smallest number before a GradScaler has made it larger
-        half = student.dtype == torch.float16
-        scale = torch.ones_like(row_scale) if half else row_scale
-        tensors = (*teacher_rows, labels, temperature, alpha, scale)
+        tensors = (*teacher_rows, labels, temperature, alpha, row_scale.float().contiguous())
+        reduced = reduction != "none"
         settings: tuple[Any, ...] = (
             objective.family,
             objective.teacher_share,
@@ -147,14 +170,13 @@ def distillation_loss(
             rows_of, rows_over = sparse_ops.sparse_distillation_rows, sparse_ops.sparse_distillation_rows_
             settings += (top_k.tail, list(student_transform))
         if inplace:
-            per_row, stats = rows_over(student.detach(), *tensors, *settings, backend)
-            per_row = ops.with_gradient(per_row, student, backend)
+            loss, stats = rows_over(student.detach(), *tensors, *settings, reduced, backend)
+            loss = ops.with_gradient(loss, student, backend)
         else:
-            per_row, stats, _ = rows_of(student, *tensors, *settings, needs_grad, backend)
-        if half:
-            per_row = per_row * torch.where(counted, row_scale, 0.0)
-    loss = per_row if reduction == "none" else per_row.sum()
-    return _output(loss, stats.detach(), num_tokens)
+            loss, stats, _ = rows_of(student, *tensors, *settings, needs_grad, reduced, backend)
+        if late:
+            loss = loss / divisor
+    return LossOutput(loss, num_tokens, stats.detach())
 
 
 @dataclass(eq=False, repr=False)
@@ -290,8 +312,8 @@ def _per_token(name: str, value: Tensor | float, N: int, device: torch.device, d
 
 
 def _token_weights(weights: Tensor | None, N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[N], 1 where none are given."""
-    return _per_token("token_weights", 1.0 if weights is None else weights, N, device, dtype).expand(N)
+    """[N], or [1] of 1 where none are given."""
+    return _per_token("token_weights", 1.0 if weights is None else weights, N, device, dtype)
 
 
 def _divisor(reduction: Reduction, num_items: Tensor | float | None, num_tokens: Tensor) -> Tensor | float:
@@ -314,11 +336,3 @@ def _transform(name: str, scale: float, softcap: float | None) -> tuple[float, f
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{name}_softcap must be positive and finite, or None; got {softcap}")
     return float(scale), float(softcap or 0.0)
-
-
-def _output(loss: Tensor, stats: Tensor, num_tokens: Tensor) -> LossOutput:
-    names = ("loss", "ce", "divergence", "student_entropy", "teacher_entropy", "accuracy", "agreement")
-    means = dict(zip(names, stats.sum(1) / num_tokens.clamp_min(1), strict=True))
-    per_token = dict(zip(names[1:], stats[1:], strict=True))
-    metrics = {name: means[name] for name in names[3:]}
-    return LossOutput(loss, means["ce"], means["divergence"], num_tokens, metrics, per_token)

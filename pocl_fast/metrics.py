@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pocl_fast.files import write_text
+from pocl_fast.losses import STATS
 
 if TYPE_CHECKING:
     from pocl_fast.losses import LossOutput
@@ -57,7 +58,7 @@ class LossParts:
         self.begin_step()
 
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: Tensor | None = None  # [7] fp64: of STATS over tokens, and the tokens
         self._tokens = 0
         self._since = time.perf_counter()
 
@@ -81,9 +82,8 @@ class LossParts:
         """Adds the step in progress to the sums."""
         for samples, batch, out in self._step:
             self._tokens += sum(batch.lengths) if samples else 0
-            for name, value in {"ce": out.ce, "divergence": out.divergence, **out.metrics}.items():
-                self._sums[name] = self._sums.get(name, 0) + value.detach().double() * out.num_tokens
-            self._sums["supervised_tokens"] = self._sums.get("supervised_tokens", 0) + out.num_tokens
+            sums = torch.cat([out.stats[1:].sum(1, dtype=torch.float64), out.num_tokens.reshape(1)])
+            self._sums = sums if self._sums is None else self._sums + sums
         self._step = []
 
     def finite(self) -> Tensor:
@@ -107,20 +107,14 @@ class LossParts:
 
     def means(self, reduce: Callable[[Tensor], Tensor] | None) -> dict[str, float]:
         """Means over the supervised tokens since the last call, and the speed; `reduce` sums over the ranks."""
-        names = sorted(self._sums)
-        if not names:
+        if self._sums is None:
             return {}
-        sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64) for name in names])
-        counts = torch.tensor([float(self._tokens)], dtype=torch.float64, device=sums.device)
-        values = torch.cat([sums, counts])
-        values = values if reduce is None else reduce(values)
-        *parts, tokens = values.tolist()
-        totals = dict(zip(names, parts, strict=True))
-        supervised = totals.pop("supervised_tokens")
+        values = torch.cat([self._sums, self._sums.new_tensor([self._tokens])])
+        *totals, supervised, tokens = (values if reduce is None else reduce(values)).tolist()
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self._reset()
         return {
-            **{name: total / max(supervised, 1) for name, total in totals.items()},
+            **{name: total / max(supervised, 1) for name, total in zip(STATS, totals, strict=True)},
             "tokens": tokens,
             "supervised_tokens": supervised,
             "tokens_per_second": tokens / seconds,

@@ -31,39 +31,47 @@ def distillation_rows(
     labels: Tensor,  # [N] int32 or int64
     temperature: Tensor,  # [1] or [N] fp32
     alpha: Tensor,  # [1] or [N] fp32
-    row_scale: Tensor,  # [N] fp32: token weight over the divisor, folded into loss and gradient
+    row_scale: Tensor,  # [1] or [N] fp32: token weight over the divisor, folded into loss and gradient
     divergence: str,
     teacher_share: float,
     temperature_power: int,
     ignore_index: int,
     transforms: list[float],  # scale and softcap (0: none) of the student, then of the teacher
     needs_grad: bool,
+    reduced: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scaled loss of each token [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the gradient of
-    the losses' sum [N, V_s], empty unless `needs_grad`."""
-    tensors = (student, teacher, labels, temperature, alpha, row_scale)
-    settings = (divergence, teacher_share, temperature_power, ignore_index, transforms)
-    return _run(backend, tensors, settings, needs_grad)
+    """The sum of the scaled losses, [] fp32, or where not `reduced` each token's, [N]; the rows of `reference.Rows`,
+    unscaled, [7, N] fp32; and the gradient of the sum [N, V_s], empty unless `needs_grad`."""
+    return backend_module(backend).distillation_rows(
+        student,
+        teacher,
+        labels,
+        temperature,
+        alpha,
+        row_scale,
+        divergence=divergence,
+        teacher_share=teacher_share,
+        temperature_power=temperature_power,
+        ignore_index=ignore_index,
+        transforms=transforms,
+        needs_grad=needs_grad,
+        reduced=reduced,
+    )
 
 
 @distillation_rows.register_fake
 def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_grad, _backend = others
-    return empty_outputs(student, needs_grad)
+    *_, needs_grad, reduced, _backend = others
+    return empty_outputs(student, needs_grad, reduced)
 
 
-def empty_outputs(student: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(student: Tensor, needs_grad: bool, reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What a rows operator gives for student logits [N, V], without values."""
     N, V = student.shape
-    loss = student.new_empty((N,), dtype=torch.float32)
+    loss = student.new_empty(() if reduced else (N,), dtype=torch.float32)
     stats = student.new_empty((NUM_STATS, N), dtype=torch.float32)
     return loss, stats, student.new_empty((N, V) if needs_grad else (0,))
-
-
-def scaled_losses(stats: Tensor, labels: Tensor, row_scale: Tensor, ignore_index: int) -> Tensor:
-    """[N] out of a row kernel's stats [7, N]; an ignored row's loss is 0 whatever its scale."""
-    return torch.where(labels == ignore_index, 0.0, stats[0] * row_scale)
 
 
 @torch.library.custom_op("pocl_fast::distillation_rows_", mutates_args=("student",))
@@ -79,24 +87,38 @@ def distillation_rows_(
     temperature_power: int,
     ignore_index: int,
     transforms: list[float],
+    reduced: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The first two of `distillation_rows`; the gradient takes the place of the logits in `student`. Autograd learns of
     it by `with_gradient`: an operator that writes over an argument cannot have a derivative itself."""
-    tensors = (student, teacher, labels, temperature, alpha, row_scale)
-    settings = (divergence, teacher_share, temperature_power, ignore_index, transforms)
-    loss, stats, _ = _run(backend, tensors, settings, True, grad=student)
+    loss, stats, _ = backend_module(backend).distillation_rows(
+        student,
+        teacher,
+        labels,
+        temperature,
+        alpha,
+        row_scale,
+        divergence=divergence,
+        teacher_share=teacher_share,
+        temperature_power=temperature_power,
+        ignore_index=ignore_index,
+        transforms=transforms,
+        needs_grad=True,
+        reduced=reduced,
+        grad=student,
+    )
     return loss, stats
 
 
 @distillation_rows_.register_fake
-def _(student: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
-    return empty_outputs(student, False)[:2]
+def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return empty_outputs(student, False, others[-2])[:2]
 
 
 @torch.library.custom_op("pocl_fast::with_gradient", mutates_args=())
 def with_gradient(loss: Tensor, student: Tensor, backend: str) -> Tensor:
-    """`loss` [N], of which the gradient by `student` [N, V] is what lies in the memory of `student`, row by row."""
+    """`loss`, [] or [N], of which the gradient by `student` [N, V] is what lies in the memory of `student`."""
     return loss.clone()
 
 
@@ -107,7 +129,7 @@ def _(loss: Tensor, student: Tensor, backend: str) -> Tensor:
 
 @torch.library.custom_op("pocl_fast::scale_rows", mutates_args=("grad",))
 def scale_rows(grad: Tensor, upstream: Tensor, backend: str) -> None:
-    """Multiplies `grad` [N, V] in place by `upstream` [N]; touches no row whose factor is 1."""
+    """Multiplies `grad` [N, V] in place by `upstream` [1] or [N]; touches no row whose factor is 1."""
     backend_module(backend).scale_rows_(grad, upstream)
 
 
@@ -120,13 +142,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)  # zeros for the stats and the gradient would cost as much as the kernel
     _loss, stats, grad = output
     ctx.mark_non_differentiable(stats, grad)
-    needs_grad, ctx.backend = inputs[-2], inputs[-1]
+    needs_grad, _reduced, ctx.backend = inputs[-3:]
     # not save_for_backward: handed over for good, so that autograd takes the buffer as it is instead of a copy
     ctx.grad = grad if needs_grad else None
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 12
+    nothing = (None,) * 13
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     if ctx.grad is None:
@@ -148,14 +170,15 @@ def _backward_of_saved(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None,
 
 
 def _scaled(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """`grad` [N, V] times `upstream` [N]: in place, but where the graph is kept for another backward."""
+    """`grad` [N, V] times `upstream`, [] or [N]: in place, but where the graph is kept for another backward."""
     if type(upstream) is not Tensor:  # traced by a compiler: a multiplication that it can join to what follows
-        return (grad * upstream[:, None]).to(grad.dtype)
+        return (grad * upstream.reshape(-1, 1)).to(grad.dtype)
     if torch.is_grad_enabled():
         raise RuntimeError(ONCE)
     if graph_is_kept():
         grad = grad.clone()
-    scale_rows(grad, upstream.contiguous(), backend)
+    if backend != "cpp" or upstream.dim() or upstream.item() != 1:  # as it is where the loss itself is differentiated
+        scale_rows(grad, upstream.reshape(-1).contiguous(), backend)
     return grad
 
 
@@ -166,29 +189,6 @@ def graph_is_kept() -> bool:
 
 distillation_rows.register_autograd(_backward, setup_context=_setup_context)
 with_gradient.register_autograd(_backward_of_saved, setup_context=_save_gradient)
-
-
-def _run(
-    backend: str,
-    tensors: tuple[Tensor, ...],
-    settings: tuple[str, float, int, int, list[float]],
-    needs_grad: bool,
-    grad: Tensor | None = None,  # where the gradient goes; None: memory of its own
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `distillation_rows` gives, by a backend."""
-    divergence, teacher_share, temperature_power, ignore_index, transforms = settings
-    stats, grad = backend_module(backend).distillation_rows(
-        *tensors,
-        divergence=divergence,
-        teacher_share=teacher_share,
-        temperature_power=temperature_power,
-        ignore_index=ignore_index,
-        transforms=transforms,
-        needs_grad=needs_grad,
-        grad=grad,
-    )
-    labels, row_scale = tensors[2], tensors[5]
-    return scaled_losses(stats, labels, row_scale, ignore_index), stats, grad
 
 
 def check_labels(labels: Tensor, counted: Tensor, V: int) -> None:

@@ -24,7 +24,7 @@ def sparse_distillation_rows(
     labels: Tensor,  # [N] int32 or int64
     temperature: Tensor,  # [1] or [N] fp32
     alpha: Tensor,  # [1] or [N] fp32
-    row_scale: Tensor,  # [N] fp32: token weight over the divisor, folded into loss and gradient
+    row_scale: Tensor,  # [1] or [N] fp32: token weight over the divisor, folded into loss and gradient
     divergence: str,
     teacher_share: float,
     temperature_power: int,
@@ -32,19 +32,33 @@ def sparse_distillation_rows(
     tail: str,  # one of TAILS
     transform: list[float],  # scale and softcap (0: none) of the student
     needs_grad: bool,
+    reduced: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scaled loss of each token [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the gradient of
-    the losses' sum [N, V], empty unless `needs_grad`."""
-    tensors = (student, log_probs, indices, labels, temperature, alpha, row_scale)
-    settings = (divergence, teacher_share, temperature_power, ignore_index, tail, transform)
-    return _run(backend, tensors, settings, needs_grad)
+    """As `ops.distillation_rows`: loss, [] or [N], stats [7, N] and gradient [N, V]."""
+    return ops.backend_module(backend, "sparse").sparse_distillation_rows(
+        student,
+        log_probs,
+        indices,
+        labels,
+        temperature,
+        alpha,
+        row_scale,
+        divergence=divergence,
+        teacher_share=teacher_share,
+        temperature_power=temperature_power,
+        ignore_index=ignore_index,
+        tail=tail,
+        transform=transform,
+        needs_grad=needs_grad,
+        reduced=reduced,
+    )
 
 
 @sparse_distillation_rows.register_fake
 def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_grad, _backend = others
-    return ops.empty_outputs(student, needs_grad)
+    *_, needs_grad, reduced, _backend = others
+    return ops.empty_outputs(student, needs_grad, reduced)
 
 
 @torch.library.custom_op("pocl_fast::sparse_distillation_rows_", mutates_args=("student",))
@@ -62,47 +76,39 @@ def sparse_distillation_rows_(
     ignore_index: int,
     tail: str,
     transform: list[float],
+    reduced: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The first two of `sparse_distillation_rows`; the gradient takes the place of the logits in `student`. Autograd
     learns of it by `ops.with_gradient`."""
-    tensors = (student, log_probs, indices, labels, temperature, alpha, row_scale)
-    settings = (divergence, teacher_share, temperature_power, ignore_index, tail, transform)
-    loss, stats, _ = _run(backend, tensors, settings, True, grad=student)
-    return loss, stats
-
-
-@sparse_distillation_rows_.register_fake
-def _(student: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
-    return ops.empty_outputs(student, False)[:2]
-
-
-def _run(
-    backend: str,
-    tensors: tuple[Tensor, ...],
-    settings: tuple[str, float, int, int, str, list[float]],
-    needs_grad: bool,
-    grad: Tensor | None = None,  # where the gradient goes; None: memory of its own
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `sparse_distillation_rows` gives, by a backend."""
-    divergence, teacher_share, temperature_power, ignore_index, tail, transform = settings
-    stats, grad = ops.backend_module(backend, "sparse").sparse_distillation_rows(
-        *tensors,
+    loss, stats, _ = ops.backend_module(backend, "sparse").sparse_distillation_rows(
+        student,
+        log_probs,
+        indices,
+        labels,
+        temperature,
+        alpha,
+        row_scale,
         divergence=divergence,
         teacher_share=teacher_share,
         temperature_power=temperature_power,
         ignore_index=ignore_index,
         tail=tail,
         transform=transform,
-        needs_grad=needs_grad,
-        grad=grad,
+        needs_grad=True,
+        reduced=reduced,
+        grad=student,
     )
-    labels, row_scale = tensors[3], tensors[6]
-    return ops.scaled_losses(stats, labels, row_scale, ignore_index), stats, grad
+    return loss, stats
+
+
+@sparse_distillation_rows_.register_fake
+def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return ops.empty_outputs(student, False, others[-2])[:2]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:
-    return ops._backward(ctx, upstream, None, None)[0], *(None,) * 14
+    return ops._backward(ctx, upstream, None, None)[0], *(None,) * 15
 
 
 sparse_distillation_rows.register_autograd(_backward, setup_context=ops._setup_context)

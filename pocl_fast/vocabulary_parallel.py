@@ -106,7 +106,7 @@ class Shard:
         labels: Tensor,  # [n], ids of the whole vocabulary
         temperature: Tensor,  # [1] or [n] fp32
         alpha: Tensor,  # [1] or [n] fp32
-        row_scale: Tensor,  # [n] fp32
+        row_scale: Tensor,  # [1] or [n] fp32
         *,
         divergence: str,
         teacher_share: float,
@@ -114,9 +114,10 @@ class Shard:
         ignore_index: int,
         transforms: list[float],
         needs_grad: bool,
+        reduced: bool,
         grad: Tensor | None,  # [n, V / ranks], where the gradient goes if it is wanted; may be `student` itself
-    ) -> tuple[Tensor, Tensor | None]:
-        """Stats [7, n] fp32 of the whole vocabulary, and `grad`: a backend's `distillation_rows`, in torch.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss and stats [7, n] fp32 of the whole vocabulary, and `grad`: a backend's `distillation_rows`, in torch.
 
         Tells the other ranks 11 numbers a token; for a mixture or total variation then 2 more.
         """
@@ -145,8 +146,8 @@ class Shard:
 
         empty = whole.largest == -INF  # no softmax: CE is infinite and nothing can lower it
         ce = torch.where(empty, INF, whole.log_sum - whole.label)
+        scale = torch.where(counted, row_scale.double(), 0.0)
         if needs_grad and grad is not None:
-            scale = torch.where(counted, row_scale.double(), 0.0)
             out = (s - _column(_finite(whole.log_sum))).exp_().mul_(_column(a * scale))
             out.scatter_add_(1, column, _column(torch.where(mine & ~empty, -a * scale, 0.0)))
             out[:, : slope.shape[1]] += slope.mul_(_column((1 - a) * tau ** (temperature_power - 1) * scale))
@@ -162,7 +163,9 @@ class Shard:
             ~empty & (whole.label >= whole.largest),
             whole.agree,
         )
-        return torch.stack([torch.where(counted, row.double(), 0.0).float() for row in rows]), grad
+        stats = torch.stack([torch.where(counted, row.double(), 0.0).float() for row in rows])
+        loss = torch.where(counted, stats[0] * row_scale, 0.0)
+        return loss.sum() if reduced else loss, stats, grad
 
 
 class _Part(NamedTuple):

@@ -125,11 +125,23 @@ def test_batches_hold_similar_lengths_longest_first():
 
 def test_batches_stay_within_their_tokens_unless_a_prompt_alone_is_over():
     limits = {"batch_size": 3, "max_new_tokens": 4}
-    # lengths 8, 5, 3, 2, 1 and the answers
+    # lengths 8, 4, 3, 2, 1 and the answers
     assert generation_batches(PROMPTS, **limits, batch_tokens=18) == [[2], [4, 0], [3, 1]]
     assert generation_batches(PROMPTS, **limits, batch_tokens=21) == [[2], [4, 0], [3, 1]]
     assert generation_batches(PROMPTS, **limits, batch_tokens=24) == [[2, 4], [0, 3, 1]]
     assert generation_batches(PROMPTS, **limits, batch_tokens=5) == [[2], [4], [0], [3], [1]]
+
+
+def test_batches_end_where_their_padding_would_pass_its_limit():
+    batches = [generation_batches(PROMPTS, batch_size=5, most_padding=most) for most in (0, 3, 4, 9, 22)]
+    # lengths 8, 4, 3, 2, 1
+    assert batches == [
+        [[2], [4], [0], [3], [1]],
+        [[2], [4, 0, 3], [1]],
+        [[2, 4], [0, 3, 1]],
+        [[2, 4, 0], [3, 1]],
+        [[2, 4, 0, 3, 1]],
+    ]
 
 
 def test_a_token_budget_bounds_what_is_in_the_cache_and_changes_no_answer():

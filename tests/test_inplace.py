@@ -251,12 +251,14 @@ def test_logits_that_a_compiled_loss_is_given_are_written_over():
     assert not torch.equal(logits.detach(), values)
 
 
-def test_the_operators_are_registered_as_torch_wants_them():
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_operators_are_registered_as_torch_wants_them(reduced):
     _, _, teacher, labels = some_step()
     one = torch.ones(1)
-    settings = ("jsd", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0], "cpp")
+    settings = ("jsd", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0], reduced, "cpp")
     arguments = (torch.randn(N, V), teacher, labels, one, 0.3 * one, torch.rand(N), *settings)
     torch.library.opcheck(ops.distillation_rows_, arguments)
     for needs_grad in (False, True):
         memory = torch.randn(N, V, requires_grad=needs_grad)
-        torch.library.opcheck(ops.with_gradient, (torch.rand(N), memory, "cpp"))
+        loss = torch.rand(()) if reduced else torch.rand(N)
+        torch.library.opcheck(ops.with_gradient, (loss, memory, "cpp"))

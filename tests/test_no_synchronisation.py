@@ -87,8 +87,9 @@ def test_numbers_do_not_wait_either(operations):
 
 
 # the operator's own side: what happens around the launch, of which the mode above sees only the operator's name
+@pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_the_launchers_do_not_wait(operations, monkeypatch, needs_grad):
+def test_the_launchers_do_not_wait(operations, monkeypatch, needs_grad, reduced):
     pytest.importorskip("triton")
     from pocl_fast.kernels import dense
 
@@ -101,7 +102,7 @@ def test_the_launchers_do_not_wait(operations, monkeypatch, needs_grad):
     monkeypatch.setattr(dense, "_rows_kernel", Launched)
     monkeypatch.setattr(dense, "_scale_rows_kernel", Launched)
     logits, values = torch.randn(N, V, dtype=torch.bfloat16), torch.rand(N)
-    stats, grad = dense.distillation_rows(
+    loss, stats, grad = dense.distillation_rows(
         logits,
         logits,
         torch.zeros(N, dtype=torch.int64),
@@ -114,9 +115,11 @@ def test_the_launchers_do_not_wait(operations, monkeypatch, needs_grad):
         ignore_index=-100,
         transforms=[1.0, 0.0, 1.0, 0.0],
         needs_grad=needs_grad,
+        reduced=reduced,
     )
     dense.scale_rows_(logits, values)
     assert launches == [(N,), (N, 2)]
+    assert loss.shape == (() if reduced else (N,))
     assert stats.shape == (7, N)
     assert grad.shape == ((N, V) if needs_grad else (0,))
     assert not operations.crossing

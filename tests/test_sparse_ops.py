@@ -13,22 +13,38 @@ pytestmark = pytest.mark.usefixtures("seed")
 N, V, K = 5, 203, 7
 
 
-def arguments(tail="bucket", needs_grad=True, student=None):
+def arguments(tail="bucket", needs_grad=True, student=None, reduced=False):
     if student is None:
         student = torch.randn(N, V, requires_grad=needs_grad)
     log_probs, indices = torch.log_softmax(torch.randn(N, V), -1).topk(K)
     labels = torch.randint(0, V, (N,))
     labels[1] = -100
     values = torch.tensor([1.3]), torch.tensor([0.3]), torch.rand(N)
-    return student, log_probs, indices, labels, *values, "jsd", 0.3, 2, -100, tail, [1.0, 0.0], needs_grad, "cpp"
+    return (
+        student,
+        log_probs,
+        indices,
+        labels,
+        *values,
+        "jsd",
+        0.3,
+        2,
+        -100,
+        tail,
+        [1.0, 0.0],
+        needs_grad,
+        reduced,
+        "cpp",
+    )
 
 
 @pytest.mark.parametrize("tail", sparse_ops.TAILS)
 @pytest.mark.parametrize("needs_grad", [True, False])
-def test_the_operator_is_what_torch_asks_of_one(tail, needs_grad):
+@pytest.mark.parametrize("reduced", [True, False])
+def test_the_operator_is_what_torch_asks_of_one(tail, needs_grad, reduced):
     torch.library.opcheck(
         sparse_ops.sparse_distillation_rows,
-        arguments(tail, needs_grad),
+        arguments(tail, needs_grad, reduced=reduced),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
     )
 

@@ -252,7 +252,8 @@ def test_a_compiled_loss_refuses_a_label_outside_the_vocabulary(batch):
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_the_operators_are_registered_as_torch_wants_them(batch, needs_grad):
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_operators_are_registered_as_torch_wants_them(batch, needs_grad, reduced):
     student, teacher, labels = batch
     one = torch.ones(1)
     scale = torch.rand(N)
@@ -269,7 +270,9 @@ def test_the_operators_are_registered_as_torch_wants_them(batch, needs_grad):
         -100,
         [1.0, 0.0, 1.0, 0.0],
         needs_grad,
+        reduced,
         "cpp",
     )
     torch.library.opcheck(ops.distillation_rows, arguments)
-    torch.library.opcheck(ops.scale_rows, (torch.randn(N, V), scale, "cpp"))
+    for factors in (scale, scale[:1]):
+        torch.library.opcheck(ops.scale_rows, (torch.randn(N, V), factors, "cpp"))

@@ -365,7 +365,7 @@ def test_nothing_waits_for_a_gpu_but_the_communication(monkeypatch, divergence):
     monkeypatch.setattr(dist, "all_reduce", lambda x, group: None)
     with torch.device("meta"):
         logits = torch.zeros(5, 8)
-        stats, _ = vocabulary_parallel.Shard("a group", [9, 8]).distillation_rows(
+        _, stats, _ = vocabulary_parallel.Shard("a group", [9, 8]).distillation_rows(
             logits,
             torch.zeros(5, 8, dtype=torch.bfloat16),
             torch.zeros(5, dtype=torch.int64),
@@ -378,6 +378,7 @@ def test_nothing_waits_for_a_gpu_but_the_communication(monkeypatch, divergence):
             ignore_index=-100,
             transforms=[1.0, 20.0, 0.5, 0.0],
             needs_grad=True,
+            reduced=True,
             grad=logits,
         )
     assert (stats.shape, stats.device.type) == ((7, 5), "meta")

@@ -43,6 +43,17 @@ Isa best_isa() noexcept {
     return supports(Isa::avx512) ? Isa::avx512 : supports(Isa::avx2) ? Isa::avx2 : Isa::plain;
 }
 
+void scaled_losses(const float* stats, const std::int64_t* labels, std::int64_t N, std::int64_t ignore_index, PerRow row_scale, bool reduced,
+                   float* loss) {
+    double sum = 0;
+    for (std::int64_t n = 0; n < N; ++n) {
+        const float scaled = labels[n] == ignore_index ? 0.0f : stats[n] * row_scale[n];
+        sum += scaled;
+        if (!reduced) loss[n] = scaled;
+    }
+    if (reduced) *loss = static_cast<float>(sum);
+}
+
 void vector_math(int function, const float* in, float* out, std::int64_t count, Isa isa) {
     auto* math = &math_plain;
 #if defined(__x86_64__)

@@ -30,7 +30,7 @@ struct Task {
     Matrix gradient;               // [N, V_s] in the student's dtype; data is null where no gradient is wanted. May be `student`
     const std::int64_t* labels;    // [N]
     PerRow temperature, alpha;
-    const float* row_scale;        // [N], multiplied onto the gradient
+    PerRow row_scale;              // multiplied onto the gradient
     float* stats;                  // [7, N]: loss, ce, divergence, student and teacher entropy, correct, agree
     Family family;
     float teacher_share;           // of the mixture of p and q, in families that have one
@@ -41,6 +41,10 @@ struct Task {
 
 /// Computes every row on at most `threads` threads; the same bits for any number of them. Labels must be within [0, V_s).
 void distillation_rows(const Task& task, Isa isa, int threads);
+
+/// The rows' losses out of their stats, times row_scale, 0 where the label is ignored: each into `loss` [N], or `reduced` to their sum [1].
+void scaled_losses(const float* stats, const std::int64_t* labels, std::int64_t N, std::int64_t ignore_index, PerRow row_scale, bool reduced,
+                   float* loss);
 
 /// The kernel's own functions on fp32 numbers, for their tests; which, see rows.h.
 void vector_math(int function, const float* in, float* out, std::int64_t count, Isa isa);

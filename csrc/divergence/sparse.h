@@ -16,7 +16,7 @@ struct SparseTask {
     std::int64_t K;
     const std::int64_t* labels;     // [N]
     PerRow temperature, alpha;
-    const float* row_scale;         // [N], multiplied onto the gradient
+    PerRow row_scale;               // multiplied onto the gradient
     float* stats;                   // [7, N], as Task's
     Family family;
     float teacher_share;

@@ -34,7 +34,14 @@ class Recorder:
 
 
 def rows(
-    N: int = 6, V: int = 320, pad: int = 0, tau: int = 1, ignore_index: int = -100, shift: int = 0, **options: object
+    N: int = 6,
+    V: int = 320,
+    pad: int = 0,
+    tau: int = 1,
+    scales: int = 2,
+    ignore_index: int = -100,
+    shift: int = 0,
+    **options: object,
 ) -> None:
     wide = torch.zeros(2 * N + 2, V + pad, dtype=torch.bfloat16)
     values = torch.ones(N + shift)[shift:]  # shifted by 4 bytes: no longer aligned to 16
@@ -45,16 +52,18 @@ def rows(
         "temperature_power": 2,
         "transforms": [0.5, 30.0, 1.0, 0.0],
         "needs_grad": True,
+        "reduced": True,
     }
+    temperature, scale = (values[: N if count > 1 else 1] for count in (tau, scales))
     dense.distillation_rows(
-        wide[:N, :V], wide[N : 2 * N, :V], labels, values[: N if tau > 1 else 1], values[:1], values,
+        wide[:N, :V], wide[N : 2 * N, :V], labels, temperature, values[:1], scale,
         ignore_index=ignore_index, **(defaults | options),
     )  # fmt: skip
 
 
 CHANGES: dict[str, list[dict[str, object]]] = {
     "N": [{"N": 1}, {"N": 2}, {"N": 16}, {"N": 17}],
-    "values a token": [{"tau": 2}, {"N": 1, "tau": 2}],
+    "values a token": [{"tau": 2}, {"N": 1, "tau": 2}, {"scales": 1}],
     "ignore_index": [{"ignore_index": 0}, {"ignore_index": 1}, {"ignore_index": -1}, {"ignore_index": 16}],
     "stride": [{"pad": 16}, {"pad": 48}],
     "teacher_share": [{"teacher_share": share} for share in (0.0, 0.3, 1.0)],

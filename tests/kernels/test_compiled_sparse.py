@@ -41,9 +41,9 @@ def test_the_students_logits_and_the_gradient_move_in_128_bits(kernels):
         assert accesses.pop("LDG.16", 0) == half * (blocks + 1), name_of(kernel)
         assert accesses.pop("STG.16", 0) == half * kernel["grad"] * (blocks + 1), name_of(kernel)
         # log-probability and place; the first listed place and the next ones; temperature, alpha, row_scale
-        words = 2 * blocks + 2 + 2 + kernel["grad"] + (not half) * (blocks + 1)
+        words = 2 * blocks + 2 + 3 + (not half) * (blocks + 1)
         assert accesses.pop("LDG.32") == words, name_of(kernel)
-        assert accesses.pop("STG.32") == 14 + (not half) * kernel["grad"] * (blocks + 1), name_of(kernel)
+        assert accesses.pop("STG.32") == 16 + (not half) * kernel["grad"] * (blocks + 1), name_of(kernel)
         assert not accesses, name_of(kernel)
 
 

@@ -62,11 +62,14 @@ def run(
     transform: tuple[float, float] = IDENTITY,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Stats and gradient of a backend."""
+    """Stats and gradient of a backend, whose scaled losses must be those of the stats."""
     defaults = {"teacher_share": 0.3, "temperature_power": 2, "ignore_index": -100, "needs_grad": True}
-    return rows_of(backend)(
-        *arguments, divergence=divergence, tail=tail, transform=list(transform), **(defaults | options)
+    loss, stats, gradient = rows_of(backend)(
+        *arguments, divergence=divergence, tail=tail, transform=list(transform), reduced=False, **(defaults | options)
     )
+    scaled = torch.where(arguments.labels == -100, 0.0, arguments.row_scale * stats[0])
+    torch.testing.assert_close(loss, scaled, rtol=1e-6, atol=0.0, equal_nan=True)
+    return stats, gradient
 
 
 def exact(

@@ -95,7 +95,7 @@ def test_rows_may_lie_beyond_32_bits(backend, tmp_path):
     assert_matches(student, teacher, labels, Objective(alpha=0.3), backend=backend)
 
     kernel, values, options = backend_module(backend), torch.ones(2), plain_options()
-    _, grad = kernel.distillation_rows(student, teacher, labels, values[:1], values[:1], values, **options)
+    _, _, grad = kernel.distillation_rows(student, teacher, labels, values[:1], values[:1], values, **options)
     kernel.distillation_rows(student, teacher, labels, values[:1], values[:1], values, **options, grad=over)
     assert torch.equal(over, grad)
     kernel.scale_rows_(over, torch.tensor([1.0, 2.0]))
@@ -111,6 +111,7 @@ def plain_options(divergence="forward_kl"):
         "ignore_index": -100,
         "transforms": [1.0, 0.0, 1.0, 0.0],
         "needs_grad": True,
+        "reduced": True,
     }
 
 
@@ -180,11 +181,12 @@ def test_a_gradient_written_over_the_logits_is_the_same(backend, divergence, V_s
     arguments = (teacher, labels, torch.tensor([1.3]), torch.tensor([0.3]), torch.rand(3))
     options = plain_options(divergence)
     kernel = backend_module(backend)
-    stats, grad = kernel.distillation_rows(student, *arguments, **options)
-    stats_over, over = kernel.distillation_rows(student, *arguments, **options, grad=student)
+    loss, stats, grad = kernel.distillation_rows(student, *arguments, **options)
+    loss_over, stats_over, over = kernel.distillation_rows(student, *arguments, **options, grad=student)
     assert over.data_ptr() == student.data_ptr()
     assert torch.equal(over, grad)
     assert torch.equal(stats_over, stats)
+    assert torch.equal(loss_over, loss)
     between[:, 4 : V_s + 4] = grad
     assert torch.equal(wide, between)
 
@@ -333,3 +335,17 @@ def test_a_divergence_is_never_negative_and_0_between_equals(backend, divergence
         out = distillation_loss(student, teacher, labels, objective, reduction="none", backend=backend)
         assert (out.loss >= 0).all()
         assert (out.loss <= limit).all()
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_one_scale_for_all_tokens_is_the_same_as_each_its_own(backend, reduced):
+    N, V = 5, 97
+    labels, one = some_labels(N, V), torch.rand(1)
+    labels[2] = -100
+    arguments = logits(N, V), logits(N, V), labels, torch.tensor([1.3]), torch.tensor([0.3])
+    kernel, options = backend_module(backend), plain_options("jsd") | {"reduced": reduced}
+    loss, stats, grad = kernel.distillation_rows(*arguments, one, **options)
+    each = kernel.distillation_rows(*arguments, one.expand(N).contiguous(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(each, (loss, stats, grad), strict=True))
+    scaled = stats[0].double() * one.double()
+    torch.testing.assert_close(loss.double(), scaled.sum() if reduced else scaled, rtol=1e-6, atol=0)
