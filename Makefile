@@ -2,11 +2,13 @@
 # make test   set up, build, and run the tests
 # make lint   ruff and mypy
 #
-# PYTHON picks the interpreter (3.10 to 3.13), VENV the environment's folder. With an NVIDIA GPU torch is its CUDA build;
-# without one, constraints-cpu.txt pins torch (see the note in that file on the small CPU build).
+# PYTHON picks the interpreter (3.10 to 3.13), VENV the environment's folder, TEST_PROCESSES how many processes run the
+# tests (of up to 3 GiB each). With an NVIDIA GPU torch is its CUDA build; without one, constraints-cpu.txt pins torch (see
+# the note in that file on the small CPU build).
 
 PYTHON ?= python3
 VENV ?= .venv
+TEST_PROCESSES ?= 2
 DEMO_OUTPUT ?= runs/demo
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
@@ -18,7 +20,7 @@ demo: $(VENV)/.core
 	$(BIN)/pocl-fast demo --output $(DEMO_OUTPUT)
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu
