@@ -127,7 +127,7 @@ class _Decoder:
         self.model, self.max_new_tokens, self.end_ids = model, max_new_tokens, end_ids
         self.pad_id, self.temperature = pad_id, temperature
         self.device = next(model.parameters()).device
-        head = _common_head(prompts)
+        head = _common_head(prompts) if self._sees_all_tokens() else []
         self.head = list(head) if len(prompts) > 1 and len(head) >= SHORTEST_HEAD else []
         self._head_cache: Any = None
         # transformers renamed the argument `past_key_values` to `cache` within version 5
@@ -160,6 +160,12 @@ class _Decoder:
                 cache.batch_select_indices(kept)
                 tokens, positions, mask, active = tokens[kept], positions[kept], mask[kept], active[kept]
         return answers
+
+    def _sees_all_tokens(self) -> bool:
+        """Whether every layer attends to all tokens; in a window the padding between head and rest would count too."""
+        from pocl_fast.kv_cache import RoomyLayer, roomy_cache  # imports transformers, which takes seconds
+
+        return all(isinstance(layer, RoomyLayer) for layer in roomy_cache(self.model.config, 0).layers)
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits [B, V] after the last of `tokens`, which are added to the cache."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocl_fast.generation import choose, generate, generation_batches, numbers_a_token
 
@@ -66,6 +67,32 @@ def test_a_common_head_changes_no_answer(head):
     run(model, prompts, batch_size=2, max_new_tokens=1)
     alone = {0: [], 12: [(1, 12)], 20: [(1, 19)]}[head]  # once for all batches
     assert [shape for shape in runs if shape[0] == 1 and shape[1] > 8] == alone
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "llama"])
+def test_prompts_of_one_head_are_answered_as_alone_where_attention_has_a_window(family):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    window = {} if family == "llama" else {"sliding_window": 8}
+    config = AutoConfig.for_model(family, vocab_size=260, num_key_value_heads=2, **sizes, **window)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)  # so that far tokens tell
+    prompts = [[7] * 12 + list(range(20, 20 + n)) for n in (3, 40, 9, 1, 22)]
+    ends = {row[3 + i] for i, row in enumerate(run(model, prompts, end_ids=set()))}
+    for prompt, answer in zip(prompts, run(model, prompts, end_ids=ends), strict=True):
+        assert answer == run(model, [prompt], end_ids=ends)[0]
+        (want,) = model.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=sorted(ends), pad_token_id=256
+        )
+        want = want[len(prompt) :].tolist()
+        assert answer == (want[:-1] if want[-1] in ends else want)
 
 
 def gumbel(rows, vocab_size, seed=0):
