@@ -340,6 +340,8 @@ class Run:
         return self._initial_student
 
     def _ready(self, model: Any) -> tuple[Any, bool]:
+        data, answer = self.config.data, self.config.generation.max_new_tokens
+        models.check_positions(model, max(data.max_length, data.max_prompt_length + answer), "student")
         return model, packing_ready(model, self.say)
 
     def _save_student(self, student: Any) -> None:

@@ -93,6 +93,11 @@ class Teacher:
         return self._head
 
     @property
+    def has_body(self) -> bool:
+        """Whether the whole model is still here."""
+        return self._model is not None
+
+    @property
     def model(self) -> Any:
         """The whole model. Raises RuntimeError once its body was released."""
         if self._model is None:

@@ -44,6 +44,7 @@ from pocl_fast.teacher import Teacher
 from pocl_fast.training_arguments import PoclConfig
 from pocl_fast.training_setup import (
     answered_by_teacher,
+    check_lengths,
     learning_rate_factor,
     measured_curriculum,
     measured_from,
@@ -112,6 +113,7 @@ class PoclTrainer(SavingTrainer):
         with self.precision.autocast():
             self.packed = packing_ready(causal_lm(model), first_says, autocast=self.precision.name == "bf16")
         self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision, self.samples)
+        check_lengths(model, self.teacher, args, self.samples, self.dev)
         if args.data_source == "teacher":
             self.samples = answered_by_teacher(
                 self.samples,

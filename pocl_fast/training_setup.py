@@ -64,6 +64,15 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
     return model, tokenizer
 
 
+def check_lengths(student: Any, teacher: Teacher, args: PoclConfig, training: SampleSet, dev: SampleSet | None) -> None:
+    """Raises `InputError` where a sample, or a prompt and its answer, has more tokens than a model has positions."""
+    lengths = [len(sample) for sample in training.encoded]
+    prompts = [len(sample.prompt_ids) for known in (training, dev) if known for sample in known.encoded]
+    models.check_positions(causal_lm(student), max([*lengths, max(prompts) + args.max_new_tokens]), "student")
+    if teacher.has_body:
+        models.check_positions(causal_lm(teacher.model), max(lengths), "teacher")
+
+
 def sharded_later(args: PoclConfig) -> bool:
     """Whether the student goes to the GPUs in parts."""
     by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")

@@ -250,6 +250,26 @@ def test_every_family_trains_to_the_loss_of_its_own_forward(tmp_path, family, ca
     assert ("does not support packed batches" in capsys.readouterr().out) == (not trainer.packed)
 
 
+# rotary positions have no end
+@pytest.mark.parametrize(
+    ("positions", "refused"),
+    [((64, 64), None), ((16, 64), "student has learned 16"), ((64, 16), "teacher has learned 16")],
+)
+def test_samples_longer_than_learned_positions_are_refused_before_anything_is_computed(tmp_path, positions, refused):
+    student, teacher = (
+        AutoModelForCausalLM.from_config(GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=4, n_positions=n))
+        for n in positions
+    )
+    setting = {"student": student, "teacher": teacher, "curriculum": curriculum_of(4, stages=1), "dev": False}
+    if refused is None:
+        trainer_of(tmp_path, **setting)
+        rotary = AutoModelForCausalLM.from_config(LlamaConfig(**NARROW, max_position_embeddings=16))
+        trainer_of(tmp_path, **setting | {"student": rotary})
+    else:
+        with pytest.raises(InputError, match=refused):
+            trainer_of(tmp_path, **setting)
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["body", "lm_head"])
 def test_adapters_are_trained_and_nothing_else(tmp_path, targets):
     peft = pytest.importorskip("peft")
