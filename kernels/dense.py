@@ -72,7 +72,7 @@ def _rows_kernel(
     else:
         d = (k * (gap_sum / z_p) - G) * LN2
     # D so small, or an offset between the models so large, that this difference of two sums has lost digits
-    close = d * relative_size(share, FAMILY) < CLOSE + 0.1 * tl.maximum(tl.abs(G) - 16.0, 0.0)
+    close = d * relative_size(share, FAMILY) < 0.1 * tl.maximum(tl.abs(G) - 16.0, 0.0) + CLOSE
     mean_u = d
     if not KL:
         d, mean_u = measure(
