@@ -82,7 +82,8 @@ struct Kept {
 };
 
 enum class Moment { none, of_q, of_p };
-enum class OwnCe { no, at_tau_1, at_tau_2, yes };  // whether CE's exponentials are q's, their squares, its own, or not wanted here
+enum class OwnCe { no, summed, at_tau_1, at_tau_2, yes };  // whether CE's exponentials are not wanted here, but summed, q's, their squares, its own
+constexpr bool has_sum(OwnCe ce) { return ce == OwnCe::summed || ce == OwnCe::at_tau_2 || ce == OwnCe::yes; }
 
 struct BlockSums {
     double q, p, ce, x, y, gap;
@@ -90,10 +91,21 @@ struct BlockSums {
     bool finite() const { return ::isfinite(q + p + ce + x + y + gap); }
 };
 
-/// One block, relative to f's maxima. -inf, NaN and logits too low for a finite exponent leave a sum that is not finite.
-template <Moment moment, OwnCe ce, class S, class T>
+/// Where no gradient waits for a sweep: see `Gradient` in sweeps.h.
+struct NoGradient {
+    struct Block {
+        template <bool Some>
+        void piece(std::int64_t) {}
+        void finish() {}
+    };
+    Block block(std::int64_t) { return {}; }
+};
+
+/// One block, relative to f's maxima. -inf, NaN and logits too low for a finite exponent leave a sum that is not finite. `waiting` takes
+/// from each place of scratch what it needs of it before the place is written.
+template <Moment moment, OwnCe ce, class S, class T, class Waiting>
 inline BlockSums sum_block(const typename S::Storage* s_row, const typename T::Storage* t_row, Pieces pieces, std::int64_t block,
-                           const RowFacts& f, Kept kept) {
+                           const RowFacts& f, Kept kept, Waiting waiting) {
     Float q_sum = {}, p_sum = {}, ce_sum = {}, x_sum = {}, y_sum = {}, gap_sum = {};
     Float max_s = broadcast(-kInf), max_t = max_s;
     const Float before_s = broadcast(f.q.max), before_t = broadcast(f.p.max), max_gap = broadcast(f.max_gap());
@@ -118,10 +130,10 @@ inline BlockSums sum_block(const typename S::Storage* s_row, const typename T::S
             F32::store(kept.second + place, p);
         }
         if constexpr (ce == OwnCe::at_tau_2) ce_sum += q * q;
-        if constexpr (ce == OwnCe::yes) {
+        if constexpr (ce == OwnCe::summed || ce == OwnCe::yes) {
             const Float c = exp2_of(below * kLog2E);
             ce_sum += c;
-            F32::store(kept.third + place, c);
+            if constexpr (ce == OwnCe::yes) F32::store(kept.third + place, c);
         }
     };
     for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
@@ -136,9 +148,11 @@ inline BlockSums sum_block(const typename S::Storage* s_row, const typename T::S
             const Float lowest = min(min(s_in.a, s_in.b), min(t_in.a, t_in.b));
             q_sum = select(lowest <= f.floor, broadcast(__builtin_nanf("")), q_sum);
         }
+        waiting.template piece<rest.value>(place);
         add(s.a, t.a, place);
         add(s.b, t.b, place + kWidth);
     });
+    waiting.finish();
     return {sum_lanes(q_sum), sum_lanes(p_sum), sum_lanes(ce_sum), sum_lanes(x_sum), sum_lanes(y_sum), sum_lanes(gap_sum),
             max_lane(max_s), max_lane(max_t)};
 }
@@ -149,7 +163,7 @@ inline void raise(RowFacts& f, float block_s, float block_t) {
     const double gap_before = f.max_gap();
     if (block_s > f.q.max || block_t > f.p.max) f.agree = false;
     const double scale_q = f.q.raise(block_s), scale_p = f.p.raise(block_t);
-    if constexpr (ce == OwnCe::at_tau_2 || ce == OwnCe::yes) f.ce.raise(block_s);
+    if constexpr (has_sum(ce)) f.ce.raise(block_s);
     const double gap_moved = gap_before - f.max_gap();
     if constexpr (moment == Moment::of_q) f.moment = f.moment * scale_q + (f.q.z > 0 ? f.q.z * gap_moved : 0);
     if constexpr (moment == Moment::of_p) f.moment = f.moment * scale_p + (f.p.z > 0 ? f.p.z * gap_moved : 0);
@@ -169,16 +183,16 @@ inline float block_max(const typename S::Storage* row, const Pieces& pieces, std
 enum class Unfit { stops, goes_on };  // at a logit that leaves no finite sum; a NaN's sums are to become NaN
 
 /// Sweeps a pair of rows. False where it stopped: the row must then be swept as a copy without such logits.
-template <Moment moment, OwnCe ce, class S, class T>
+template <Moment moment, OwnCe ce, class S, class T, class Waiting = NoGradient>
 inline bool normalise(const typename S::Storage* s_row, const typename T::Storage* t_row, const Pieces& pieces, const Kept& kept, RowFacts& f,
-                      Unfit unfit) {
+                      Unfit unfit, Waiting&& waiting = {}) {
     raise<Moment::none, ce>(f, block_max<S>(s_row, pieces, 0), block_max<T>(t_row, pieces, 0));
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
-        BlockSums sums = sum_block<moment, ce, S, T>(s_row, t_row, pieces, block, f, kept);
+        BlockSums sums = sum_block<moment, ce, S, T>(s_row, t_row, pieces, block, f, kept, waiting.block(block));
         const float steepest = f.q.factor > kLog2E ? f.q.factor : kLog2E;
         if ((sums.max_s - f.q.max) * steepest > kHighest || (sums.max_t - f.p.max) * steepest > kHighest) {
             raise<moment, ce>(f, sums.max_s, sums.max_t);
-            sums = sum_block<moment, ce, S, T>(s_row, t_row, pieces, block, f, kept);
+            sums = sum_block<moment, ce, S, T>(s_row, t_row, pieces, block, f, kept, NoGradient::Block{});
         }
         kept.max_s[block] = f.q.max;
         kept.max_t[block] = f.p.max;
@@ -188,7 +202,7 @@ inline bool normalise(const typename S::Storage* s_row, const typename T::Storag
         f.q.x_sum += sums.x;
         f.p.x_sum += sums.y;
         if constexpr (moment != Moment::none) f.moment += sums.gap;
-        if constexpr (ce == OwnCe::at_tau_2 || ce == OwnCe::yes) f.ce.z += sums.ce;
+        if constexpr (has_sum(ce)) f.ce.z += sums.ce;
         raise<moment, ce>(f, sums.max_s, sums.max_t);
         if (!f.agree && sums.max_s == f.q.max && sums.max_t == f.p.max) {
             Int both = {};

@@ -19,6 +19,8 @@ struct Pieces {
     std::int64_t begin(std::int64_t block) const { return block == 0 ? 0 : head + block * kBlock; }
     std::int64_t end(std::int64_t block) const { return head + (block + 1) * kBlock < V ? head + (block + 1) * kBlock : V; }
     std::int64_t place(std::int64_t v) const { return head == 0 ? v : v < head ? 0 : v - head + kTwo; }
+    /// Whether the pieces of both begin at the same places, as far as both have any.
+    bool in_step(const Pieces& other) const { return (head == 0) == (other.head == 0); }
 };
 
 /// Calls body(first entry, count, place in scratch, Whole or Rest) over the pieces of a block, of 2 kWidth entries but for a few.

@@ -186,7 +186,7 @@ void copied_row(const Row& row, const Output<G>& out) {
     const std::int64_t done = f.all_out ? 0 : row.V;
     if (done > 0) {
         const float factor = is_kl(family) ? 1.0f : mixture_factor(family, task.teacher_share);
-        gradient<family, OwnCe::no>(scratch.kept, pieces, f, values.w, values.known, factor, values.unit, Output<F32>{g, false});
+        Gradient<family, OwnCe::no, F32>{scratch.kept, pieces, f, values.w, values.known, factor, values.unit, Output<F32>{g, false}}.finish();
     }
     std::memset(g + done, 0, static_cast<std::size_t>(row.V_s - done) * sizeof *g);
     const CrossEntropy ce(f, values.w);
@@ -201,37 +201,81 @@ void copied_row(const Row& row, const Output<G>& out) {
     put_label<family, G>(row, f, values, shared ? scratch.s[row.label] : 0.0f, shared ? scratch.t[row.label] : 0.0f, slope[0], out.row);
 }
 
-/// The row where it lies: student and teacher of one dtype, untransformed. False where it holds a logit that is too low for that.
+/// A row whose gradient is still in scratch, where it waits for the next row's first sweep.
+template <Family family, class S>
+struct Waiting {
+    bool any = false;
+    OwnCe own_ce = OwnCe::no;
+    Row row{};
+    Pieces pieces{};
+    RowFacts f;
+    Values values;
+    float s_label = 0, t_label = 0;
+    Output<S> out{};
+
+    template <OwnCe ce>
+    Gradient<family, ce, S> gradient(const Kept& kept) const {
+        const float factor = is_kl(family) ? 1.0f : mixture_factor(family, row.task->teacher_share);
+        return {kept, pieces, f, values.w, values.known, factor, values.unit, out};
+    }
+    /// What follows the gradient's last piece.
+    void close() {
+        put_label<family, S>(row, f, values, s_label, t_label, 1.0f, out.row);
+        any = false;
+    }
+    template <OwnCe ce>
+    void finish(Gradient<family, ce, S> left) {
+        left.finish();
+        close();
+    }
+    /// The whole gradient by itself.
+    void write(const Kept& kept) {
+        if (!any) return;
+        if (own_ce == OwnCe::summed) finish(gradient<OwnCe::summed>(kept));
+        else if (own_ce == OwnCe::at_tau_1) finish(gradient<OwnCe::at_tau_1>(kept));
+        else if (own_ce == OwnCe::at_tau_2) finish(gradient<OwnCe::at_tau_2>(kept));
+        else finish(gradient<OwnCe::yes>(kept));
+    }
+};
+
+/// The row where it lies: student and teacher of one dtype, untransformed. False where it holds a logit that is too low for that. Writes
+/// the gradient that waits, and leaves its own.
 template <Family family, OwnCe own_ce, class S>
-bool direct_row(const Row& row, const Output<S>& out) {
+bool direct_row(const Row& row, const Output<S>& out, Waiting<family, S>& waiting) {
     using Storage = typename S::Storage;
     const Task& task = *row.task;
     RowFacts f = begin_row(task, row.n);
     const Rows<S, S> rows{static_cast<const Storage*>(task.student.data) + row.n * task.student.row_stride,
                           static_cast<const Storage*>(task.teacher.data) + row.n * task.teacher.row_stride};
-    const Scratch scratch(row.scratch, row.V_s);
+    const Kept kept = Scratch(row.scratch, row.V_s).kept;
     const Pieces pieces{row.V, out.row == nullptr || out.head() > row.V ? 0 : out.head()};
-    if (!normalise<moment_of(family), own_ce, S, S>(rows.s, rows.t, pieces, scratch.kept, f, Unfit::stops)) return false;
+    bool fit;
+    if (waiting.any && waiting.own_ce == own_ce && waiting.pieces.in_step(pieces)) {
+        auto gradient = waiting.template gradient<own_ce>(kept);
+        fit = normalise<moment_of(family), own_ce, S, S>(rows.s, rows.t, pieces, kept, f, Unfit::stops, gradient);
+        waiting.finish(gradient);
+    } else {
+        waiting.write(kept);
+        fit = normalise<moment_of(family), own_ce, S, S>(rows.s, rows.t, pieces, kept, f, Unfit::stops);
+    }
+    if (!fit) return false;
     if (own_ce == OwnCe::at_tau_1) f.ce = f.q;
     normalise_ce<S>(rows.s, row.V, row.V_s, f.ce);
     const float s_label = element<S>(rows.s + row.label), t_label = row.label < row.V ? element<S>(rows.t + row.label) : 0.0f;
-    const Values values = evaluate<family>(row, rows, pieces, scratch.kept, f, s_label);
+    const Values values = evaluate<family>(row, rows, pieces, kept, f, s_label);
     put_stats(row, f, values, s_label);
     if (out.row == nullptr) return true;
-    const float factor = is_kl(family) ? 1.0f : mixture_factor(family, task.teacher_share);
-    const auto put = [&](auto& sweep) { sweep(scratch.kept, pieces, f, values.w, values.known, factor, values.unit, out); };
-    if (values.w.ce == 0.0f) put(gradient<family, OwnCe::no, S>);
-    else put(gradient<family, own_ce, S>);
     ce_gradient<S, S>(rows.s, row.V, row.V_s, f, values.w, out.row);
-    put_label<family, S>(row, f, values, s_label, t_label, 1.0f, out.row);
+    waiting = {true, own_ce, row, pieces, f, values, s_label, t_label, out};
     return true;
 }
 
 template <Family family, class S>
-bool direct_row_by_temperature(const Row& row, float tau, const Output<S>& out) {
-    if (tau == 1.0f) return direct_row<family, OwnCe::at_tau_1>(row, out);
-    if (tau == 2.0f) return direct_row<family, OwnCe::at_tau_2>(row, out);
-    return direct_row<family, OwnCe::yes>(row, out);
+bool direct_row_by_temperature(const Row& row, float tau, const Output<S>& out, Waiting<family, S>& waiting) {
+    if (tau == 1.0f) return direct_row<family, OwnCe::at_tau_1>(row, out, waiting);
+    if (tau == 2.0f) return direct_row<family, OwnCe::at_tau_2>(row, out, waiting);
+    if (row.task->alpha[row.n] == 0.0f) return direct_row<family, OwnCe::summed>(row, out, waiting);
+    return direct_row<family, OwnCe::yes>(row, out, waiting);
 }
 
 template <Family family, class S>
@@ -244,6 +288,7 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
         task.teacher.dtype == task.student.dtype && task.student_transform.identity() && task.teacher_transform.identity();
     // Past the caches when the gradient is too large to stay in them anyway; not over the student's own logits, which they hold.
     const bool stream = task.gradient.data != task.student.data && row_bytes * N > (std::int64_t{16} << 20);
+    Waiting<family, S> waiting;
     for (std::int64_t n = begin; n < end; ++n) {
         Storage* const g_row =
             task.gradient.data == nullptr ? nullptr : static_cast<Storage*>(task.gradient.data) + n * task.gradient.row_stride;
@@ -256,8 +301,9 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
         const float tau = task.temperature[n];
         const Row row{n, V, V_s, label, task.row_scale[n], ::powf(tau, static_cast<float>(task.temperature_power)), &task, scratch};
         const Output<S> out{g_row, stream && g_row != nullptr};
-        if (!direct || !direct_row_by_temperature<family>(row, tau, out)) copied_row<family>(row, out);
+        if (!direct || !direct_row_by_temperature<family>(row, tau, out, waiting)) copied_row<family>(row, out);
     }
+    waiting.write(Scratch(scratch, V_s).kept);
 #if defined(__AVX2__)
     if (stream) _mm_sfence();
 #endif

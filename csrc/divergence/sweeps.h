@@ -161,33 +161,79 @@ inline BlockWeights block_weights(const RowFacts& f, const Weights& w, float max
     } else {
         out = {w.d * factor * q * -known, static_cast<double>(w.d) * factor * unit, 0};
     }
-    if (w.ce == 0.0f || ce == OwnCe::no) return out;
+    if (w.ce == 0.0f || ce == OwnCe::no || ce == OwnCe::summed) return out;
     const double of_ce = w.ce * f.ce.weight(max_s);
     if constexpr (ce == OwnCe::at_tau_1) out.first += of_ce;
     else out.third = of_ce;
     return out;
 }
 
-/// The gradient over the shared vocabulary, from what the sweeps before have kept. w.d is over the temperature.
+/// The gradient of a row over the shared vocabulary, from what the sweeps before have kept, block by block. It can wait until the next
+/// row of logits is swept, piece by piece before that row's exponentials take the places of this one's: memory is then read and written
+/// at once, and scratch moves through the first cache once, not twice.
 template <Family family, OwnCe ce, class G>
-inline void gradient(Kept kept, Pieces pieces, const RowFacts& f, const Weights& w, double known, float factor, float unit,
-                     Output<G> out) {
-    for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
-        const BlockWeights weights = block_weights<family, ce>(f, w, kept.max_s[block], kept.max_t[block], known, factor, unit);
-        const Float first = broadcast(static_cast<float>(weights.first)), second = broadcast(static_cast<float>(weights.second));
-        const Float third = broadcast(static_cast<float>(weights.third));
-        const auto at = [&](std::int64_t place) POCL_INLINE {
-            const Float q = F32::load(kept.first + place);
-            Float g = first * q + second * F32::load(kept.second + place);
-            if constexpr (ce == OwnCe::at_tau_2) g += third * (q * q);
-            if constexpr (ce == OwnCe::yes) g += third * F32::load(kept.third + place);
+struct Gradient {
+    Kept kept;
+    Pieces pieces;
+    const RowFacts& f;
+    Weights w;                      // w.d is over the temperature
+    double known;                   // see `block_weights`
+    float factor, unit;
+    Output<G> out;
+    std::int64_t next = 0;          // block
+
+    struct Block {
+        const float *q, *second, *third;
+        Float q_weight, second_weight, third_weight;
+        Output<G> out;
+        Pieces pieces;
+        std::int64_t v, end;        // what is not yet written
+
+        Float at(std::int64_t place) const {
+            const Float x = F32::load(q + place);
+            Float g = fma(q_weight, x, second_weight * F32::load(second + place));
+            if constexpr (ce == OwnCe::at_tau_2) g = fma(third_weight, x * x, g);
+            if constexpr (ce == OwnCe::yes) g = fma(third_weight, F32::load(third + place), g);
             return g;
-        };
-        for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
-            out.template put<rest.value>(v, count, Two{at(place), at(place + kWidth)});
-        });
+        }
+        /// Writes the piece at `place`, where there is one. `Some`: it may have another length than `kTwo`.
+        template <bool Some>
+        POCL_INLINE void piece(std::int64_t place) {
+            if (!Some && v + kTwo <= end) {
+                out.template put<false>(v, kTwo, Two{at(place), at(place + kWidth)});
+                v += kTwo;
+            } else if (v < end) {
+                const std::int64_t stop = v < pieces.head ? pieces.head : v + kTwo;
+                const int count = static_cast<int>((stop < end ? stop : end) - v);
+                out.template put<true>(v, count, Two{at(place), at(place + kWidth)});
+                v += count;
+            }
+        }
+        void finish() {
+            while (v < end) piece<true>(pieces.place(v));
+        }
+    };
+
+    /// The next block, which is `block`; without pieces where the row has fewer.
+    Block block(std::int64_t block) {
+        BlockWeights weights;
+        const bool any = block < pieces.blocks();
+        if (any) {
+            weights = block_weights<family, ce>(f, w, kept.max_s[block], kept.max_t[block], known, factor, unit);
+            next = block + 1;
+        }
+        return {kept.first, kept.second, kept.third, broadcast(static_cast<float>(weights.first)), broadcast(static_cast<float>(weights.second)),
+                broadcast(static_cast<float>(weights.third)), out, pieces, any ? pieces.begin(block) : 0, any ? pieces.end(block) : 0};
     }
-}
+
+    /// All blocks that are left.
+    void finish() {
+        while (next < pieces.blocks()) {
+            Block now = block(next);
+            for_pieces(pieces, next - 1, [&](std::int64_t, int, std::int64_t place, auto rest) POCL_INLINE { now.template piece<rest.value>(place); });
+        }
+    }
+};
 
 }  // namespace
 }  // namespace pocl

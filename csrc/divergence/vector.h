@@ -38,6 +38,15 @@ inline Float max(Float a, Float b) { return a > b ? a : b; }
 inline Float min(Float a, Float b) { return a < b ? a : b; }
 #endif
 
+/// a b + c, rounded once where the processor can, in every place alike.
+#if defined(__AVX512F__)
+inline Float fma(Float a, Float b, Float c) { return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__)
+inline Float fma(Float a, Float b, Float c) { return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline Float fma(Float a, Float b, Float c) { return a * b + c; }
+#endif
+
 inline float max_lane(Float x) {
     float best = x[0];
     for (int i = 1; i < kWidth; ++i) best = x[i] > best ? x[i] : best;
