@@ -179,13 +179,13 @@ void bind_divergence(py::module_& m) {
           py::arg("temperature_power"), py::arg("ignore_index"), py::arg("tail"), py::arg("transform"), py::arg("threads"),
           "The fused loss of each row against K entries of the teacher's; see csrc/divergence/sparse.h.");
     m.def("vector_math", [](const std::string& function, const Array<float>& x) {
-        const std::vector<std::string> names{"exp2", "exp2_minus_1", "log1p", "tanh", "log2"};
+        const std::vector<std::string> names{"exp2", "exp2_minus_1", "log1p", "tanh", "log2", "exp"};
         const auto found = std::ranges::find(names, function);
         if (found == names.end()) throw std::invalid_argument("no function named " + function);
         py::array_t<float> y(x.size());
         pocl::vector_math(static_cast<int>(found - names.begin()), x.data(), y.mutable_data(), x.size(), chosen_isa());
         return y;
-    }, py::arg("function"), py::arg("x"), "The kernel's own exp2, exp2_minus_1, log1p, tanh or log2 of fp32 numbers, for their test.");
+    }, py::arg("function"), py::arg("x"), "The kernel's own exp2, exp2_minus_1, log1p, tanh, log2 or exp of fp32 numbers, for their test.");
     m.def("isa", [] {
         const pocl::Isa isa = chosen_isa();
         for (const auto& [name, value] : kIsas)

@@ -113,9 +113,8 @@ inline BlockSums sum_block(const typename S::Storage* s_row, const typename T::S
     const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
         max_s = max(s, max_s);
         max_t = max(t, max_t);
-        const Float below = s - before_s;
-        const Float x = below * factor, y = (t - before_t) * factor;
-        const Float q = exp2_of(x), p = exp2_of(y);
+        const Float x = s - before_s, y = t - before_t;
+        const Float q = exp2_of(x, factor), p = exp2_of(y, factor);
         q_sum += q;
         p_sum += p;
         x_sum += q * x;
@@ -131,7 +130,7 @@ inline BlockSums sum_block(const typename S::Storage* s_row, const typename T::S
         }
         if constexpr (ce == OwnCe::at_tau_2) ce_sum += q * q;
         if constexpr (ce == OwnCe::summed || ce == OwnCe::yes) {
-            const Float c = exp2_of(below * kLog2E);
+            const Float c = exp2_of(x, broadcast(kLog2E));
             ce_sum += c;
             if constexpr (ce == OwnCe::yes) F32::store(kept.third + place, c);
         }
@@ -199,8 +198,8 @@ inline bool normalise(const typename S::Storage* s_row, const typename T::Storag
         if (unfit == Unfit::stops && !sums.finite()) return false;
         f.q.z += sums.q;
         f.p.z += sums.p;
-        f.q.x_sum += sums.x;
-        f.p.x_sum += sums.y;
+        f.q.x_sum += sums.x * f.q.factor;
+        f.p.x_sum += sums.y * f.p.factor;
         if constexpr (moment != Moment::none) f.moment += sums.gap;
         if constexpr (has_sum(ce)) f.ce.z += sums.ce;
         raise<moment, ce>(f, sums.max_s, sums.max_t);

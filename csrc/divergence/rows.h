@@ -28,7 +28,7 @@ void rows_avx2(const Task& task, std::int64_t begin, std::int64_t end, float* sc
 void rows_avx512(const Task& task, std::int64_t begin, std::int64_t end, float* scratch);
 
 /// The vector functions, elementwise, for their test: 0 is 2^x, 1 is 2^x - 1 (x <= 0), 2 is log(1 + x), 3 is tanh(x),
-/// 4 is log2(x) (x > 0, normal).
+/// 4 is log2(x) (x > 0, normal), 5 is 2^(x * fp32's log2(e)) (x <= 0).
 void math_plain(int function, const float* in, float* out, std::int64_t count);
 void math_avx2(int function, const float* in, float* out, std::int64_t count);
 void math_avx512(int function, const float* in, float* out, std::int64_t count);

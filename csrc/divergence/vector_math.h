@@ -26,32 +26,47 @@ inline Float scaled(Float p, Float n) { return (Float)_mm512_maskz_scalef_ps(kAl
 #else
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
 inline Float nearest(Float y) { return max(broadcast(-200.0f), y) + kMagic - kMagic; }
-inline Float scaled(Float p, Float n) {
-    const Float exact = (Float)((Int)p + ((Int)(n + kMagic) << 23));  // the bits of kMagic fall off at the top
-    return select(n >= -126.0f, exact, select(n == n, Float{}, n));
+inline Float scaled(Float p, Float n, Float low) {  // low: the result below 2^-126
+    return select(n >= -126.0f, (Float)((Int)p + ((Int)(n + kMagic) << 23)), low);  // the bits of kMagic fall off at the top
 }
+inline Float scaled(Float p, Float n) { return scaled(p, n, select(n == n, Float{}, n)); }
 #endif
 
 #if defined(__AVX512F__)
-constexpr Float kSixteenths = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
-                               1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.83400810f, 1.91520655f};
+// 2^(i/32)
+constexpr Float kPowers[2] = {{1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+                               1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f},
+                              {1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+                               1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f}};
+constexpr float kToThirtySeconds = 393216.0f;  // 1.5 * 2^18: adding it rounds to thirty-seconds, whose number then is in the low bits
 
-/// 2^y for y below 128: 2^floor(y), the sixteenths by a table in a register, and what remains by a polynomial. Half of the work is beside
-/// the other, where one polynomial for all of the fraction would be a chain twice as long.
+/// 2^(n + r) of `rounded` = n + kToThirtySeconds, |r| <= 1/64: 2^floor(n), the thirty-seconds by a table in registers, and 2^r by a polynomial.
+inline Float exp2_of_parts(Float rounded, Float n, Float r) {
+    const Float power = (Float)_mm512_permutex2var_ps((__m512)kPowers[0], (__m512i)rounded, (__m512)kPowers[1]);
+    const Float whole = scaled(power, n);
+    return fma(whole * r, fma(broadcast(0.240228856f), r, broadcast(0.693157341f)), whole);
+}
+
+/// 2^(x * factor), the product below 127 and not rounded by itself. NaN where it is -inf.
+inline Float exp2_of(Float x, Float factor) {
+    const Float rounded = fma(x, factor, broadcast(kToThirtySeconds)), n = rounded - kToThirtySeconds;
+    return exp2_of_parts(rounded, n, fma(x, factor, -n));
+}
+/// 2^y for y below 127, also of -inf.
 inline Float exp2_of(Float y) {
-    constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-    const __m512 sixteenths = _mm512_maskz_add_round_ps(kAll, (__m512)y, _mm512_set1_ps(786432.0f), down);  // 1.5 * 2^19: in the lowest 4 bits
-    const Float power = (Float)_mm512_maskz_permutexvar_ps(kAll, (__m512i)sixteenths, (__m512)kSixteenths);
-    const Float r = (Float)_mm512_maskz_reduce_ps(kAll, (__m512)y, (4 << 4) | down);
-    const Float slope = (r * 5.66699021e-2f + 2.40184247e-1f) * r + 6.93147600e-1f;
-    const Float whole = scaled(power, y);
-    return whole * (r * slope) + whole;
+    const Float finite = max(broadcast(-1000.0f), y), rounded = finite + kToThirtySeconds, n = rounded - kToThirtySeconds;
+    return exp2_of_parts(rounded, n, finite - n);
 }
 #else
-/// 2^y for y below 128.
+/// 2^y for y below 127, also of -inf.
 inline Float exp2_of(Float y) {
     const Float n = nearest(y), r = y - n;
     return scaled(exp2_slope(r) * r + 1.0f, n);
+}
+/// 2^(x * factor), the product below 127. NaN where it is -inf.
+inline Float exp2_of(Float x, Float factor) {
+    const Float y = x * factor, n = nearest(y), r = fma(x, factor, -n);
+    return scaled(exp2_slope(r) * r + 1.0f, n, y - y);
 }
 #endif
 
@@ -131,7 +146,7 @@ inline void math(int function, const float* in, float* out, std::int64_t count) 
         const Float x = load_some<F32>(in + v, here, 0.0f);
         Float power;
         const Float y = function == 0 ? exp2_of(x) : function == 1 ? exp2_minus_1(x, power)
-                        : function == 2 ? log1p_of(x) : function == 3 ? tanh_of(x) : log2_of(x);
+                        : function == 2 ? log1p_of(x) : function == 3 ? tanh_of(x) : function == 4 ? log2_of(x) : exp2_of(x, broadcast(kLog2E));
         store_some<F32>(out + v, y, here);
     }
 }

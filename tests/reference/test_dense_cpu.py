@@ -132,6 +132,49 @@ def test_any_number_of_threads_gives_the_same_bits(divergence, dtype):
     assert torch.equal(results[0][1], results[1][1])
 
 
+def neighbours_of_every_kind(N, V, dtype):
+    """Logits, labels, temperatures and alphas of rows that the kernel treats in different ways, in random order."""
+    student, teacher, labels = logits(N, V, dtype=dtype), logits(N, V, dtype=dtype), some_labels(N, V)
+    kinds = torch.randint(0, 8, (N,))
+    student[kinds == 1, V // 2] = -math.inf  # swept as a copy, after a part of the row was swept where it lies
+    student[kinds == 2, V - 1] = 60.0  # a block that is swept again
+    teacher[kinds == 3] = (student[kinds == 3] + 1e-3 * torch.randn(V)).to(dtype)  # near each other
+    temperatures = torch.tensor([1.0, 1.0, 2.0, 1.33])[torch.randint(0, 4, (N,))]
+    alphas = torch.tensor([0.3, 0.3, 0.0, 1.0])[torch.randint(0, 4, (N,))]
+    return student, teacher, labels, temperatures, alphas
+
+
+# a row's gradient is written while the next one is swept
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [2, 33, 2048, 4097])
+def test_a_row_has_the_same_bits_alone_as_among_others(divergence, dtype, V):
+    student, teacher, labels, temperatures, alphas = neighbours_of_every_kind(24, V, dtype)
+
+    def run(rows):
+        s = student[rows].clone().requires_grad_(True)
+        objective = Objective(divergence, temperature=temperatures[rows], alpha=alphas[rows])
+        out = distillation_loss(s, teacher[rows], labels[rows], objective, backend="cpp", reduction="none")
+        (out.loss * torch.arange(1.0, 25.0)[rows]).sum().backward()
+        return [out.loss.detach(), s.grad, *out.per_token.values()]
+
+    together = run(slice(None))
+    for n in range(24):
+        for all_rows, alone in zip(together, run(slice(n, n + 1)), strict=True):
+            assert torch.equal(all_rows[n : n + 1], alone)
+
+
+# rows that begin at every offset from a cache line, and gradients that are streamed past the caches
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("dtype", "N", "V"), [(torch.float32, 95, 50257), (torch.bfloat16, 530, 16001)])
+def test_rows_of_every_kind_match_beside_each_other(isa, divergence, dtype, N, V):
+    if isa == "plain":  # which streams nothing
+        N = 20
+    student, teacher, labels, temperatures, alphas = neighbours_of_every_kind(N, V, dtype)
+    objective = Objective(divergence, temperature=temperatures, alpha=alphas)
+    assert_matches(student, teacher, labels, objective, backend="cpp")
+
+
 # every bit pattern: subnormals, infinities, NaN; and halfway cases of the way back
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
