@@ -95,18 +95,20 @@ inline Mixed mixed(const Probabilities& at, Float s, Float t, Float a, Float b) 
     return out;
 }
 
-inline Float sign_of(Float x) { return select(x > 0.0f, broadcast(1.0f), select(x < 0.0f, broadcast(-1.0f), Float{})); }
-inline Float magnitude(Float x) { return max(x, -x); }
+constexpr std::int32_t kSignBit = -0x7FFFFFFF - 1;
+inline Float magnitude(Float x) { return (Float)((Int)x & ~kSignBit); }
+/// x >= 0, or -x.
+inline Float with_sign_of(Float sign, Float x) { return (Float)((Int)x | ((Int)sign & kSignBit)); }
 
 struct MixtureSums {
     double D = 0;
     double u = 0;            // sum of q u, u without its factor, in nats
-    float unit = 1.0f;       // nats in the unit of the q u in scratch
+    float unit = 1.0f;       // nats in the unit of the u in scratch
 };
 
-/// D, and for the gradient q u of each entry, in nats, and its sum. tau dD/ds = factor (q u - q mean u).
+/// D, and for the gradient 2^x_q u of each entry, in nats, in `kept.second`, and the sum of q u. tau dD/ds = factor (q u - q mean u).
 template <Family family, class S, class T>
-inline MixtureSums near_mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, float* q_u) {
+inline MixtureSums near_mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, const Kept& kept) {
     const Probabilities at(f);
     const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
     MixtureSums sums;
@@ -125,11 +127,11 @@ inline MixtureSums near_mixture(const Rows<S, T>& rows, const Pieces& pieces, co
                 u = m.log_q_m + a * m.ratio;
                 terms += divergence_term(m.q, -a * m.difference, m.log_q_m);
             } else {
-                u = 0.5f * sign_of(-m.difference);
+                u = select(m.difference == 0.0f, Float{}, with_sign_of(m.difference, broadcast(1.0f)));
                 terms += 0.5f * magnitude(m.difference);
             }
             u_sum += m.q * u;
-            F32::store(q_u + place, m.q * u);
+            F32::store(kept.second + place, F32::load(kept.first + place) * u);
         };
         for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
             const Two s = load_two<S, rest.value>(rows.s + v, count, f.floor), t = load_two<T, rest.value>(rows.t + v, count, f.floor);

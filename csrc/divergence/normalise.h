@@ -82,7 +82,8 @@ struct Kept {
 };
 
 enum class Moment { none, of_q, of_p };
-enum class OwnCe { no, summed, at_tau_1, at_tau_2, yes };  // whether CE's exponentials are not wanted here, but summed, q's, their squares, its own
+/// CE's exponentials: not wanted here; summed, but not kept (alpha is 0); q's; q's squares; its own.
+enum class OwnCe { no, summed, at_tau_1, at_tau_2, yes };
 constexpr bool has_sum(OwnCe ce) { return ce == OwnCe::summed || ce == OwnCe::at_tau_2 || ce == OwnCe::yes; }
 
 struct BlockSums {

@@ -6,12 +6,13 @@
 
 namespace pocl {
 
-/// Rows that a thread takes at a time: neighbours, of 2 MiB at most, so that two threads seldom wait for the same fresh page; yet enough
-/// pieces for all threads, and none so small that it does not pay to wake one (32768 logits). 0 where that is less than a row.
+/// Rows that a thread takes at a time: neighbours, of 8 MiB at most, so that two threads seldom wait for the same fresh page and most
+/// gradients are written while the next row is read; yet enough pieces for all threads, and none so small that it does not pay to wake
+/// one (32768 logits). 0 where that is less than a row.
 inline std::int64_t rows_of_a_piece(const Matrix& student, int threads) {
     const std::int64_t columns = std::max<std::int64_t>(1, student.columns);
-    const std::int64_t page = (std::int64_t{2} << 20) / (columns * (student.dtype == DType::float32 ? 4 : 2));
-    return std::max(32768 / columns, std::min(page, student.rows / (8 * std::max(threads, 1))));
+    const std::int64_t most = (std::int64_t{8} << 20) / (columns * (student.dtype == DType::float32 ? 4 : 2));
+    return std::max(32768 / columns, std::min(most, student.rows / (8 * std::max(threads, 1))));
 }
 
 /// fp32 numbers in each array of a thread's scratch, whole vectors of any build, and those for a number a block.

@@ -1,8 +1,9 @@
 // The row kernel. Included once by each rows_*.cpp, which says how wide a vector is.
 //
 // A row is read once from memory; the exponentials that its gradient takes stay in scratch, which the caches hold: normalise.h, then
-// sweeps.h. Rows of one dtype without -inf are swept where they lie. Any others (two dtypes, transforms, -inf) are first copied to
-// fp32 in the caller's scratch, where an entry that is out of D has a logit low enough for its probabilities to be 0.
+// sweeps.h. There they wait for the next row, in whose first sweep the gradient is written. Rows of one dtype without -inf are swept
+// where they lie. Any others (two dtypes, transforms, -inf) are first copied to fp32 in the caller's scratch, where an entry that is out
+// of D has a logit low enough for its probabilities to be 0.
 #pragma once
 #include "divergence/rows.h"
 #include "divergence/sweeps.h"
@@ -36,7 +37,7 @@ inline double label_gradient(Family family, double log_q, double log_p, double a
         case Family::jsd: return q > 0 ? b * q * (log_q - log_m - known) : 0;
         case Family::skew_forward_kl: return -b * q * (ratio - known);
         case Family::skew_reverse_kl: return q > 0 ? q * (log_q - log_m + a * ratio - known) : 0;
-        case Family::tvd: return q * ((difference < 0 ? 0.5 : difference > 0 ? -0.5 : 0) - known);
+        case Family::tvd: return -0.5 * q * ((difference > 0 ? 1.0 : difference < 0 ? -1.0 : 0) - known);
     }
     return 0;
 }
@@ -218,17 +219,14 @@ struct Waiting {
         const float factor = is_kl(family) ? 1.0f : mixture_factor(family, row.task->teacher_share);
         return {kept, pieces, f, values.w, values.known, factor, values.unit, out};
     }
-    /// What follows the gradient's last piece.
-    void close() {
-        put_label<family, S>(row, f, values, s_label, t_label, 1.0f, out.row);
-        any = false;
-    }
+    /// What is left of the gradient, and the label's entry last.
     template <OwnCe ce>
     void finish(Gradient<family, ce, S> left) {
         left.finish();
-        close();
+        put_label<family, S>(row, f, values, s_label, t_label, 1.0f, out.row);
+        any = false;
     }
-    /// The whole gradient by itself.
+    /// All of the gradient, by itself.
     void write(const Kept& kept) {
         if (!any) return;
         if (own_ce == OwnCe::summed) finish(gradient<OwnCe::summed>(kept));

@@ -27,66 +27,75 @@ inline double near_below(float teacher_share) {
     return 0.1;
 }
 
-/// D of a mixture or total variation. Leaves q u of each entry in `kept.second`.
+/// D of a mixture or total variation. Leaves 2^x_q u of each entry in `kept.second`.
 template <Family family, class S, class T>
 inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, const Kept& kept) {
-    constexpr bool logs = family != Family::tvd;
-    const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
+    constexpr float tiny = 1.17549435e-38f;  // in the place of a 0, whose logarithm would be NaN times 0
+    const double a = teacher_share, b = 1.0f - teacher_share;
+    const Float b_log2e = broadcast(static_cast<float>(b / kLn2));
     const Logarithms log_q(f.q), log_p(f.p);
+    double q_weight = 0, p_weight = 0;
     double of_q = 0, of_p = 0, u = 0;  // sums of q log2(q/m) and p log2(p/m), or of |p - q|; of q u
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
-        const Float weight_q = broadcast(static_cast<float>(f.q.weight(kept.max_s[block])));
-        const Float weight_p = broadcast(static_cast<float>(f.p.weight(kept.max_t[block])));
-        Float q_sum = {}, p_sum = {}, u_sum = {};
+        if (block == 0 || kept.max_s[block] != kept.max_s[block - 1]) q_weight = f.q.weight(kept.max_s[block]);
+        if (block == 0 || kept.max_t[block] != kept.max_t[block - 1]) p_weight = f.p.weight(kept.max_t[block]);
+        const Float to_q = broadcast(static_cast<float>(q_weight)), to_p = broadcast(static_cast<float>(p_weight));
+        const Float q_to_m = broadcast(static_cast<float>(b * q_weight)), p_to_m = broadcast(static_cast<float>(a * p_weight));
+        Float q_sum = {}, p_sum = {}, u_sum = {};  // in units of the weights
         const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
-            const Float q = F32::load(kept.first + place) * weight_q, p = F32::load(kept.second + place) * weight_p;
+            const Float q = F32::load(kept.first + place), p = F32::load(kept.second + place);
             Float product;
-            if constexpr (logs) {
-                const Float m = max(broadcast(1.17549435e-38f), a * p + b * q);  // where both underflow their logarithms do not matter
-                const Float log_m = log2_of(m);
-                const Float log_q_m = log_q(s) - log_m, log_p_m = log_p(t) - log_m;
-                if constexpr (family == Family::skew_reverse_kl) q_sum += q * log_q_m;
-                else p_sum += p * log_p_m;
-                if constexpr (family == Family::jsd) product = q * log_q_m;  // which D sums too
-                else if constexpr (family == Family::skew_forward_kl) product = q * ((p - m) / m);
-                else product = q * (log_q_m + (a * kLog2E) * ((p - m) / m));
+            if constexpr (family == Family::tvd) {
+                const Float from = q * to_q, to = p * to_p, difference = to - from;
+                p_sum += magnitude(difference);
+                product = select(from == to, Float{}, with_sign_of(difference, q));
             } else {
-                p_sum += magnitude(p - q);
-                product = select(q > p, 0.5f * q, select(q < p, -0.5f * q, Float{}));
+                const Float m = max(broadcast(tiny), fma(p, p_to_m, q * q_to_m));
+                if constexpr (family == Family::jsd) {
+                    const Float log_m = log2_of(m);
+                    p_sum += p * (log_p(t) - log_m);
+                    product = q * (log_q(s) - log_m);  // which D sums too
+                } else if constexpr (family == Family::skew_forward_kl) {
+                    const Float ratio = p * to_p / m;
+                    p_sum += p * log2_of(max(broadcast(tiny), ratio));
+                    product = q * (ratio - 1.0f);
+                } else {
+                    const Float ratio = q * to_q / m, log_ratio = log2_of(max(broadcast(tiny), ratio));
+                    q_sum += q * log_ratio;
+                    product = q * (log_ratio + b_log2e * (1.0f - ratio));  // b (1 - q/m) = a (p/m - 1)
+                }
             }
             u_sum += product;
             F32::store(kept.second + place, product);
         };
         for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
             Two s{}, t{};
-            if constexpr (logs) {
+            if constexpr (family == Family::jsd) {
                 s = load_two<S, rest.value>(rows.s + v, count, f.floor);
                 t = load_two<T, rest.value>(rows.t + v, count, f.floor);
             }
             add(s.a, t.a, place);
             add(s.b, t.b, place + kWidth);
         });
-        of_q += sum_lanes(family == Family::jsd ? u_sum : q_sum);
-        of_p += sum_lanes(p_sum);
-        u += sum_lanes(u_sum);
+        u += q_weight * sum_lanes(u_sum);
+        of_q += q_weight * sum_lanes(family == Family::jsd ? u_sum : q_sum);
+        of_p += (family == Family::tvd ? 1.0 : p_weight) * sum_lanes(p_sum);
     }
     MixtureSums sums;
     if (!::isfinite(f.q.z + f.p.z)) of_q = of_p = __builtin_nan("");  // which the logarithms above do not pass on
-    of_q += log_q.error;  // which all terms have in common
-    of_p += log_p.error;
-    if (family == Family::jsd) sums.D = kLn2 * (teacher_share * of_p + (1.0 - teacher_share) * of_q);
+    if (family == Family::jsd) sums.D = kLn2 * (a * (of_p + log_p.error) + b * (of_q + log_q.error));
     if (family == Family::skew_forward_kl) sums.D = kLn2 * of_p;
     if (family == Family::skew_reverse_kl) sums.D = kLn2 * of_q;
     if (family == Family::tvd) sums.D = 0.5 * of_p;
     sums.unit = family == Family::jsd || family == Family::skew_reverse_kl ? kLn2f : 1.0f;
     sums.u = u * sums.unit;
-    return sums.D < near_below<family>(teacher_share) ? near_mixture<family>(rows, pieces, f, teacher_share, kept.second) : sums;
+    return sums.D < near_below<family>(teacher_share) ? near_mixture<family>(rows, pieces, f, teacher_share, kept) : sums;
 }
 
 /// The factor of `mixture`'s u.
 inline float mixture_factor(Family family, float teacher_share) {
     const float b = 1.0f - teacher_share;
-    return family == Family::jsd ? b : family == Family::skew_forward_kl ? -b : 1.0f;
+    return family == Family::jsd ? b : family == Family::skew_forward_kl ? -b : family == Family::tvd ? -0.5f : 1.0f;
 }
 
 // ---- the gradient -------------------------------------------------------------------------------------------------------
@@ -159,7 +168,7 @@ inline BlockWeights block_weights(const RowFacts& f, const Weights& w, float max
         const double shift = (static_cast<double>(max_t - max_s) - f.max_gap()) * f.q.factor + f.gap_shift();  // fp32 as in the sweep
         out = {w.d * q * (-kLn2 * shift - known), w.d * q * (-kLn2 * f.q.factor), 0};
     } else {
-        out = {w.d * factor * q * -known, static_cast<double>(w.d) * factor * unit, 0};
+        out = {w.d * factor * q * -known, w.d * factor * q * unit, 0};
     }
     if (w.ce == 0.0f || ce == OwnCe::no || ce == OwnCe::summed) return out;
     const double of_ce = w.ce * f.ce.weight(max_s);
@@ -176,18 +185,20 @@ struct Gradient {
     Kept kept;
     Pieces pieces;
     const RowFacts& f;
-    Weights w;                      // w.d is over the temperature
-    double known;                   // see `block_weights`
+    Weights w;                // w.d is over the temperature
+    double known;             // see `block_weights`
     float factor, unit;
     Output<G> out;
-    std::int64_t next = 0;          // block
+    std::int64_t next = 0;    // block
+    BlockWeights weights{};   // of the last block, whose maxima these are; most blocks share them
+    float max_s = __builtin_nanf(""), max_t = max_s;
 
     struct Block {
         const float *q, *second, *third;
         Float q_weight, second_weight, third_weight;
         Output<G> out;
         Pieces pieces;
-        std::int64_t v, end;        // what is not yet written
+        std::int64_t v, end;  // what is not yet written
 
         Float at(std::int64_t place) const {
             const Float x = F32::load(q + place);
@@ -203,11 +214,14 @@ struct Gradient {
                 out.template put<false>(v, kTwo, Two{at(place), at(place + kWidth)});
                 v += kTwo;
             } else if (v < end) {
-                const std::int64_t stop = v < pieces.head ? pieces.head : v + kTwo;
-                const int count = static_cast<int>((stop < end ? stop : end) - v);
-                out.template put<true>(v, count, Two{at(place), at(place + kWidth)});
-                v += count;
+                v = put_some(*this, place);
             }
+        }
+        /// Where the piece ends. A copy of the block, for one whose address is known would be kept in memory.
+        __attribute__((noinline)) static std::int64_t put_some(Block block, std::int64_t place) {
+            const std::int64_t whole = block.v < block.pieces.head ? block.pieces.head : block.v + kTwo, stop = whole < block.end ? whole : block.end;
+            block.out.template put<true>(block.v, static_cast<int>(stop - block.v), Two{block.at(place), block.at(place + kWidth)});
+            return stop;
         }
         void finish() {
             while (v < end) piece<true>(pieces.place(v));
@@ -216,10 +230,13 @@ struct Gradient {
 
     /// The next block, which is `block`; without pieces where the row has fewer.
     Block block(std::int64_t block) {
-        BlockWeights weights;
         const bool any = block < pieces.blocks();
         if (any) {
-            weights = block_weights<family, ce>(f, w, kept.max_s[block], kept.max_t[block], known, factor, unit);
+            if (kept.max_s[block] != max_s || kept.max_t[block] != max_t) {
+                max_s = kept.max_s[block];
+                max_t = kept.max_t[block];
+                weights = block_weights<family, ce>(f, w, max_s, max_t, known, factor, unit);
+            }
             next = block + 1;
         }
         return {kept.first, kept.second, kept.third, broadcast(static_cast<float>(weights.first)), broadcast(static_cast<float>(weights.second)),

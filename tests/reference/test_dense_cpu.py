@@ -132,13 +132,13 @@ def test_any_number_of_threads_gives_the_same_bits(divergence, dtype):
     assert torch.equal(results[0][1], results[1][1])
 
 
-def neighbours_of_every_kind(N, V, dtype):
+def neighbours_of_every_kind(N, V, dtype, gap=1e-3):
     """Logits, labels, temperatures and alphas of rows that the kernel treats in different ways, in random order."""
     student, teacher, labels = logits(N, V, dtype=dtype), logits(N, V, dtype=dtype), some_labels(N, V)
     kinds = torch.randint(0, 8, (N,))
     student[kinds == 1, V // 2] = -math.inf  # swept as a copy, after a part of the row was swept where it lies
     student[kinds == 2, V - 1] = 60.0  # a block that is swept again
-    teacher[kinds == 3] = (student[kinds == 3] + 1e-3 * torch.randn(V)).to(dtype)  # near each other
+    teacher[kinds == 3] = (student[kinds == 3] + gap * torch.randn(V)).to(dtype)
     temperatures = torch.tensor([1.0, 1.0, 2.0, 1.33])[torch.randint(0, 4, (N,))]
     alphas = torch.tensor([0.3, 0.3, 0.0, 1.0])[torch.randint(0, 4, (N,))]
     return student, teacher, labels, temperatures, alphas
@@ -170,7 +170,8 @@ def test_a_row_has_the_same_bits_alone_as_among_others(divergence, dtype, V):
 def test_rows_of_every_kind_match_beside_each_other(isa, divergence, dtype, N, V):
     if isa == "plain":  # which streams nothing
         N = 20
-    student, teacher, labels, temperatures, alphas = neighbours_of_every_kind(N, V, dtype)
+    gap = 0.3 if divergence == "tvd" else 1e-3  # which side of total variation's kink is rounding where p is nearly q
+    student, teacher, labels, temperatures, alphas = neighbours_of_every_kind(N, V, dtype, gap)
     objective = Objective(divergence, temperature=temperatures, alpha=alphas)
     assert_matches(student, teacher, labels, objective, backend="cpp")
 
