@@ -25,14 +25,13 @@ inline Float divergence_term(Float a, Float difference, Float gap) {
     return select(square < 0.0625f, a * (square * h), a * gap - difference);
 }
 
-/// q, p and their logarithms' difference at some entries.
+/// p and its logarithm's difference to that of q at some entries, and what else their logits give.
 struct Probabilities {
     Exponents exponents_q, exponents_p;
     Float factor, max_gap, gap_shift, inv_z_q, inv_z_p;
     explicit Probabilities(const RowFacts& f)
         : exponents_q(f.q), exponents_p(f.p), factor(broadcast(f.q.factor)), max_gap(broadcast(f.max_gap())),
           gap_shift(broadcast(static_cast<float>(f.gap_shift()))), inv_z_q(broadcast(static_cast<float>(1 / f.q.z))), inv_z_p(broadcast(static_cast<float>(1 / f.p.z))) {}
-    Float q(Float s) const { return exp2_of(exponents_q(s)) * inv_z_q; }
     Float p(Float t) const { return exp2_of(exponents_p(t)) * inv_z_p; }
     /// log2(p/q) from the logits themselves: the difference of two exponents would lose the digits of near logits.
     Float gap(Float s, Float t) const {
@@ -45,19 +44,21 @@ struct Probabilities {
 
 /// D as a sum of terms none of which is negative, for a D too small to be the difference of two moments.
 template <Family family, class S, class T>
-inline double small_kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f) {
+inline double small_kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, const Kept& kept) {
     const Probabilities at(f);
     double total = 0;
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
+        const Float to_q = broadcast(static_cast<float>(f.q.weight(kept.max_s[block]))), to_p = broadcast(static_cast<float>(f.p.weight(kept.max_t[block])));
         Float terms = {};
-        const auto add = [&](Float s, Float t) POCL_INLINE {
-            const Float q = at.q(s), p = at.p(t), gap = at.gap(s, t) * kLn2f;
+        const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
+            const Float q = F32::load(kept.first + place) * to_q, gap = at.gap(s, t) * kLn2f;
+            const Float p = family == Family::forward_kl ? F32::load(kept.second + place) * to_p : at.p(t);
             terms += family == Family::forward_kl ? divergence_term(p, p - q, gap) : divergence_term(q, q - p, -gap);
         };
-        for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t, auto rest) POCL_INLINE {
+        for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
             const Two s = load_two<S, rest.value>(rows.s + v, count, f.floor), t = load_two<T, rest.value>(rows.t + v, count, f.floor);
-            add(s.a, t.a);
-            add(s.b, t.b);
+            add(s.a, t.a, place);
+            add(s.b, t.b, place + kWidth);
         });
         total += sum_lanes(terms);
     }

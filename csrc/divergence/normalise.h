@@ -49,15 +49,6 @@ struct Exponents {
     Float operator()(Float logits) const { return (logits - max) * factor; }
 };
 
-/// A side's logits to log2 of their probabilities, but for the rounding of log2_z, which is `error` too little.
-struct Logarithms {
-    Exponents exponents;
-    Float log2_z;
-    double error;
-    explicit Logarithms(const Side& side) : exponents(side), log2_z(broadcast(static_cast<float>(side.log2_z()))), error(log2_z[0] - side.log2_z()) {}
-    Float operator()(Float logits) const { return exponents(logits) - log2_z; }
-};
-
 /// What is known of a row once it was swept.
 struct RowFacts {
     float tau = 1, alpha = 0;

@@ -57,7 +57,7 @@ inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pie
     Values out;
     if (!f.all_out) {
         if constexpr (is_kl(family)) {
-            out.D = out.known = kl<family>(rows, pieces, f);
+            out.D = out.known = kl<family>(rows, pieces, f, kept);
         } else {
             const MixtureSums sums = mixture<family>(rows, pieces, f, task.teacher_share, kept);
             out.D = sums.D;

@@ -9,60 +9,63 @@ namespace {
 
 /// D of the KL family, from the moments of the first sweep where they are accurate enough.
 template <Family family, class S, class T>
-inline double kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f) {
+inline double kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, const Kept& kept) {
     const double mean = f.moment / (family == Family::forward_kl ? f.p.z : f.q.z);
     const double gap = kLn2 * (mean * f.q.factor + f.gap_shift());
     const double D = family == Family::forward_kl ? gap : -gap;
-    return D >= 0.01 ? D : small_kl<family>(rows, pieces, f);
+    return D >= 0.01 ? D : small_kl<family>(rows, pieces, f, kept);
 }
 
-/// The D from which on differences of probabilities and of logarithms are accurate enough. It grows with the square of the
-/// logits' distance, and with that of the mixture's to the compared side; total variation with the distance.
+/// The D from which on probabilities' differences and quotients are accurate enough: D then has an error of some 5e-8, its gradient one of
+/// 5e-6 in norm at most. A D grows with the square of the logits' distance, and with that of the mixture's to the compared side; total
+/// variation with the distance.
 template <Family family>
 inline double near_below(float teacher_share) {
     const double a = teacher_share, b = 1 - a;
-    if (family == Family::jsd) return 0.1 * a * b;
-    if (family == Family::skew_forward_kl) return 0.1 * b * b;
-    if (family == Family::skew_reverse_kl) return 0.1 * a * a;
-    return 0.1;
+    if (family == Family::jsd) return 0.01 * a * b;
+    if (family == Family::skew_forward_kl) return 0.01 * b * b;
+    if (family == Family::skew_reverse_kl) return 0.01 * a * a;
+    return 0.02;
 }
 
 /// D of a mixture or total variation. Leaves 2^x_q u of each entry in `kept.second`.
 template <Family family, class S, class T>
 inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, const Kept& kept) {
     constexpr float tiny = 1.17549435e-38f;  // in the place of a 0, whose logarithm would be NaN times 0
-    const double a = teacher_share, b = 1.0f - teacher_share;
-    const Float b_log2e = broadcast(static_cast<float>(b / kLn2));
-    const Logarithms log_q(f.q), log_p(f.p);
+    const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
+    const Float max_gap = broadcast(f.max_gap()), factor = broadcast(f.q.factor), gap_shift = broadcast(static_cast<float>(f.gap_shift()));
+    const Float most = broadcast(static_cast<float>(-::log2(static_cast<double>(teacher_share))));
     double q_weight = 0, p_weight = 0;
-    double of_q = 0, of_p = 0, u = 0;  // sums of q log2(q/m) and p log2(p/m), or of |p - q|; of q u
+    double of_q = 0, of_p = 0, linear = 0, u = 0;  // sums of q log2(q/m) and p log2(p/m), or of |p - q|; of q - m or p - m; of q u
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
         if (block == 0 || kept.max_s[block] != kept.max_s[block - 1]) q_weight = f.q.weight(kept.max_s[block]);
         if (block == 0 || kept.max_t[block] != kept.max_t[block - 1]) p_weight = f.p.weight(kept.max_t[block]);
         const Float to_q = broadcast(static_cast<float>(q_weight)), to_p = broadcast(static_cast<float>(p_weight));
-        const Float q_to_m = broadcast(static_cast<float>(b * q_weight)), p_to_m = broadcast(static_cast<float>(a * p_weight));
-        Float q_sum = {}, p_sum = {}, u_sum = {};  // in units of the weights
+        Float q_sum = {}, p_sum = {}, linear_sum = {}, u_sum = {};
         const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
-            const Float q = F32::load(kept.first + place), p = F32::load(kept.second + place);
+            const Float kept_q = F32::load(kept.first + place), q = kept_q * to_q, p = F32::load(kept.second + place) * to_p;
             Float product;
             if constexpr (family == Family::tvd) {
-                const Float from = q * to_q, to = p * to_p, difference = to - from;
+                const Float difference = p - q;
                 p_sum += magnitude(difference);
-                product = select(from == to, Float{}, with_sign_of(difference, q));
+                product = select(q == p, Float{}, with_sign_of(difference, kept_q));
             } else {
-                const Float m = max(broadcast(tiny), fma(p, p_to_m, q * q_to_m));
+                const Float m = max(broadcast(tiny), fma(a, p, b * q));
                 if constexpr (family == Family::jsd) {
-                    const Float log_m = log2_of(m);
-                    p_sum += p * (log_p(t) - log_m);
-                    product = q * (log_q(s) - log_m);  // which D sums too
-                } else if constexpr (family == Family::skew_forward_kl) {
-                    const Float ratio = p * to_p / m;
-                    p_sum += p * log2_of(max(broadcast(tiny), ratio));
-                    product = q * (ratio - 1.0f);
-                } else {
-                    const Float ratio = q * to_q / m, log_ratio = log2_of(max(broadcast(tiny), ratio));
+                    const Float log_ratio = log2_of(max(broadcast(tiny), q / m)), gap = fma((t - s) - max_gap, factor, gap_shift);
+                    p_sum += p * min(most, log_ratio + gap);  // log2(p/m) is at most log2(1/a), which it is where q underflows
                     q_sum += q * log_ratio;
-                    product = q * (log_ratio + b_log2e * (1.0f - ratio));  // b (1 - q/m) = a (p/m - 1)
+                    product = kept_q * log_ratio;
+                } else if constexpr (family == Family::skew_forward_kl) {
+                    const Float ratio = p / m;
+                    p_sum += p * log2_of(max(broadcast(tiny), ratio));
+                    linear_sum += p - m;
+                    product = kept_q * (ratio - 1.0f);
+                } else {
+                    const Float ratio = q / m, log_ratio = log2_of(max(broadcast(tiny), ratio));
+                    q_sum += q * log_ratio;
+                    linear_sum += q - m;
+                    product = kept_q * fma(b * kLog2E, 1.0f - ratio, log_ratio);  // b (1 - q/m) = a (p/m - 1)
                 }
             }
             u_sum += product;
@@ -77,15 +80,17 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
             add(s.a, t.a, place);
             add(s.b, t.b, place + kWidth);
         });
+        of_q += sum_lanes(q_sum);
+        of_p += sum_lanes(p_sum);
+        linear += sum_lanes(linear_sum);
         u += q_weight * sum_lanes(u_sum);
-        of_q += q_weight * sum_lanes(family == Family::jsd ? u_sum : q_sum);
-        of_p += (family == Family::tvd ? 1.0 : p_weight) * sum_lanes(p_sum);
     }
     MixtureSums sums;
     if (!::isfinite(f.q.z + f.p.z)) of_q = of_p = __builtin_nan("");  // which the logarithms above do not pass on
-    if (family == Family::jsd) sums.D = kLn2 * (a * (of_p + log_p.error) + b * (of_q + log_q.error));
-    if (family == Family::skew_forward_kl) sums.D = kLn2 * of_p;
-    if (family == Family::skew_reverse_kl) sums.D = kLn2 * of_q;
+    // `linear` is 0 but for rounding: without it, D would keep the rounding of p and m
+    if (family == Family::jsd) sums.D = kLn2 * (teacher_share * of_p + (1.0 - teacher_share) * of_q);
+    if (family == Family::skew_forward_kl) sums.D = kLn2 * of_p - linear;
+    if (family == Family::skew_reverse_kl) sums.D = kLn2 * of_q - linear;
     if (family == Family::tvd) sums.D = 0.5 * of_p;
     sums.unit = family == Family::jsd || family == Family::skew_reverse_kl ? kLn2f : 1.0f;
     sums.u = u * sums.unit;
