@@ -47,11 +47,15 @@ inline Float fma(Float a, Float b, Float c) { return (Float)_mm256_fmadd_ps((__m
 inline Float fma(Float a, Float b, Float c) { return a * b + c; }
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 /// Both halves by `with`, and so on down to one lane. Compilers take a dozen instructions a step by themselves.
 template <class With>
 POCL_INLINE inline float fold(Float x, With&& with) {
+#if defined(__AVX512F__)
     const __m256 eight = with((__v8sf)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 0), (__v8sf)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 1));
+#else
+    const __m256 eight = (__m256)x;
+#endif
     const __m128 four = with((__v4sf)_mm256_castps256_ps128(eight), (__v4sf)_mm256_extractf128_ps(eight, 1));
     const __m128 two = with((__v4sf)four, (__v4sf)_mm_movehl_ps(four, four));
     return with(two[0], two[1]);
@@ -62,7 +66,6 @@ inline float max_lane(Float x) {
 inline double sum_lanes(Float x) {
     return fold(x, [](auto a, auto b) POCL_INLINE { return a + b; });
 }
-inline bool any(Int mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 #else
 inline float max_lane(Float x) {
     float best = x[0];
@@ -74,6 +77,13 @@ inline double sum_lanes(Float x) {
         for (int i = 0; i < half; ++i) x[i] += x[i + half];
     return x[0];
 }
+#endif
+/// Whether any lane of a comparison holds.
+#if defined(__AVX512F__)
+inline bool any(Int mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
+#elif defined(__AVX2__)
+inline bool any(Int mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
+#else
 inline bool any(Int mask) {
     std::int32_t found = 0;
     for (int i = 0; i < kWidth; ++i) found |= mask[i];

@@ -38,23 +38,37 @@ constexpr Float kPowers[2] = {{1.0f,        1.0218972f,  1.04427373f, 1.06714046
                                1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f},
                               {1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
                                1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f}};
-constexpr float kToThirtySeconds = 393216.0f;  // 1.5 * 2^18: adding it rounds to thirty-seconds, whose number then is in the low bits
+constexpr float kToSteps = 393216.0f;  // 1.5 * 2^18: adding it rounds to thirty-seconds, whose number then is in the low bits
 
-/// 2^(n + r) of `rounded` = n + kToThirtySeconds, |r| <= 1/64: 2^floor(n), the thirty-seconds by a table in registers, and 2^r by a polynomial.
+/// 2^(n + r) of `rounded` = n + kToSteps, |r| <= 1/64: 2^floor(n), the thirty-seconds by a table in registers, and 2^r by a polynomial.
 inline Float exp2_of_parts(Float rounded, Float n, Float r) {
     const Float power = (Float)_mm512_permutex2var_ps((__m512)kPowers[0], (__m512i)rounded, (__m512)kPowers[1]);
     const Float whole = scaled(power, n);
     return fma(whole * r, fma(broadcast(0.240228856f), r, broadcast(0.693157341f)), whole);
 }
+#elif defined(__AVX2__)
+// 2^(i/8)
+constexpr Float kPowers = {1.0f, 1.09050775f, 1.18920708f, 1.29683959f, 1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
+constexpr float kToSteps = 1572864.0f;  // 1.5 * 2^20: adding it rounds to eighths, whose number then is in the low bits
 
+/// 2^(n + r) of `rounded` = n + kToSteps, |r| <= 1/16; where n is below -126 it is 0, where n is infinite NaN.
+inline Float exp2_of_parts(Float rounded, Float n, Float r) {
+    const Float power = (Float)_mm256_permutevar8x32_ps((__m256)kPowers, (__m256i)rounded);
+    const Float slope = fma(fma(broadcast(0.055496223f), r, broadcast(0.24025764f)), r, broadcast(0.69314724f));
+    const Int whole = ((Int)rounded >> 3) << 23;  // the bits of kToSteps fall off at the top
+    return select(n >= -126.0f, (Float)((Int)fma(power * r, slope, power) + whole), n - n);
+}
+#endif
+
+#if defined(__AVX2__)
 /// 2^(x * factor), the product below 127 and not rounded by itself. NaN where it is -inf.
 inline Float exp2_of(Float x, Float factor) {
-    const Float rounded = fma(x, factor, broadcast(kToThirtySeconds)), n = rounded - kToThirtySeconds;
+    const Float rounded = fma(x, factor, broadcast(kToSteps)), n = rounded - kToSteps;
     return exp2_of_parts(rounded, n, fma(x, factor, -n));
 }
 /// 2^y for y below 127, also of -inf.
 inline Float exp2_of(Float y) {
-    const Float finite = max(broadcast(-1000.0f), y), rounded = finite + kToThirtySeconds, n = rounded - kToThirtySeconds;
+    const Float finite = max(broadcast(-1000.0f), y), rounded = finite + kToSteps, n = rounded - kToSteps;
     return exp2_of_parts(rounded, n, finite - n);
 }
 #else
