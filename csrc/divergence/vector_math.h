@@ -47,16 +47,16 @@ inline Float exp2_of_parts(Float rounded, Float n, Float r) {
     return fma(whole * r, fma(broadcast(0.240228856f), r, broadcast(0.693157341f)), whole);
 }
 #elif defined(__AVX2__)
-// 2^(i/8)
-constexpr Float kPowers = {1.0f, 1.09050775f, 1.18920708f, 1.29683959f, 1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
+// The bits of 2^(i/8), less i << 20: with the number of eighths << 20 they are those of its power of 2.
+constexpr Int kPowers = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 constexpr float kToSteps = 1572864.0f;  // 1.5 * 2^20: adding it rounds to eighths, whose number then is in the low bits
 
 /// 2^(n + r) of `rounded` = n + kToSteps, |r| <= 1/16; where n is below -126 it is 0, where n is infinite NaN.
 inline Float exp2_of_parts(Float rounded, Float n, Float r) {
-    const Float power = (Float)_mm256_permutevar8x32_ps((__m256)kPowers, (__m256i)rounded);
+    const Int eighth = (Int)_mm256_permutevar8x32_epi32((__m256i)kPowers, (__m256i)rounded);
+    const Float whole = (Float)(eighth + ((Int)rounded << 20));  // the bits of kToSteps fall off at the top
     const Float slope = fma(fma(broadcast(0.055496223f), r, broadcast(0.24025764f)), r, broadcast(0.69314724f));
-    const Int whole = ((Int)rounded >> 3) << 23;  // the bits of kToSteps fall off at the top
-    return select(n >= -126.0f, (Float)((Int)fma(power * r, slope, power) + whole), n - n);
+    return select(n >= -126.0f, fma(whole * r, slope, whole), n - n);
 }
 #endif
 
@@ -117,7 +117,7 @@ inline Float log1p_of(Float z) {
     return select(z == z, sum, z);
 }
 
-/// log2 of a positive normal number, to an absolute 1e-8 or one and a half of the last digit, whichever is more.
+/// log2 of a positive normal number, to an absolute 1e-8 or two units of the last digit, whichever is more.
 #if defined(__AVX512F__)
 constexpr Float kCentres = {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
                             0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
