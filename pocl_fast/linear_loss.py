@@ -13,6 +13,7 @@ from pocl_fast.losses import (
     Backend,
     LossOutput,
     Reduction,
+    _check_differentiation,
     _choose_backend,
     _divisor,
     _per_token,
@@ -74,7 +75,8 @@ def linear_distillation_loss(
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, the reference for float64.
 
     The logits reach the softmax in fp32, unrounded, and the weight's gradient is summed in fp32. Nothing synchronises
-    with a GPU; the gradient is not itself differentiable (backend "reference" is, and holds all logits).
+    with a GPU. The gradient is not itself differentiable, and torch.func does not go through (backend "reference" is,
+    and does, and holds all logits).
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for a label outside the vocabulary.
     (arXiv 2506.05695, equation 4.)
@@ -90,6 +92,8 @@ def linear_distillation_loss(
     if vocabulary_shards is not None:
         _check_shards(vocabulary_shards, backend, weight, teacher)
     backend = _choose_backend(backend, student_hidden, tensors[0] if tensors else student_hidden)
+    if backend != "reference":
+        _check_differentiation(student_hidden, weight)
     hidden, labels = student_hidden.reshape(-1, student_hidden.shape[-1]), labels.reshape(-1)
     N = labels.numel()
     fp = torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pocl_fast import ops, reference, sparse_ops
 from pocl_fast.objectives import Objective
@@ -97,7 +98,8 @@ def distillation_loss(
 
     A −inf logit on either side leaves its entry out of D. Any other NaN or +inf makes that row's loss NaN and no
     other's. No supervised token: loss 0, gradient 0. Arithmetic is fp32, the gradient in the logits' dtype; nothing
-    synchronises with a GPU. The gradient is not itself differentiable (backend "reference" is).
+    synchronises with a GPU. The gradient is not itself differentiable, and torch.func does not go through (backend
+    "reference" is, and does).
 
     Under autocast the logits are taken in the dtype that they have, and the loss is fp32.
 
@@ -115,6 +117,8 @@ def distillation_loss(
         if (teacher_logit_scale, teacher_logit_softcap) != (1.0, None):
             raise ValueError("teacher_logit_scale and _softcap are of logits; a TopKTeacher has log-probabilities")
     backend = _choose_backend(backend, student, teacher)
+    if backend != "reference":
+        _check_differentiation(student)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     inplace = inplace and needs_grad
     if inplace:
@@ -268,8 +272,8 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _choose_backend(backend: Backend, student: Tensor, teacher: Tensor) -> Backend:
     dtypes = {student.dtype, teacher.dtype}
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        raise ValueError(f"logits must be floating-point, got {student.dtype} and {teacher.dtype}")
+    if not dtypes <= {*_FUSED_DTYPES, torch.float64}:
+        raise ValueError(f"logits must be fp32, bf16, fp16 or float64, got {student.dtype} and {teacher.dtype}")
     if backend == "auto":
         if torch.float64 in dtypes:
             return "reference"
@@ -284,6 +288,23 @@ def _choose_backend(backend: Backend, student: Tensor, teacher: Tensor) -> Backe
     if backend == "cpp" and student.device.type != "cpu":
         raise ValueError(f'backend "cpp" takes CPU tensors, got {student.device}')
     return backend
+
+
+def _check_differentiation(*inputs: Tensor) -> None:
+    """Raises for what the fused gradient, which backward alone gives, would be missing from."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for tensor in inputs:
+        while functorch.is_batchedtensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+        if functorch.is_gradtrackingtensor(tensor):
+            kind = "torch.func's grad, vjp and jvp"
+        elif forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            kind = "forward-mode differentiation"
+        else:
+            continue
+        raise RuntimeError(f"the fused losses do not know {kind}: call backward(), or pass backend='reference'")
 
 
 def _check_overwritable(logits: Tensor, rows: Tensor, teacher: Tensor, backend: Backend) -> None:
@@ -304,7 +325,8 @@ def _check_overwritable(logits: Tensor, rows: Tensor, teacher: Tensor, backend: 
 def _per_token(name: str, value: Tensor | float, N: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A number or tensor as [1] or [N] on the device, without looking into it."""
     if not isinstance(value, Tensor):
-        return torch.full((1,), float(value), device=device, dtype=dtype)
+        # not `full`, which torch.compile would compile again for each value
+        return torch.ones(1, device=device, dtype=dtype) * value
     flat = value.detach().reshape(-1)
     if flat.numel() not in (1, N):
         raise ValueError(f"{name} must be one value or one a token ({N}), got shape {tuple(value.shape)}")
@@ -318,15 +340,20 @@ def _token_weights(weights: Tensor | None, N: int, device: torch.device, dtype: 
 
 def _divisor(reduction: Reduction, num_items: Tensor | float | None, num_tokens: Tensor) -> Tensor | float:
     """What the reduction divides each token's loss by."""
-    if reduction in ("sum", "none"):
-        return 1.0
-    if reduction != "mean":
+    if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    divisor: Tensor | float
     if num_items is None:
-        return num_tokens.clamp_min(1)
-    if not isinstance(num_items, Tensor) and num_items <= 0:
-        raise ValueError(f"num_items must be positive, got {num_items}")
-    return num_items
+        divisor = num_tokens.clamp_min(1)
+    elif isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
+        divisor = num_items.detach().reshape(())
+    else:
+        if not 0 < num_items < math.inf:
+            raise ValueError(f"num_items must be positive and finite, got {num_items}")
+        divisor = num_items
+    return divisor if reduction == "mean" else 1.0
 
 
 def _transform(name: str, scale: float, softcap: float | None) -> tuple[float, float]:

@@ -30,8 +30,8 @@ class Objective:
 
     c is `temperature_scaling`: "none" 1, "tau" τ, "tau2" τ², and "auto" what keeps the gradient's size when τ changes:
     τ for tvd, τ² for the others. `temperature` and `alpha` are numbers, or tensors of one value or one a token; a new
-    value of any of them, beta and skew included, never compiles anything again. (arXiv 2506.05695, equations 1 to 4;
-    arXiv 1503.02531 for τ².)
+    value never compiles anything again. One of beta or skew compiles no kernel again, but torch.compile goes over a
+    function that it reaches as a number. (arXiv 2506.05695, equations 1 to 4; arXiv 1503.02531 for τ².)
 
     Raises ValueError for a name that does not exist, a temperature that is not positive, an alpha or beta outside 0 to
     1, or a skew not between 0 and 1. Tensors are taken as they are: looking into them would stop a GPU.
@@ -55,6 +55,9 @@ class Objective:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not isinstance(self.alpha, Tensor) and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha, the weight of cross-entropy, must be within 0 to 1, got {self.alpha}")
+        for name, share in (("beta", self.beta), ("skew", self.skew)):
+            if isinstance(share, Tensor):
+                raise ValueError(f"{name} must be a number, not a tensor: it chooses what is computed")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta, the teacher's weight in jsd, must be within 0 to 1, got {self.beta}")
         if not 0 < self.skew < 1:
@@ -63,8 +66,9 @@ class Objective:
     @property
     def family(self) -> Divergence:
         """The divergence that is computed: `jsd` at its ends is a KL."""
-        ends: dict[float, Divergence] = {0.0: "forward_kl", 1.0: "reverse_kl"}
-        return ends.get(self.beta, "jsd") if self.divergence == "jsd" else self.divergence
+        if self.divergence != "jsd" or 0 < self.beta < 1:
+            return self.divergence
+        return "forward_kl" if self.beta == 0 else "reverse_kl"
 
     @property
     def teacher_share(self) -> float:

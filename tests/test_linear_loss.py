@@ -266,7 +266,7 @@ def test_the_operator_is_registered_as_torch_wants_it(batch, per_token, kind):
         ({"teacher": DenseTeacher(torch.zeros(N, V, device="meta"))}, "on cpu and teacher.logits on meta"),
         ({"teacher": DenseTeacher(torch.zeros(N, V), logit_scale=0.0)}, "teacher.logit_scale must be positive"),
         ({"teacher": DenseTeacher(torch.zeros(N, V), logit_softcap=0.0)}, "teacher.logit_softcap must be positive"),
-        ({"teacher": DenseTeacher(torch.zeros(N, V, dtype=torch.int64))}, "floating-point"),
+        ({"teacher": DenseTeacher(torch.zeros(N, V, dtype=torch.int64))}, "fp32, bf16, fp16 or float64"),
         ({"teacher": LinearTeacher(torch.zeros(N, 5), torch.zeros(V, 4))}, r"teacher_weight must be \[V, 5\]"),
         ({"teacher": LinearTeacher(torch.zeros(N - 1, 5), torch.zeros(V, 5))}, r"teacher.hidden must be \[7, '...'\]"),
         (

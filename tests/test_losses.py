@@ -2,6 +2,7 @@
 
 Its numbers: tests/reference. Autograd and compilation: test_torch_citizenship.py."""
 
+import math
 import subprocess
 import sys
 
@@ -178,11 +179,15 @@ def test_the_module_gives_what_the_function_gives(batch):
         ({"labels": torch.zeros(N + 1, dtype=torch.int64)}, "labels must be"),
         ({"labels": torch.zeros(N)}, "int32 or int64"),
         ({"teacher_logits": torch.zeros(N, 0)}, "vocabulary is empty"),
-        ({"student_logits": torch.zeros(N, V, dtype=torch.int64)}, "floating-point"),
+        ({"student_logits": torch.zeros(N, V, dtype=torch.int64)}, "fp32, bf16, fp16 or float64"),
+        ({"teacher_logits": torch.zeros(N, V).to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
         ({"token_weights": torch.ones(N - 1)}, "token_weights must be one value or one a token"),
         ({"objective": Objective(temperature=torch.ones(N + 1))}, "temperature must be one value"),
         ({"objective": Objective(alpha=torch.ones(2))}, "alpha must be one value"),
         ({"num_items": 0}, "num_items must be positive"),
+        ({"num_items": math.nan}, "num_items must be positive"),
+        ({"num_items": -1, "reduction": "sum"}, "num_items must be positive"),
+        ({"num_items": torch.ones(N)}, "num_items must be one number"),
         ({"reduction": "median"}, "reduction must be"),
         ({"backend": "cuda"}, "backend must be"),
         ({"logit_scale": 0.0}, "logit_scale must be positive"),

@@ -28,6 +28,8 @@ def test_an_unknown_divergence_is_refused_with_the_list_of_those_there_are():
         {"beta": 1.1},
         {"skew": 0.0},
         {"skew": 1.0},
+        {"beta": torch.tensor(0.0)},
+        {"skew": torch.tensor(0.1)},
         {"temperature_scaling": "tau3"},
     ],
 )

@@ -42,11 +42,7 @@ def arguments(tail="bucket", needs_grad=True, student=None, reduced=False):
 @pytest.mark.parametrize("needs_grad", [True, False])
 @pytest.mark.parametrize("reduced", [True, False])
 def test_the_operator_is_what_torch_asks_of_one(tail, needs_grad, reduced):
-    torch.library.opcheck(
-        sparse_ops.sparse_distillation_rows,
-        arguments(tail, needs_grad, reduced=reduced),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
-    )
+    torch.library.opcheck(sparse_ops.sparse_distillation_rows, arguments(tail, needs_grad, reduced=reduced))
 
 
 @pytest.mark.parametrize("tail", sparse_ops.TAILS)

@@ -5,6 +5,7 @@ import torch
 from loss_batch import BACKENDS, FUSED, N, V, gradient, some_logits, some_step
 from memory import peak_of
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from pocl_fast import ops
@@ -76,6 +77,25 @@ def test_a_second_differentiation_says_that_there_is_none(batch, backend, dtype)
     loss = distillation_loss(student, teacher, labels, Objective(), backend=backend).loss
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(loss, student, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_derivative_that_the_fused_gradient_knows_nothing_of_is_refused(batch, backend):
+    student, teacher, labels = batch
+
+    def loss(s, backend=backend):
+        return distillation_loss(s, teacher, labels, Objective(alpha=0.3), backend=backend).loss
+
+    for transform in (torch.func.grad(loss), lambda s: torch.func.jvp(loss, (s,), (s,))):
+        with pytest.raises(RuntimeError, match="backend='reference'"):
+            transform(student)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            loss(forward_ad.make_dual(student, student))
+        loss(student)  # carries no tangent
+    slope = torch.func.jvp(lambda s: loss(s, "reference"), (student,), (student,))[1]
+    gradient = torch.func.grad(lambda s: loss(s, "reference"))(student)
+    torch.testing.assert_close(slope, (gradient * student).sum())
 
 
 def test_gradients_accumulate_over_parts_of_a_step(batch):
@@ -241,6 +261,31 @@ def test_another_number_of_tokens_compiles_nothing_anew(inplace):
         compilations.append(counter.frame_count)
     assert compilations[0] > 0
     assert compilations == compilations[:1] * 3
+
+
+def test_another_number_in_the_objective_compiles_nothing_anew(batch):
+    """Plain numbers: the second value makes torch.compile take them for data, and no further one compiles again."""
+    torch._dynamo.reset()
+    student, teacher, labels = batch
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(s, temperature, alpha, num_items):
+        objective = Objective("jsd", temperature=temperature, alpha=alpha)
+        return distillation_loss(s, teacher, labels, objective, num_items=num_items).loss
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    compilations = []
+    for number in range(5):
+        values = (1.1 + 0.3 * number, 0.1 + 0.1 * number, 7 + number)
+        gradients = []
+        for function in (step, compiled):
+            s = student.clone().requires_grad_(True)
+            function(s, *values).backward()
+            gradients.append(s.grad)
+        torch.testing.assert_close(*gradients)
+        compilations.append(counter.frame_count)
+    assert compilations[1:] == compilations[1:2] * 4
+    assert compilations[1] <= 2
 
 
 def test_a_compiled_loss_refuses_a_label_outside_the_vocabulary(batch):
