@@ -91,7 +91,7 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
                        std::uintptr_t labels, std::uintptr_t temperature, std::int64_t temperatures, std::uintptr_t alpha,
                        std::int64_t alphas, std::uintptr_t row_scale, std::int64_t row_scales, std::uintptr_t stats,
                        std::uintptr_t loss, bool reduced, const std::string& divergence,
-                       float teacher_share, int temperature_power, std::int64_t ignore_index, const std::array<float, 4>& transforms,
+                       double teacher_share, int temperature_power, std::int64_t ignore_index, const std::array<float, 4>& transforms,
                        int threads) {
     const std::int64_t N = student.rows;
     if (teacher.rows != N || !rows_fit(student, gradient, {temperatures, alphas, row_scales}))
@@ -122,7 +122,7 @@ void distillation_rows(const pocl::Matrix& student, const pocl::Matrix& teacher,
 void sparse_distillation_rows(const pocl::Matrix& student, std::uintptr_t log_probs, std::uintptr_t indices, std::int64_t K,
                               const std::optional<pocl::Matrix>& gradient, std::uintptr_t labels, std::uintptr_t temperature,
                               std::int64_t temperatures, std::uintptr_t alpha, std::int64_t alphas, std::uintptr_t row_scale,
-                              std::int64_t row_scales, std::uintptr_t stats, std::uintptr_t loss, bool reduced, const std::string& divergence, float teacher_share, int temperature_power,
+                              std::int64_t row_scales, std::uintptr_t stats, std::uintptr_t loss, bool reduced, const std::string& divergence, double teacher_share, int temperature_power,
                               std::int64_t ignore_index, const std::string& tail, const std::array<float, 2>& transform, int threads) {
     const std::int64_t N = student.rows;
     if (!rows_fit(student, gradient, {temperatures, alphas, row_scales}))

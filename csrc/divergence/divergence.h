@@ -33,7 +33,7 @@ struct Task {
     PerRow row_scale;              // multiplied onto the gradient
     float* stats;                  // [7, N]: loss, ce, divergence, student and teacher entropy, correct, agree
     Family family;
-    float teacher_share;           // of the mixture of p and q, in families that have one
+    double teacher_share;          // of the mixture of p and q, in families that have one
     int temperature_power;         // c(tau) = tau^power
     std::int64_t ignore_index;
     Transform student_transform, teacher_transform;

@@ -42,27 +42,42 @@ struct Probabilities {
 
 // ---- forward and reverse KL ---------------------------------------------------------------------------------------------
 
-/// D as a sum of terms none of which is negative, for a D too small to be the difference of two moments.
+struct KlSums {
+    double D = 0;
+    bool small = false;    // whether `small_kl` found it
+    double excess = 0;     // of p - q, whose sum would be 0 without the normalisers' error
+};
+
+/// D as a sum of terms none of which is negative, for a D too small to be the difference of two moments. For the gradient of forward KL
+/// p - q of each entry, with the digits that a difference of the two would have lost, in `kept.second`, and their sum.
 template <Family family, class S, class T>
-inline double small_kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, const Kept& kept) {
+inline KlSums small_kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, const Kept& kept) {
     const Probabilities at(f);
-    double total = 0;
+    KlSums sums{.small = true};
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
         const Float to_q = broadcast(static_cast<float>(f.q.weight(kept.max_s[block]))), to_p = broadcast(static_cast<float>(f.p.weight(kept.max_t[block])));
-        Float terms = {};
+        Float terms = {}, excess = {};
         const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
-            const Float q = F32::load(kept.first + place) * to_q, gap = at.gap(s, t) * kLn2f;
-            const Float p = family == Family::forward_kl ? F32::load(kept.second + place) * to_p : at.p(t);
-            terms += family == Family::forward_kl ? divergence_term(p, p - q, gap) : divergence_term(q, q - p, -gap);
+            const Float q = F32::load(kept.first + place) * to_q, gap = at.gap(s, t);
+            if constexpr (family == Family::forward_kl) {
+                const Float p = F32::load(kept.second + place) * to_p, half = gap * 0.5f, e = exp2_slope(half) * half;
+                const Float difference = select((gap <= 1.0f) & (gap >= -1.0f), q * (e * (e + 2.0f)), p - q);  // q (2^gap - 1)
+                terms += divergence_term(p, difference, gap * kLn2f);
+                excess += difference;
+                F32::store(kept.second + place, difference);
+            } else {
+                terms += divergence_term(q, q - at.p(t), gap * -kLn2f);
+            }
         };
         for_pieces(pieces, block, [&](std::int64_t v, int count, std::int64_t place, auto rest) POCL_INLINE {
             const Two s = load_two<S, rest.value>(rows.s + v, count, f.floor), t = load_two<T, rest.value>(rows.t + v, count, f.floor);
             add(s.a, t.a, place);
             add(s.b, t.b, place + kWidth);
         });
-        total += sum_lanes(terms);
+        sums.D += sum_lanes(terms);
+        sums.excess += sum_lanes(excess);
     }
-    return total;
+    return sums;
 }
 
 // ---- mixtures and total variation ---------------------------------------------------------------------------------------
@@ -109,9 +124,9 @@ struct MixtureSums {
 
 /// D, and for the gradient 2^x_q u of each entry, in nats, in `kept.second`, and the sum of q u. tau dD/ds = factor (q u - q mean u).
 template <Family family, class S, class T>
-inline MixtureSums near_mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, const Kept& kept) {
+inline MixtureSums near_mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, double teacher_share, const Kept& kept) {
     const Probabilities at(f);
-    const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
+    const Float a = broadcast(static_cast<float>(teacher_share)), b = broadcast(static_cast<float>(1 - teacher_share));
     MixtureSums sums;
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
         Float terms = {}, u_sum = {};

@@ -26,7 +26,7 @@ struct Row {
 
 constexpr bool is_kl(Family family) { return family == Family::forward_kl || family == Family::reverse_kl; }
 
-/// The label's entry of tau dD/ds, in double.
+/// The label's entry of tau dD/ds, in double. `known`: D of a KL, else the mean of u under q.
 inline double label_gradient(Family family, double log_q, double log_p, double a, double known) {
     const double q = ::exp(log_q), p = ::exp(log_p), b = 1 - a;
     const double log_m = ::log(a * p + b * q), difference = p - q;
@@ -44,7 +44,8 @@ inline double label_gradient(Family family, double log_q, double log_p, double a
 
 /// D, CE and the gradient's weights of a row.
 struct Values {
-    double D = 0, known = 0;   // known: what `block_weights` and `label_gradient` call so
+    double D = 0, known = 0;   // known: what `block_weights` calls so
+    bool small = false;        // the same
     double ce = 0;
     float unit = 1;            // of the mixtures' u, see MixtureSums
     bool no_softmax = false;   // nothing but -inf: CE is infinite and nothing can lower it
@@ -57,7 +58,10 @@ inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pie
     Values out;
     if (!f.all_out) {
         if constexpr (is_kl(family)) {
-            out.D = out.known = kl<family>(rows, pieces, f, kept);
+            const KlSums sums = kl<family>(rows, pieces, f, kept);
+            out.D = sums.D;
+            out.known = sums.excess;
+            out.small = sums.small;
         } else {
             const MixtureSums sums = mixture<family>(rows, pieces, f, task.teacher_share, kept);
             out.D = sums.D;
@@ -81,7 +85,7 @@ inline void put_label(const Row& row, const RowFacts& f, const Values& values, f
     double d_term = 0;
     if (row.label < row.V && !f.all_out && label_s > 2 * f.floor && label_t > 2 * f.floor) {
         const double log_q = kLn2 * f.q.log2_of(label_s), log_p = kLn2 * f.p.log2_of(label_t);
-        d_term = label_gradient(family, log_q, log_p, row.task->teacher_share, values.known);
+        d_term = label_gradient(family, log_q, log_p, row.task->teacher_share, is_kl(family) ? values.D : values.known);
     }
     Float g = {};
     g[0] = static_cast<float>((values.w.d * d_term + values.w.ce * ::expm1(-values.ce)) * slope);
@@ -187,7 +191,7 @@ void copied_row(const Row& row, const Output<G>& out) {
     const std::int64_t done = f.all_out ? 0 : row.V;
     if (done > 0) {
         const float factor = is_kl(family) ? 1.0f : mixture_factor(family, task.teacher_share);
-        Gradient<family, OwnCe::no, F32>{scratch.kept, pieces, f, values.w, values.known, factor, values.unit, Output<F32>{g, false}}.finish();
+        Gradient<family, OwnCe::no, F32>{scratch.kept, pieces, f, values.w, values.known, factor, values.unit, values.small, Output<F32>{g, false}}.finish();
     }
     std::memset(g + done, 0, static_cast<std::size_t>(row.V_s - done) * sizeof *g);
     const CrossEntropy ce(f, values.w);
@@ -217,7 +221,7 @@ struct Waiting {
     template <OwnCe ce>
     Gradient<family, ce, S> gradient(const Kept& kept) const {
         const float factor = is_kl(family) ? 1.0f : mixture_factor(family, row.task->teacher_share);
-        return {kept, pieces, f, values.w, values.known, factor, values.unit, out};
+        return {kept, pieces, f, values.w, values.known, factor, values.unit, values.small, out};
     }
     /// What is left of the gradient, and the label's entry last.
     template <OwnCe ce>

@@ -19,7 +19,7 @@ struct SparseTask {
     PerRow row_scale;               // multiplied onto the gradient
     float* stats;                   // [7, N], as Task's
     Family family;
-    float teacher_share;
+    double teacher_share;
     int temperature_power;
     std::int64_t ignore_index;
     Tail tail;

@@ -9,18 +9,18 @@ namespace {
 
 /// D of the KL family, from the moments of the first sweep where they are accurate enough.
 template <Family family, class S, class T>
-inline double kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, const Kept& kept) {
+inline KlSums kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, const Kept& kept) {
     const double mean = f.moment / (family == Family::forward_kl ? f.p.z : f.q.z);
     const double gap = kLn2 * (mean * f.q.factor + f.gap_shift());
     const double D = family == Family::forward_kl ? gap : -gap;
-    return D >= 0.01 ? D : small_kl<family>(rows, pieces, f, kept);
+    return D < 0.01 ? small_kl<family>(rows, pieces, f, kept) : KlSums{.D = D};
 }
 
 /// The D from which on probabilities' differences and quotients are accurate enough: D then has an error of some 5e-8, its gradient one of
 /// 5e-6 in norm at most. A D grows with the square of the logits' distance, and with that of the mixture's to the compared side; total
 /// variation with the distance.
 template <Family family>
-inline double near_below(float teacher_share) {
+inline double near_below(double teacher_share) {
     const double a = teacher_share, b = 1 - a;
     if (family == Family::jsd) return 0.01 * a * b;
     if (family == Family::skew_forward_kl) return 0.01 * b * b;
@@ -30,11 +30,11 @@ inline double near_below(float teacher_share) {
 
 /// D of a mixture or total variation. Leaves 2^x_q u of each entry in `kept.second`.
 template <Family family, class S, class T>
-inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, float teacher_share, const Kept& kept) {
+inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, double teacher_share, const Kept& kept) {
     constexpr float tiny = 1.17549435e-38f;  // in the place of a 0, whose logarithm would be NaN times 0
-    const Float a = broadcast(teacher_share), b = broadcast(1.0f - teacher_share);
+    const Float a = broadcast(static_cast<float>(teacher_share)), b = broadcast(static_cast<float>(1 - teacher_share));
     const Float max_gap = broadcast(f.max_gap()), factor = broadcast(f.q.factor), gap_shift = broadcast(static_cast<float>(f.gap_shift()));
-    const Float most = broadcast(static_cast<float>(-::log2(static_cast<double>(teacher_share))));
+    const Float most = broadcast(static_cast<float>(-::log2(teacher_share)));
     double q_weight = 0, p_weight = 0;
     double of_q = 0, of_p = 0, linear = 0, u = 0;  // sums of q log2(q/m) and p log2(p/m), or of |p - q|; of q - m or p - m; of q u
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
@@ -88,7 +88,7 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
     MixtureSums sums;
     if (!::isfinite(f.q.z + f.p.z)) of_q = of_p = __builtin_nan("");  // which the logarithms above do not pass on
     // `linear` is 0 but for rounding: without it, D would keep the rounding of p and m
-    if (family == Family::jsd) sums.D = kLn2 * (teacher_share * of_p + (1.0 - teacher_share) * of_q);
+    if (family == Family::jsd) sums.D = kLn2 * (teacher_share * of_p + (1 - teacher_share) * of_q);
     if (family == Family::skew_forward_kl) sums.D = kLn2 * of_p - linear;
     if (family == Family::skew_reverse_kl) sums.D = kLn2 * of_q - linear;
     if (family == Family::tvd) sums.D = 0.5 * of_p;
@@ -98,8 +98,8 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
 }
 
 /// The factor of `mixture`'s u.
-inline float mixture_factor(Family family, float teacher_share) {
-    const float b = 1.0f - teacher_share;
+inline float mixture_factor(Family family, double teacher_share) {
+    const float b = static_cast<float>(1 - teacher_share);
     return family == Family::jsd ? b : family == Family::skew_forward_kl ? -b : family == Family::tvd ? -0.5f : 1.0f;
 }
 
@@ -162,16 +162,19 @@ struct BlockWeights {
     double first = 0, second = 0, third = 0;
 };
 
-/// `known`: D of reverse KL, else the mean of u under q, in nats.
+/// `known`: the mean of a mixture's u under q, in nats; of a small forward KL the excess of p - q, which then is what scratch holds.
 template <Family family, OwnCe ce>
-inline BlockWeights block_weights(const RowFacts& f, const Weights& w, float max_s, float max_t, double known, float factor, float unit) {
+inline BlockWeights block_weights(const RowFacts& f, const Weights& w, float max_s, float max_t, double known, float factor, float unit,
+                                  bool small) {
     BlockWeights out;
     const double q = f.q.weight(max_s);
-    if constexpr (family == Family::forward_kl) {
+    if (family == Family::forward_kl && small) {
+        out = {w.d * q * known, -w.d, 0};
+    } else if constexpr (family == Family::forward_kl) {
         out = {w.d * q, -w.d * f.p.weight(max_t), 0};
-    } else if constexpr (family == Family::reverse_kl) {
-        const double shift = (static_cast<double>(max_t - max_s) - f.max_gap()) * f.q.factor + f.gap_shift();  // fp32 as in the sweep
-        out = {w.d * q * (-kLn2 * shift - known), w.d * q * (-kLn2 * f.q.factor), 0};
+    } else if constexpr (family == Family::reverse_kl) {  // q (mean gap - gap): without the normalisers' quotient, and its error
+        const double moved = static_cast<double>(max_t - max_s) - f.max_gap(), slope = w.d * q * kLn2 * f.q.factor;  // fp32 as in the sweep
+        out = {slope * (f.moment / f.q.z - moved), -slope, 0};
     } else {
         out = {w.d * factor * q * -known, w.d * factor * q * unit, 0};
     }
@@ -193,6 +196,7 @@ struct Gradient {
     Weights w;                // w.d is over the temperature
     double known;             // see `block_weights`
     float factor, unit;
+    bool small;
     Output<G> out;
     std::int64_t next = 0;    // block
     BlockWeights weights{};   // of the last block, whose maxima these are; most blocks share them
@@ -240,7 +244,7 @@ struct Gradient {
             if (kept.max_s[block] != max_s || kept.max_t[block] != max_t) {
                 max_s = kept.max_s[block];
                 max_t = kept.max_t[block];
-                weights = block_weights<family, ce>(f, w, max_s, max_t, known, factor, unit);
+                weights = block_weights<family, ce>(f, w, max_s, max_t, known, factor, unit, small);
             }
             next = block + 1;
         }
