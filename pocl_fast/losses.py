@@ -77,7 +77,8 @@ def distillation_loss(
 
     Args:
         student_logits: [N, V_s] or [B, T, V_s], fp32, bf16 or fp16 (float64 by the reference alone). Row i is judged
-            against label i: see `shift_labels` for logits that predict the next token.
+            against label i: see `shift_labels` for logits that predict the next token. (`logits[:, :-1]` would be
+            copied, for its rows are not evenly apart.)
         teacher_logits: [N, V_t] or [B, T, V_t], its own dtype; never differentiated. Where V_t differs from V_s, D
             compares the first min(V_s, V_t) entries, renormalised there; CE is over the student's own V_s. Or a
             `TopKTeacher`, of which K numbers a token are read.
