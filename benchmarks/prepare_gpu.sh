@@ -14,11 +14,12 @@ most=$((40 * 1000 * 1000))
 download() { "$python" -m pip download -q --no-deps --only-binary=:all: --implementation py --abi none --python-version 3.10 -d "$wheels" "$@"; }
 
 rm -rf "$wheels"
-# to build the C++ part; pytest and what it needs (exceptiongroup and tomli on Python 3.10); hypothesis; Liger, whose
-# kernels need neither transformers nor anything else that is not here
+# to build the C++ part; pytest and what it needs (exceptiongroup and tomli on Python 3.10); xdist; hypothesis; Liger,
+# whose kernels need neither transformers nor anything else that is not here
 download --platform any \
     'setuptools>=77' 'pybind11>=2.13' \
-    pytest iniconfig pluggy packaging pygments exceptiongroup tomli typing-extensions hypothesis sortedcontainers \
+    pytest iniconfig pluggy packaging pygments exceptiongroup tomli typing-extensions \
+    'pytest-xdist>=3.6' execnet hypothesis sortedcontainers \
     'liger-kernel==0.8.5'
 download --platform "manylinux_2_17_$arch" --platform "manylinux2014_$arch" 'cmake>=3.22' ninja
 

@@ -45,9 +45,14 @@ def choose_tile(divergence: str, V: int, student_bytes: int, teacher_bytes: int,
     vec = 16 // min(student_bytes, teacher_bytes)
     fits = _PAIR_FOR_TWO.get(capability // 10 * 10, _PAIR_FOR_TWO[90])
     wanted = 8 if (student_bytes + teacher_bytes) * V <= fits else 16
-    warp = 64 if torch.version.hip else 32
+    warp = warp_size()
     lanes = min(wanted * 32, max(warp, triton.next_power_of_2(triton.cdiv(V, vec))))
     return Tile(lanes, vec, lanes // warp)
+
+
+def warp_size() -> int:
+    """Threads a warp of the current GPU, for which Triton compiles: 64 on AMD's CDNA, 32 on its RDNA and elsewhere."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size if torch.version.hip else 32
 
 
 @triton.jit

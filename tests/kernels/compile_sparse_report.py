@@ -15,17 +15,19 @@ FLOATS = ("share", "s_scale", "s_softcap")
 
 
 def cases() -> list[dict[str, object]]:
-    """On sm_90 every family in bf16 and fp32, and the most entries there may be; of the rest two families: those of
-    the shortest and the longest formulas."""
-    plain = {"arch": 90, "student": "bf16", "V": 151936, "K": 64, "ragged": False, "transform": False, "grad": True}
-    grid = [plain | {"family": family, "student": s} for family, s in itertools.product(FAMILIES, ("bf16", "fp32"))]
-    two = [case for case in grid if case["student"] == "bf16" and case["family"] in ("forward_kl", "jsd")]
+    """Every family in every dtype on sm_90, and in bf16 on sm_80 and sm_100; of the rest two families: those of the
+    shortest and the longest formulas. The last case is compiled for debugging."""
+    plain = {"arch": 90, "V": 151936, "K": 64, "ragged": False, "transform": False, "grad": True, "debug": False}
+    dtypes = ("bf16", "fp32", "fp16")
+    grid = [plain | {"student": s, "family": family} for s, family in itertools.product(dtypes, FAMILIES)]
+    bf16 = grid[: len(FAMILIES)]
+    grid += [case | {"arch": arch} for arch in (80, 100) for case in bf16]
+    two = [case for case in bf16 if case["family"] in ("forward_kl", "jsd")]
     for changes in (
-        {"arch": 80}, {"arch": 100}, {"K": 1024}, {"grad": False}, {"transform": True}, {"V": 32000},
-        {"V": 50257, "ragged": True}, {"student": "fp16"},
+        {"K": 1024}, {"grad": False}, {"transform": True}, {"V": 32000}, {"V": 50257, "ragged": True},
     ):  # fmt: skip
         grid += [case | changes for case in two]
-    return grid
+    return [*grid, two[0] | {"grad": False, "debug": True}]
 
 
 def source(case: dict) -> tuple[ASTSource, tiles.Tile]:

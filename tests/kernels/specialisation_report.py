@@ -1,21 +1,24 @@
-"""Launches the dense kernel's launcher with changing arguments, and prints how many kernels each change would compile.
+"""Calls the kernels' launchers with changing arguments, and prints how many kernels each change would compile.
 
-Run as a script, in a process where Triton's interpreter is off. Nothing is compiled or run: a stand-in takes the launch
-and asks Triton what it would look up among the compiled kernels for these arguments on an H100.
+Run as a script, in a process where Triton's interpreter is off: a line of JSON a kernel. Nothing is compiled or run: a
+stand-in takes the launch and asks Triton what it would look up among the compiled kernels for these arguments on an
+H100.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 
-from pocl_fast.kernels import dense
+from pocl_fast.kernels import dense, sparse
 
 KEYS: set[str] = set()
+Changes = dict[str, list[dict[str, object]]]
 
 
 class Recorder:
@@ -33,57 +36,115 @@ class Recorder:
         return launch
 
 
-def rows(
+OPTIONS = {
+    "divergence": "jsd",
+    "teacher_share": 0.5,
+    "temperature_power": 2,
+    "ignore_index": -100,
+    "needs_grad": True,
+    "reduced": True,
+}
+
+
+def shifted(shape: tuple[int, ...], dtype: torch.dtype, shift: int) -> torch.Tensor:
+    """Zeros; shifted by single elements, they are no longer aligned to 16 bytes."""
+    return torch.zeros(torch.Size(shape).numel() + shift, dtype=dtype)[shift:].view(shape)
+
+
+def values_of(N: int, shift: int, *counts: int) -> list[torch.Tensor]:
+    """A value for each token where the count is above 1, else one for all."""
+    return [shifted((N if count > 1 else 1,), torch.float32, shift) for count in counts]
+
+
+def dense_rows(
     N: int = 6,
     V: int = 320,
     pad: int = 0,
-    tau: int = 1,
+    temperatures: int = 1,
+    alphas: int = 1,
     scales: int = 2,
-    ignore_index: int = -100,
     shift: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
     **options: object,
 ) -> None:
-    wide = torch.zeros(2 * N + 2, V + pad, dtype=torch.bfloat16)
-    values = torch.ones(N + shift)[shift:]  # shifted by 4 bytes: no longer aligned to 16
-    labels = torch.zeros(N + shift, dtype=torch.int64)[shift:]
-    defaults = {
-        "divergence": "jsd",
-        "teacher_share": 0.5,
-        "temperature_power": 2,
-        "transforms": [0.5, 30.0, 1.0, 0.0],
-        "needs_grad": True,
-        "reduced": True,
-    }
-    temperature, scale = (values[: N if count > 1 else 1] for count in (tau, scales))
+    student, teacher = (torch.zeros(N, V + pad, dtype=dtype)[:, :V] for _ in range(2))
+    labels = shifted((N,), torch.int64, shift)
     dense.distillation_rows(
-        wide[:N, :V], wide[N : 2 * N, :V], labels, temperature, values[:1], scale,
-        ignore_index=ignore_index, **(defaults | options),
+        student, teacher, labels, *values_of(N, shift, temperatures, alphas, scales),
+        **(OPTIONS | {"transforms": [0.5, 30.0, 1.0, 0.0]} | options),
     )  # fmt: skip
 
 
-CHANGES: dict[str, list[dict[str, object]]] = {
+def sparse_rows(
+    N: int = 6,
+    V: int = 320,
+    K: int = 7,
+    pad: int = 0,
+    temperatures: int = 1,
+    alphas: int = 1,
+    scales: int = 2,
+    shift: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: object,
+) -> None:
+    student = torch.zeros(N, V + pad, dtype=dtype)[:, :V]
+    log_probs, indices = (shifted((N, K), kind, shift) for kind in (torch.float32, torch.int64))
+    labels = shifted((N,), torch.int64, shift)
+    sparse.sparse_distillation_rows(
+        student, log_probs, indices, labels, *values_of(N, shift, temperatures, alphas, scales),
+        **(OPTIONS | {"transform": [0.5, 30.0], "tail": "bucket"} | options),
+    )  # fmt: skip
+
+
+def scale(
+    N: int = 6, V: int = 320, pad: int = 0, scales: int = 2, shift: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    dense.scale_rows_(torch.zeros(N, V + pad, dtype=dtype)[:, :V], *values_of(N, shift, scales))
+
+
+# of any kernel; the last does compile, which shows that the count counts
+GENERAL: Changes = {
     "N": [{"N": 1}, {"N": 2}, {"N": 16}, {"N": 17}],
-    "values a token": [{"tau": 2}, {"N": 1, "tau": 2}, {"scales": 1}],
-    "ignore_index": [{"ignore_index": 0}, {"ignore_index": 1}, {"ignore_index": -1}, {"ignore_index": 16}],
     "stride": [{"pad": 16}, {"pad": 48}],
-    "teacher_share": [{"teacher_share": share} for share in (0.0, 0.3, 1.0)],
-    "transforms": [{"transforms": [1.0, softcap, 2.0, 0.0]} for softcap in (0.0, 1.0, 50.0)],
     "alignment of what is read once a row": [{"shift": 1}],
     "V": [{"V": 336}, {"V": 400}],
-    "divergence": [{"divergence": "tvd"}],  # what does compile: shows that the count counts
+    "a scale a token": [{"scales": 1}, {"N": 1, "scales": 1}],
+    "dtype": [{"dtype": torch.float32}],
+}
+OF_ROWS: Changes = GENERAL | {
+    "values a token": [{"temperatures": 2}, {"alphas": 2}, {"temperatures": 2, "alphas": 2}, {"N": 1, "alphas": 2}],
+    "ignore_index": [{"ignore_index": 0}, {"ignore_index": 1}, {"ignore_index": -1}, {"ignore_index": 16}],
+    "teacher_share": [{"teacher_share": share} for share in (0.0, 0.3, 1.0)],
+    "divergence": [{"divergence": "tvd"}],  # compiles, too
+}
+SOFTCAPS = (0.0, 1.0, 50.0)
+KERNELS: dict[str, tuple[Callable[..., None], Changes]] = {
+    "dense": (dense_rows, OF_ROWS | {"transforms": [{"transforms": [1.0, x, 2.0, 0.0]} for x in SOFTCAPS]}),
+    "sparse": (
+        sparse_rows,
+        OF_ROWS
+        | {
+            "K": [{"K": 1}, {"K": 16}, {"K": 32}],
+            "transform": [{"transform": [2.0, x]} for x in SOFTCAPS],
+        },
+    ),
+    "scale": (scale, GENERAL),
 }
 
 
 def main() -> None:
     dense._rows_kernel = Recorder(dense._rows_kernel)
-    report = {}
-    for name, changes in CHANGES.items():
-        KEYS.clear()
-        rows()
-        for change in changes:
-            rows(**change)
-        report[name] = len(KEYS)
-    print(json.dumps(report))
+    dense._scale_rows_kernel = Recorder(dense._scale_rows_kernel)
+    sparse._sparse_rows_kernel = Recorder(sparse._sparse_rows_kernel)
+    for kernel, (call, changes) in KERNELS.items():
+        report: dict[str, object] = {"kernel": kernel}
+        for name, these in changes.items():
+            KEYS.clear()
+            call()
+            for change in these:
+                call(**change)
+            report[name] = len(KEYS)
+        print(json.dumps(report))
 
 
 if __name__ == "__main__":

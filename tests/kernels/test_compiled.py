@@ -26,6 +26,7 @@ WITHIN_REACH = {
     "tvd": 0.6,
 }
 KL = ("forward_kl", "reverse_kl")
+LABEL_OUTSIDE = "label outside the student's vocabulary"
 
 
 def start(script: str, folder: Path, *arguments: str) -> subprocess.Popen:
@@ -41,11 +42,25 @@ def finish(process: subprocess.Popen) -> list[dict]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("triton")
-    halves = [start("compile_report.py", folder, part, "2") for part in "01"]
+def in_halves(script: str, folder: Path) -> list[dict]:
+    halves = [start(script, folder, part, "2") for part in "01"]
     return [kernel for half in halves for kernel in finish(half)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return in_halves("compile_report.py", tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture
+def kernels(compiled):
+    return [kernel for kernel in compiled if not kernel["debug"]]
+
+
+@pytest.fixture
+def debugged(compiled):
+    (kernel,) = (kernel for kernel in compiled if kernel["debug"])
+    return kernel
 
 
 def name_of(kernel: dict) -> str:
@@ -65,7 +80,7 @@ def hot_loops(kernel: dict) -> list[dict]:
 
 def test_nothing_is_spilled_and_the_registers_allow_the_programs_wanted(kernels):
     """A multiprocessor has 65536 registers: one program of 16 warps, two of 8 (see `choose_tile`)."""
-    assert len(kernels) >= 58
+    assert len(kernels) >= 68
     for kernel in kernels:
         programs = 16 // kernel["warps"]
         assert kernel["registers"] <= 65536 // (32 * kernel["warps"] * programs), name_of(kernel)
@@ -111,7 +126,7 @@ def test_a_lane_sums_without_the_others(kernels):
     for kernel in kernels:
         *others, last = hot_loops(kernel)
         assert all(loop["BAR"] == loop["SHFL"] == 0 for loop in others), name_of(kernel)
-        wide = kernel["grad"] and kernel["student"] != kernel["teacher"]
+        wide = kernel["grad"] and kernel["student"] == "fp32" != kernel["teacher"]
         assert (last["BAR"], last["SHFL"]) == (2 if wide else 0, 0), name_of(kernel)
 
 
@@ -139,7 +154,27 @@ def test_the_special_function_units_are_not_what_bounds_the_speed(kernels):
         assert sum(operations) / kernel["vec"] <= allowed, name_of(kernel)
 
 
-def test_nothing_but_the_family_compiles_another_kernel(tmp_path):
-    (report,) = finish(start("specialisation_report.py", tmp_path))
-    assert report.pop("divergence") == 2
-    assert set(report.values()) == {1}, report
+def test_a_label_outside_the_vocabulary_fails_an_assertion_of_debug_builds_alone(kernels, debugged):
+    assert LABEL_OUTSIDE in debugged["assertions"]
+    assert not any(kernel["assertions"] for kernel in kernels)
+
+
+def test_nothing_but_the_family_and_the_dtype_compiles_another_kernel(tmp_path):
+    """Of the row kernels, and of the one that scales a gradient, which has no family."""
+    reports = {report.pop("kernel"): report for report in finish(start("specialisation_report.py", tmp_path))}
+    assert list(reports) == ["dense", "sparse", "scale"]
+    for kernel, report in reports.items():
+        compiling = {name: report.pop(name) for name in ("divergence", "dtype") if name in report}
+        assert compiling == ({"dtype": 2} if kernel == "scale" else {"divergence": 2, "dtype": 2}), kernel
+        assert set(report.values()) == {1}, (kernel, report)
+
+
+def test_scaling_a_gradient_moves_it_in_128_bits_and_spills_nothing(tmp_path):
+    """16 elements a thread, 8 warps a program, eight programs a multiprocessor."""
+    kernels = finish(start("compile_scale_report.py", tmp_path))
+    assert [kernel["dtype"] for kernel in kernels] == ["bf16", "fp16", "fp32"]
+    for kernel in kernels:
+        moves = 16 // kernel["vec"]
+        assert kernel["accesses"] == {"LDG.32": 1, "LDG.128": moves, "STG.128": moves}, kernel  # the factor first
+        assert kernel["registers"] <= 65536 // (32 * kernel["warps"] * 8), kernel
+        assert kernel["stack"] == kernel["local"] == kernel["spills"] == 0, kernel

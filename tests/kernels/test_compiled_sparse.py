@@ -4,14 +4,23 @@ import pytest
 
 pytest.importorskip("triton")
 
-from test_compiled import SPILLS, STACK, finish, start
+from test_compiled import LABEL_OUTSIDE, SPILLS, STACK, in_halves
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("triton")
-    halves = [start("compile_sparse_report.py", folder, part, "2") for part in "01"]
-    return [kernel for half in halves for kernel in finish(half)]
+def compiled(tmp_path_factory):
+    return in_halves("compile_sparse_report.py", tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture
+def kernels(compiled):
+    return [kernel for kernel in compiled if not kernel["debug"]]
+
+
+@pytest.fixture
+def debugged(compiled):
+    (kernel,) = (kernel for kernel in compiled if kernel["debug"])
+    return kernel
 
 
 def name_of(kernel):
@@ -21,7 +30,7 @@ def name_of(kernel):
 
 def test_nothing_is_spilled_and_the_registers_allow_the_programs_wanted(kernels):
     """A multiprocessor has 65536 registers: one program of 16 warps, two of 8 (see `choose_tile`)."""
-    assert len(kernels) >= 28
+    assert len(kernels) >= 40
     for kernel in kernels:
         programs = 16 // kernel["warps"]
         assert kernel["registers"] <= 65536 // (32 * kernel["warps"] * programs), name_of(kernel)
@@ -61,3 +70,8 @@ def test_the_second_pass_takes_two_exponentials_a_logit(kernels):
     for kernel in (kernel for kernel in kernels if kernel["grad"] and not kernel["transform"]):
         loop = next(loop for loop in reversed(kernel["loops"]) if loop["STG"] and loop["MUFU.EX2"])
         assert loop["MUFU.EX2"] == 2 * kernel["vec"], name_of(kernel)
+
+
+def test_a_label_or_entry_outside_the_vocabulary_fails_an_assertion_of_debug_builds_alone(kernels, debugged):
+    assert {LABEL_OUTSIDE, "an entry of the teacher outside the vocabulary"} <= set(debugged["assertions"])
+    assert not any(kernel["assertions"] for kernel in kernels)

@@ -1,6 +1,7 @@
 """Fresh random numbers in every test (`seed` in tests/conftest.py), and the backends that are held to the reference."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,20 +9,33 @@ import torch
 from pocl_fast import _C
 
 
+@pytest.hookimpl(tryfirst=True)  # ahead of pytest's own choice by `-m`
 def pytest_collection_modifyitems(config, items):
-    """Interpreted, a Triton kernel takes a hundred times as long: a third of each large grid, in which every value and
-    nearly every pair of values is still there, runs without a GPU."""
+    """On a GPU machine what runs Triton kernels carries the `gpu` mark. Without a GPU they are interpreted, which takes
+    a hundred times as long: a third of each large grid, in which every value and nearly every pair of values is still
+    there, runs."""
     if torch.cuda.is_available():
+        for item in items:
+            if _runs_triton(item):
+                item.add_marker(pytest.mark.gpu)
         return
-    thinned = {id(item) for item in items if _interpreted(item) and sum(item.callspec.indices.values()) % 3}
+    thinned = {id(item) for item in items if _takes_triton(item) and sum(item.callspec.indices.values()) % 3}
     large = Counter(item.originalname for item in items if id(item) in thinned)
     left_out = [item for item in items if id(item) in thinned and large[item.originalname] > 12]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 
 
-def _interpreted(item):
+def _takes_triton(item):
     return getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "triton"
+
+
+def _runs_triton(item):
+    """By its backend, its fixture or, as in test_linear.py, its name; here, not elsewhere in tests/."""
+    here = item.path.is_relative_to(Path(__file__).parent)
+    return here and (
+        _takes_triton(item) or "triton_device" in item.fixturenames or item.originalname.startswith("test_triton_")
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(autouse=True)
 def tiles_of_128_logits(request):
-    if "backend" in request.fixturenames and not request.node.get_closest_marker("gpu"):
+    if "backend" in request.fixturenames:
         request.getfixturevalue("small_tiles")
 
 
@@ -358,9 +358,9 @@ def test_the_linear_loss_takes_the_k_best_of_each_token(tail, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("triton_device")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("V", "K"), [(50257, 64), (128256, 1024), (151936, 64)])
-def test_a_whole_batch_matches_on_a_gpu(backend, divergence, tail, V, K):
-    if backend == "triton":
-        assert_matches(backend, case(64, V, K, torch.bfloat16, 1.33), divergence, tail)
+def test_a_whole_batch_matches_on_a_gpu(divergence, tail, V, K):
+    assert_matches("triton", case(64, V, K, torch.bfloat16, 1.33), divergence, tail)
