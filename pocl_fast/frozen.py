@@ -31,8 +31,9 @@ def freeze_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> list
     """Gives each plain fp32 `nn.Linear` on the CPU a forward of its own over a copy of its weight, without gradients;
     returns these layers, from each of which `del layer.forward` takes it off again.
 
-    Later changes to the weights are not seen. fp32 in, fp32 out, also where `dtype` is bfloat16: then the copy, the
-    inputs and the results are rounded to it. Frozen and quantised layers stay as they are.
+    Later changes to the weights are not seen. fp32 in, fp32 out, also where `dtype` is bfloat16, for processors that
+    multiply it: then the copy, the inputs and the results are rounded to it. Frozen and quantised layers stay as they
+    are.
     """
     frozen: list[nn.Module] = []
     if not torch.backends.mkldnn.is_available():
