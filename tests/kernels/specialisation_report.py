@@ -7,6 +7,7 @@ H100.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 
@@ -56,9 +57,14 @@ def values_of(N: int, shift: int, *counts: int) -> list[torch.Tensor]:
     return [shifted((N if count > 1 else 1,), torch.float32, shift) for count in counts]
 
 
-def dense_rows(
+def logits(N: int, V: int, pad: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(N, V + pad, dtype=dtype)[:, :V]
+
+
+def rows(
     N: int = 6,
     V: int = 320,
+    K: int | None = None,
     pad: int = 0,
     temperatures: int = 1,
     alphas: int = 1,
@@ -67,39 +73,22 @@ def dense_rows(
     dtype: torch.dtype = torch.bfloat16,
     **options: object,
 ) -> None:
-    student, teacher = (torch.zeros(N, V + pad, dtype=dtype)[:, :V] for _ in range(2))
+    """The row kernel: the sparse one where the teacher has K entries a token."""
+    if K is None:
+        launch, teacher = dense.distillation_rows, [logits(N, V, pad, dtype)]
+        own: dict[str, object] = {"transforms": [0.5, 30.0, 1.0, 0.0]}
+    else:
+        teacher = [shifted((N, K), kind, shift) for kind in (torch.float32, torch.int64)]
+        launch, own = sparse.sparse_distillation_rows, {"transform": [0.5, 30.0], "tail": "bucket"}
     labels = shifted((N,), torch.int64, shift)
-    dense.distillation_rows(
-        student, teacher, labels, *values_of(N, shift, temperatures, alphas, scales),
-        **(OPTIONS | {"transforms": [0.5, 30.0, 1.0, 0.0]} | options),
-    )  # fmt: skip
-
-
-def sparse_rows(
-    N: int = 6,
-    V: int = 320,
-    K: int = 7,
-    pad: int = 0,
-    temperatures: int = 1,
-    alphas: int = 1,
-    scales: int = 2,
-    shift: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    **options: object,
-) -> None:
-    student = torch.zeros(N, V + pad, dtype=dtype)[:, :V]
-    log_probs, indices = (shifted((N, K), kind, shift) for kind in (torch.float32, torch.int64))
-    labels = shifted((N,), torch.int64, shift)
-    sparse.sparse_distillation_rows(
-        student, log_probs, indices, labels, *values_of(N, shift, temperatures, alphas, scales),
-        **(OPTIONS | {"transform": [0.5, 30.0], "tail": "bucket"} | options),
-    )  # fmt: skip
+    values = values_of(N, shift, temperatures, alphas, scales)
+    launch(logits(N, V, pad, dtype), *teacher, labels, *values, **(OPTIONS | own | options))
 
 
 def scale(
     N: int = 6, V: int = 320, pad: int = 0, scales: int = 2, shift: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    dense.scale_rows_(torch.zeros(N, V + pad, dtype=dtype)[:, :V], *values_of(N, shift, scales))
+    dense.scale_rows_(logits(N, V, pad, dtype), *values_of(N, shift, scales))
 
 
 # of any kernel; the last does compile, which shows that the count counts
@@ -119,9 +108,9 @@ OF_ROWS: Changes = GENERAL | {
 }
 SOFTCAPS = (0.0, 1.0, 50.0)
 KERNELS: dict[str, tuple[Callable[..., None], Changes]] = {
-    "dense": (dense_rows, OF_ROWS | {"transforms": [{"transforms": [1.0, x, 2.0, 0.0]} for x in SOFTCAPS]}),
+    "dense": (rows, OF_ROWS | {"transforms": [{"transforms": [1.0, x, 2.0, 0.0]} for x in SOFTCAPS]}),
     "sparse": (
-        sparse_rows,
+        functools.partial(rows, K=7),
         OF_ROWS
         | {
             "K": [{"K": 1}, {"K": 16}, {"K": 32}],

@@ -1,14 +1,11 @@
 """What the compiler makes of the dense kernel, read from the machine code: no GPU is needed, nor used."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from compiling import finish, start
 
 triton = pytest.importorskip("triton")
+
+REPORT = "compile_report.py"  # for the fixtures of conftest.py
 
 # bytes of stack and accesses to it: the ptxas of Triton before 3.8 puts a few words there in single kernels
 STACK, SPILLS = (24, 10) if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else (0, 0)
@@ -27,40 +24,6 @@ WITHIN_REACH = {
 }
 KL = ("forward_kl", "reverse_kl")
 LABEL_OUTSIDE = "label outside the student's vocabulary"
-
-
-def start(script: str, folder: Path, *arguments: str) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder)
-    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process: subprocess.Popen) -> list[dict]:
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return [json.loads(line) for line in output.splitlines()]
-
-
-def in_halves(script: str, folder: Path) -> list[dict]:
-    halves = [start(script, folder, part, "2") for part in "01"]
-    return [kernel for half in halves for kernel in finish(half)]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return in_halves("compile_report.py", tmp_path_factory.mktemp("triton"))
-
-
-@pytest.fixture
-def kernels(compiled):
-    return [kernel for kernel in compiled if not kernel["debug"]]
-
-
-@pytest.fixture
-def debugged(compiled):
-    (kernel,) = (kernel for kernel in compiled if kernel["debug"])
-    return kernel
 
 
 def name_of(kernel: dict) -> str:

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_compiled import finish, start
+from compiling import finish, start
 
 from pocl_fast.kernels import tiles
 from pocl_fast.objectives import DIVERGENCES

@@ -4,23 +4,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from test_compiled import LABEL_OUTSIDE, SPILLS, STACK, in_halves
+from test_compiled import LABEL_OUTSIDE, SPILLS, STACK
 
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return in_halves("compile_sparse_report.py", tmp_path_factory.mktemp("triton"))
-
-
-@pytest.fixture
-def kernels(compiled):
-    return [kernel for kernel in compiled if not kernel["debug"]]
-
-
-@pytest.fixture
-def debugged(compiled):
-    (kernel,) = (kernel for kernel in compiled if kernel["debug"])
-    return kernel
+REPORT = "compile_sparse_report.py"  # for the fixtures of conftest.py
 
 
 def name_of(kernel):
