@@ -54,8 +54,13 @@ template <Family family, class S, class T>
 inline KlSums small_kl(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, const Kept& kept) {
     const Probabilities at(f);
     KlSums sums{.small = true};
+    Float to_q = {}, to_p = {};
+    Maxima maxima;
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
-        const Float to_q = broadcast(static_cast<float>(f.q.weight(kept.max_s[block]))), to_p = broadcast(static_cast<float>(f.p.weight(kept.max_t[block])));
+        if (maxima.move_to(kept, block)) {
+            to_q = broadcast(static_cast<float>(f.q.weight(maxima.s)));
+            to_p = broadcast(static_cast<float>(f.p.weight(maxima.t)));
+        }
         Float terms = {}, excess = {};
         const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
             const Float q = F32::load(kept.first + place) * to_q, gap = at.gap(s, t);

@@ -72,6 +72,18 @@ struct Kept {
     float* max_t;
 };
 
+/// The maxima that a block's exponentials are relative to. Most blocks of a row share them, and the weights that follow from them.
+struct Maxima {
+    float s = __builtin_nanf(""), t = s;
+    /// False where they are those of the block before.
+    bool move_to(const Kept& kept, std::int64_t block) {
+        if (kept.max_s[block] == s && kept.max_t[block] == t) return false;
+        s = kept.max_s[block];
+        t = kept.max_t[block];
+        return true;
+    }
+};
+
 enum class Moment { none, of_q, of_p };
 /// CE's exponentials: not wanted here; summed, but not kept (alpha is 0); q's; q's squares; its own.
 enum class OwnCe { no, summed, at_tau_1, at_tau_2, yes };

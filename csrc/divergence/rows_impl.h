@@ -42,16 +42,6 @@ inline double label_gradient(Family family, double log_q, double log_p, double a
     return 0;
 }
 
-/// D, CE and the gradient's weights of a row.
-struct Values {
-    double D = 0, known = 0;   // known: what `block_weights` calls so
-    bool small = false;        // the same
-    double ce = 0;
-    float unit = 1;            // of the mixtures' u, see MixtureSums
-    bool no_softmax = false;   // nothing but -inf: CE is infinite and nothing can lower it
-    Weights w;
-};
-
 template <Family family, class S, class T>
 inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pieces, const Kept& kept, const RowFacts& f, float s_label) {
     const Task& task = *row.task;
@@ -67,6 +57,7 @@ inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pie
             out.D = sums.D;
             out.known = sums.u;
             out.unit = sums.unit;
+            out.factor = mixture_factor(family, task.teacher_share);
         }
     }
     out.no_softmax = f.ce.z == 0;
@@ -189,10 +180,7 @@ void copied_row(const Row& row, const Output<G>& out) {
     if (out.row == nullptr) return;
     float* const g = scratch.kept.first;  // over what it is computed from
     const std::int64_t done = f.all_out ? 0 : row.V;
-    if (done > 0) {
-        const float factor = is_kl(family) ? 1.0f : mixture_factor(family, task.teacher_share);
-        Gradient<family, OwnCe::no, F32>{scratch.kept, pieces, f, values.w, values.known, factor, values.unit, values.small, Output<F32>{g, false}}.finish();
-    }
+    if (done > 0) Gradient<family, OwnCe::no, F32>{scratch.kept, pieces, f, values, Output<F32>{g, false}}.finish();
     std::memset(g + done, 0, static_cast<std::size_t>(row.V_s - done) * sizeof *g);
     const CrossEntropy ce(f, values.w);
     for_vectors(0, row.V_s, [&](std::int64_t v, int count, auto rest) {
@@ -220,8 +208,7 @@ struct Waiting {
 
     template <OwnCe ce>
     Gradient<family, ce, S> gradient(const Kept& kept) const {
-        const float factor = is_kl(family) ? 1.0f : mixture_factor(family, row.task->teacher_share);
-        return {kept, pieces, f, values.w, values.known, factor, values.unit, values.small, out};
+        return {kept, pieces, f, values, out};
     }
     /// What is left of the gradient, and the label's entry last.
     template <OwnCe ce>

@@ -31,41 +31,49 @@ inline double near_below(double teacher_share) {
 /// D of a mixture or total variation. Leaves 2^x_q u of each entry in `kept.second`.
 template <Family family, class S, class T>
 inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, double teacher_share, const Kept& kept) {
-    constexpr float tiny = 1.17549435e-38f;  // in the place of a 0, whose logarithm would be NaN times 0
-    const Float a = broadcast(static_cast<float>(teacher_share)), b = broadcast(static_cast<float>(1 - teacher_share));
-    const Float max_gap = broadcast(f.max_gap()), factor = broadcast(f.q.factor), gap_shift = broadcast(static_cast<float>(f.gap_shift()));
-    const Float most = broadcast(static_cast<float>(-::log2(teacher_share)));
+    constexpr float tiny = 1.17549435e-38f;  // so that no quotient is 0/0
+    const double a = teacher_share, b = 1 - a;
+    const Float to_a = broadcast(static_cast<float>(a)), to_b = broadcast(static_cast<float>(b)), to_b_nats = to_b * kLog2E;
+    const Float most = broadcast(static_cast<float>(-::log2(a)));  // of log2(p/m), which it is where q underflows
+    // log2(p/q) = (t - s) * factor + constant; what the constant's rounding adds to D is taken off at the end
+    const double shift = f.gap_shift() - static_cast<double>(f.max_gap()) * f.q.factor;
+    const Float factor = broadcast(f.q.factor), constant = broadcast(static_cast<float>(shift));
     double q_weight = 0, p_weight = 0;
-    double of_q = 0, of_p = 0, linear = 0, u = 0;  // sums of q log2(q/m) and p log2(p/m), or of |p - q|; of q - m or p - m; of q u
+    Float to_q = {}, to_p = {}, a_p = {}, b_q = {};
+    Maxima maxima;
+    // linear: the sum of p - m or q - m, which is 0 but for rounding. Without it, D would keep the rounding of p, q and m. u: that of q u
+    double D = 0, linear = 0, u = 0;
     for (std::int64_t block = 0; block < pieces.blocks(); ++block) {
-        if (block == 0 || kept.max_s[block] != kept.max_s[block - 1]) q_weight = f.q.weight(kept.max_s[block]);
-        if (block == 0 || kept.max_t[block] != kept.max_t[block - 1]) p_weight = f.p.weight(kept.max_t[block]);
-        const Float to_q = broadcast(static_cast<float>(q_weight)), to_p = broadcast(static_cast<float>(p_weight));
-        Float q_sum = {}, p_sum = {}, linear_sum = {}, u_sum = {};
+        if (maxima.move_to(kept, block)) {
+            q_weight = f.q.weight(maxima.s);
+            p_weight = f.p.weight(maxima.t);
+            to_q = broadcast(static_cast<float>(q_weight));
+            to_p = broadcast(static_cast<float>(p_weight));
+            a_p = broadcast(static_cast<float>(a * p_weight));
+            b_q = broadcast(static_cast<float>(b * q_weight));
+        }
+        Float sum = {}, linear_sum = {}, u_sum = {};
         const auto add = [&](Float s, Float t, std::int64_t place) POCL_INLINE {
-            const Float kept_q = F32::load(kept.first + place), q = kept_q * to_q, p = F32::load(kept.second + place) * to_p;
+            const Float kept_q = F32::load(kept.first + place), kept_p = F32::load(kept.second + place);
             Float product;
             if constexpr (family == Family::tvd) {
-                const Float difference = p - q;
-                p_sum += magnitude(difference);
+                const Float q = kept_q * to_q, p = kept_p * to_p, difference = p - q;
+                sum += magnitude(difference);
                 product = select(q == p, Float{}, with_sign_of(difference, kept_q));
             } else {
-                const Float m = max(broadcast(tiny), fma(a, p, b * q));
+                // the one that is compared, with its own share of m: so that its weight's rounding is none of the quotient's
+                constexpr bool of_p = family == Family::skew_forward_kl;
+                const Float compared = of_p ? kept_p * to_p : kept_q * to_q;
+                const Float other = of_p ? fma(kept_q, b_q, broadcast(tiny)) : fma(kept_p, a_p, broadcast(tiny));
+                const Float m = fma(compared, of_p ? to_a : to_b, other), ratio = compared / m, log_ratio = log2_of(ratio);
                 if constexpr (family == Family::jsd) {
-                    const Float log_ratio = log2_of(max(broadcast(tiny), q / m)), gap = fma((t - s) - max_gap, factor, gap_shift);
-                    p_sum += p * min(most, log_ratio + gap);  // log2(p/m) is at most log2(1/a), which it is where q underflows
-                    q_sum += q * log_ratio;
+                    sum += kept_p * min(most, fma(t - s, factor, constant) + log_ratio);
                     product = kept_q * log_ratio;
-                } else if constexpr (family == Family::skew_forward_kl) {
-                    const Float ratio = p / m;
-                    p_sum += p * log2_of(max(broadcast(tiny), ratio));
-                    linear_sum += p - m;
-                    product = kept_q * (ratio - 1.0f);
                 } else {
-                    const Float ratio = q / m, log_ratio = log2_of(max(broadcast(tiny), ratio));
-                    q_sum += q * log_ratio;
-                    linear_sum += q - m;
-                    product = kept_q * fma(b * kLog2E, 1.0f - ratio, log_ratio);  // b (1 - q/m) = a (p/m - 1)
+                    const Float rest = ratio - 1.0f;
+                    sum += (of_p ? kept_p : kept_q) * log_ratio;
+                    linear_sum += m * rest;
+                    product = kept_q * (of_p ? rest : log_ratio - to_b_nats * rest);  // b (1 - q/m) = a (p/m - 1)
                 }
             }
             u_sum += product;
@@ -80,18 +88,19 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
             add(s.a, t.a, place);
             add(s.b, t.b, place + kWidth);
         });
-        of_q += sum_lanes(q_sum);
-        of_p += sum_lanes(p_sum);
+        const double block_u = q_weight * sum_lanes(u_sum);
+        u += block_u;
         linear += sum_lanes(linear_sum);
-        u += q_weight * sum_lanes(u_sum);
+        if (family == Family::jsd) D += a * p_weight * sum_lanes(sum) + b * block_u;
+        if (family == Family::skew_forward_kl) D += p_weight * sum_lanes(sum);
+        if (family == Family::skew_reverse_kl) D += q_weight * sum_lanes(sum);
+        if (family == Family::tvd) D += 0.5 * sum_lanes(sum);
     }
     MixtureSums sums;
-    if (!::isfinite(f.q.z + f.p.z)) of_q = of_p = __builtin_nan("");  // which the logarithms above do not pass on
-    // `linear` is 0 but for rounding: without it, D would keep the rounding of p and m
-    if (family == Family::jsd) sums.D = kLn2 * (teacher_share * of_p + (1 - teacher_share) * of_q);
-    if (family == Family::skew_forward_kl) sums.D = kLn2 * of_p - linear;
-    if (family == Family::skew_reverse_kl) sums.D = kLn2 * of_q - linear;
-    if (family == Family::tvd) sums.D = 0.5 * of_p;
+    if (!::isfinite(f.q.z + f.p.z)) D = __builtin_nan("");  // which the logarithms above do not pass on
+    if (family == Family::jsd) sums.D = kLn2 * (D + a * (shift - static_cast<float>(shift)));
+    else if (family == Family::tvd) sums.D = D;
+    else sums.D = kLn2 * D - linear;
     sums.unit = family == Family::jsd || family == Family::skew_reverse_kl ? kLn2f : 1.0f;
     sums.u = u * sums.unit;
     return sums.D < near_below<family>(teacher_share) ? near_mixture<family>(rows, pieces, f, teacher_share, kept) : sums;
@@ -137,6 +146,17 @@ struct Weights {
     }
 };
 
+/// D, CE and the gradient's weights of a row.
+struct Values {
+    double D = 0, ce = 0;
+    double known = 0;         // the mean of a mixture's u under q, in nats; of a small forward KL the excess of p - q
+    bool small = false;       // whether `small_kl` found D; of forward KL scratch then holds p - q
+    float unit = 1;           // of a mixture's u in scratch, see MixtureSums
+    float factor = 1;         // of a mixture's u in the gradient
+    bool no_softmax = false;  // nothing but -inf: CE is infinite and nothing can lower it
+    Weights w;                // w.d is over the temperature
+};
+
 /// CE's gradient from its logits.
 struct CrossEntropy {
     Exponents exponents;
@@ -162,24 +182,24 @@ struct BlockWeights {
     double first = 0, second = 0, third = 0;
 };
 
-/// `known`: the mean of a mixture's u under q, in nats; of a small forward KL the excess of p - q, which then is what scratch holds.
 template <Family family, OwnCe ce>
-inline BlockWeights block_weights(const RowFacts& f, const Weights& w, float max_s, float max_t, double known, float factor, float unit,
-                                  bool small) {
+inline BlockWeights block_weights(const RowFacts& f, const Values& values, const Maxima& maxima) {
+    const Weights& w = values.w;
     BlockWeights out;
-    const double q = f.q.weight(max_s);
-    if (family == Family::forward_kl && small) {
-        out = {w.d * q * known, -w.d, 0};
+    const double q = f.q.weight(maxima.s);
+    if (family == Family::forward_kl && values.small) {
+        out = {w.d * q * values.known, -w.d, 0};
     } else if constexpr (family == Family::forward_kl) {
-        out = {w.d * q, -w.d * f.p.weight(max_t), 0};
+        out = {w.d * q, -w.d * f.p.weight(maxima.t), 0};
     } else if constexpr (family == Family::reverse_kl) {  // q (mean gap - gap): without the normalisers' quotient, and its error
-        const double moved = static_cast<double>(max_t - max_s) - f.max_gap(), slope = w.d * q * kLn2 * f.q.factor;  // fp32 as in the sweep
+        const double moved = static_cast<double>(maxima.t - maxima.s) - f.max_gap(), slope = w.d * q * kLn2 * f.q.factor;  // fp32 as in the sweep
         out = {slope * (f.moment / f.q.z - moved), -slope, 0};
     } else {
-        out = {w.d * factor * q * -known, w.d * factor * q * unit, 0};
+        const double slope = w.d * q * values.factor;
+        out = {slope * -values.known, slope * values.unit, 0};
     }
     if (w.ce == 0.0f || ce == OwnCe::no || ce == OwnCe::summed) return out;
-    const double of_ce = w.ce * f.ce.weight(max_s);
+    const double of_ce = w.ce * f.ce.weight(maxima.s);
     if constexpr (ce == OwnCe::at_tau_1) out.first += of_ce;
     else out.third = of_ce;
     return out;
@@ -193,14 +213,11 @@ struct Gradient {
     Kept kept;
     Pieces pieces;
     const RowFacts& f;
-    Weights w;                // w.d is over the temperature
-    double known;             // see `block_weights`
-    float factor, unit;
-    bool small;
+    const Values& values;
     Output<G> out;
     std::int64_t next = 0;    // block
-    BlockWeights weights{};   // of the last block, whose maxima these are; most blocks share them
-    float max_s = __builtin_nanf(""), max_t = max_s;
+    Maxima maxima{};          // of the last block
+    BlockWeights weights{};
 
     struct Block {
         const float *q, *second, *third;
@@ -241,11 +258,7 @@ struct Gradient {
     Block block(std::int64_t block) {
         const bool any = block < pieces.blocks();
         if (any) {
-            if (kept.max_s[block] != max_s || kept.max_t[block] != max_t) {
-                max_s = kept.max_s[block];
-                max_t = kept.max_t[block];
-                weights = block_weights<family, ce>(f, w, max_s, max_t, known, factor, unit, small);
-            }
+            if (maxima.move_to(kept, block)) weights = block_weights<family, ce>(f, values, maxima);
             next = block + 1;
         }
         return {kept.first, kept.second, kept.third, broadcast(static_cast<float>(weights.first)), broadcast(static_cast<float>(weights.second)),
