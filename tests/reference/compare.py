@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pocl_fast.losses import LossOutput, distillation_loss
 from pocl_fast.objectives import Objective
+from pocl_fast.reference import transformed
 
 # of a gradient's norm: the rounding of each element to the student's dtype, in fp16 twice; in fp32 that of the
 # log-ratios, about 1e-6, of which reverse KL's gradient keeps only the differences: small ones where one token holds
@@ -54,8 +55,30 @@ def both(
     return results[0], results[1], results[2], results[3]
 
 
+def off_the_kink(student: Tensor, teacher: Tensor, objective: Objective, options: dict[str, Any]) -> Tensor:
+    """The teacher's logits, moved where p is nearer to q than fp32 knows either: total variation's gradient may take
+    either side there. In about every hundredth batch of three rows of 50257 one has the weight to be seen."""
+    V = min(student.shape[-1], teacher.shape[-1])
+    tau = torch.as_tensor(objective.temperature, dtype=torch.float64).reshape(-1, 1)
+    sides = [
+        transformed(
+            x[:, :V].double(), options.get(f"{side}logit_scale", 1.0), options.get(f"{side}logit_softcap") or 0.0
+        )
+        for x, side in ((student, ""), (teacher, "teacher_"))
+    ]
+    out = (sides[0] == -torch.inf) | (sides[1] == -torch.inf)
+    log_q, log_p = (torch.log_softmax(x.masked_fill(out, -torch.inf) / tau, -1) for x in sides)
+    near = (log_q - log_p).abs() < 1e-5
+    near &= near.double().mean(-1, keepdim=True) < 0.1  # a row of equals stays one
+    if not near.any():
+        return teacher  # with its strides
+    return torch.cat([teacher[:, :V] + 0.1 * near.to(teacher.dtype), teacher[:, V:]], 1)
+
+
 def assert_matches(student: Tensor, teacher: Tensor, labels: Tensor, objective: Objective, **options: Any) -> None:
     """Loss, every metric of every token and the gradient agree to the dtype's rounding."""
+    if objective.divergence == "tvd" and student.dtype == torch.float32:
+        teacher = off_the_kink(student, teacher, objective, options)
     got, gradient, want, exact_gradient = both(student, teacher, labels, objective, **options)
     assert gradient.dtype == student.dtype
     assert gradient.shape == student.shape

@@ -314,8 +314,8 @@ def test_a_small_divergence_keeps_its_digits(backend, divergence, distance, tole
     for out in (got, ungraded):
         assert relative_error(out.per_token["divergence"], want.per_token["divergence"]) <= tolerance
     if divergence != "tvd":  # whose gradient changes its sign with p - q, which is within rounding somewhere
-        # Triton's forward KL is the difference of two probabilities
-        rounding = 1e-6 / distance if (backend, divergence) == ("triton", "forward_kl") else 2e-6
+        # Triton's forward KL is the difference of two probabilities, known to some 1e-7 each
+        rounding = 2e-6 / distance if (backend, divergence) == ("triton", "forward_kl") else 2e-6
         assert relative_error(gradient, exact_gradient) <= rounding
 
 
