@@ -32,10 +32,13 @@ inline double near_below(double teacher_share) {
 template <Family family, class S, class T>
 inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const RowFacts& f, double teacher_share, const Kept& kept) {
     constexpr float tiny = 1.17549435e-38f;  // so that no quotient is 0/0
+    // JSD's least q/m, 2^-90: log2(p/m) is taken from log2(q/m), and is `most` below it. That of a q which underflows would be too large to
+    // leave so much of log2(p/q).
+    constexpr float least = 8.07793567e-28f;
     const double a = teacher_share, b = 1 - a;
     const Float to_a = broadcast(static_cast<float>(a)), to_b = broadcast(static_cast<float>(b)), to_b_nats = to_b * kLog2E;
-    const Float most = broadcast(static_cast<float>(-::log2(a)));  // of log2(p/m), which it is where q underflows
-    // log2(p/q) = (t - s) * factor + constant; what the constant's rounding adds to D is taken off at the end
+    const Float most = broadcast(static_cast<float>(-::log2(a)));  // of log2(p/m)
+    // log2(p/q) = (t - s) * factor + constant
     const double shift = f.gap_shift() - static_cast<double>(f.max_gap()) * f.q.factor;
     const Float factor = broadcast(f.q.factor), constant = broadcast(static_cast<float>(shift));
     double q_weight = 0, p_weight = 0;
@@ -65,7 +68,8 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
                 constexpr bool of_p = family == Family::skew_forward_kl;
                 const Float compared = of_p ? kept_p * to_p : kept_q * to_q;
                 const Float other = of_p ? fma(kept_q, b_q, broadcast(tiny)) : fma(kept_p, a_p, broadcast(tiny));
-                const Float m = fma(compared, of_p ? to_a : to_b, other), ratio = compared / m, log_ratio = log2_of(ratio);
+                const Float m = fma(compared, of_p ? to_a : to_b, other), ratio = compared / m;
+                const Float log_ratio = log2_of(family == Family::jsd ? max(broadcast(least), ratio) : ratio);
                 if constexpr (family == Family::jsd) {
                     sum += kept_p * min(most, fma(t - s, factor, constant) + log_ratio);
                     product = kept_q * log_ratio;
@@ -98,7 +102,8 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
     }
     MixtureSums sums;
     if (!::isfinite(f.q.z + f.p.z)) D = __builtin_nan("");  // which the logarithms above do not pass on
-    if (family == Family::jsd) sums.D = kLn2 * (D + a * (shift - static_cast<float>(shift)));
+    // JSD has no such sum: what the roundings of `constant` and of q's share add to the logarithms is taken off
+    if (family == Family::jsd) sums.D = kLn2 * (D + a * (shift - static_cast<float>(shift))) + (static_cast<float>(b) - b);
     else if (family == Family::tvd) sums.D = D;
     else sums.D = kLn2 * D - linear;
     sums.unit = family == Family::jsd || family == Family::skew_reverse_kl ? kLn2f : 1.0f;

@@ -117,7 +117,8 @@ inline Float log1p_of(Float z) {
     return select(z == z, sum, z);
 }
 
-/// log2 of a positive normal number, to an absolute 1e-8 or two units of the last digit, whichever is more.
+/// log2 of a positive normal number, to an absolute 1e-8 or two units of the last digit, whichever is more. Of 0 and subnormal numbers it
+/// is between -127 and -126; of NaN some number.
 #if defined(__AVX512F__)
 constexpr Float kCentres = {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
                             0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};

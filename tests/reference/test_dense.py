@@ -319,6 +319,19 @@ def test_a_small_divergence_keeps_its_digits(backend, divergence, distance, tole
         assert relative_error(gradient, exact_gradient) <= rounding
 
 
+# the student's logit of one entry falls until its probability underflows, which the teacher's never does
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("share", [0.5, 0.02])
+@pytest.mark.parametrize("teacher_logit", [0.0, -2.0])
+def test_a_probability_that_underflows_on_one_side_keeps_its_term(backend, divergence, share, teacher_logit):
+    falling, still = torch.zeros(2, 31, 5)
+    falling[:, 1], still[:, 1] = torch.arange(-80, -111, -1), teacher_logit
+    labels, objective = torch.zeros(31, dtype=torch.int64), Objective(divergence, beta=share, skew=share)
+    for student, teacher in ((falling, still), (still, falling)):
+        got, _, want, _ = both(student, teacher, labels, objective, backend=backend, reduction="none")
+        torch.testing.assert_close(got.loss.double(), want.loss, rtol=3e-6, atol=1e-7)
+
+
 # an offset between the models, which no divergence depends on
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_an_offset_between_the_models_costs_no_digits(backend, divergence):

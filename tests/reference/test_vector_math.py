@@ -54,6 +54,11 @@ def test_log2_is_exact_to_1e_8_or_the_last_digits():
     assert (np.abs(got - want) <= np.maximum(1e-8, 2 * np.spacing(np.abs(want).astype(np.float32)))).all()
 
 
+def test_log2_is_finite_at_0_and_at_subnormal_numbers():
+    got = _C.vector_math("log2", np.array([0, 1e-45, 1e-40, 1.1e-38], dtype=np.float32))
+    assert ((got >= -127) & (got <= -126)).all()
+
+
 def test_exp2_is_exact_at_0_and_underflows_to_0():
     x = np.array([0, -1, -2, -126, -200, -1e30, -np.inf], dtype=np.float32)
     assert _C.vector_math("exp2", x).tolist() == [1, 0.5, 0.25, 2.0**-126, 0, 0, 0]
