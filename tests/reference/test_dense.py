@@ -316,6 +316,8 @@ def test_a_small_divergence_keeps_its_digits(backend, divergence, distance, tole
     if divergence != "tvd":  # whose gradient changes its sign with p - q, which is within rounding somewhere
         # Triton's forward KL is the difference of two probabilities, known to some 1e-7 each
         rounding = 2e-6 / distance if (backend, divergence) == ("triton", "forward_kl") else 2e-6
+        if divergence == "reverse_kl":  # of differences, small ones where one token holds nearly all of q
+            rounding = GRADIENT_TOLERANCE[torch.float32]
         assert relative_error(gradient, exact_gradient) <= rounding
 
 
