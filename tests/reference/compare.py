@@ -55,23 +55,28 @@ def both(
     return results[0], results[1], results[2], results[3]
 
 
+def log_softmaxes(student: Tensor, teacher: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries of the shared vocabulary are out of D, [N, V]; log q and log p of the others, in float64."""
+    V = min(student.shape[-1], teacher.shape[-1])
+    s, t = student[:, :V].double(), teacher[:, :V].double()
+    out = (s == -torch.inf) | (t == -torch.inf)
+    log_q, log_p = (torch.log_softmax(x.masked_fill(out, -torch.inf) / tau.double().reshape(-1, 1), -1) for x in (s, t))
+    return out, log_q, log_p
+
+
 def off_the_kink(student: Tensor, teacher: Tensor, objective: Objective, options: dict[str, Any]) -> Tensor:
     """The teacher's logits, moved where p is nearer to q than fp32 knows either: total variation's gradient may take
     either side there. In about every hundredth batch of three rows of 50257 one has the weight to be seen."""
-    V = min(student.shape[-1], teacher.shape[-1])
-    tau = torch.as_tensor(objective.temperature, dtype=torch.float64).reshape(-1, 1)
     sides = [
-        transformed(
-            x[:, :V].double(), options.get(f"{side}logit_scale", 1.0), options.get(f"{side}logit_softcap") or 0.0
-        )
+        transformed(x.double(), options.get(f"{side}logit_scale", 1.0), options.get(f"{side}logit_softcap") or 0.0)
         for x, side in ((student, ""), (teacher, "teacher_"))
     ]
-    out = (sides[0] == -torch.inf) | (sides[1] == -torch.inf)
-    log_q, log_p = (torch.log_softmax(x.masked_fill(out, -torch.inf) / tau, -1) for x in sides)
+    _, log_q, log_p = log_softmaxes(*sides, torch.as_tensor(objective.temperature, dtype=torch.float64))
     near = (log_q - log_p).abs() < 1e-5
     near &= near.double().mean(-1, keepdim=True) < 0.1  # a row of equals stays one
     if not near.any():
         return teacher  # with its strides
+    V = near.shape[-1]
     return torch.cat([teacher[:, :V] + 0.1 * near.to(teacher.dtype), teacher[:, V:]], 1)
 
 

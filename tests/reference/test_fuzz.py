@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
+from compare import log_softmaxes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -185,9 +186,6 @@ def ties(batch: Batch, student: Tensor, teacher: Tensor, tau: Tensor) -> Tensor:
     """[N]: how far TVD's gradient moves when entries where p and q are nearly equal fall on the other side."""
     if batch.objective.divergence != "tvd":
         return torch.zeros(len(student), dtype=torch.float64)
-    V = min(batch.V)
-    s, t = student[:, :V].double(), teacher[:, :V].double()
-    out = (s == -torch.inf) | (t == -torch.inf)
-    logs = [torch.log_softmax(x.masked_fill(out, -torch.inf) / tau.double().reshape(-1, 1), -1) for x in (s, t)]
-    near = ~out & ((logs[0] - logs[1]).abs() <= 10 * allowances(batch, student, teacher, tau)[:, None])
-    return 2 * torch.where(near, logs[0].exp(), 0.0).sum(-1).nan_to_num()
+    out, log_q, log_p = log_softmaxes(student, teacher, tau)
+    near = ~out & ((log_q - log_p).abs() <= 10 * allowances(batch, student, teacher, tau)[:, None])
+    return 2 * torch.where(near, log_q.exp(), 0.0).sum(-1).nan_to_num()
