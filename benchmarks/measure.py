@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from pocl_fast import models
-from pocl_fast.difficulty import cross_entropy
 from pocl_fast.generation import generate
-from pocl_fast.packing import enable_packing
+from pocl_fast.likelihood import cross_entropy
+from pocl_fast.packed_attention import enable_packing
 from pocl_fast.samples import EncodedSample, SampleEncoder, encode_all, read_samples
 from pocl_fast.student import cut_layers
 

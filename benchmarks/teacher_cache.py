@@ -34,7 +34,8 @@ from pocl_fast.frozen import freeze_linears
 from pocl_fast.heads import LmHead, lm_head, loss_within_forward
 from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.objectives import Objective
-from pocl_fast.packing import enable_packing, pack, supervised_hidden
+from pocl_fast.packed_attention import enable_packing
+from pocl_fast.packing import pack, supervised_hidden
 from pocl_fast.projection import fp32_products
 from pocl_fast.samples import EncodedSample, SampleEncoder, encode_all, read_samples
 from pocl_fast.student import as_trainable, cut_layers

@@ -7,23 +7,16 @@ part by all ranks, so that an interrupted measurement goes on where it stopped.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 import pyarrow as pa
-import torch
 
-from pocl_fast.config import Generation
 from pocl_fast.frozen import frozen_linears
 from pocl_fast.generation import answering_work, generate, generation_batches
-from pocl_fast.heads import LmHead, lm_head
-from pocl_fast.losses import distillation_loss
-from pocl_fast.objectives import Objective
-from pocl_fast.packing import PackedBatch, pack, supervised_hidden, token_budget_batches
+from pocl_fast.likelihood import LoadedModel, response_scores
+from pocl_fast.packing import token_budget_batches
 from pocl_fast.parts import Job, make_table, pieces_of
 from pocl_fast.progress import shared_progress
 from pocl_fast.rouge import rouge_l
@@ -46,75 +39,17 @@ SCHEMA = pa.schema(
 TEACHER_SCHEMA = pa.schema([("index", pa.int64()), *((name, pa.float64()) for name in TEACHER_COLUMNS)])
 ENGINE_ROWS = 1024  # prompts that vLLM gets at once, which makes batches of its own
 TEACHER_TOKENS = 16_384  # of the samples whose teacher columns become one part
-TOKENS_A_BATCH = 4096  # of the packed cross-entropy pass
-ROWS_OF_LOGITS = 256  # at a time
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A causal language model and whether packed batches hold for it."""
+class AnswerOptions(Protocol):
+    """How answers are generated: a run's `Generation`, a trainer's `PoclConfig`."""
 
-    model: Any
-    packed: bool
-
-
-def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: bool) -> np.ndarray:
-    """Mean cross-entropy of each sample's response, in nats a token. [samples] float64."""
-    return response_scores(LoadedModel(model, packed), samples)["cross_entropy"]
-
-
-@torch.inference_mode()
-def response_scores(
-    student: LoadedModel, samples: Sequence[EncodedSample], teacher: LoadedModel | None = None
-) -> dict[str, np.ndarray]:
-    """What the models say of each sample's response: means over its tokens, in nats. Name -> [samples] float64.
-
-    `cross_entropy` is the student's; with a teacher there are `teacher_cross_entropy` and `mean_kl`, the divergence
-    KL(teacher || student) at temperature 1.
-    """
-    device = next(student.model.parameters()).device
-    names = ("cross_entropy",) if teacher is None else ("cross_entropy", *TEACHER_COLUMNS)
-    means = {name: np.empty(len(samples)) for name in names}
-    frozen_teacher = frozen_linears(teacher.model) if teacher else contextlib.nullcontext()
-    with frozen_linears(student.model), frozen_teacher:
-        for group in token_budget_batches([len(sample) for sample in samples], max_tokens=TOKENS_A_BATCH):
-            batch = pack([samples[i] for i in group]).to(device)
-            for name, values in zip(names, _token_scores(student, teacher, batch), strict=True):
-                means[name][group] = [part.double().mean().item() for part in values.cpu().split(batch.counts)]
-    return means
-
-
-def _token_scores(student: LoadedModel, teacher: LoadedModel | None, batch: PackedBatch) -> list[torch.Tensor]:
-    """[N] cross-entropy, and with a teacher its cross-entropy and the divergence, at the supervised positions of a
-    batch; a few rows of logits at a time."""
-    sides = [student] if teacher is None else [student, teacher]
-    heads = [(lm_head(side.model), side.model.get_output_embeddings()) for side in sides]
-    hidden = [supervised_hidden(side.model.get_decoder(), batch, packed=side.packed) for side in sides]
-    pieces = []
-    for rows in torch.arange(len(batch.labels), device=batch.labels.device).split(ROWS_OF_LOGITS):
-        labels = batch.labels[rows]
-        logits = [(project(states[rows]), head) for states, (head, project) in zip(hidden, heads, strict=True)]
-        # a side alone is compared with itself, for its cross-entropy
-        outs = [_compared(logits[0], logits[-1], labels), *(_compared(x, x, labels) for x in logits[1:])]
-        pieces.append([out["ce"] for out in outs] + [out["divergence"] for out in outs[:-1]])
-    return [torch.cat(values) for values in zip(*pieces, strict=True)]
-
-
-def _compared(
-    student: tuple[torch.Tensor, LmHead], teacher: tuple[torch.Tensor, LmHead], labels: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """[N] values of the fused loss of logits, each with the head that says how they are scaled."""
-    return distillation_loss(
-        student[0],
-        teacher[0],
-        labels,
-        Objective(alpha=1.0),
-        reduction="none",
-        logit_scale=student[1].logit_scale,
-        logit_softcap=student[1].logit_softcap,
-        teacher_logit_scale=teacher[1].logit_scale,
-        teacher_logit_softcap=teacher[1].logit_softcap,
-    ).per_token
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def generation_batch_size(self) -> int: ...
+    @property
+    def generation_batch_tokens(self) -> int: ...
 
 
 def rows_of(samples: Sequence[Sample], encoded: Sequence[EncodedSample]) -> list[Sequence[Row]]:
@@ -129,7 +64,7 @@ def measure(
     encoder: SampleEncoder,
     output: Path,
     *,
-    generation: Generation,
+    generation: AnswerOptions,
     temperature: float = 0.0,
     seed: int = 0,
     engine: VllmEngine | None = None,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pocl_fast import ranks
-from pocl_fast.difficulty import cross_entropy
 from pocl_fast.generation import Progress, generate
+from pocl_fast.likelihood import cross_entropy
 from pocl_fast.progress import shared_progress
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import EncodedSample, Sample, SampleEncoder, SampleSet

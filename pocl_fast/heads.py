@@ -96,7 +96,7 @@ def loss_within_forward(
     there, and sees an output whose gradients it knows. No logits are made."""
     inner = causal_lm(model)
     head = inner.get_output_embeddings()
-    kwargs, where = (forward_kwargs(batch), batch.supervised) if packed else padded_kwargs(batch)
+    kwargs, where = (forward_kwargs(inner, batch), batch.supervised) if packed else padded_kwargs(batch)
 
     def forward(**given: Any) -> Tensor:
         output = inner.get_decoder()(**{name: given[name] for name in kwargs})
@@ -128,7 +128,7 @@ def check_head(model: Any) -> None:
     model.eval()
     hidden = supervised_hidden(model.get_decoder(), batch, packed=True)
     ours = head.logits(hidden.to(head.weight.device, head.weight.dtype)).float()
-    theirs = model(**forward_kwargs(batch)).logits[0, batch.supervised.to(ours.device)].float()
+    theirs = model(**forward_kwargs(model, batch)).logits[0, batch.supervised.to(ours.device)].float()
     model.train(was_training)
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
         raise InputError(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pocl_fast import ranks
-from pocl_fast.difficulty import LoadedModel, Row, measure, measure_teacher, rows_of
+from pocl_fast.difficulty import Row, measure, measure_teacher, rows_of
+from pocl_fast.likelihood import LoadedModel
 from pocl_fast.ranking import read_scores
 from pocl_fast.run_directory import required
 from pocl_fast.sample_stream import SampleStream

@@ -1,6 +1,6 @@
-"""Padding-free batches: several samples in one row of tokens, with attention that never crosses from one to another.
+"""Padding-free batches: several samples in one row of tokens, and how a model runs on them.
 
-Knows token layouts and attention. Does not know losses or the curriculum.
+Knows token layouts, and asks packed_attention.py how a model attends. Does not know losses or the curriculum.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.models import exact_products
+from pocl_fast.packed_attention import LengthsLost, enable_packing, needs_no_mask, use_row_mask
 from pocl_fast.placement import input_device
 from pocl_fast.samples import EncodedSample
 
-PACKED_ATTENTION = "pocl_packed_sdpa"
 PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.1, bf16 rounding is 4e-3
 
 
@@ -78,29 +77,15 @@ def token_budget_batches(lengths: Sequence[int], *, max_tokens: int) -> list[lis
     return batches
 
 
-def enable_packing(model: nn.Module, *, autocast: bool = False) -> None:
-    """Makes a transformers model attend within each sample of a packed row: by flash-attention where it is installed
-    and the model is on a GPU, in bf16, fp16 or under autocast to them; else by one causal `sdpa` call a sample, which
-    costs Σ length² and not (Σ length)². A family without `sdpa` (Gemma 2) keeps its own attention, with the mask that
-    transformers derives from `position_ids`."""
-    from transformers.utils import is_flash_attn_2_available
-
-    on_gpu = next(model.parameters()).is_cuda
-    narrow = autocast or next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-    if on_gpu and narrow and is_flash_attn_2_available():
-        model.set_attn_implementation("flash_attention_2")  # type: ignore[operator]
-        return
-    if not getattr(model, "_supports_sdpa", False):
-        return
-    _register_packed_attention()
-    model.set_attn_implementation(PACKED_ATTENTION)  # type: ignore[operator]
-
-
-def forward_kwargs(batch: PackedBatch) -> dict[str, Any]:
-    """The arguments with which a transformers model whose packing is enabled runs on a packed batch."""
-    ends = torch.tensor((0, *batch.lengths), device=batch.input_ids.device).cumsum(0).to(torch.int32)
+def forward_kwargs(model: Any, batch: PackedBatch) -> dict[str, Any]:
+    """The arguments with which a transformers model whose packing is enabled, or its body, runs on a packed batch."""
+    device = batch.input_ids.device
+    ends = torch.tensor((0, *batch.lengths), device=device).cumsum(0).to(torch.int32)
     longest = max(batch.lengths)
+    # transformers takes a mask of four dimensions as it is, and makes none; ours looks at no mask of one entry
+    mask = {"attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)} if needs_no_mask(model) else {}
     return {
+        **mask,
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "use_cache": False,
@@ -118,7 +103,7 @@ def supervised_logits(model: nn.Module, batch: PackedBatch, *, packed: bool) -> 
     `packed=False` pads the samples into a rectangle instead, for the few families where packing does not hold.
     """
     if packed:
-        return model(**forward_kwargs(batch), logits_to_keep=batch.supervised).logits[0]
+        return model(**forward_kwargs(model, batch), logits_to_keep=batch.supervised).logits[0]
     padded, where = padded_kwargs(batch)
     return model(**padded).logits.flatten(0, 1)[where]
 
@@ -126,7 +111,7 @@ def supervised_logits(model: nn.Module, batch: PackedBatch, *, packed: bool) -> 
 def supervised_hidden(body: nn.Module, batch: PackedBatch, *, packed: bool) -> Tensor:
     """Final hidden states [N, H] at the supervised positions, from a model's body (all but the lm_head)."""
     if packed:
-        hidden = body(**forward_kwargs(batch)).last_hidden_state[0]
+        hidden = body(**forward_kwargs(body, batch)).last_hidden_state[0]
         return hidden[batch.supervised.to(hidden.device)]  # the body's layers may lie on several devices
     padded, where = padded_kwargs(batch)
     hidden = body(**padded).last_hidden_state.flatten(0, 1)
@@ -150,18 +135,26 @@ def padded_kwargs(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     ]
 
 
-def packing_ready(model: nn.Module, say: Callable[[str], object], *, autocast: bool = False) -> bool:
-    """Enables packing, and whether it holds for the model; `say` is told where it does not."""
-    enable_packing(model, autocast=autocast)
-    holds = packing_holds(model)
-    if not holds:
+def packing_ready(model: nn.Module, say: Callable[[str], object], *, device: torch.device | str | None = None) -> bool:
+    """Enables packing (see `enable_packing`), and whether it holds for the model; `say` is told how the model attends,
+    and where it is padded instead."""
+    enable_packing(model, say, device=device)
+    return packing_holds(model, say)
+
+
+def packing_holds(model: nn.Module, say: Callable[[str], object] | None = None) -> bool:
+    """Whether a model's logits of packed samples are those of each alone; its packing is enabled. `say` is told where
+    they are not."""
+    vocab_size: Any = model.config.vocab_size  # type: ignore[union-attr]
+    try:
+        error = packing_error(model, vocab_size)
+    except LengthsLost:
+        use_row_mask(model, say)
+        error = packing_error(model, vocab_size)
+    holds = error < PACKING_TOLERANCE
+    if not holds and say is not None:
         say(f"{type(model).__name__} does not support packed batches: they are padded instead, which is slower")
     return holds
-
-
-def packing_holds(model: nn.Module) -> bool:
-    """Whether a model's logits of packed samples are those of each alone; its packing is enabled."""
-    return packing_error(model, model.config.vocab_size) < PACKING_TOLERANCE  # type: ignore[union-attr, arg-type]
 
 
 def packing_error(model: nn.Module, vocab_size: int) -> float:
@@ -175,48 +168,8 @@ def packing_error(model: nn.Module, vocab_size: int) -> float:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        together = model(**forward_kwargs(pack(samples).to(device))).logits[0]
+        together = model(**forward_kwargs(model, pack(samples).to(device))).logits[0]
         alone = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows]
     model.train(was_training)
     want = torch.cat(alone).float()
     return float((together.float() - want).abs().max() / want.abs().max().clamp_min(1e-6))
-
-
-def _packed_sdpa(
-    module: nn.Module,
-    query: Tensor,  # [1, heads, T, head size]
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    packed_lengths: Sequence[int] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' own sdpa, sample by sample; with the mask's block of the sample where a window is narrower than
-    it."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if packed_lengths is None:
-        with exact_products():
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    window = kwargs.get("sliding_window")
-    kwargs.pop("is_causal", None)
-    outputs = []
-    start = 0
-    for length in packed_lengths:
-        part = slice(start, start + length)
-        mask = attention_mask[..., part, part] if window and window < length and attention_mask is not None else None
-        with exact_products():
-            output, _ = sdpa_attention_forward(
-                module, query[:, :, part], key[:, :, part], value[:, :, part], mask, is_causal=mask is None, **kwargs
-            )
-        outputs.append(output)
-        start += length
-    return torch.cat(outputs, dim=1), None  # [1, T, heads, head size]
-
-
-def _register_packed_attention() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(PACKED_ATTENTION, _packed_sdpa)
-    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -24,10 +24,10 @@ from pocl_fast import evaluation, models, ranks, vllm_engine
 from pocl_fast.checkpoints import checkpoints
 from pocl_fast.config import RunConfig, from_options, recorded_config
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
-from pocl_fast.difficulty import LoadedModel
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_json, write_text
 from pocl_fast.gathered import gathered
+from pocl_fast.likelihood import LoadedModel
 from pocl_fast.measuring import measure_step
 from pocl_fast.metrics import read_metrics
 from pocl_fast.packing import packing_ready
@@ -322,6 +322,7 @@ class Run:
             device=self.device,
             keep_body=self.config.rollouts.rollouts != "none",
             owned=True,
+            say=self.say,
         )
 
     def initial_student(self) -> tuple[Any, bool]:
@@ -342,7 +343,8 @@ class Run:
     def _ready(self, model: Any) -> tuple[Any, bool]:
         data, answer = self.config.data, self.config.generation.max_new_tokens
         models.check_positions(model, max(data.max_length, data.max_prompt_length + answer), "student")
-        return model, packing_ready(model, self.say)
+        with self.precision.autocast():
+            return model, packing_ready(model, self.say)
 
     def _save_student(self, student: Any) -> None:
         partial, folder = self.path / "student.partial", self.path / "student"

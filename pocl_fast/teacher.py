@@ -70,7 +70,8 @@ class Teacher:
         # a loss is given hidden states with the lm_head; what is most likely is found where the teacher is
         self._head: LmHead | None = head.to(self._device) if cache_mode == "hidden" else head
         self.vocab_size, hidden_size = head.weight.shape
-        self._packed = packing_holds(model)
+        self._say: Callable[[str], object] | None = say if ranks.is_first() else None  # until the first batch's loss
+        self._packed = packing_holds(model, self._say)
         check_head(model)
         if cache_mode == "topk" and not 1 <= top_k <= self.vocab_size:
             raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {self.vocab_size} tokens")
@@ -83,7 +84,6 @@ class Teacher:
             say=say,
         )
         self._keep_body = keep_body
-        self._say: Callable[[str], object] | None = say if ranks.is_first() else None  # until the first batch's loss
 
     @property
     def lm_head(self) -> LmHead:

@@ -13,7 +13,7 @@ from pocl_fast import models
 from pocl_fast.errors import InputError
 from pocl_fast.frozen import drop_weights, freeze_linears
 from pocl_fast.models import Precision, Quantization
-from pocl_fast.packing import enable_packing
+from pocl_fast.packed_attention import enable_packing
 from pocl_fast.placement import Placement
 from pocl_fast.quantised import load_quantised
 from pocl_fast.samples import EncodedSample
@@ -66,11 +66,13 @@ def cached_teacher(
     device: torch.device,
     keep_body: bool,
     owned: bool,
+    say: Callable[[str], object] = print,
 ) -> Teacher:
     """The teacher with its cache. `options` has `cache_mode`, `cache_dtype` and `cache_top_k`; what a loss is given
     lies on `device`. Where the model is `owned`, nobody else looks at its weights, and those that were laid out for the
     CPU are dropped."""
-    enable_packing(model)
+    with precision.autocast():
+        enable_packing(model, say)
     frozen = freeze_linears(model.get_decoder(), precision.frozen_dtype)  # the lm_head's products stay fp32
     mode: Literal["hidden", "topk"] = options.cache_mode
     with precision.autocast():

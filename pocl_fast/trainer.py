@@ -110,8 +110,9 @@ class PoclTrainer(SavingTrainer):
         self.samples = sample_set(train_dataset, self.encoder, args, "train_dataset")
         self.dev = None if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
         first_says = say if ranks.is_first() else lambda _: None
-        with self.precision.autocast():
-            self.packed = packing_ready(causal_lm(model), first_says, autocast=self.precision.name == "bf16")
+        half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else self.precision.autocast()
+        with half:
+            self.packed = packing_ready(causal_lm(model), first_says, device=args.device)
         self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision, self.samples)
         check_lengths(model, self.teacher, args, self.samples, self.dev)
         if args.data_source == "teacher":

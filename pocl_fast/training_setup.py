@@ -17,15 +17,13 @@ from transformers import get_scheduler
 
 from pocl_fast import models, ranks
 from pocl_fast.answers import Answerer
-from pocl_fast.config import Generation
 from pocl_fast.curriculum import Curriculum, make_curriculum, stages_over
-from pocl_fast.difficulty import LoadedModel, measure, rows_of
 from pocl_fast.errors import InputError
 from pocl_fast.files import write_text
 from pocl_fast.gathered import gathered
 from pocl_fast.heads import causal_lm
+from pocl_fast.likelihood import LoadedModel
 from pocl_fast.progress import say
-from pocl_fast.ranking import read_scores
 from pocl_fast.samples import EncodedSample, SampleEncoder, SampleSet, encode_all, read_samples, samples_from
 from pocl_fast.schedule import BatchSize, Schedule
 from pocl_fast.signals import chosen_signals, teacher_columns
@@ -88,6 +86,7 @@ def teacher_of(
     if teacher is None:
         raise InputError("teacher is missing: give a model, its name, or a Teacher")
     folder, by_name = Path(str(args.output_dir)), isinstance(teacher, str)
+    first_says = say if ranks.is_first() else lambda _: None
     if by_name:
         models.check_same_vocabulary(tokenizer, models.load_tokenizer(teacher))
         teacher = load_teacher(
@@ -97,7 +96,7 @@ def teacher_of(
             quantization=args.teacher_quantization,  # type: ignore[arg-type]  # checked by PoclConfig
             where=args.teacher_device,
             probe_samples=samples.encoded,
-            say=say if ranks.is_first() else lambda _: None,
+            say=first_says,
         )
     elif placeable(teacher) and args.teacher_device == "student":
         teacher = teacher.to(args.device)
@@ -109,6 +108,7 @@ def teacher_of(
         device=args.device,
         keep_body=args.rollouts != "none",
         owned=by_name,
+        say=first_says,
     )
 
 
@@ -176,6 +176,9 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
         return stages_over(index, np.zeros(len(index)), args)
     if known.is_file():
         return Curriculum.load(known)
+    from pocl_fast.difficulty import measure, rows_of  # these need pyarrow, and a curriculum that is given does not
+    from pocl_fast.ranking import read_scores
+
     if teacher_columns(args.signals):
         raise InputError("signals that need the teacher are measured by `pocl-fast measure`: give its curriculum")
     if made_from is not None and ranks.is_first():
@@ -195,7 +198,7 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
             len(samples.encoded),
             trainer.encoder,
             table,
-            generation=Generation(args.max_new_tokens, args.generation_batch_size, args.generation_batch_tokens),
+            generation=args,
         )
     model.train(was_training)
     if moves:

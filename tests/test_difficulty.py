@@ -8,17 +8,18 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_training import encoded_samples, student_model, teacher_model, transformers_loss
 
 from pocl_fast.config import Generation
-from pocl_fast.difficulty import LoadedModel, cross_entropy, measure, measure_teacher, response_scores, rows_of
+from pocl_fast.difficulty import measure, measure_teacher, rows_of
 from pocl_fast.evaluation import answer_all
-from pocl_fast.packing import enable_packing
+from pocl_fast.likelihood import LoadedModel, cross_entropy, response_scores
+from pocl_fast.packed_attention import enable_packing
 from pocl_fast.rouge import rouge_l
 from pocl_fast.samples import SampleEncoder
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_cross_entropy_is_transformers_own_loss_of_each_sample(tmp_path, monkeypatch, packed):
-    monkeypatch.setattr("pocl_fast.difficulty.TOKENS_A_BATCH", 100)  # several batches
-    monkeypatch.setattr("pocl_fast.difficulty.ROWS_OF_LOGITS", 3)  # each of several parts
+    monkeypatch.setattr("pocl_fast.likelihood.TOKENS_A_BATCH", 100)  # several batches
+    monkeypatch.setattr("pocl_fast.likelihood.ROWS_OF_LOGITS", 3)  # each of several parts
     _, encoded = encoded_samples(9)
     want = [transformers_loss(tiny_model(), sample) for sample in encoded]
     assert cross_entropy(student_model(), encoded, packed=packed) == pytest.approx(want, rel=1e-5)
@@ -82,8 +83,8 @@ def test_one_sample_and_an_empty_answer_are_measured(tmp_path):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_teacher_s_scores_are_those_of_its_logits(tmp_path, monkeypatch, packed):
-    monkeypatch.setattr("pocl_fast.difficulty.TOKENS_A_BATCH", 100)  # several batches
-    monkeypatch.setattr("pocl_fast.difficulty.ROWS_OF_LOGITS", 3)  # each of several parts
+    monkeypatch.setattr("pocl_fast.likelihood.TOKENS_A_BATCH", 100)  # several batches
+    monkeypatch.setattr("pocl_fast.likelihood.ROWS_OF_LOGITS", 3)  # each of several parts
     _, encoded = encoded_samples(7)
     student, teacher = student_model(), teacher_model()
     scores = response_scores(LoadedModel(student, packed), encoded, LoadedModel(teacher, packed))

@@ -23,7 +23,8 @@ from pocl_fast.models import (
     source_fingerprint,
     weights_fingerprint,
 )
-from pocl_fast.packing import enable_packing, pack, supervised_logits
+from pocl_fast.packed_attention import enable_packing
+from pocl_fast.packing import pack, supervised_logits
 from pocl_fast.teacher import Teacher
 
 

@@ -6,8 +6,8 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
 from pocl_fast.heads import loss_within_forward
+from pocl_fast.packed_attention import enable_packing
 from pocl_fast.packing import (
-    enable_packing,
     forward_kwargs,
     pack,
     packing_error,
@@ -89,7 +89,7 @@ def test_gradients_do_not_cross_from_one_sample_to_another():
     enable_packing(model)
     batch = pack(samples())
     embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_(True)
-    arguments = {k: v for k, v in forward_kwargs(batch).items() if k != "input_ids"}
+    arguments = {k: v for k, v in forward_kwargs(model, batch).items() if k != "input_ids"}
     first = batch.lengths[0]
     model(inputs_embeds=embedded, **arguments).logits[0, :first].sum().backward()
     assert embedded.grad[0, :first].abs().sum() > 0

@@ -16,7 +16,8 @@ from pocl_fast.heads import check_head, lm_head
 from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.models import load_model, weights_fingerprint
 from pocl_fast.objectives import Objective
-from pocl_fast.packing import enable_packing, pack, supervised_logits
+from pocl_fast.packed_attention import enable_packing
+from pocl_fast.packing import pack, supervised_logits
 from pocl_fast.placement import Placement, input_device, resident
 from pocl_fast.teacher import Teacher, teacher_fingerprint
 

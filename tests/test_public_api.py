@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,27 @@ def test_the_loss_needs_neither_transformers_nor_triton_nor_bitsandbytes():
 def test_the_curriculum_needs_no_torch():
     used = modules_after("import pocl_fast; pocl_fast.reciprocal_rank_fusion([[0.1, 0.2]], descending=[True])")
     assert not used & {"torch", "transformers"}
+
+
+def test_the_trainer_needs_neither_pydantic_nor_pyarrow_where_the_curriculum_is_given(tmp_path):
+    """Nor what the command line and other formats of models need: a machine for training may lack them."""
+    code = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "HIDDEN = {'pydantic', 'pyarrow', 'tyro', 'rouge_score', 'gguf', 'bitsandbytes', 'matplotlib'}\n"
+        "class Hiding(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        return None if name.split('.')[0] in HIDDEN else super().find_spec(name, path, target)\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from tiny_training import curriculum_of, trainer_of\n"
+        "import pocl_fast\n"
+        "[getattr(pocl_fast, name) for name in pocl_fast.__all__]\n"
+        f"trainer_of(Path({str(tmp_path)!r}), curriculum=curriculum_of(8, stages=1)).train()\n"
+        "assert not HIDDEN & {name.split('.')[0] for name in sys.modules}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "metrics.jsonl").read_text().count("eval_rouge_l") == 1

@@ -18,7 +18,8 @@ from torch.nn.functional import kl_div
 from pocl_fast import quantised, ranks
 from pocl_fast.errors import InputError
 from pocl_fast.models import load_model, weights_fingerprint
-from pocl_fast.packing import enable_packing, pack, supervised_logits
+from pocl_fast.packed_attention import enable_packing
+from pocl_fast.packing import pack, supervised_logits
 from pocl_fast.quantised import load_quantised
 from pocl_fast.teacher import teacher_fingerprint
 

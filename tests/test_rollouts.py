@@ -16,7 +16,8 @@ from pocl_fast.errors import InputError
 from pocl_fast.generation import generate
 from pocl_fast.linear_loss import linear_distillation_loss
 from pocl_fast.objectives import Objective
-from pocl_fast.packing import enable_packing, pack, supervised_hidden
+from pocl_fast.packed_attention import enable_packing
+from pocl_fast.packing import pack, supervised_hidden
 from pocl_fast.rollouts import Policy, Rollouts
 from pocl_fast.samples import EncodedSample
 from pocl_fast.teacher import Teacher

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 from pocl_fast.errors import InputError
 from pocl_fast.heads import lm_head
 from pocl_fast.models import load_model
-from pocl_fast.packing import enable_packing, pack, supervised_logits
+from pocl_fast.packed_attention import enable_packing
+from pocl_fast.packing import pack, supervised_logits
 from pocl_fast.teacher import Teacher, most_likely, rounding_loss, teacher_fingerprint
 from pocl_fast.teacher_shards import HiddenEntries
 from pocl_fast.teachers import LinearTeacher, TopKTeacher

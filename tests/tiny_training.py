@@ -10,7 +10,7 @@ import torch
 from tiny import arithmetic, tiny_model, tiny_tokenizer
 
 from pocl_fast.curriculum import Curriculum, baby_steps
-from pocl_fast.packing import enable_packing
+from pocl_fast.packed_attention import enable_packing
 from pocl_fast.samples import EncodedSample, SampleEncoder, SampleSet, encode_all, samples_from
 from pocl_fast.stages import MetricsFile
 from pocl_fast.teacher import Teacher

@@ -1,0 +1,302 @@
+"""Attention over packed rows: how a transformers model attends within each sample of a row and never across two.
+
+Chooses one of four ways for a model, once, and says which. Does not know how a row is laid out (packing.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pocl_fast.models import exact_products
+from pocl_fast.placement import input_device
+
+# as transformers' `attn_implementation`
+VARLEN, BY_SAMPLE, BY_MASK = "pocl_packed_varlen", "pocl_packed_by_sample", "pocl_packed_by_mask"
+LARGEST_HEAD = 256  # of flash attention's kernels
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class LengthsLost(RuntimeError):
+    """A model's layers did not pass the lengths of the samples on to their attention."""
+
+
+class Way(NamedTuple):
+    """How a model attends over packed rows: transformers' name for it (None: left as it is), and a sentence on it."""
+
+    implementation: str | None
+    says: str
+
+
+def enable_packing(
+    model: Any, say: Callable[[str], object] | None = None, *, device: torch.device | str | None = None
+) -> None:
+    """Makes a transformers model attend within each sample of a packed row; `say` is told how, once.
+
+    On a GPU in bf16 or fp16 (the weights', or autocast's: call it within the autocast that the model will run in) by
+    flash attention, of the flash-attn package where it is installed and else torch's own. Elsewhere by one causal
+    `sdpa` call a sample. Both cost Σ length² and not (Σ length)². A family without `sdpa` (Gemma 2) keeps its own
+    attention, with the mask of the whole row that transformers derives from `position_ids`. `device` is where the model
+    will run, if that is not where it is now.
+    """
+    now = input_device(model)
+    way = choose_way(model, now if device is None else torch.device(device), here=now)
+    before = model.config._attn_implementation
+    if way.implementation is not None:
+        _register()
+        model.set_attn_implementation(way.implementation)
+    if say is not None and (way.implementation is None or way.implementation != before):
+        say(f"{type(model).__name__} attends to packed rows by {way.says}")
+
+
+def choose_way(model: Any, device: torch.device, *, here: torch.device) -> Way:
+    """The fastest way that is right for the model on `device`; it is `here` now, where it is tried first."""
+    on_gpu, dtype = device.type == "cuda", _computes_in(model.dtype, device)
+    if on_gpu and here.type == "cuda" and dtype in NARROW and _has_flash_attn() and _takes_flash_attn(model):
+        return Way("flash_attention_2", "flash-attn")
+    if reason := _why_not_sdpa(model):
+        return Way(None, f"its own attention, over a mask of the whole row: {reason}")
+    if not on_gpu:
+        return Way(BY_SAMPLE, "one sdpa call a sample")
+    if reason := _why_not_varlen(model, dtype):
+        return Way(BY_SAMPLE, f"one sdpa call a sample, which is slower than flash attention: {reason}")
+    return Way(VARLEN, "torch's varlen_attn (flash attention)")
+
+
+def needs_no_mask(model: Any) -> bool:
+    """Whether packed rows need no mask from transformers, which would make one of T × T entries at each forward and
+    wait for the GPU to do so: the model attends in one of our ways, fully or within windows alone."""
+    return model.config._attn_implementation in (VARLEN, BY_SAMPLE) and _is_plain(model)
+
+
+def use_row_mask(model: Any, say: Callable[[str], object] | None = None) -> None:
+    """Makes a model whose layers lose the lengths of the samples attend by transformers' mask of the whole row."""
+    _register()
+    model.set_attn_implementation(BY_MASK)
+    if say is not None:
+        name = type(model).__name__
+        say(
+            f"{name} attends to packed rows by sdpa over a mask of the whole row, which is slow: its layers do not pass"
+            " the samples' lengths on to their attention"
+        )
+
+
+# ---- what a model and a machine allow ----
+
+
+def _computes_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In what attention is computed on a device for a model or values of that dtype: autocast's, where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def _why_not_sdpa(model: Any) -> str | None:
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return "sdpa does not cap its scores"  # transformers before 5.18 or so lets it, uncapped
+    if not getattr(model, "_supports_sdpa", False) or not model._can_set_attn_implementation():
+        return "its family does not take sdpa in transformers"
+    return None
+
+
+def _supports_flash(model: Any) -> bool:
+    return bool(getattr(model, "_supports_flash_attn", False) or getattr(model, "_supports_flash_attn_2", False))
+
+
+def _takes_flash_attn(model: Any) -> bool:
+    """Whether the family runs on flash-attn 2, its windows included."""
+    known = getattr(model, "_compatible_flash_implementations", None)
+    return _is_plain(model) and (known is None or "flash_attention_2" in known)
+
+
+def _has_flash_attn() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether every layer attends to all tokens before its own, or to a window of them that it names to the attention
+    function. Chunks, sparse indexers and the parts of models that see images need transformers' masks."""
+    config = model.config
+    if config.get_text_config() is not config or not _supports_flash(model):
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - PLAIN_LAYERS or any(getattr(config, name, None) for name in ("attention_chunk_size", "index_topk")):
+        return False
+    has_windows = "sliding_attention" in kinds or getattr(config, "sliding_window", None) is not None
+    return not has_windows or any(_names_windows(one.__module__) for one in type(model).__mro__)
+
+
+@functools.cache
+def _names_windows(module: str) -> bool:
+    """Whether a family's code gives the attention function its windows; a few (Phi-MoE) have them in masks alone. Told
+    by its source, as transformers tells whether a family takes an attention function at all."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return False
+    return re.search(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=", source) is not None
+
+
+def _why_not_varlen(model: Any, dtype: torch.dtype) -> str | None:
+    """None where torch's flash attention over packed rows computes what the model asks for."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    sizes = [
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0),
+    ]
+    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
+    if dtype not in NARROW:
+        return f"that takes bf16 or fp16 alone, and the model computes in {dtype}"
+    if _varlen_attn() is None:
+        return f"torch {torch.__version__} has no varlen_attn (2.10 and later have), and flash-attn is not installed"
+    if not _is_plain(model):
+        return "its layers need masks that varlen_attn does not take"
+    if dropout and model.training:
+        return f"varlen_attn has no dropout, and the model's attention has {dropout}"
+    if max(sizes) > LARGEST_HEAD:
+        return f"varlen_attn takes heads of {LARGEST_HEAD} numbers at most, and the model's have {max(sizes)}"
+    return None
+
+
+def _takes_flash(value: Tensor, dropout: float) -> bool:
+    return value.is_cuda and _computes_in(value.dtype, value.device) in NARROW and not dropout
+
+
+@functools.cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    """torch's flash attention over packed rows, with fewer heads of keys and values than of queries; None before torch
+    2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 asks for no leave
+        return functools.partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
+
+
+# ---- the attention functions ----
+
+
+def packed_varlen(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, T, head size]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_lengths: Sequence[int] | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,  # [B + 1] int32: where the samples begin and end
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """torch's flash attention over all samples of the row at once. [1, T, heads, head size]
+
+    Rows that are not packed (answers are decoded from padded ones) go to transformers' sdpa with their mask; so does,
+    with a warning, what flash attention cannot compute.
+    """
+    dtype = _computes_in(value.dtype, value.device)
+    special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    attend = _varlen_attn() if _takes_flash(value, dropout) and not special else None
+    if attend is None or packed_lengths is None or cu_seq_lens_q is None:
+        if packed_lengths is not None and value.is_cuda:
+            warnings.warn(
+                f"packed attention of {type(module).__name__} in {dtype} with dropout {dropout} is computed sample by"
+                " sample, which is slow on a GPU: flash attention takes bf16 and fp16, without dropout",
+                stacklevel=2,
+            )
+        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}
+        return packed_by_sample(module, query, key, value, attention_mask, packed_lengths, **options)
+    size, value_size = query.shape[-1], value.shape[-1]
+    wide = -(-max(size, value_size) // 8) * 8  # the kernels want one size, a multiple of 8
+    q, k, v = (nn.functional.pad(x[0].transpose(0, 1).to(dtype), (0, wide - x.shape[-1])) for x in (query, key, value))
+    longest = max(packed_lengths)
+    output = attend(
+        q,
+        k,
+        v,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        longest,
+        longest,
+        scale=size**-0.5 if scaling is None else scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # the token itself is in its window
+    )
+    return output[None, ..., :value_size], None
+
+
+def packed_by_sample(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, T, head size]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_lengths: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own sdpa, sample by sample: causal, or with its own block of a mask. [1, T, heads, head size]"""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    with exact_products():
+        if packed_lengths is None:
+            if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:  # a packed row's
+                raise LengthsLost(f"{type(module).__name__} is given no lengths: ask packing_holds before it runs")
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        kwargs.pop("is_causal", None)
+        # split, not slices: a slice's gradient is as long as the whole row, and all of them would be added
+        samples = zip(*(x.split(tuple(packed_lengths), dim=2) for x in (query, key, value)), strict=True)
+        masks = _sample_masks(attention_mask, packed_lengths, kwargs.get("sliding_window"), query.device)
+        outputs = [
+            sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0]
+            for (q, k, v), mask in zip(samples, masks, strict=True)
+        ]
+    return torch.cat(outputs, dim=1), None
+
+
+def _sample_masks(
+    row_mask: Tensor | None, lengths: Sequence[int], window: int | None, device: torch.device
+) -> Iterator[Tensor | None]:
+    """Each sample's mask [..., length, length]: its block of the row's, where transformers made one; the band of a
+    window that is narrower than the sample; else None, for causal."""
+    bands: dict[int, Tensor] = {}
+    start, whole = 0, row_mask is not None and row_mask.shape[-1] == sum(lengths)
+    for length in lengths:
+        part = slice(start, start + length)
+        start += length
+        if whole:
+            yield row_mask[..., part, part]  # type: ignore[index]  # not None
+        elif window is not None and window < length:
+            if length not in bands:
+                bands[length] = _band(length, window, device)
+            yield bands[length]
+        else:
+            yield None
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """[1, 1, length, length]: a token sees `window` tokens, the last of them itself."""
+    places = torch.arange(length, device=device)
+    behind = places[:, None] - places[None]
+    return ((behind >= 0) & (behind < window))[None, None]
+
+
+@functools.cache
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    for name, function in ((VARLEN, packed_varlen), (BY_SAMPLE, packed_by_sample), (BY_MASK, packed_by_sample)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
