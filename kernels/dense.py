@@ -28,7 +28,7 @@ def _rows_kernel(
     share,                                         # the teacher's, of the mixture
     s_scale, s_softcap, t_scale, t_softcap,        # softcap 0: none
     FAMILY: tl.constexpr, POWER: tl.constexpr, NEEDS_GRAD: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
-    RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One token: its seven stats, row_scale · loss, and row_scale · d loss / d student."""
     KL: tl.constexpr = (FAMILY == FORWARD_KL) | (FAMILY == REVERSE_KL)
@@ -52,14 +52,14 @@ def _rows_kernel(
     apart = tau != 1.0
     m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, nothing = normalisers(
         student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
-        FAMILY, False, HAS_TRANSFORM, RAGGED, LANES, VEC,
+        FAMILY, False, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
     )  # fmt: skip
     careful = (x_sum != x_sum) | (y_sum != y_sum)
     if careful:
         apart = True
         m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, nothing = normalisers(
             student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
-            FAMILY, True, HAS_TRANSFORM, RAGGED, LANES, VEC,
+            FAMILY, True, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
         )  # fmt: skip
         z_q = tl.where(nothing, 1.0, z_q)
         z_p = tl.where(nothing, 1.0, z_p)
@@ -78,13 +78,14 @@ def _rows_kernel(
         d, mean_u = measure(
             student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, G, share, careful, close,
             s_scale, s_softcap, t_scale, t_softcap,
-            FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, "evict_last" if NEEDS_GRAD else "evict_first",
+            FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES, "evict_last" if NEEDS_GRAD else "evict_first",
         )  # fmt: skip
     elif not NEEDS_GRAD:  # noqa: SIM102 (the outer is decided when compiling, the inner is data)
         if close:
             d, _ = measure(
                 student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, G, share, careful, close,
-                s_scale, s_softcap, t_scale, t_softcap, FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, "evict_first",
+                s_scale, s_softcap, t_scale, t_softcap,
+                FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES, "evict_first",
             )  # fmt: skip
 
     c = 1.0
@@ -97,7 +98,7 @@ def _rows_kernel(
         terms = gradient(
             student_row, teacher_row, grad_row, V_S, V, k, label,
             S_q, z_q, S_p, z_p, G, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
-            s_scale, s_softcap, t_scale, t_softcap, FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC,
+            s_scale, s_softcap, t_scale, t_softcap, FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
         )  # fmt: skip
         if KL:
             d = tl.where(close, terms, d)
@@ -180,7 +181,7 @@ def distillation_rows(
         s_scale, s_softcap, t_scale, t_softcap,
         FAMILY=FAMILIES[divergence], POWER=temperature_power, NEEDS_GRAD=needs_grad,
         HAS_TRANSFORM=transforms != [1.0, 0.0, 1.0, 0.0], RAGGED=bool(V % 16 or V_S % 16),
-        LANES=tile.lanes, VEC=tile.vec, num_warps=tile.num_warps, enable_fp_fusion=True,
+        LANES=tile.lanes, VEC=tile.vec, STAGES=tile.stages, num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return *tiles.loss_and_stats(stats, reduced), grad
 

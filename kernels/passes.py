@@ -1,4 +1,4 @@
-"""The passes over one token's two rows of logits. Each reads a tile ahead of the one it works on.
+"""The passes over one token's two rows of logits. Each reads ahead of the tile it works on: see `tiles.Tile.stages`.
 
 Exponents are in base 2 and relative to a shift S = maximum · k, k = log2(e) / tau, rounded once and then used as it is:
 x = s · k - S is one fused multiply-add, and S's rounding cancels between a sum and what is divided by it.
@@ -22,6 +22,47 @@ def prepare(x, v, lanes, V, scale, softcap, BLOCK_V: tl.constexpr, HAS_TRANSFORM
     if v + BLOCK_V > V:
         x = tl.where(v + lanes < V, x, FILL)
     return x, dx
+
+
+@triton.jit
+def _load_pair(
+    student_row, teacher_row, v, lanes, V,
+    BLOCK_V: tl.constexpr, RAGGED: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Both rows' tiles at v as they are stored."""
+    s = load_tile(student_row, v, lanes, V, BLOCK_V, RAGGED, POLICY, STAGES != 0)
+    t = load_tile(teacher_row, v, lanes, V, BLOCK_V, RAGGED, POLICY, STAGES != 0)
+    return s, t
+
+
+@triton.jit
+def _first_pair(
+    student_row, teacher_row, v, lanes, V,
+    BLOCK_V: tl.constexpr, RAGGED: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """What a loop that starts at v has read ahead; numbers that nobody reads where that is the compiler's work."""
+    if STAGES == 0:
+        return _load_pair(student_row, teacher_row, v, lanes, V, BLOCK_V, RAGGED, STAGES, POLICY)
+    else:
+        return 0, 0
+
+
+@triton.jit
+def _next_pair(
+    s_ahead, t_ahead, student_row, teacher_row, v, step, lanes, V, s_scale, s_softcap, t_scale, t_softcap,
+    BLOCK_V: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, STAGES: tl.constexpr,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """The tiles at v, prepared: s, its derivative, t; and what is read ahead for the turn at v + step."""
+    if STAGES == 0:
+        s, t = s_ahead, t_ahead
+    else:
+        s, t = _load_pair(student_row, teacher_row, v, lanes, V, BLOCK_V, RAGGED, STAGES, POLICY)
+    s, ds = prepare(s, v, lanes, V, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
+    t, _ = prepare(t, v, lanes, V, t_scale, t_softcap, BLOCK_V, HAS_TRANSFORM)
+    if STAGES == 0:
+        s_ahead, t_ahead = _load_pair(student_row, teacher_row, v + step, lanes, V, BLOCK_V, RAGGED, STAGES, POLICY)
+    return s, ds, t, s_ahead, t_ahead
 
 
 @triton.jit
@@ -51,7 +92,7 @@ def _joined(m, shift):
 def normalisers(
     student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
     FAMILY: tl.constexpr, CAREFUL: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Maxima, shifts, normalisers and the moments of both rows, online and a lane each; then of all lanes.
 
@@ -65,13 +106,12 @@ def normalisers(
     S_q, S_p, S_ce = m_s * k, m_s * k, m_s * LOG2E
     z_q = tl.zeros([LANES], tl.float32)
     z_p, z_ce, x_sum, y_sum, gap_sum = z_q, z_q, z_q, z_q, z_q
-    s_next = load_tile(student_row, 0, lanes, V, BLOCK_V, RAGGED, "evict_last")
-    t_next = load_tile(teacher_row, 0, lanes, V, BLOCK_V, RAGGED, "evict_last")
-    for v in range(0, V, BLOCK_V):
-        s, _ = prepare(s_next, v, lanes, V, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
-        t, _ = prepare(t_next, v, lanes, V, t_scale, t_softcap, BLOCK_V, HAS_TRANSFORM)
-        s_next = load_tile(student_row, v + BLOCK_V, lanes, V, BLOCK_V, RAGGED, "evict_last")
-        t_next = load_tile(teacher_row, v + BLOCK_V, lanes, V, BLOCK_V, RAGGED, "evict_last")
+    s_ahead, t_ahead = _first_pair(student_row, teacher_row, 0, lanes, V, BLOCK_V, RAGGED, STAGES, "evict_last")
+    for v in tl.range(0, V, BLOCK_V, num_stages=STAGES):
+        s, _, t, s_ahead, t_ahead = _next_pair(
+            s_ahead, t_ahead, student_row, teacher_row, v, BLOCK_V, lanes, V, s_scale, s_softcap, t_scale, t_softcap,
+            BLOCK_V, HAS_TRANSFORM, RAGGED, STAGES, "evict_last",
+        )  # fmt: skip
         if CAREFUL:
             m_ce, S_ce, z_ce = _add_exponentials(m_ce, S_ce, z_ce, s)
             s, t = leave_out(s, t)
@@ -132,7 +172,7 @@ def measure(
     student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, G, share, careful, close,
     s_scale, s_softcap, t_scale, t_softcap,
     FAMILY: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-    POLICY: tl.constexpr,
+    STAGES: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """D in nats and Σ q u, from the last tile to the first: the first pass ended there.
 
@@ -143,14 +183,13 @@ def measure(
     d_sum = tl.zeros([LANES], tl.float32)
     u_sum, r_sum = d_sum, d_sum
     last = (V - 1) // BLOCK_V * BLOCK_V
-    s_next = load_tile(student_row, last, lanes, V, BLOCK_V, RAGGED, POLICY)
-    t_next = load_tile(teacher_row, last, lanes, V, BLOCK_V, RAGGED, POLICY)
-    for done in range(0, V, BLOCK_V):
+    s_ahead, t_ahead = _first_pair(student_row, teacher_row, last, lanes, V, BLOCK_V, RAGGED, STAGES, POLICY)
+    for done in tl.range(0, V, BLOCK_V, num_stages=STAGES):
         v = last - done
-        s, _ = prepare(s_next, v, lanes, V, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
-        t, _ = prepare(t_next, v, lanes, V, t_scale, t_softcap, BLOCK_V, HAS_TRANSFORM)
-        s_next = load_tile(student_row, v - BLOCK_V, lanes, V, BLOCK_V, RAGGED, POLICY)
-        t_next = load_tile(teacher_row, v - BLOCK_V, lanes, V, BLOCK_V, RAGGED, POLICY)
+        s, _, t, s_ahead, t_ahead = _next_pair(
+            s_ahead, t_ahead, student_row, teacher_row, v, -BLOCK_V, lanes, V, s_scale, s_softcap, t_scale, t_softcap,
+            BLOCK_V, HAS_TRANSFORM, RAGGED, STAGES, POLICY,
+        )  # fmt: skip
         if careful:
             s, t = leave_out(s, t)
         x = tl.fma(s, k, -S_q) - log2_z_q
@@ -182,12 +221,16 @@ def gradient(
     S_q, z_q, S_p, z_p, G, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
     s_scale, s_softcap, t_scale, t_softcap,
     FAMILY: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes weight_d · tau · dD/ds + weight_ce · dCE/ds; returns D in nats where the row is `close` and D a KL.
 
-    The gradient may lie over the student's logits: this pass is the last to read them, a tile is written when all of it
-    has been read (by the thread that read it, or after a barrier where the compiler moves it to another), and the tile
-    that is read ahead is another.
+    The gradient may lie over the student's logits: this pass is the last to read them, and reads each tile once; a tile
+    is written when all of it has been read (by the thread that read it, or after a barrier where the compiler moves it
+    to another), and the tiles that are read ahead are others. That holds, too, where the compiler pipelines the loop
+    and their copies are in flight while this one is written: it only moves reads up, no two tiles share an element, and
+    each turn waits, all threads together, for the whole of its own copies before it takes them from shared memory. What
+    of a ragged last tile fills no vector is read in that tile's own turn.
     """
     BLOCK_V: tl.constexpr = LANES * VEC
     KL: tl.constexpr = (FAMILY == FORWARD_KL) | (FAMILY == REVERSE_KL)
@@ -210,14 +253,13 @@ def gradient(
     last = (V - 1) // BLOCK_V * BLOCK_V
     first = last if KL else 0
     step = -BLOCK_V if KL else BLOCK_V
-    s_next = load_tile(student_row, first, lanes, V, BLOCK_V, RAGGED, "evict_first")
-    t_next = load_tile(teacher_row, first, lanes, V, BLOCK_V, RAGGED, "evict_first")
-    for done in range(0, V, BLOCK_V):
+    s_ahead, t_ahead = _first_pair(student_row, teacher_row, first, lanes, V, BLOCK_V, RAGGED, STAGES, "evict_first")
+    for done in tl.range(0, V, BLOCK_V, num_stages=STAGES):
         v = last - done if KL else done
-        s, ds = prepare(s_next, v, lanes, V, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
-        t, _ = prepare(t_next, v, lanes, V, t_scale, t_softcap, BLOCK_V, HAS_TRANSFORM)
-        s_next = load_tile(student_row, v + step, lanes, V, BLOCK_V, RAGGED, "evict_first")
-        t_next = load_tile(teacher_row, v + step, lanes, V, BLOCK_V, RAGGED, "evict_first")
+        s, ds, t, s_ahead, t_ahead = _next_pair(
+            s_ahead, t_ahead, student_row, teacher_row, v, step, lanes, V, s_scale, s_softcap, t_scale, t_softcap,
+            BLOCK_V, HAS_TRANSFORM, RAGGED, STAGES, "evict_first",
+        )  # fmt: skip
         grad = tl.zeros([LANES, VEC], tl.float32)
         if own:
             grad = c_ce * tl.exp2(tl.fma(s, LOG2E, -S_ce))

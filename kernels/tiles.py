@@ -12,11 +12,18 @@ import triton.language as tl
 class Tile(NamedTuple):
     """`lanes` · `vec` logits at a time; a lane is one thread's `vec` neighbours, so its sums need no other thread.
 
-    (Twice as many a thread save 2 of its 50 instructions a logit, and spill.)"""
+    (Twice as many a thread save 2 of its 50 instructions a logit, and spill.)
+
+    `stages`: how a pass of the dense kernel reads ahead; the sparse one does it by hand whatever is said here.
+    0: by hand, one tile of each row ahead, in registers. n >= 1: the compiler pipelines the loop, n - 1 tiles ahead, by
+    asynchronous copies into as many tiles of shared memory, which takes two or three barriers a turn and loses what
+    POLICY asks of L2. Rows of bf16 and fp16 that are not known to start at multiples of 16 bytes it cannot copy so, and
+    reads none of them ahead."""
 
     lanes: int
     vec: int
     num_warps: int
+    stages: int = 0
 
 
 # Bytes of a pair of rows of which two a multiprocessor stay in L2, by compute capability: A100 has 40 MB for 108
@@ -62,16 +69,26 @@ def offsets(LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(row, v, lanes, V, BLOCK_V: tl.constexpr, RAGGED: tl.constexpr, POLICY: tl.constexpr):
+def load_tile(
+    row, v, lanes, V,
+    BLOCK_V: tl.constexpr, RAGGED: tl.constexpr, POLICY: tl.constexpr, PIPELINED: tl.constexpr = False,
+):  # fmt: skip
     """The tile at v as it is stored; anything where v + lanes is past V or v below 0.
 
     RAGGED: V is not a multiple of 16, so the compiler sees no whole vectors in a mask by V: they are read up to a
-    multiple of 16, and what is left one by one, in the last tile alone."""
+    multiple of 16, and what is left one by one, in the last tile alone.
+
+    PIPELINED: the compiler moves the whole vectors' load turns ahead of all else, and carries along in registers, a
+    copy a turn, whatever the two share: its offsets are the lanes themselves, and its own. (With v + lanes a ragged row
+    spilled, up to 960 bytes a thread.) It asks for none below 0."""
     offs = v + lanes
     whole = V
     if RAGGED:
         whole = V // 16 * 16
-    x = tl.load(row + offs, mask=(offs >= 0) & (offs < whole), other=0.0, eviction_policy=POLICY)
+    if PIPELINED:
+        x = tl.load((row + v) + lanes, mask=lanes < whole - v, other=0.0, eviction_policy=POLICY)
+    else:
+        x = tl.load(row + offs, mask=(offs >= 0) & (offs < whole), other=0.0, eviction_policy=POLICY)
     if RAGGED:  # noqa: SIM102 (the outer is decided when compiling, the inner is data)
         if (v < V) & (v + BLOCK_V > whole):
             x = tl.where(offs < whole, x, tl.load(row + offs, mask=(offs >= whole) & (offs < V), other=0.0))

@@ -2,7 +2,8 @@
 
 Run as a script, in a process where Triton's interpreter is off: `python tests/kernels/compile_report.py`; with `0 2`
 and `1 2` each half of the grid. One line a kernel: registers, spilled and stack bytes, global accesses by width in
-bits, of each loop its instructions and what it asks of the special-function units, and the messages of its assertions.
+bits (LDGSTS: asynchronous copies into shared memory), of each loop its instructions and what it asks of the
+special-function units, bytes of shared memory, and the messages of its assertions.
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ def cases() -> list[dict[str, object]]:
     return [*grid, bf16[0] | {"grad": False, "debug": True}]
 
 
-def source(case: dict) -> tuple[ASTSource, tiles.Tile]:
+def source(case: dict, stages: int | None = None) -> tuple[ASTSource, tiles.Tile]:
     """The row kernel as the launcher specialises it where rows start at multiples of 16 bytes, and V, too, is a
-    multiple of 16 unless the case is ragged."""
+    multiple of 16 unless the case is ragged; with the tile that is chosen, but for `stages` where they are given."""
     kernel = dense._rows_kernel
     sizes = ITEMSIZE[case["student"]], ITEMSIZE[case["teacher"]]
     tile = tiles.choose_tile(case["family"], case["V"], *sizes, case["arch"])
+    if stages is not None:
+        tile = tile._replace(stages=stages)
     constants = {
         "FAMILY": FAMILIES[case["family"]],
         "POWER": 2,
@@ -66,6 +69,7 @@ def source(case: dict) -> tuple[ASTSource, tiles.Tile]:
         "RAGGED": case["ragged"],
         "LANES": tile.lanes,
         "VEC": tile.vec,
+        "STAGES": tile.stages,
     }
     types = {
         "student_ptr": f"*{case['student']}",
@@ -107,7 +111,7 @@ def _output(tool: str, *arguments: str | Path) -> str:
 
 def _accesses(sass: str) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for op, modifiers in re.findall(r"\b(LDG|STG)\.([A-Z0-9_.]+)", sass):
+    for op, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)\.([A-Z0-9_.]+)", sass):
         words = modifiers.split(".")
         width = next(
             (word.strip("US") for word in words if word in ("256", "128", "64", "U16", "S16", "U8", "S8")), "32"
@@ -133,8 +137,9 @@ def _loops(sass: str) -> list[dict[str, int]]:
         if innermost < start < end:
             innermost = end
             body = instructions[start : end + 1]
-            kinds = ("MUFU.EX2", "MUFU.LG2", "MUFU.RCP", "LDG", "STG", "SHFL", "BAR")
-            loops.append({"all": len(body)} | {kind: sum(kind in line for line in body) for kind in kinds})
+            kinds = ("MUFU.EX2", "MUFU.LG2", "MUFU.RCP", "LDG", "LDGSTS", "STG", "SHFL", "BAR")
+            count = {kind: sum(bool(re.search(rf"\b{kind}\b", line)) for line in body) for kind in kinds}
+            loops.append({"all": len(body)} | count)
     return loops
 
 
@@ -153,6 +158,7 @@ def report(cases: list[dict], source: Callable[[dict], tuple[ASTSource, tiles.Ti
         options = {"num_warps": tile.num_warps, "enable_fp_fusion": True, "debug": case["debug"]}
         compiled = triton.compile(src, target=GPUTarget("cuda", case["arch"], 32), options=options)
         facts = cubin_facts(compiled.asm["cubin"]) | {"assertions": _assertions(compiled.asm["ptx"])}
+        facts["shared"] = compiled.metadata.shared
         print(json.dumps(case | {"warps": tile.num_warps, "vec": tile.vec} | facts), flush=True)
 
 

@@ -6,9 +6,11 @@ What it shares with the C++ kernel: test_dense.py.
 import pytest
 import torch
 from compare import assert_matches, both, logits, some_labels
+from test_dense import plain_options
 
 from pocl_fast.losses import distillation_loss
 from pocl_fast.objectives import DIVERGENCES, Objective
+from pocl_fast.ops import backend_module
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
@@ -19,6 +21,30 @@ pytestmark = pytest.mark.usefixtures("triton_device")
 def test_a_real_vocabulary_matches(divergence, N, V, dtype):
     objective = Objective(divergence, temperature=1.33, alpha=0.3)
     assert_matches(logits(N, V, dtype=dtype), logits(N, V, dtype=dtype), some_labels(N, V), objective, backend="triton")
+
+
+# of 128 logits a tile: a ragged row, copied word by word; whole vectors, and more tiles than are ahead; fewer tiles, of
+# rows that cannot be copied so, and entries that only the student has
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("stages", "V_s", "V_t", "dtype"),
+    [(2, 300, 300, torch.float32), (4, 768, 768, torch.bfloat16), (4, 173, 97, torch.float16)],
+)
+def test_loops_that_the_compiler_pipelines_match(monkeypatch, divergence, stages, V_s, V_t, dtype):
+    """And write their gradient over the student's logits, tiles of which are then being read ahead."""
+    from pocl_fast.kernels import tiles
+
+    monkeypatch.setattr(tiles, "choose_tile", lambda *_: tiles.Tile(32, 4, 1, stages))
+    student, teacher, labels = logits(3, V_s, dtype=dtype), logits(3, V_t, dtype=dtype), some_labels(3, V_s)
+    student[0, 5], labels[0] = -torch.inf, 6  # a row that the first pass reads twice
+    assert_matches(student, teacher, labels, Objective(divergence, temperature=1.33, alpha=0.3), backend="triton")
+    arguments = (teacher, labels, torch.tensor([1.33]), torch.tensor([0.3]), torch.rand(3))
+    rows, options = backend_module("triton").distillation_rows, plain_options(divergence)
+    _, _, grad = rows(student, *arguments, **options)
+    _, _, over = rows(student, *arguments, **options, grad=student)
+    assert torch.equal(over, grad)
+    assert over.data_ptr() == student.data_ptr()
 
 
 @pytest.mark.gpu
@@ -43,8 +69,10 @@ def test_nothing_waits_for_the_gpu_and_a_captured_graph_follows_a_changed_temper
         return out.loss
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
+    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
