@@ -1,12 +1,14 @@
 # make demo   set up, build, and distil the bundled teacher into a small student
 # make test   set up, build, and run the tests
 # make lint   ruff and mypy
+# make gpu-versions   the environment of the GPU machine that benchmarks/gpu.sh was made for, in .venv-gpu (Python 3.12)
 #
 # PYTHON picks the interpreter (3.10 to 3.13), VENV the environment's folder, TEST_PROCESSES how many processes run the
 # tests (of up to 3 GiB each). With an NVIDIA GPU torch is its CUDA build; without one, constraints-cpu.txt pins torch (see
 # the note in that file on the small CPU build).
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 DEMO_OUTPUT ?= runs/demo
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-gpu lint env clean
+.PHONY: demo test test-gpu lint env gpu-versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.core
@@ -33,6 +35,14 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 env: $(VENV)/.dev
+
+gpu-versions:
+	$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo "the GPU machine has Python 3.12; set PYTHON312"; exit 1; }
+	$(PYTHON312) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -r benchmarks/gpu-versions.txt
+	.venv-gpu/bin/python -m pip uninstall -y pydantic pydantic-core
+	@echo "PYTHON=.venv-gpu/bin/python bash benchmarks/gpu.sh --device cpu    runs all of gpu.sh in it"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
@@ -53,4 +63,4 @@ $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
 	@touch $(VENV)/.core $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pocl_fast/_C*.so
+	rm -rf $(VENV) .venv-gpu build dist *.egg-info pocl_fast/_C*.so

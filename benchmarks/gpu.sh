@@ -1,78 +1,132 @@
 #!/usr/bin/env bash
-# One command on a machine with an NVIDIA GPU: builds, runs the GPU tests, measures the fused losses; within 9 minutes.
-#   bash benchmarks/gpu.sh [options of loss_gpu.py]      --device cpu: the same path without a GPU, at tiny sizes
+# Proves or refutes on a machine with an NVIDIA GPU that pocl-fast computes what it should, and measures it: 8 minutes.
+#   bash benchmarks/gpu.sh [--device cpu] [SECTION ...]     all sections, or these; on a CPU the same path at tiny sizes
+#   bash benchmarks/gpu.sh tests                            the GPU tests instead, 200 s
 #
-# With benchmarks/wheels/ (see prepare_gpu.sh) it needs no network: torch, triton and a compiler are taken from PYTHON
-# (python3), all else from the wheels, in a temporary folder. Without, `make env` installs everything into .venv first,
-# and the 9 minutes count from there. Needs no root. Results go to OUT (benchmarks/results): loss_cuda.json and .png,
-# linear_loss.txt, gpu_tests.log. LIMIT: seconds for all of it (525). Exit status 1 if a test failed or a result was wrong.
-set -euo pipefail
+# Sections, in this order: versions, smoke (float64 against everything that runs on a GPU), loss (ours, Liger, eager),
+# sweep (tiles, warps, read-ahead), training, counters (Nsight Compute), linear (the linear loss), compiled (torch.compile).
+# Each has a time limit of its own and writes its result as it goes; one that fails ends no other. Exit status 1 if one
+# failed or was wrong. Results, at most 8 files, go to OUT (benchmarks/out); benchmarks/results.py keeps them.
+#
+# Needs no root. Where benchmarks/carried/ is there (prepare_gpu.sh makes it) or PYTHON is set, it needs no network: torch,
+# triton and transformers are PYTHON's (python3), the C++ part is the carried one where it fits and is built otherwise.
+# Without, `make env` installs everything into .venv first. LIMIT: seconds for all sections (480).
+set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-wheels=$root/benchmarks/wheels
-export OUT=${OUT:-$root/benchmarks/results}
-limit=${LIMIT:-525}
+carried=$root/benchmarks/carried
+all="versions smoke loss sweep training counters linear compiled"
+kind=cuda
+chosen=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --device) kind=${2:-} && shift ;;
+        --device=*) kind=${1#*=} ;;
+        tests) chosen="$chosen tests" ;;
+        *) case " $all " in *" $1 "*) chosen="$chosen $1" ;; *) sed -n '3,7p' "$0" >&2 && exit 2 ;; esac ;;
+    esac
+    shift
+done
+case $kind in cuda | cpu) ;; *) echo "--device is cuda or cpu, not '$kind'" >&2 && exit 2 ;; esac
+chosen=${chosen:-$all}
+limit=${LIMIT:-480}
+export OUT=${OUT:-$root/benchmarks/out} PYTHONUNBUFFERED=1
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
+log=$OUT/gpu.log
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
-cd "$root"
 
-say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS" | tee -a "$log"; }
+stop() { echo "$1" | tee -a "$log" >&2 && exit 1; }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no nvidia-smi here"
-if compgen -G "$wheels/*.whl" >/dev/null; then
-    python=${PYTHON:-python3}
-    python=$(command -v "$python") || { echo "no $python here; set PYTHON" >&2 && exit 1; }
+# What the C++ part is made of, as one number: a carried build of other sources is not used.
+sources() { (cd "$root" && find csrc CMakeLists.txt -type f | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1); }
+
+# Makes pocl_fast importable in $work/site out of this tree, without network.
+place() {
+    local python=$1 site=$work/site built missing
+    mkdir -p "$site"
+    cp -r "$root/pocl_fast" "$site/pocl_fast" && rm -f "$site"/pocl_fast/_C*.so
+    cp -r "$root/kernels" "$site/pocl_fast/kernels"
+    missing=$("$python" "$root/benchmarks/gpu_run.py" missing "$carried"/*.whl) || return 1
+    if [ -n "$missing" ]; then
+        # shellcheck disable=SC2086  # one wheel a word
+        "$python" -m pip install -q --no-index --no-deps --no-compile --disable-pip-version-check --no-warn-script-location \
+            --target "$site" $missing || return 1
+    fi
+    export PATH="$site/bin:$PATH" PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+    for built in "$carried"/_C.*.so; do
+        [ -e "$built" ] && [ "$(cat "$carried/sources.sha256" 2>/dev/null)" = "$(sources)" ] || continue
+        cp "$built" "$site/pocl_fast/"
+        (cd "$work" && "$python" -c 'from pocl_fast import _C; _C.isa()' 2>/dev/null) && echo "the carried C++ part fits: $(basename "$built")" && return
+        rm "$site/pocl_fast/$(basename "$built")"
+    done
+    echo "building the C++ part: no carried build fits $("$python" -V) and these sources"
+    cd "$root" && timeout --signal=INT 240 "$python" setup.py -q egg_info --egg-base "$work" build --build-base "$work/build" \
+        --build-lib "$work/built" >"$work/build.log" 2>&1 || { tail -40 "$work/build.log" && return 1; }
+    cp "$work"/built/pocl_fast/_C*.so "$site/pocl_fast/"
+}
+
+: >"$log"
+if [ -d "$carried" ] || [ -n "${PYTHON:-}" ]; then
+    python=$(command -v "${PYTHON:-python3}") || stop "no ${PYTHON:-python3} here; set PYTHON"
     case $python in /*) ;; *) python=$PWD/$python ;; esac
-    "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-    say "install and build, without network"
-    "$python" -m pip install -q --no-index --no-deps --no-compile --disable-pip-version-check --no-warn-script-location \
-        --find-links "$wheels" --target "$work/site" "$wheels"/*.whl
-    export PATH="$work/site/bin:$PATH" PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
-    "$python" setup.py -q egg_info --egg-base "$work" build --build-base "$work/build" --build-lib "$work/site" \
-        >"$work/build.log" 2>&1 || { tail -40 "$work/build.log" >&2 && exit 1; }
+    say "setting up, without network"
+    place "$python" > >(tee -a "$log") 2>&1 || stop "could not be set up: see above"
 else
     say "make env (on a machine without network: prepare_gpu.sh on another one first)"
-    make env
+    make -C "$root" env > >(tee -a "$log") 2>&1 || stop "make env failed"
     python=$root/${VENV:-.venv}/bin/python
-    "$python" -m pip install -q --no-deps 'liger-kernel==0.8.5'
-    "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+    "$python" -m pip install -q --no-deps 'liger-kernel==0.8.5' || echo "Liger could not be installed: its sides are absent" | tee -a "$log"
     SECONDS=0
 fi
-cd "$work"  # not the tree, whose folders would hide what was built
-"$python" -c 'from pocl_fast import _C, kernels; print("built for", _C.isa(), "in", kernels.__path__[0])'
+cd "$work" || exit 1 # not the tree, whose folders would hide what was placed
 
 status=0
-processes=$(($(nproc) > 12 ? 12 : $(nproc)))  # most of the tests' time goes into compiling a few hundred kernels
-say "GPU tests, in $processes processes"
-PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout --signal=INT --kill-after=10 180 \
-    "$python" -m pytest -p xdist -n "$processes" --dist worksteal -q -m gpu -c "$root/pyproject.toml" --rootdir "$root" \
-    "$root/tests/reference" "$root/tests/kernels" 2>&1 | tee "$OUT/gpu_tests.log" || status=$?
-case $status in
-    0) ;;
-    5) echo "no test is marked gpu" && status=0 ;;
-    124) echo "the tests did not end in 180 s: what follows is measured all the same" && status=1 ;;
-    *) echo "tests failed: what follows is measured all the same" && status=1 ;;
-esac
+# section NAME SECONDS COMMAND...: runs it within its limit, and notes how it ended in run.json.
+section() {
+    local name=$1 most=$2 began=$SECONDS ended=0 left=$((limit - SECONDS - 3))
+    shift 2
+    case " $chosen " in *" $name "*) ;; *) return ;; esac
+    say "$name"
+    if [ "$left" -lt 10 ]; then
+        ended=no-time
+        echo "no time left of $limit s" | tee -a "$log"
+    else
+        seconds=$((most < left ? most : left))
+        timeout --signal=INT --kill-after=10 "$seconds" "$@" > >(tee -a "$log") 2>&1
+        ended=$?
+        [ "$ended" = 124 ] || [ "$ended" = 137 ] && echo "$name did not end in $seconds s" | tee -a "$log"
+    fi
+    [ "$ended" = 0 ] || status=1
+    "$python" "$root/benchmarks/gpu_run.py" section "$name" $((SECONDS - began)) "$ended" | tee -a "$log"
+}
+# bench SCRIPT ARGUMENTS...: what runs it on this device.
+bench() { echo "$root/benchmarks/$1" "${@:2}" --device "$kind"; }
+gpu() { [ "$kind" = cuda ] && echo "$1" || echo "$2"; }
 
-say "measuring"
-left=$((limit - SECONDS))
-budget=$((left - 75 < 360 ? left - 75 : 360))  # a minute is kept for the linear loss
-case " $* " in *" --device cpu "* | *" --device=cpu "*) budget=60 ;; esac
-timeout --signal=INT --kill-after=15 "$((left - 60))" \
-    "$python" "$root/benchmarks/loss_gpu.py" --budget "$budget" "$@" || status=1
-left=$((limit - SECONDS))
-case " $* " in
-    *" --device cpu "* | *" --device=cpu "*)
-        linear=(--device cpu --tokens 64 --supervised 32 --vocabulary 1000 --hidden 32 --teacher-hidden 48 --repeats 1) ;;
-    *) linear=(--device cuda --tokens 8192 --supervised 8192 --vocabulary 128256 --hidden 2048 --teacher-hidden 4096 --repeats 5) ;;
+# the most seconds of each; what is said to a script as its budget leaves it time to start and to end
+# shellcheck disable=SC2046  # options are words
+{
+    section versions 40 "$python" $(bench gpu_run.py versions)
+    section smoke $(gpu 120 240) "$python" $(bench smoke_gpu.py)
+    section loss $(gpu 105 120) "$python" $(bench loss_gpu.py --sides ours,liger,eager --budget $(gpu 80 40))
+    section sweep $(gpu 80 90) "$python" $(bench sweep_gpu.py --budget $(gpu 60 30))
+    section training $(gpu 110 120) "$python" $(bench train_gpu.py --budget $(gpu 85 60))
+    section counters 45 "$python" $(bench counters_gpu.py)
+    section linear $(gpu 45 60) "$python" $(bench linear_loss.py --budget $(gpu 30 30) $(gpu \
+        "--tokens 8192 --supervised 8192 --vocabulary 128256 --hidden 2048 --teacher-hidden 4096 --repeats 5" \
+        "--tokens 64 --supervised 32 --vocabulary 1000 --hidden 32 --teacher-hidden 48 --repeats 1"))
+    section compiled $(gpu 60 90) "$python" $(bench loss_gpu.py --append --sides ours,compiled \
+        --objectives forward_kl+CE,jsd+CE --sizes $(gpu 8192x151936 64x4099) --budget $(gpu 45 60))
+}
+case " $chosen " in
+    *" tests "*)
+        limit=$((SECONDS + 200))
+        processes=$(($(nproc) > 12 ? 12 : $(nproc))) # most of the time goes into compiling some 450 kernels
+        export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+        section tests 190 "$python" -m pytest -p xdist -n "$processes" --dist worksteal -q -m gpu -c "$root/pyproject.toml" \
+            --rootdir "$root" "$root/tests/reference" "$root/tests/kernels"
+        ;;
 esac
-if [ "$left" -gt 20 ]; then
-    say "the linear loss"
-    timeout --signal=INT --kill-after=10 "$((left - 10))" "$python" "$root/benchmarks/linear_loss.py" "${linear[@]}" |
-        tee "$OUT/linear_loss.txt" || status=1
-else
-    echo "no time left for the linear loss" && status=1
-fi
-say "done, exit status $status"
+say "done, exit status $status; results in $OUT"
 exit "$status"
