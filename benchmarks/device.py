@@ -96,8 +96,13 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"CPU, {model}, {os.cpu_count()} threads"
+    known = dict(
+        reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line])
+    )  # the first one's
+    name = known.get("model name", platform.machine())
+    if "cpu family" in known:  # a virtual machine may call every generation by one name
+        name += f" (family {known['cpu family']}, model {known.get('model', '?')})"
+    return f"CPU, {name}, {os.cpu_count()} threads"
 
 
 def output_of(*command: str) -> str:

@@ -40,20 +40,19 @@ def versions(kind: str) -> None:
     """Prints and notes the machine. Raises SystemExit where it has no GPU and one was asked for, or no package that all
     sections need."""
     import torch
-    from device import machine
+    from device import cpu_name, machine
 
-    from pocl_fast import _C, kernels
+    from pocl_fast import _C
 
     if kind == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --device cpu runs the same path at tiny sizes")
     facts = machine(kind) | {"C++": f"{_C.isa()}, {Path(_C.__file__).name}"}
-    facts["kernels"] = Path(next(iter(kernels.__path__))).name
     if kind == "cuda":
         facts |= gpu()
-    facts["processor"] = f"{os.cpu_count()} threads"
+    facts["processor"] = cpu_name()
     facts["memory_GiB"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
     facts["disk_free_GiB"] = round(shutil.disk_usage(os.environ["OUT"]).free / 2**30)
-    facts["tools"] = {tool: shutil.which(tool) or "missing" for tool in TOOLS}
+    facts["tools"] = {tool: "here" if shutil.which(tool) else "missing" for tool in TOOLS}
     facts["packages"] = {name: installed(name) for name in (*PACKAGES, *MAY_LACK)}
     write({"machine": facts, "sections": []})
     for name, value in facts.items():

@@ -4,8 +4,9 @@ One layer's attention of a Qwen3-0.6B (16 heads, 8 of keys and values, head size
 row. "by sample" is what a CPU gets from pocl-fast: one causal sdpa call a sample, on a split of the row. "slices" is
 the same on slices of the row: a slice's gradient is as long as the row, and all are added. "mask" (where asked for, as
 its 4 GiB of scores move the other sides' memory) is transformers' sdpa over the whole row with the mask that it derives
-from the positions. On a GPU there is "varlen" too: torch's flash attention over packed rows. All sides run in this process on the same tensors, in turns; medians of the forward and of
-the backward. The outputs and gradients of each are compared with float64 attention, sample by sample.
+from the positions. On a GPU there is "varlen" too: torch's flash attention over packed rows. All sides run in this
+process on the same tensors, in turns; medians of the forward and of the backward. The outputs and gradients of each are
+compared with float64 attention, sample by sample.
 
 With --data a second table: forward and backward of a distillation step of the bundled model's student of six layers,
 its teacher's hidden states given, by sample and, as pocl-fast did before, by slices while transformers makes its mask.

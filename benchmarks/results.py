@@ -151,7 +151,10 @@ def run_table(result: Result) -> Table:
 
 def facts(machine: dict[str, Any], file: str) -> str:
     """When, at which commit, with which versions, and where the figures are."""
-    named = {name: value for name, value in machine.items() if name not in ("device", "date", "commit")}
+    plain = {
+        name: value for name, value in machine.items() if not isinstance(value, dict)
+    }  # not all tools and packages
+    named = {name: value for name, value in plain.items() if name not in ("device", "date", "commit")}
     versions = ", ".join(f"{name} {cell(value)}" for name, value in named.items() if value != "missing")
     without = [name for name, value in named.items() if value == "missing"]
     end = f"; without {', '.join(without)}" if without else ""
@@ -175,7 +178,7 @@ def device_part(device: str, results: list[tuple[str, Result]]) -> str:
         shown |= set(new)
         if number == 0 or new:
             parts.append(facts(machine, name))
-        if number == 0 and "run" in result:
+        if number == 0 and result.get("run"):
             parts.append(markdown(run_table(result), 4))
         for section, content in new.items():
             parts += [markdown(table, 4) for table in section_tables(section, content, machine)]
