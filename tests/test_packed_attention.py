@@ -189,7 +189,7 @@ def test_output_and_gradients_of_each_sample_are_those_of_float64(seed, window):
         assert (ours - exact).norm() <= 1e-5 * max(exact.norm(), upstream.norm())  # a window of 1 has none
 
 
-@pytest.mark.parametrize(
+ATTENDING = pytest.mark.parametrize(
     "config",
     [
         LlamaConfig(**GQA),
@@ -199,6 +199,9 @@ def test_output_and_gradients_of_each_sample_are_those_of_float64(seed, window):
     ],
     ids=["full", "windows", "both", "head of 12"],
 )
+
+
+@ATTENDING
 def test_by_flash_attention_the_logits_are_those_of_each_sample_alone(flash_on_a_cpu, config):
     model, samples = model_of(config, torch.bfloat16), row(*LENGTHS)
     want = each_alone(model.float(), samples)
@@ -207,6 +210,40 @@ def test_by_flash_attention_the_logits_are_those_of_each_sample_alone(flash_on_a
     with torch.no_grad():
         got = model(**forward_kwargs(model, pack(samples))).logits[0].float()
     assert (got - want).norm() <= 2e-2 * want.norm()  # of bf16; a window off by one moves it by 0.3
+
+
+@pytest.mark.gpu
+@ATTENDING
+def test_on_a_gpu_the_logits_are_those_of_each_sample_alone(config):
+    samples = row(*LENGTHS)
+    exact, model = model_of(config, torch.bfloat16).float(), model_of(config, torch.bfloat16).to("cuda")
+    said = []
+    assert packing_ready(model, said.append)
+    assert "flash" in said[0]
+    with torch.no_grad():
+        got = model(**forward_kwargs(model, pack(samples).to("cuda"))).logits[0].float().cpu()
+    want = each_alone(exact, samples)
+    assert (got - want).norm() <= 3e-2 * want.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("size", [64, 128, 12])
+def test_on_a_gpu_flash_attention_and_its_gradients_are_those_of_float64(seed, window, size):
+    lengths = (*LENGTHS, 200, 131)
+    T = sum(lengths)
+    leaves = [torch.randn(1, heads, T, size).bfloat16().requires_grad_(True) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, T, 4, size).bfloat16()
+    ends = torch.tensor((0, *lengths)).cumsum(0).to("cuda", torch.int32)
+    on_gpu = [x.detach().cuda().requires_grad_(True) for x in leaves]
+    got, _ = packed_varlen(Layer(), *on_gpu, None, lengths, sliding_window=window, cu_seq_lens_q=ends)
+    got.backward(upstream.cuda())
+    want = by_hand(*leaves, lengths, size**-0.5, window)
+    want.backward(upstream.double())
+    assert (got.cpu() - want).norm() <= 1e-2 * want.norm()  # of bf16 products
+    for ours, exact in zip(on_gpu, leaves, strict=True):
+        scale = max(exact.grad.norm(), upstream.norm() / 100)  # a window of 1 has no gradient by query and key
+        assert (ours.grad.cpu().float() - exact.grad.float()).norm() <= 2e-2 * scale
 
 
 def test_by_flash_attention_a_window_holds_the_token_itself(flash_on_a_cpu, seed):
