@@ -79,6 +79,9 @@ else
     "$python" -m pip install -q --no-deps 'liger-kernel==0.8.5' || echo "Liger could not be installed: its sides are absent" | tee -a "$log"
     SECONDS=0
 fi
+if [ -z "${POCL_COMMIT:-}" ] && ! git -C "$root" describe --always >/dev/null 2>&1 && [ -f "$carried/commit" ]; then
+    POCL_COMMIT=$(cat "$carried/commit") && export POCL_COMMIT # a copy without its history: as of prepare_gpu.sh
+fi
 cd "$work" || exit 1 # not the tree, whose folders would hide what was placed
 
 status=0
