@@ -29,11 +29,15 @@ done
 case $kind in cuda | cpu) ;; *) echo "--device is cuda or cpu, not '$kind'" >&2 && exit 2 ;; esac
 chosen=${chosen:-$all}
 limit=${LIMIT:-480}
+case $limit in '' | *[!0-9]*) echo "LIMIT is a number of seconds, not '$limit'" >&2 && exit 2 ;; esac
 export OUT=${OUT:-$root/benchmarks/out} PYTHONUNBUFFERED=1
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
-log=$OUT/gpu.log
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && log=$OUT/gpu.log && : >"$log" || { echo "cannot write to OUT, $OUT" >&2 && exit 2; }
+[ -f "$OUT/run.json" ] || case " $chosen " in *" versions "*) ;; *) chosen="versions $chosen" ;; esac
 work=$(mktemp -d)
+running="" # the section's process, which has a process group of its own
 trap 'rm -rf "$work"' EXIT
+trap '[ -z "$running" ] || { kill -INT "$running"; wait "$running"; }; exit 130' INT
+trap '[ -z "$running" ] || { kill -TERM "$running"; wait "$running"; }; exit 143' TERM
 
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS" | tee -a "$log"; }
 stop() { echo "$1" | tee -a "$log" >&2 && exit 1; }
@@ -43,15 +47,14 @@ sources() { (cd "$root" && find csrc CMakeLists.txt -type f | LC_ALL=C sort | xa
 
 # Makes pocl_fast importable in $work/site out of this tree, without network.
 place() {
-    local python=$1 site=$work/site built missing
+    local python=$1 site=$work/site built missing=()
     mkdir -p "$site"
     cp -r "$root/pocl_fast" "$site/pocl_fast" && rm -f "$site"/pocl_fast/_C*.so
     cp -r "$root/kernels" "$site/pocl_fast/kernels"
-    missing=$("$python" "$root/benchmarks/gpu_run.py" missing "$carried"/*.whl) || return 1
-    if [ -n "$missing" ]; then
-        # shellcheck disable=SC2086  # one wheel a word
+    mapfile -t missing < <("$python" "$root/benchmarks/gpu_run.py" missing "$carried"/*.whl)
+    if [ ${#missing[@]} -gt 0 ]; then
         "$python" -m pip install -q --no-index --no-deps --no-compile --disable-pip-version-check --no-warn-script-location \
-            --target "$site" $missing || return 1
+            --target "$site" "${missing[@]}" || return 1
     fi
     export PATH="$site/bin:$PATH" PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
     for built in "$carried"/_C.*.so; do
@@ -66,7 +69,6 @@ place() {
     cp "$work"/built/pocl_fast/_C*.so "$site/pocl_fast/"
 }
 
-: >"$log"
 if [ -d "$carried" ] || [ -n "${PYTHON:-}" ]; then
     python=$(command -v "${PYTHON:-python3}") || stop "no ${PYTHON:-python3} here; set PYTHON"
     case $python in /*) ;; *) python=$PWD/$python ;; esac
@@ -87,41 +89,54 @@ cd "$work" || exit 1 # not the tree, whose folders would hide what was placed
 status=0
 # section NAME SECONDS COMMAND...: runs it within its limit, and notes how it ended in run.json.
 section() {
-    local name=$1 most=$2 began=$SECONDS ended=0 left=$((limit - SECONDS - 3))
+    local name=$1 most=$2 began=$SECONDS ended=0 left=$((limit - SECONDS - 3)) seconds
     shift 2
     case " $chosen " in *" $name "*) ;; *) return ;; esac
     say "$name"
+    [ "$name" = versions ] || rm -f "$OUT/$name.json" # of an earlier run
+    seconds=$((most < left ? most : left))
     if [ "$left" -lt 10 ]; then
         ended=no-time
         echo "no time left of $limit s" | tee -a "$log"
     else
-        seconds=$((most < left ? most : left))
-        timeout --signal=INT --kill-after=10 "$seconds" "$@" > >(tee -a "$log") 2>&1
+        timeout --signal=INT --kill-after=10 "$seconds" "$@" > >(tee -a "$log") 2>&1 &
+        running=$!
+        wait "$running"
         ended=$?
-        [ "$ended" = 124 ] || [ "$ended" = 137 ] && echo "$name did not end in $seconds s" | tee -a "$log"
+        running=""
+        case $ended in
+            124) echo "$name did not end in $seconds s" | tee -a "$log" ;;
+            137) [ $((SECONDS - began)) -ge "$seconds" ] && ended=124 && echo "$name did not end in $seconds s" | tee -a "$log" ;;
+        esac
     fi
     [ "$ended" = 0 ] || status=1
     "$python" "$root/benchmarks/gpu_run.py" section "$name" $((SECONDS - began)) "$ended" | tee -a "$log"
 }
-# bench SCRIPT ARGUMENTS...: what runs it on this device.
-bench() { echo "$root/benchmarks/$1" "${@:2}" --device "$kind"; }
-gpu() { [ "$kind" = cuda ] && echo "$1" || echo "$2"; }
+# bench NAME SECONDS SCRIPT ARGUMENTS...: a section that is a script of this folder, on this device.
+bench() { section "$1" "$2" "$python" "$root/benchmarks/$3" "${@:4}" --device "$kind"; }
 
-# the most seconds of each; what is said to a script as its budget leaves it time to start and to end
-# shellcheck disable=SC2046  # options are words
-{
-    section versions 40 "$python" $(bench gpu_run.py versions)
-    section smoke $(gpu 120 240) "$python" $(bench smoke_gpu.py)
-    section loss $(gpu 105 120) "$python" $(bench loss_gpu.py --sides ours,liger,eager --budget $(gpu 80 40))
-    section sweep $(gpu 80 90) "$python" $(bench sweep_gpu.py --budget $(gpu 60 30))
-    section training $(gpu 110 120) "$python" $(bench train_gpu.py --budget $(gpu 85 60))
-    section counters 45 "$python" $(bench counters_gpu.py)
-    section linear $(gpu 45 60) "$python" $(bench linear_loss.py --budget $(gpu 30 30) $(gpu \
-        "--tokens 8192 --supervised 8192 --vocabulary 128256 --hidden 2048 --teacher-hidden 4096 --repeats 5" \
-        "--tokens 64 --supervised 32 --vocabulary 1000 --hidden 32 --teacher-hidden 48 --repeats 1"))
-    section compiled $(gpu 60 90) "$python" $(bench loss_gpu.py --append --sides ours,compiled \
-        --objectives forward_kl+CE,jsd+CE --sizes $(gpu 8192x151936 64x4099) --budget $(gpu 45 60))
-}
+# The most seconds of each. A script's own budget leaves it time to start and to end.
+if [ "$kind" = cuda ]; then
+    bench versions 40 gpu_run.py versions
+    bench smoke 120 smoke_gpu.py
+    bench loss 105 loss_gpu.py --sides ours,liger,eager --budget 80
+    bench sweep 80 sweep_gpu.py --budget 60
+    bench training 110 train_gpu.py --budget 85
+    bench counters 45 counters_gpu.py
+    bench linear 45 linear_loss.py --budget 30 --tokens 8192 --supervised 8192 --vocabulary 128256 --hidden 2048 \
+        --teacher-hidden 4096 --repeats 5
+    bench compiled 60 loss_gpu.py --append --sides ours,compiled --objectives forward_kl+CE,jsd+CE --sizes 8192x151936 --budget 45
+else
+    bench versions 40 gpu_run.py versions
+    bench smoke 240 smoke_gpu.py
+    bench loss 120 loss_gpu.py --sides ours,liger,eager --budget 40
+    bench sweep 90 sweep_gpu.py --budget 30
+    bench training 120 train_gpu.py --budget 60
+    bench counters 45 counters_gpu.py
+    bench linear 60 linear_loss.py --budget 30 --tokens 64 --supervised 32 --vocabulary 1000 --hidden 32 --teacher-hidden 48 \
+        --repeats 1
+    bench compiled 90 loss_gpu.py --append --sides ours,compiled --objectives forward_kl+CE,jsd+CE --sizes 64x4099 --budget 60
+fi
 case " $chosen " in
     *" tests "*)
         limit=$((SECONDS + 200))

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ENDS = {"0": "done", "124": "ran out of its time", "137": "ran out of its time", "130": "interrupted"}
+ENDS = {"0": "done", "124": "ran out of its time", "137": "killed, for want of memory perhaps", "130": "interrupted"}
 TOOLS = ("nvcc", "ncu", "g++", "cmake", "ninja", "git")
 # what sections use besides torch; absent ones are named, and what needs them is absent
 PACKAGES = ("triton", "transformers", "accelerate", "numpy", "pytest", "pytest-xdist", "hypothesis", "peft", "jinja2")
@@ -100,9 +100,10 @@ def section(name: str, seconds: float, status: str) -> None:
 
 
 def missing(wheels: list[Path]) -> None:
-    """Prints the wheels of packages that are not here, or are too old to be what was carried."""
-    names = {wheel: wheel.name.split("-")[0].replace("_", "-") for wheel in wheels if wheel.is_file()}
-    print(" ".join(str(wheel) for wheel, name in names.items() if installed(name) == "missing"))
+    """Prints the wheels of packages that are not here, a line each."""
+    for wheel in wheels:
+        if wheel.is_file() and installed(wheel.name.split("-")[0].replace("_", "-")) == "missing":
+            print(wheel)
 
 
 def main() -> None:

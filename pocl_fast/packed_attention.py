@@ -38,56 +38,68 @@ class Way(NamedTuple):
 
 
 def enable_packing(
-    model: Any, say: Callable[[str], object] | None = None, *, device: torch.device | str | None = None
+    model: Any,
+    say: Callable[[str], object] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    trains: bool = False,
 ) -> None:
     """Makes a transformers model attend within each sample of a packed row; `say` is told how, once.
 
     On a GPU in bf16 or fp16 (the weights', or autocast's: call it within the autocast that the model will run in) by
     flash attention, of the flash-attn package where it is installed and else torch's own. Elsewhere by one causal
-    `sdpa` call a sample. Both cost Σ length² and not (Σ length)². A family without `sdpa` (Gemma 2) keeps its own
-    attention, with the mask of the whole row that transformers derives from `position_ids`. `device` is where the model
-    will run, if that is not where it is now.
+    `sdpa` call a sample. Both cost Σ length² and not (Σ length)². A family without `sdpa` and one that caps its scores
+    (Gemma 2) keep their own attention, with the mask of the whole row that transformers derives from `position_ids`.
+    `device` is where the model will run, if that is not where it is now; `trains` says that it will train there.
     """
     now = input_device(model)
-    way = choose_way(model, now if device is None else torch.device(device), here=now)
-    before = model.config._attn_implementation
+    way = choose_way(model, now if device is None else torch.device(device), here=now, trains=trains)
     if way.implementation is not None:
         _register()
         model.set_attn_implementation(way.implementation)
-    if say is not None and (way.implementation is None or way.implementation != before):
-        say(f"{type(model).__name__} attends to packed rows by {way.says}")
+    _tell(model, f"{type(model).__name__} attends to packed rows by {way.says}", say)
 
 
-def choose_way(model: Any, device: torch.device, *, here: torch.device) -> Way:
+def _tell(model: Any, sentence: str, say: Callable[[str], object] | None) -> None:
+    """Says how a model attends, unless that was what was said of it last."""
+    if say is not None and getattr(model, "_packed_attention_said", None) != sentence:
+        say(sentence)
+        model._packed_attention_said = sentence
+
+
+def choose_way(model: Any, device: torch.device, *, here: torch.device, trains: bool = False) -> Way:
     """The fastest way that is right for the model on `device`; it is `here` now, where it is tried first."""
     on_gpu, dtype = device.type == "cuda", _computes_in(model.dtype, device)
     if on_gpu and here.type == "cuda" and dtype in NARROW and _has_flash_attn() and _takes_flash_attn(model):
         return Way("flash_attention_2", "flash-attn")
-    if reason := _why_not_sdpa(model):
-        return Way(None, f"its own attention, over a mask of the whole row: {reason}")
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # transformers before 5.18 takes sdpa for Gemma 2 by itself, and caps nothing
+        return Way("eager", "its own attention, over a mask of the whole row: sdpa does not cap its scores")
+    if not _takes_sdpa(model):
+        why = "its family does not take sdpa in transformers"
+        return Way(None, f"its own attention, over a mask of the whole row: {why}")
     if not on_gpu:
         return Way(BY_SAMPLE, "one sdpa call a sample")
-    if reason := _why_not_varlen(model, dtype):
+    if reason := _why_not_varlen(model, dtype, device, trains):
         return Way(BY_SAMPLE, f"one sdpa call a sample, which is slower than flash attention: {reason}")
     return Way(VARLEN, "torch's varlen_attn (flash attention)")
 
 
 def needs_no_mask(model: Any) -> bool:
     """Whether packed rows need no mask from transformers, which would make one of T × T entries at each forward and
-    wait for the GPU to do so: the model attends in one of our ways, fully or within windows alone."""
-    return model.config._attn_implementation in (VARLEN, BY_SAMPLE) and _is_plain(model)
+    wait for the GPU to do so: the model attends in one of our ways, fully or within windows alone. (The loss of a
+    router over experts looks at the mask, too.)"""
+    ours = model.config._attn_implementation in (VARLEN, BY_SAMPLE)
+    return ours and _is_plain(model) and not getattr(model.config, "output_router_logits", False)
 
 
 def use_row_mask(model: Any, say: Callable[[str], object] | None = None) -> None:
     """Makes a model whose layers lose the lengths of the samples attend by transformers' mask of the whole row."""
     _register()
     model.set_attn_implementation(BY_MASK)
-    if say is not None:
-        name = type(model).__name__
-        say(
-            f"{name} attends to packed rows by sdpa over a mask of the whole row, which is slow: its layers do not pass"
-            " the samples' lengths on to their attention"
-        )
+    why = "its layers do not pass the samples' lengths on to their attention"
+    name = type(model).__name__
+    _tell(model, f"{name} attends to packed rows by sdpa over a mask of the whole row, which is slow: {why}", say)
 
 
 # ---- what a model and a machine allow ----
@@ -98,12 +110,8 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
-def _why_not_sdpa(model: Any) -> str | None:
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        return "sdpa does not cap its scores"  # transformers before 5.18 or so lets it, uncapped
-    if not getattr(model, "_supports_sdpa", False) or not model._can_set_attn_implementation():
-        return "its family does not take sdpa in transformers"
-    return None
+def _takes_sdpa(model: Any) -> bool:
+    return bool(getattr(model, "_supports_sdpa", False)) and model._can_set_attn_implementation()
 
 
 def _supports_flash(model: Any) -> bool:
@@ -113,7 +121,8 @@ def _supports_flash(model: Any) -> bool:
 def _takes_flash_attn(model: Any) -> bool:
     """Whether the family runs on flash-attn 2, its windows included."""
     known = getattr(model, "_compatible_flash_implementations", None)
-    return _is_plain(model) and (known is None or "flash_attention_2" in known)
+    fits = _is_plain(model) and model._can_set_attn_implementation() and _largest_head(model) <= LARGEST_HEAD
+    return fits and (known is None or "flash_attention_2" in known)
 
 
 def _has_flash_attn() -> bool:
@@ -146,26 +155,43 @@ def _names_windows(module: str) -> bool:
     return re.search(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=", source) is not None
 
 
-def _why_not_varlen(model: Any, dtype: torch.dtype) -> str | None:
+def _why_not_varlen(model: Any, dtype: torch.dtype, device: torch.device, trains: bool) -> str | None:
     """None where torch's flash attention over packed rows computes what the model asks for."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    sizes = [
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0),
-    ]
-    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
     if dtype not in NARROW:
         return f"that takes bf16 or fp16 alone, and the model computes in {dtype}"
     if _varlen_attn() is None:
-        return f"torch {torch.__version__} has no varlen_attn (2.10 and later have), and flash-attn is not installed"
+        flash = "flash-attn is tried on a GPU alone" if _has_flash_attn() else "flash-attn is not installed"
+        return f"torch {torch.__version__} has no varlen_attn (2.10 and later have), and {flash}"
+    if not _runs_flash(device):
+        return "torch's flash attention needs an NVIDIA GPU of compute capability 8.0 or above"
     if not _is_plain(model):
         return "its layers need masks that varlen_attn does not take"
-    if dropout and model.training:
+    if trains and (dropout := _dropout(model)):
         return f"varlen_attn has no dropout, and the model's attention has {dropout}"
-    if max(sizes) > LARGEST_HEAD:
-        return f"varlen_attn takes heads of {LARGEST_HEAD} numbers at most, and the model's have {max(sizes)}"
+    if (size := _largest_head(model)) > LARGEST_HEAD:
+        return f"varlen_attn takes heads of {LARGEST_HEAD} numbers at most, and the model's have {size}"
     return None
+
+
+def _runs_flash(device: torch.device) -> bool:
+    """Whether a GPU is one that torch's flash attention is compiled for; one that is not here is taken to be."""
+    if torch.version.hip:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _dropout(model: Any) -> float:
+    config = model.config.get_text_config()
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    return max(float(getattr(config, name, None) or 0.0) for name in names)
+
+
+def _largest_head(model: Any) -> int:
+    """Numbers of a query in one head."""
+    config = model.config.get_text_config()
+    of_parts = (getattr(config, name, None) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return max(getattr(config, "head_dim", None) or config.hidden_size // heads, sum(of_parts))
 
 
 def _takes_flash(value: Tensor, dropout: float) -> bool:

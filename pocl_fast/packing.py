@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from pocl_fast.packed_attention import LengthsLost, enable_packing, needs_no_mas
 from pocl_fast.placement import input_device
 from pocl_fast.samples import EncodedSample
 
-PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.1, bf16 rounding is 4e-3
+PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.02 to 1
+KERNEL_TOLERANCE = 0.1  # between two attention kernels: 0.01 to 0.06 in bf16, by depth
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,16 @@ def padded_kwargs(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     ]
 
 
-def packing_ready(model: nn.Module, say: Callable[[str], object], *, device: torch.device | str | None = None) -> bool:
+def packing_ready(
+    model: nn.Module,
+    say: Callable[[str], object],
+    *,
+    device: torch.device | str | None = None,
+    trains: bool = False,
+) -> bool:
     """Enables packing (see `enable_packing`), and whether it holds for the model; `say` is told how the model attends,
     and where it is padded instead."""
-    enable_packing(model, say, device=device)
+    enable_packing(model, say, device=device, trains=trains)
     return packing_holds(model, say)
 
 
@@ -147,29 +154,49 @@ def packing_holds(model: nn.Module, say: Callable[[str], object] | None = None) 
     they are not."""
     vocab_size: Any = model.config.vocab_size  # type: ignore[union-attr]
     try:
-        error = packing_error(model, vocab_size)
+        errors = packing_errors(model, vocab_size)
     except LengthsLost:
         use_row_mask(model, say)
-        error = packing_error(model, vocab_size)
-    holds = error < PACKING_TOLERANCE
-    if not holds and say is not None:
+        errors = packing_errors(model, vocab_size)
+    if not errors.hold and say is not None:
         say(f"{type(model).__name__} does not support packed batches: they are padded instead, which is slower")
-    return holds
+    return errors.hold
 
 
-def packing_error(model: nn.Module, vocab_size: int) -> float:
-    """Largest difference between the logits of two short random samples packed together and run alone, relative to the
-    largest logit. Around 1e-6 (fp32) where packing holds for this model; its family does not support packing
-    otherwise."""
+class PackingErrors(NamedTuple):
+    """How far logits of packed samples are off, relative to the largest logit: around 1e-6 (fp32) where packing holds,
+    0.02 and more where a family does not support it. In bf16 a deep model's logits differ by as much between two
+    attention kernels, so that what a kernel does is told apart from what packing does."""
+
+    leak: float  # a sample behind one of two others of one length
+    packed: float  # behind another, against the model without packing
+    alone: float  # packed alone, against the model without packing: the kernel's rounding
+
+    @property
+    def hold(self) -> bool:
+        allowed = max(PACKING_TOLERANCE, 3 * self.alone)
+        return self.leak < PACKING_TOLERANCE and self.packed < allowed and self.alone < KERNEL_TOLERANCE
+
+
+def packing_errors(model: nn.Module, vocab_size: int) -> PackingErrors:
+    """Of short random samples."""
     generator = torch.Generator().manual_seed(0)
     device = input_device(model)
-    rows = [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (7, 12)]
-    samples = [EncodedSample(i, tuple(row[:3]), tuple(row[3:]), False) for i, row in enumerate(rows)]
+    first, other, sample = (torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (7, 7, 12))
+
+    def packed(*rows: list[int]) -> Tensor:
+        samples = [EncodedSample(i, tuple(row[:3]), tuple(row[3:]), False) for i, row in enumerate(rows)]
+        return model(**forward_kwargs(model, pack(samples).to(device))).logits[0, -len(sample) :].float()
+
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        together = model(**forward_kwargs(model, pack(samples).to(device))).logits[0]
-        alone = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows]
+        want = model(input_ids=torch.tensor([sample], device=device), use_cache=False).logits[0].float()
+        behind_first, behind_other, alone = packed(first, sample), packed(other, sample), packed(sample)
     model.train(was_training)
-    want = torch.cat(alone).float()
-    return float((together.float() - want).abs().max() / want.abs().max().clamp_min(1e-6))
+    largest = want.abs().max().clamp_min(1e-6)
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float((a - b).abs().max() / largest)
+
+    return PackingErrors(apart(behind_first, behind_other), apart(behind_first, want), apart(alone, want))

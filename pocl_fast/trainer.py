@@ -112,7 +112,7 @@ class PoclTrainer(SavingTrainer):
         first_says = say if ranks.is_first() else lambda _: None
         half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else self.precision.autocast()
         with half:
-            self.packed = packing_ready(causal_lm(model), first_says, device=args.device)
+            self.packed = packing_ready(causal_lm(model), first_says, device=args.device, trains=True)
         self.teacher: Teacher = teacher_of(teacher, processing_class, args, self.precision, self.samples)
         check_lengths(model, self.teacher, args, self.samples, self.dev)
         if args.data_source == "teacher":

@@ -8,9 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PhimoeConfig,
     Qwen2Config,
     Qwen3Config,
@@ -28,11 +32,20 @@ from pocl_fast.packed_attention import (
     packed_by_sample,
     packed_varlen,
 )
-from pocl_fast.packing import forward_kwargs, pack, packing_holds, packing_ready, supervised_hidden
+from pocl_fast.packing import (
+    PackingErrors,
+    forward_kwargs,
+    pack,
+    packing_errors,
+    packing_holds,
+    packing_ready,
+    supervised_hidden,
+)
 from pocl_fast.samples import EncodedSample
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 GQA = {**SMALL, "num_key_value_heads": 2}
+FALCON = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 MIXED_LAYERS = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
 
@@ -44,10 +57,10 @@ class Layer(torch.nn.Module):
     is_causal = True
 
 
-def model_of(config, dtype=torch.float32):
+def model_of(config, dtype=torch.float32, attention="eager"):
     torch.manual_seed(0)
     config.initializer_range = 0.3
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
 
 
 def row(*lengths, seed=3):
@@ -107,8 +120,8 @@ def flash_attn(monkeypatch):
     monkeypatch.setattr(packed_attention, "_has_flash_attn", lambda: True)
 
 
-def chosen(config, device=CUDA, dtype=torch.bfloat16, training=False):
-    return choose_way(model_of(config, dtype).train(training), device, here=device)
+def chosen(config, device=CUDA, dtype=torch.bfloat16, trains=False):
+    return choose_way(model_of(config, dtype), device, here=device, trains=trains)
 
 
 def test_a_gpu_takes_torchs_flash_attention_where_the_package_is_missing():
@@ -121,6 +134,14 @@ def test_a_gpu_takes_the_flash_attn_package_where_it_is_and_the_family_runs_on_i
     assert chosen(LlamaConfig(**GQA)).implementation == "flash_attention_2"
     assert chosen(Gemma2Config(**GQA)).implementation == "flash_attention_2"  # it has no sdpa, for its softcap
     assert chosen(PhimoeConfig(**GQA, sliding_window=4, num_local_experts=2)).implementation == BY_SAMPLE
+    assert chosen(LlamaConfig(**GQA, head_dim=264)).implementation == BY_SAMPLE
+    assert chosen(FalconConfig(**FALCON)).implementation is None  # its attention cannot be set
+
+
+def test_under_autocast_weights_in_fp32_take_flash_attention(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")  # without a GPU torch turns it off
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
+    assert chosen(LlamaConfig(**GQA), dtype=torch.float32).implementation == VARLEN
 
 
 def test_a_model_that_will_be_sharded_over_gpus_and_is_not_there_yet_is_prepared_for_them(flash_attn):
@@ -134,11 +155,8 @@ def test_a_model_that_will_be_sharded_over_gpus_and_is_not_there_yet_is_prepared
     ("config", "options", "reason"),
     [
         (LlamaConfig(**GQA), {"dtype": torch.float32}, "bf16 or fp16 alone, and the model computes in torch.float32"),
-        (
-            LlamaConfig(**GQA, attention_dropout=0.1),
-            {"training": True},
-            "no dropout, and the model's attention has 0.1",
-        ),
+        (LlamaConfig(**GQA, attention_dropout=0.1), {"trains": True}, "no dropout, and the model's attention has 0.1"),
+        (GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4), {"trains": True}, "the model's attention has 0.1"),
         (LlamaConfig(**GQA, head_dim=264), {}, "heads of 256 numbers at most, and the model's have 264"),
         (PhimoeConfig(**GQA, sliding_window=4, num_local_experts=2), {}, "masks that varlen_attn does not take"),
     ],
@@ -150,25 +168,46 @@ def test_a_gpu_never_takes_the_slow_way_without_the_reason(config, options, reas
     assert reason in way.says
 
 
+def test_a_teacher_with_dropout_in_its_attention_does_not_train_and_takes_flash_attention():
+    assert chosen(LlamaConfig(**GQA, attention_dropout=0.1)).implementation == VARLEN
+
+
 def test_a_torch_without_varlen_attn_is_named(monkeypatch):
     monkeypatch.setattr(packed_attention, "_varlen_attn", lambda: None)
     assert f"torch {torch.__version__} has no varlen_attn" in chosen(LlamaConfig(**GQA)).says
+    monkeypatch.setattr(packed_attention, "_has_flash_attn", lambda: True)
+    way = choose_way(model_of(LlamaConfig(**GQA), torch.bfloat16), CUDA, here=CPU)
+    assert "flash-attn is tried on a GPU alone" in way.says
 
 
-def test_the_way_is_said_once():
+def test_a_gpu_that_flash_attention_is_not_compiled_for_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 8.0 or above" in chosen(LlamaConfig(**GQA), dtype=torch.float16).says
+
+
+def test_the_way_is_said_once_and_again_where_it_is_another():
     model, said = model_of(LlamaConfig(**GQA)), []
-    for _ in range(2):
-        enable_packing(model, said.append)
-    assert said == ["LlamaForCausalLM attends to packed rows by one sdpa call a sample"]
+    for device in ("cpu", "cpu", "cuda", "cuda"):
+        enable_packing(model, said.append, device=device)
+    assert said[0] == "LlamaForCausalLM attends to packed rows by one sdpa call a sample"
+    assert said[1].startswith(said[0] + ", which is slower than flash attention: that takes bf16")
+    assert len(said) == 2
 
 
-def test_a_family_whose_scores_are_capped_says_that_it_keeps_its_own_attention():
+def test_a_family_whose_scores_are_capped_keeps_its_own_attention_and_says_so():
+    config = Gemma2Config(**GQA, attn_logit_softcapping=2.0)
+    model, samples = model_of(config, attention=None), row(*LENGTHS)  # as transformers would load it
+    want = each_alone(model_of(config), samples)
     said = []
-    enable_packing(model_of(Gemma2Config(**GQA)), said.append)
+    assert packing_ready(model, said.append)
     assert said == [
         "Gemma2ForCausalLM attends to packed rows by its own attention, over a mask of the whole row: sdpa does not cap"
         " its scores"
     ]
+    with torch.no_grad():
+        got = model(**forward_kwargs(model, pack(samples))).logits[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # ---- what is computed ----
@@ -277,14 +316,32 @@ def test_torchs_varlen_attn_takes_what_it_is_given():
     assert [x.grad.shape for x in leaves] == [x.shape for x in leaves]
 
 
-@pytest.mark.parametrize("what", [{"softcap": 2.0}, {"dropout": 0.5}])
-def test_what_flash_attention_cannot_compute_is_not_left_out(monkeypatch, what):
+def test_the_scale_is_the_models_own(flash_on_a_cpu, seed):
+    T = sum(LENGTHS)
+    q, k, v = (torch.randn(1, heads, T, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
+    got, _ = packed_varlen(Layer(), q, k, v, None, LENGTHS, scaling=1.5, cu_seq_lens_q=ends)
+    torch.testing.assert_close(got, by_hand(q, k, v, LENGTHS, 1.5).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("what", [{"softcap": 2.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}])
+def test_what_flash_attention_cannot_compute_is_not_left_out(flash_on_a_cpu, monkeypatch, what):
     called = []
     monkeypatch.setattr(packed_attention, "packed_by_sample", lambda *args, **kwargs: called.append(kwargs))
     q, k, v = (torch.randn(1, heads, 27, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
     ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
     packed_varlen(Layer(), q, k, v, None, LENGTHS, cu_seq_lens_q=ends, **what)
-    assert what.items() <= called[0].items()
+    assert [call.keys() & what.keys() for call in called] == [what.keys()]
+
+
+def test_flash_attention_is_not_asked_for_dropout_or_fp32():
+    class OnGpu:
+        is_cuda, device, dtype = True, CUDA, torch.bfloat16
+
+    assert packed_attention._takes_flash(OnGpu, 0.0)
+    assert not packed_attention._takes_flash(OnGpu, 0.1)
+    OnGpu.dtype = torch.float32
+    assert not packed_attention._takes_flash(OnGpu, 0.0)
 
 
 def test_rows_that_are_not_packed_keep_their_mask(seed):
@@ -326,10 +383,11 @@ def test_the_backward_of_a_row_twice_as_long_writes_twice_as_much():
     assert written[1] <= 2.1 * written[0]
 
 
+@pytest.mark.parametrize("name", [BY_SAMPLE, VARLEN])
 @pytest.mark.parametrize(
     "config", [LlamaConfig(**GQA), MistralConfig(**GQA, sliding_window=4)], ids=["full", "windows"]
 )
-def test_no_mask_of_the_whole_row_is_made_nor_positions_looked_at(monkeypatch, config):
+def test_no_mask_of_the_whole_row_is_made_nor_positions_looked_at(monkeypatch, config, name):
     model, samples = model_of(config), row(*LENGTHS)
     want = each_alone(model, samples)
 
@@ -337,8 +395,9 @@ def test_no_mask_of_the_whole_row_is_made_nor_positions_looked_at(monkeypatch, c
         raise AssertionError("transformers was asked for a mask")
 
     enable_packing(model)
+    model.config._attn_implementation = name
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", never)
-    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, BY_SAMPLE, never)
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, never)
     with torch.no_grad():
         torch.testing.assert_close(model(**forward_kwargs(model, pack(samples))).logits[0], want, rtol=1e-4, atol=1e-4)
         supervised_hidden(model.get_decoder(), pack(samples), packed=True)
@@ -377,6 +436,31 @@ def test_a_family_that_needs_masks_gets_them(config, implementation):
         got = model(**forward_kwargs(model, pack(samples))).logits[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert ("over a mask of the whole row, which is slow" in said[-1]) == (implementation == BY_MASK)
+
+
+@pytest.mark.parametrize("config_class", [MixtralConfig, OlmoeConfig])
+def test_a_model_with_the_loss_of_its_router_packs(config_class):
+    experts = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
+    model = model_of(config_class(**GQA, **experts, output_router_logits=True))
+    assert packing_ready(model, lambda _: None)
+
+
+def test_packing_holds_where_its_kernel_rounds_as_a_deep_model_in_bf16_does(flash_on_a_cpu):
+    """Eight layers in bf16, whose logits by flash attention and by sdpa are a hundredth apart or so."""
+    config = Qwen3Config(**GQA | {"hidden_size": 256, "num_hidden_layers": 8}, head_dim=64)
+    model = model_of(config, torch.bfloat16)
+    packed_attention._register()
+    model.config._attn_implementation = VARLEN
+    errors = packing_errors(model, 97)
+    assert errors.leak == 0
+    assert errors.alone > 1e-3  # else this shows nothing
+    assert errors.hold
+
+
+@pytest.mark.parametrize("errors", [(0.02, 0.001, 0.001), (0, 0.2, 0.01), (0, 0.15, 0.15), (0, float("nan"), 0.001)])
+def test_packing_does_not_hold_where_samples_leak_or_move_or_the_kernel_is_wrong(errors):
+    assert PackingErrors(0, 1e-6, 1e-6).hold
+    assert not PackingErrors(*errors).hold
 
 
 def test_a_model_that_loses_the_lengths_computes_nothing_wrong():
