@@ -40,27 +40,30 @@ trap '[ -z "$running" ] || { kill -INT "$running"; wait "$running"; }; exit 130'
 trap '[ -z "$running" ] || { kill -TERM "$running"; wait "$running"; }; exit 143' TERM
 
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS" | tee -a "$log"; }
-stop() { echo "$1" | tee -a "$log" >&2 && exit 1; }
+stop() { echo "$1" | tee -a "$log" >&2; exit 1; }
 
 # What the C++ part is made of, as one number: a carried build of other sources is not used.
 sources() { (cd "$root" && find csrc CMakeLists.txt -type f | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1); }
 
 # Makes pocl_fast importable in $work/site out of this tree, without network.
 place() {
-    local python=$1 site=$work/site built missing=()
+    local python=$1 site=$work/site built wheel missing=()
     mkdir -p "$site"
     cp -r "$root/pocl_fast" "$site/pocl_fast" && rm -f "$site"/pocl_fast/_C*.so
     cp -r "$root/kernels" "$site/pocl_fast/kernels"
     mapfile -t missing < <("$python" "$root/benchmarks/gpu_run.py" missing "$carried"/*.whl)
-    if [ ${#missing[@]} -gt 0 ]; then
+    for wheel in "${missing[@]}"; do # one that fails takes what needs it along, and nothing else
         "$python" -m pip install -q --no-index --no-deps --no-compile --disable-pip-version-check --no-warn-script-location \
-            --target "$site" "${missing[@]}" || return 1
-    fi
+            --target "$site" "$wheel" || echo "could not be installed, what needs it is absent: $(basename "$wheel")"
+    done
     export PATH="$site/bin:$PATH" PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
     for built in "$carried"/_C.*.so; do
         [ -e "$built" ] && [ "$(cat "$carried/sources.sha256" 2>/dev/null)" = "$(sources)" ] || continue
         cp "$built" "$site/pocl_fast/"
-        (cd "$work" && "$python" -c 'from pocl_fast import _C; _C.isa()' 2>/dev/null) && echo "the carried C++ part fits: $(basename "$built")" && return
+        if (cd "$work" && "$python" -c 'from pocl_fast import _C; _C.isa()' 2>&1 | tail -1 && exit "${PIPESTATUS[0]}"); then
+            echo "the carried C++ part fits: $(basename "$built")"
+            return
+        fi
         rm "$site/pocl_fast/$(basename "$built")"
     done
     echo "building the C++ part: no carried build fits $("$python" -V) and these sources"
@@ -72,6 +75,7 @@ place() {
 if [ -d "$carried" ] || [ -n "${PYTHON:-}" ]; then
     python=$(command -v "${PYTHON:-python3}") || stop "no ${PYTHON:-python3} here; set PYTHON"
     case $python in /*) ;; *) python=$PWD/$python ;; esac
+    "$python" -c 'import torch, transformers' || stop "$python has no torch or no transformers: set PYTHON to one that has"
     say "setting up, without network"
     place "$python" > >(tee -a "$log") 2>&1 || stop "could not be set up: see above"
 else

@@ -11,14 +11,14 @@ arch=${1:-x86_64}
 wanted=${2:-3.12}
 case $arch in x86_64 | aarch64) ;; *) sed -n 3p "$0" >&2 && exit 2 ;; esac
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-carried=benchmarks/carried
+kept=benchmarks/carried
 most=$((60 * 1000 * 1000))
 work=$(mktemp -d)
+carried=$work/carried # moved where it belongs when it is whole
 trap 'rm -rf "$work"' EXIT
 
 download() { "$python" -m pip download -q --no-deps --only-binary=:all: --implementation py --abi none --python-version 3.10 -d "$carried" "$@"; }
 
-rm -rf "$carried"
 mkdir -p "$carried"
 # to build the C++ part; pytest and what it needs (exceptiongroup and tomli on Python 3.10); xdist; hypothesis; Liger,
 # whose kernels need neither transformers nor anything else that is not here
@@ -51,5 +51,7 @@ git describe --always --dirty >"$carried/commit" 2>/dev/null || true
 
 size=$(find "$carried" -type f -printf '%s\n' | awk '{ total += $1 } END { print total }')
 find "$carried" -type f -printf '%9s  %f\n' | sort -rn
-echo "$size bytes in $carried"
+echo "$size bytes in $kept"
 [ "$size" -le "$most" ] || { echo "more than $most bytes" >&2 && exit 1; }
+rm -rf "$kept"
+mv "$carried" "$kept"

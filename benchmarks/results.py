@@ -93,6 +93,8 @@ def section_of(path: Path, machine: dict[str, Any]) -> Result | None:
     if not known and not is_table(content) and not (isinstance(content, dict) and "tables" in content):
         return None
     own = content.pop("machine", {})
+    if not isinstance(own, dict):
+        sys.exit(f"{path}: its machine is no record, but {own!r}")
     for name in SAME:
         if name in own and own[name] != machine[name]:
             sys.exit(f"{path} is of {name} {own[name]}, {RUN} of {machine[name]}: not the results of one run")
@@ -105,7 +107,11 @@ def keep(folder: Path, results: Path, name: str | None) -> Path:
     if not (folder / RUN).is_file():
         sys.exit(f"{folder} has no {RUN}: it is not the folder of a run")
     run = read_json(folder / RUN)
-    machine = run.get("machine", {})
+    machine = run.get("machine", {}) if isinstance(run, dict) else {}
+    if not isinstance(machine, dict):
+        sys.exit(f"{folder / RUN}: its machine is no record, but {machine!r}")
+    if name is not None and name != slug(name):
+        sys.exit(f"--name {name}: give small letters, digits and '-', as in {slug(name) or 'h200-first'}")
     if unnamed := [name for name in (*SAME, "date") if name not in machine]:
         sys.exit(f"{folder / RUN} does not say which {', '.join(unnamed)}")
     sections, others = {}, []
@@ -123,6 +129,11 @@ def keep(folder: Path, results: Path, name: str | None) -> Path:
     if path.exists():
         sys.exit(f"{path} is there already, and is not overwritten: give --name")
     sections = {name: sections[name] for name in (*SECTIONS, *sections) if name in sections}
+    for section, content in sections.items():  # what cannot be shown would stop the page of all devices
+        try:
+            [markdown(table, 4) for table in section_tables(section, content, machine)]
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            sys.exit(f"{folder / section}.json is damaged, or of another version: {type(error).__name__} {error}")
     write_json({"machine": machine, "run": run.get("sections", []), "sections": sections}, path)
     print(f"kept {', '.join(sections)} in {path}")
     if missing := [name for name in SECTIONS if name not in sections]:

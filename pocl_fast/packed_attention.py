@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +51,15 @@ def enable_packing(
     flash attention, of the flash-attn package where it is installed and else torch's own. Elsewhere by one causal
     `sdpa` call a sample. Both cost Σ length² and not (Σ length)². A family without `sdpa` and one that caps its scores
     (Gemma 2) keep their own attention, with the mask of the whole row that transformers derives from `position_ids`.
-    `device` is where the model will run, if that is not where it is now; `trains` says that it will train there.
+    `device` is where the model will run, if that is not where it is now; `trains` says that it will train there. Some
+    models are never packed (`why_never_packed`), and left as they are.
     """
+    if why_never_packed(model):
+        return
     now = input_device(model)
     way = choose_way(model, now if device is None else torch.device(device), here=now, trains=trains)
     if way.implementation is not None:
-        _register()
+        register()
         model.set_attn_implementation(way.implementation)
     _tell(model, f"{type(model).__name__} attends to packed rows by {way.says}", say)
 
@@ -85,6 +89,18 @@ def choose_way(model: Any, device: torch.device, *, here: torch.device, trains: 
     return Way(VARLEN, "torch's varlen_attn (flash attention)")
 
 
+def why_never_packed(model: Any) -> str | None:
+    """What no check on short rows would show: why samples of a longer row would see each other."""
+    config = model.config.get_text_config()
+    if getattr(config, "index_topk", None) or any(_asks_for_its_name(one.__module__) for one in type(model).__mro__):
+        return "its indexer chooses among all tokens of a row"
+    if getattr(config, "alibi", False):
+        return "its biases (ALiBi) lose digits along a row"
+    if getattr(config, "attention_chunk_size", None) and _transformers_version() < (5, 18):
+        return "its chunks count from the row's begin before transformers 5.18"
+    return None
+
+
 def needs_no_mask(model: Any) -> bool:
     """Whether packed rows need no mask from transformers, which would make one of T × T entries at each forward and
     wait for the GPU to do so: the model attends in one of our ways, fully or within windows alone. (The loss of a
@@ -95,7 +111,7 @@ def needs_no_mask(model: Any) -> bool:
 
 def use_row_mask(model: Any, say: Callable[[str], object] | None = None) -> None:
     """Makes a model whose layers lose the lengths of the samples attend by transformers' mask of the whole row."""
-    _register()
+    register()
     model.set_attn_implementation(BY_MASK)
     why = "its layers do not pass the samples' lengths on to their attention"
     name = type(model).__name__
@@ -103,6 +119,11 @@ def use_row_mask(model: Any, say: Callable[[str], object] | None = None) -> None
 
 
 # ---- what a model and a machine allow ----
+
+
+def _transformers_version() -> tuple[int, int]:
+    major, minor = version("transformers").split(".")[:2]
+    return int(major), int(minor)
 
 
 def _computes_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -148,11 +169,24 @@ def _is_plain(model: Any) -> bool:
 def _names_windows(module: str) -> bool:
     """Whether a family's code gives the attention function its windows; a few (Phi-MoE) have them in masks alone. Told
     by its source, as transformers tells whether a family takes an attention function at all."""
+    return re.search(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=", _source(module)) is not None
+
+
+@functools.cache
+def _asks_for_its_name(module: str) -> bool:
+    """Whether a family's code does something for transformers' own attention functions alone, as those do that choose
+    the keys of a token by an indexer."""
+    return re.search(r"config\._attn_implementation (?:not )?in\b", _source(module)) is not None
+
+
+def _source(module: str) -> str:
+    """Of a family of transformers, or of a model with code of its own; "" where there is none."""
+    if module.startswith(("torch.", "transformers.modeling_utils", "transformers.generation")):
+        return ""
     try:
-        source = inspect.getsource(sys.modules[module])
+        return inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
-        return False
-    return re.search(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=", source) is not None
+        return ""
 
 
 def _why_not_varlen(model: Any, dtype: torch.dtype, device: torch.device, trains: bool) -> str | None:
@@ -260,7 +294,7 @@ def packed_varlen(
         scale=size**-0.5 if scaling is None else scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # the token itself is in its window
     )
-    return output[None, ..., :value_size], None
+    return output[None, ..., :value_size].contiguous(), None  # a few families view it as rows
 
 
 def packed_by_sample(
@@ -319,7 +353,8 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _register() -> None:
+def register() -> None:
+    """Makes our ways known to transformers; a model that was saved whole asks for them in another process."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 

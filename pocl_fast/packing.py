@@ -12,11 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.packed_attention import LengthsLost, enable_packing, needs_no_mask, use_row_mask
+from pocl_fast.packed_attention import (
+    LengthsLost,
+    enable_packing,
+    needs_no_mask,
+    register,
+    use_row_mask,
+    why_never_packed,
+)
 from pocl_fast.placement import input_device
 from pocl_fast.samples import EncodedSample
 
 PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.02 to 1
+DEVICE_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)  # of the GPU itself; torch 2.8 and later
 KERNEL_TOLERANCE = 0.1  # between two attention kernels: 0.01 to 0.06 in bf16, by depth
 
 
@@ -151,16 +159,28 @@ def packing_ready(
 
 def packing_holds(model: nn.Module, say: Callable[[str], object] | None = None) -> bool:
     """Whether a model's logits of packed samples are those of each alone; its packing is enabled. `say` is told where
-    they are not."""
+    they are not, and why where that is known."""
+    register()
     vocab_size: Any = model.config.vocab_size  # type: ignore[union-attr]
-    try:
-        errors = packing_errors(model, vocab_size)
-    except LengthsLost:
-        use_row_mask(model, say)
-        errors = packing_errors(model, vocab_size)
-    if not errors.hold and say is not None:
-        say(f"{type(model).__name__} does not support packed batches: they are padded instead, which is slower")
-    return errors.hold
+    reason = why_never_packed(model)
+    holds = False
+    if reason is None:
+        try:
+            holds = packing_errors(model, vocab_size).hold
+        except LengthsLost:
+            use_row_mask(model, say)
+            holds = packing_errors(model, vocab_size).hold
+        except Refused as refusal:
+            reason = str(refusal)
+    if not holds and say is not None:
+        why = f" ({reason})" if reason else ""
+        name = type(model).__name__
+        say(f"{name} does not support packed batches{why}: they are padded instead, which is slower")
+    return holds
+
+
+class Refused(Exception):
+    """A model raised at a packed row what it does not raise at a plain one."""
 
 
 class PackingErrors(NamedTuple):
@@ -179,7 +199,7 @@ class PackingErrors(NamedTuple):
 
 
 def packing_errors(model: nn.Module, vocab_size: int) -> PackingErrors:
-    """Of short random samples."""
+    """Of short random samples. Raises `Refused` where the model does not run on packed rows."""
     generator = torch.Generator().manual_seed(0)
     device = input_device(model)
     first, other, sample = (torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (7, 7, 12))
@@ -190,10 +210,17 @@ def packing_errors(model: nn.Module, vocab_size: int) -> PackingErrors:
 
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        want = model(input_ids=torch.tensor([sample], device=device), use_cache=False).logits[0].float()
-        behind_first, behind_other, alone = packed(first, sample), packed(other, sample), packed(sample)
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            want = model(input_ids=torch.tensor([sample], device=device), use_cache=False).logits[0].float()
+            try:
+                behind_first, behind_other, alone = packed(first, sample), packed(other, sample), packed(sample)
+            except (LengthsLost, torch.OutOfMemoryError, DEVICE_ERROR):
+                raise
+            except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+                raise Refused(str(error).strip().splitlines()[0]) from error
+    finally:
+        model.train(was_training)
     largest = want.abs().max().clamp_min(1e-6)
 
     def apart(a: Tensor, b: Tensor) -> float:

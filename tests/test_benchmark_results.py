@@ -296,3 +296,26 @@ def test_the_model_counts_the_shortest_path_with_the_exponentials_of_the_formula
     done = subprocess.run([sys.executable, "-c", code, SASS], cwd=SCRIPT.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[4, 2], [6, 3], None]
+
+
+@pytest.mark.parametrize(
+    ("results", "says"),
+    [
+        ({"loss": {}}, "loss.json is damaged, or of another version: KeyError 'rows'"),
+        ({"linear": {"tables": [{"title": "t"}]}}, "linear.json is damaged"),
+        ({"loss": LOSS | {"machine": None}}, "its machine is no record, but None"),
+    ],
+)
+def test_a_damaged_result_is_named_and_not_kept_where_it_would_stop_the_page(tmp_path, results, says):
+    folder = folder_of_run(tmp_path / "run", **results)
+    done = results_py("keep", folder, "--results", tmp_path / "kept")
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_name_stays_within_the_folder_of_results(tmp_path):
+    folder = folder_of_run(tmp_path / "run", loss=LOSS)
+    done = results_py("keep", folder, "--results", tmp_path / "kept", "--name", "../elsewhere")
+    assert done.returncode == 1
+    assert "--name ../elsewhere: give small letters" in done.stderr

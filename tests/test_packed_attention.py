@@ -1,7 +1,6 @@
 """How a model attends over packed rows: which way is chosen, that each computes the same, and what it costs."""
 
 import warnings
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -245,7 +245,7 @@ def test_by_flash_attention_the_logits_are_those_of_each_sample_alone(flash_on_a
     model, samples = model_of(config, torch.bfloat16), row(*LENGTHS)
     want = each_alone(model.float(), samples)
     model.to(torch.bfloat16).config._attn_implementation = VARLEN
-    packed_attention._register()
+    packed_attention.register()
     with torch.no_grad():
         got = model(**forward_kwargs(model, pack(samples))).logits[0].float()
     assert (got - want).norm() <= 2e-2 * want.norm()  # of bf16; a window off by one moves it by 0.3
@@ -427,10 +427,9 @@ def test_a_family_that_needs_masks_gets_them(config, implementation):
     model, samples = model_of(config), row(*LENGTHS)
     want = each_alone(model, samples)
     said = []
-    holds = packing_ready(model, said.append)
-    if not holds and implementation == BY_SAMPLE and version("transformers") < "5.18":
-        return  # its masks count chunks from the row's begin: padded
-    assert holds
+    if packed_attention.why_never_packed(model):  # before transformers 5.18
+        pytest.skip("its masks count chunks from the row's begin")
+    assert packing_ready(model, said.append)
     assert model.config._attn_implementation == implementation
     with torch.no_grad():
         got = model(**forward_kwargs(model, pack(samples))).logits[0]
@@ -449,7 +448,7 @@ def test_packing_holds_where_its_kernel_rounds_as_a_deep_model_in_bf16_does(flas
     """Eight layers in bf16, whose logits by flash attention and by sdpa are a hundredth apart or so."""
     config = Qwen3Config(**GQA | {"hidden_size": 256, "num_hidden_layers": 8}, head_dim=64)
     model = model_of(config, torch.bfloat16)
-    packed_attention._register()
+    packed_attention.register()
     model.config._attn_implementation = VARLEN
     errors = packing_errors(model, 97)
     assert errors.leak == 0
@@ -461,6 +460,43 @@ def test_packing_holds_where_its_kernel_rounds_as_a_deep_model_in_bf16_does(flas
 def test_packing_does_not_hold_where_samples_leak_or_move_or_the_kernel_is_wrong(errors):
     assert PackingErrors(0, 1e-6, 1e-6).hold
     assert not PackingErrors(*errors).hold
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", [StableLmConfig(**GQA), LlamaConfig(**GQA)], ids=["lengths lost", "plain"])
+def test_the_check_leaves_a_model_in_the_mode_it_was_in(config, training):
+    model = model_of(config).train(training)
+    assert packing_ready(model, lambda _: None)
+    assert model.training is training
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (FalconConfig(**FALCON, alibi=True), "its biases (ALiBi) lose digits along a row"),
+        (LlamaConfig(**GQA, index_topk=4), "its indexer chooses among all tokens of a row"),
+    ],
+)
+def test_a_model_whose_long_rows_would_leak_is_padded_with_the_reason(config, reason):
+    model, said = model_of(config), []
+    assert not packing_ready(model, said.append)
+    assert said == [
+        f"{type(model).__name__} does not support packed batches ({reason}): they are padded instead, which is slower"
+    ]
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_that_refuses_packed_rows_is_padded_in_its_own_words(monkeypatch):
+    model, said, forward = model_of(LlamaConfig(**GQA)), [], LlamaForCausalLM.forward
+
+    def refuses(self, *args, packed_lengths=None, **kwargs):
+        if packed_lengths:
+            raise ValueError("cannot keep packed sequences apart\nwithout a kernel")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", refuses)
+    assert not packing_ready(model, said.append)
+    assert "(cannot keep packed sequences apart): they are padded instead" in said[-1]
 
 
 def test_a_model_that_loses_the_lengths_computes_nothing_wrong():
