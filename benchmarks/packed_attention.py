@@ -1,4 +1,4 @@
-"""The backward of attention over a packed row of 64 short samples takes a fifth of what slices of the row take.
+"""The backward of attention over a packed row of 64 short samples takes a quarter to a fifth of what slices take.
 
 One layer's attention of a Qwen3-0.6B (16 heads, 8 of keys and values, head size 128), 64 samples of 128 tokens in one
 row. "by sample" is what a CPU gets from pocl-fast: one causal sdpa call a sample, on a split of the row. "slices" is
