@@ -67,8 +67,8 @@ place() {
         rm "$site/pocl_fast/$(basename "$built")"
     done
     echo "building the C++ part: no carried build fits $("$python" -V) and these sources"
-    cd "$root" && timeout --signal=INT 240 "$python" setup.py -q egg_info --egg-base "$work" build --build-base "$work/build" \
-        --build-lib "$work/built" >"$work/build.log" 2>&1 || { tail -40 "$work/build.log" && return 1; }
+    cd "$root" && timeout --signal=INT 600 "$python" setup.py -q egg_info --egg-base "$work" build --build-base "$work/build" \
+        --build-lib "$work/built" >"$work/build.log" 2>&1 || { tail -40 "$work/build.log"; echo "the C++ part did not build, or not within 600 s"; return 1; }
     cp "$work"/built/pocl_fast/_C*.so "$site/pocl_fast/"
 }
 
