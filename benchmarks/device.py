@@ -5,7 +5,6 @@ Used by the benchmarks that also run on a GPU. Knows nothing of what is measured
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -13,11 +12,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_run import installed
+
+from pocl_fast.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("triton", "transformers", "accelerate", "numpy", "flash-attn", "liger-kernel")
@@ -77,11 +78,7 @@ def machine(kind: str) -> dict[str, Any]:
     if kind == "cuda":
         facts["device"] = torch.cuda.get_device_name()
         facts["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    for package in PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "missing"
+    facts |= {package: installed(package) for package in PACKAGES}
     facts["python"] = platform.python_version()
     facts["commit"] = os.environ.get("POCL_COMMIT") or output_of(
         "git", "-C", str(ROOT), "describe", "--always", "--dirty"
@@ -96,9 +93,8 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    known = dict(
-        reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line])
-    )  # the first one's
+    pairs = [tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]
+    known = dict(reversed(pairs))  # the first processor's
     name = known.get("model name", platform.machine())
     if "cpu family" in known:  # a virtual machine may call every generation by one name
         name += f" (family {known['cpu family']}, model {known.get('model', '?')})"
@@ -119,7 +115,5 @@ def save(result: dict[str, Any], name: str) -> Path:
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "out")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    partial = path.with_name(f".{name}.partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, result)
     return path

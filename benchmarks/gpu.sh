@@ -119,28 +119,21 @@ section() {
 # bench NAME SECONDS SCRIPT ARGUMENTS...: a section that is a script of this folder, on this device.
 bench() { section "$1" "$2" "$python" "$root/benchmarks/$3" "${@:4}" --device "$kind"; }
 
-# The most seconds of each. A script's own budget leaves it time to start and to end.
-if [ "$kind" = cuda ]; then
-    bench versions 40 gpu_run.py versions
-    bench smoke 120 smoke_gpu.py
-    bench loss 105 loss_gpu.py --sides ours,liger,eager --budget 80
-    bench sweep 80 sweep_gpu.py --budget 60
-    bench training 110 train_gpu.py --budget 85
-    bench counters 45 counters_gpu.py
-    bench linear 45 linear_loss.py --budget 30 --tokens 8192 --supervised 8192 --vocabulary 128256 --hidden 2048 \
-        --teacher-hidden 4096 --repeats 5
-    bench compiled 60 loss_gpu.py --append --sides ours,compiled --objectives forward_kl+CE,jsd+CE --sizes 8192x151936 --budget 45
-else
-    bench versions 40 gpu_run.py versions
-    bench smoke 240 smoke_gpu.py
-    bench loss 120 loss_gpu.py --sides ours,liger,eager --budget 40
-    bench sweep 90 sweep_gpu.py --budget 30
-    bench training 120 train_gpu.py --budget 60
-    bench counters 45 counters_gpu.py
-    bench linear 60 linear_loss.py --budget 30 --tokens 64 --supervised 32 --vocabulary 1000 --hidden 32 --teacher-hidden 48 \
-        --repeats 1
-    bench compiled 90 loss_gpu.py --append --sides ours,compiled --objectives forward_kl+CE,jsd+CE --sizes 64x4099 --budget 60
-fi
+# Of each the most seconds, on a GPU and on a CPU. A script's own budget leaves it time to start and to end.
+gpu() { [ "$kind" = cuda ] && echo "$1" || echo "$2"; }
+case $kind in
+    cuda) linear=(--tokens 8192 --supervised 8192 --vocabulary 128256 --hidden 2048 --teacher-hidden 4096 --repeats 5) ;;
+    cpu) linear=(--tokens 64 --supervised 32 --vocabulary 1000 --hidden 32 --teacher-hidden 48 --repeats 1) ;;
+esac
+bench versions 40 gpu_run.py versions
+bench smoke "$(gpu 120 240)" smoke_gpu.py
+bench loss "$(gpu 105 120)" loss_gpu.py --sides ours,liger,eager --budget "$(gpu 80 40)"
+bench sweep "$(gpu 80 90)" sweep_gpu.py --budget "$(gpu 60 30)"
+bench training "$(gpu 110 120)" train_gpu.py --budget "$(gpu 85 60)"
+bench counters 45 counters_gpu.py
+bench linear "$(gpu 45 60)" linear_loss.py --budget 30 "${linear[@]}"
+bench compiled "$(gpu 60 90)" loss_gpu.py --append --sides ours,compiled --objectives forward_kl+CE,jsd+CE \
+    --sizes "$(gpu 8192x151936 64x4099)" --budget "$(gpu 45 60)"
 case " $chosen " in
     *" tests "*)
         limit=$((SECONDS + 200))

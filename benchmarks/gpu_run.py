@@ -29,13 +29,6 @@ def run_file() -> Path:
     return folder / "run.json"
 
 
-def write(run: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = run_file().with_name(".run.json.partial")
-    partial.write_text(json.dumps(run, indent=1), encoding="utf-8")
-    os.replace(partial, run_file())
-
-
 def versions(kind: str) -> None:
     """Prints and notes the machine. Raises SystemExit where it has no GPU and one was asked for, or no package that all
     sections need."""
@@ -43,6 +36,7 @@ def versions(kind: str) -> None:
     from device import cpu_name, machine
 
     from pocl_fast import _C
+    from pocl_fast.files import write_json
 
     if kind == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --device cpu runs the same path at tiny sizes")
@@ -54,7 +48,7 @@ def versions(kind: str) -> None:
     facts["disk_free_GiB"] = round(shutil.disk_usage(os.environ["OUT"]).free / 2**30)
     facts["tools"] = {tool: "here" if shutil.which(tool) else "missing" for tool in TOOLS}
     facts["packages"] = {name: installed(name) for name in (*PACKAGES, *MAY_LACK)}
-    write({"machine": facts, "sections": []})
+    write_json(run_file(), {"machine": facts, "sections": []})
     for name, value in facts.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         print(f"{name}: {text}")
@@ -90,12 +84,14 @@ def installed(name: str) -> str:
 
 def section(name: str, seconds: float, status: str) -> None:
     """Adds a section's end to the run."""
+    from pocl_fast.files import write_json  # not at the top: it is not placed yet when wheels are looked for
+
     says = ENDS.get(status, "no time left" if status == "no-time" else "failed")
-    run = (
-        json.loads(run_file().read_text(encoding="utf-8")) if run_file().is_file() else {"machine": {}, "sections": []}
-    )
+    known = run_file()
+    run = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {"machine": {}, "sections": []}
     others = [one for one in run["sections"] if one["name"] != name]
-    write(run | {"sections": [*others, {"name": name, "seconds": seconds, "status": status, "says": says}]})
+    this = {"name": name, "seconds": seconds, "status": status, "says": says}
+    write_json(known, run | {"sections": [*others, this]})
     print(f"{name}: {says}, {seconds:g} s")
 
 

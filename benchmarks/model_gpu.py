@@ -30,10 +30,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +39,13 @@ sys.path.insert(0, str(ROOT / "tests" / "kernels"))
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: nothing is compiled under its interpreter
 
 import triton  # noqa: E402
-from compile_report import TOOLS, cases, cubin_facts, source  # noqa: E402
+from compile_report import Loop, cases, cubin_facts, loops_of, read, source  # noqa: E402
 from device import machine  # noqa: E402
-from results import RESULTS, write_json  # noqa: E402
+from results import RESULTS  # noqa: E402
 from table_form import console  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from pocl_fast.files import write_json  # noqa: E402
 
 N, V = 8192, 151936  # bf16, with CE, at temperature 1.33
 LOGIT_BYTES = 2
@@ -107,36 +106,6 @@ class Kernel(NamedTuple):
 # ---- from machine code to counts ----
 
 
-class Loop(NamedTuple):
-    """Machine code of an innermost loop, and where its branches go within it: instruction to instruction."""
-
-    code: list[str]
-    branches: dict[int, int]
-
-
-def loops_of(sass: str) -> list[Loop]:
-    """The innermost loops, in the order of their ends."""
-    code: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if found := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[found[1]] = len(code)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(found[1])
-    targets = {}
-    for place, instruction in enumerate(code):
-        found = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-        if found and found[1] in labels:
-            targets[place] = labels[found[1]]
-    loops, innermost = [], -1
-    for end, start in targets.items():
-        if innermost < start < end:
-            innermost = end
-            inside = {a - start: b - start for a, b in targets.items() if start <= a < end and start <= b <= end}
-            loops.append(Loop(code[start : end + 1], inside))
-    return loops
-
-
 def hot_path(loop: Loop, exponentials: int) -> tuple[int, int] | None:
     """Instructions and special-function operations of the shortest path with so many exponentials; None: there is no
     such path."""
@@ -183,11 +152,7 @@ def compiled(case: dict[str, Any], stages: int) -> Kernel:
     options = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
     made = triton.compile(kernel, target=GPUTarget("cuda", case["arch"], 32), options=options)
     cubin, shared = made.asm["cubin"], made.metadata.shared
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [TOOLS / "nvdisasm", "-c", "--no-dataflow", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sass = read("nvdisasm", "-c", "--no-dataflow", cubin=cubin)
     if ("LDGSTS" in sass) != (stages > 1):
         raise SystemExit(f"with {stages} stages the kernel does not read ahead as expected: the model is out of date")
     registers = cubin_facts(cubin)["registers"]
@@ -329,7 +294,10 @@ def main() -> None:
     print("A MODEL, compared with no GPU yet:", ", ".join(f"{name} {value}" for name, value in here.items()))
     for each in made["tables"]:
         print(f"\n{console(each)}")
-    print(f"written: {write_json(result, options.results / 'modelled-h200.json')}")
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / "modelled-h200.json"
+    write_json(path, result)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ tables made for them. Any other is a table of this form, or several of them as {
 
     {"title": str, "claim": str, "columns": [...], "rows": [[...]], "note": str}
 
-What has neither form is shown as it is: numbers in a list, lists of records as tables. Needs nothing but Python.
+What has neither form is shown as it is: numbers in a list, lists of records as tables. Needs nothing but this package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -31,6 +30,8 @@ from typing import Any
 import loss_gpu_report
 from results_tables import section_tables
 from table_form import Table, cell, is_table, markdown, wrapped
+
+from pocl_fast.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -64,15 +65,6 @@ predicts its time."""
 
 
 # ---- keeping ----
-
-
-def write_json(result: Result, path: Path) -> Path:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
 
 
 def read_json(path: Path) -> Any:
@@ -134,7 +126,8 @@ def keep(folder: Path, results: Path, name: str | None) -> Path:
             [markdown(table, 4) for table in section_tables(section, content, machine)]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             sys.exit(f"{folder / section}.json is damaged, or of another version: {type(error).__name__} {error}")
-    write_json({"machine": machine, "run": run.get("sections", []), "sections": sections}, path)
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"machine": machine, "run": run.get("sections", []), "sections": sections})
     print(f"kept {', '.join(sections)} in {path}")
     if missing := [name for name in SECTIONS if name not in sections]:
         print(f"missing: {', '.join(missing)}")

@@ -154,12 +154,12 @@ def _has_flash_attn() -> bool:
 
 def _is_plain(model: Any) -> bool:
     """Whether every layer attends to all tokens before its own, or to a window of them that it names to the attention
-    function. Chunks, sparse indexers and the parts of models that see images need transformers' masks."""
+    function. Chunks and the parts of models that see images need transformers' masks."""
     config = model.config
     if config.get_text_config() is not config or not _supports_flash(model):
         return False
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - PLAIN_LAYERS or any(getattr(config, name, None) for name in ("attention_chunk_size", "index_topk")):
+    if kinds - PLAIN_LAYERS or getattr(config, "attention_chunk_size", None):
         return False
     has_windows = "sliding_attention" in kinds or getattr(config, "sliding_window", None) is not None
     return not has_windows or any(_names_windows(one.__module__) for one in type(model).__mro__)

@@ -24,8 +24,8 @@ from pocl_fast.placement import input_device
 from pocl_fast.samples import EncodedSample
 
 PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.02 to 1
-DEVICE_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)  # of the GPU itself; torch 2.8 and later
 KERNEL_TOLERANCE = 0.1  # between two attention kernels: 0.01 to 0.06 in bf16, by depth
+DEVICE_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)  # of the GPU itself; torch 2.8 and later
 
 
 @dataclass(frozen=True)

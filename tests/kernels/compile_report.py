@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -87,11 +88,8 @@ def source(case: dict, stages: int | None = None) -> tuple[ASTSource, tiles.Tile
 
 def cubin_facts(cubin: bytes) -> dict[str, object]:
     """Registers, local memory, global accesses and loops of a cubin."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _output("cuobjdump", "-res-usage", path)
-        sass = _output("nvdisasm", "-c", "--no-dataflow", path)
+    usage = read("cuobjdump", "-res-usage", cubin=cubin)
+    sass = read("nvdisasm", "-c", "--no-dataflow", cubin=cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, _shared, local = map(int, found.groups())
@@ -101,12 +99,16 @@ def cubin_facts(cubin: bytes) -> dict[str, object]:
         "local": local,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "accesses": _accesses(sass),
-        "loops": _loops(sass),
+        "loops": [_counts(loop) for loop in loops_of(sass)],
     }
 
 
-def _output(tool: str, *arguments: str | Path) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+def read(tool: str, *options: str, cubin: bytes) -> str:
+    """What one of NVIDIA's tools prints of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _accesses(sass: str) -> dict[str, int]:
@@ -120,27 +122,41 @@ def _accesses(sass: str) -> dict[str, int]:
     return counts
 
 
-def _loops(sass: str) -> list[dict[str, int]]:
-    """Of each innermost loop the instructions, in all and by kind. What is branched around is counted too."""
-    instructions: list[str] = []
+class Loop(NamedTuple):
+    """Machine code of an innermost loop, and where its branches go within it: instruction to instruction."""
+
+    code: list[str]
+    branches: dict[int, int]
+
+
+def loops_of(sass: str) -> list[Loop]:
+    """The innermost loops, in the order of their ends."""
+    code: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
         if found := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[found[1]] = len(instructions)
+            labels[found[1]] = len(code)
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(found[1])
-    loops: list[dict[str, int]] = []
-    innermost = -1
-    for end, instruction in enumerate(instructions):
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-        start = labels.get(target[1], end) if target else end
+            code.append(found[1])
+    targets = {}
+    for place, instruction in enumerate(code):
+        found = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+        if found and found[1] in labels:
+            targets[place] = labels[found[1]]
+    loops, innermost = [], -1
+    for end, start in targets.items():
         if innermost < start < end:
             innermost = end
-            body = instructions[start : end + 1]
-            kinds = ("MUFU.EX2", "MUFU.LG2", "MUFU.RCP", "LDG", "LDGSTS", "STG", "SHFL", "BAR")
-            count = {kind: sum(bool(re.search(rf"\b{kind}\b", line)) for line in body) for kind in kinds}
-            loops.append({"all": len(body)} | count)
+            inside = {a - start: b - start for a, b in targets.items() if start <= a < end and start <= b <= end}
+            loops.append(Loop(code[start : end + 1], inside))
     return loops
+
+
+def _counts(loop: Loop) -> dict[str, int]:
+    """A loop's instructions, in all and by kind. What is branched around is counted too."""
+    kinds = ("MUFU.EX2", "MUFU.LG2", "MUFU.RCP", "LDG", "LDGSTS", "STG", "SHFL", "BAR")
+    count = {kind: sum(bool(re.search(rf"\b{kind}\b", line)) for line in loop.code) for kind in kinds}
+    return {"all": len(loop.code)} | count
 
 
 def _assertions(ptx: str) -> list[str]:
