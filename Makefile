@@ -1,5 +1,6 @@
 # make demo   set up, build, and distil the bundled teacher into a small student
 # make test   set up, build, and run the tests
+# make test-wheel   build the wheel, install it into a fresh environment, and distil there
 # make lint   ruff and mypy
 # make gpu-versions   the environment of the GPU machine that benchmarks/gpu.sh was made for, in .venv-gpu (Python 3.12)
 #
@@ -17,14 +18,17 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-gpu lint env gpu-versions clean
+.PHONY: demo test test-wheel test-gpu lint env gpu-versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.core
 	$(BIN)/pocl-fast demo --output $(DEMO_OUTPUT)
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not wheel'
+
+test-wheel: $(VENV)/.dev
+	$(BIN)/pytest -m wheel
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu

@@ -1,4 +1,4 @@
-"""Builds the C++ part (`pocl_fast._C`) with CMake; everything else is in pyproject.toml."""
+"""Builds the C++ part (`pocl_fast._C`) with CMake, and lists the packages; everything else is in pyproject.toml."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -52,4 +52,8 @@ class CMakeBuild(build_ext):
                 )
 
 
-setup(ext_modules=[Extension("pocl_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["pocl_fast", "pocl_fast.*"]), "pocl_fast.kernels"],  # a new room is in the wheel
+    ext_modules=[Extension("pocl_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from device import Device, machine, output_of, save
 
-from pocl_fast.losses import distillation_loss
-from pocl_fast.objectives import DIVERGENCES, Objective
+from pocl_fast.loss.dense import distillation_loss
+from pocl_fast.loss.objective import DIVERGENCES, Objective
 
 V = 151936
 WAVES, SKIPPED, COUNTED = 16, 2, 2

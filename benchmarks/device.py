@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from gpu_run import installed
 
-from pocl_fast.files import write_json
+from pocl_fast.system.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("triton", "transformers", "accelerate", "numpy", "flash-attn", "liger-kernel")

@@ -36,7 +36,7 @@ def versions(kind: str) -> None:
     from device import cpu_name, machine
 
     from pocl_fast import _C
-    from pocl_fast.files import write_json
+    from pocl_fast.system.files import write_json
 
     if kind == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --device cpu runs the same path at tiny sizes")
@@ -84,7 +84,7 @@ def installed(name: str) -> str:
 
 def section(name: str, seconds: float, status: str) -> None:
     """Adds a section's end to the run."""
-    from pocl_fast.files import write_json  # not at the top: it is not placed yet when wheels are looked for
+    from pocl_fast.system.files import write_json  # not at the top: it is not placed yet when wheels are looked for
 
     says = ENDS.get(status, "no time left" if status == "no-time" else "failed")
     known = run_file()

@@ -41,9 +41,9 @@ from table_form import Table, console
 from torch import Tensor
 from torch.nn import functional as F
 
-from pocl_fast.linear_loss import linear_distillation_loss
-from pocl_fast.objectives import Objective
-from pocl_fast.teachers import LinearTeacher
+from pocl_fast.loss.linear import linear_distillation_loss
+from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.teacher_output import LinearTeacher
 
 JSD = Objective("jsd", temperature=1.33, alpha=0.3, beta=0.5, temperature_scaling="none")
 OBJECTIVE = Objective("forward_kl", temperature=1.33, alpha=0.3)

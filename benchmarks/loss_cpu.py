@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pocl_fast.losses import distillation_loss
-from pocl_fast.objectives import DIVERGENCES, Objective
+from pocl_fast.loss.dense import distillation_loss
+from pocl_fast.loss.objective import DIVERGENCES, Objective
 
 TEMPERATURE, ALPHA = 1.33, 0.3
 SIZES = [(512, 49152), (256, 151936), (192, 151936)]

@@ -45,8 +45,8 @@ from loss_cpu import ALPHA, TEMPERATURE, Loss, by_hand
 from loss_gpu_report import SIDES, plot, print_table
 from torch import Tensor
 
-from pocl_fast.losses import distillation_loss
-from pocl_fast.objectives import DIVERGENCES, Objective
+from pocl_fast.loss.dense import distillation_loss
+from pocl_fast.loss.objective import DIVERGENCES, Objective
 
 # the most important first
 SIZES = {

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocl_fast import models
-from pocl_fast.generation import generate
-from pocl_fast.likelihood import cross_entropy
-from pocl_fast.packed_attention import enable_packing
-from pocl_fast.samples import EncodedSample, SampleEncoder, encode_all, read_samples
-from pocl_fast.student import cut_layers
+from pocl_fast.answers.decoding import generate
+from pocl_fast.answers.likelihood import cross_entropy
+from pocl_fast.data.records import EncodedSample, SampleEncoder, encode_all, read_samples
+from pocl_fast.models import loading
+from pocl_fast.models.cut import cut_layers
+from pocl_fast.models.packed_attention import enable_packing
 
 PLAIN_BATCH = 16
 
@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides")
     options = parser.parse_args()
-    models.choose_precision(options.precision, torch.device("cpu"))
-    tokenizer = models.load_tokenizer(options.student)
+    loading.choose_precision(options.precision, torch.device("cpu"))
+    tokenizer = loading.load_tokenizer(options.student)
     encoder = SampleEncoder(tokenizer)
     encoded, _ = encode_all(
         read_samples(options.data),
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def student(options: argparse.Namespace) -> Any:
-    model = models.load_model(options.student)
+    model = loading.load_model(options.student)
     return cut_layers(model, options.student_layers) if options.student == "bundled" else model
 
 

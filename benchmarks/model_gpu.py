@@ -45,7 +45,7 @@ from results import RESULTS  # noqa: E402
 from table_form import console  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from pocl_fast.files import write_json  # noqa: E402
+from pocl_fast.system.files import write_json  # noqa: E402
 
 N, V = 8192, 151936  # bf16, with CE, at temperature 1.33
 LOGIT_BYTES = 2

@@ -34,14 +34,15 @@ from table_form import console
 from torch import Tensor
 from transformers import AttentionInterface
 
-from pocl_fast import models, packing
-from pocl_fast.heads import lm_head, loss_within_forward
-from pocl_fast.linear_loss import linear_distillation_loss
-from pocl_fast.objectives import Objective
-from pocl_fast.packed_attention import BY_SAMPLE, enable_packing, needs_no_mask, packed_by_sample, packed_varlen
-from pocl_fast.samples import SampleEncoder, encode_all, read_samples
-from pocl_fast.student import as_trainable, cut_layers
-from pocl_fast.teachers import LinearTeacher
+from pocl_fast.data import packed
+from pocl_fast.data.records import SampleEncoder, encode_all, read_samples
+from pocl_fast.loss.linear import linear_distillation_loss
+from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.teacher_output import LinearTeacher
+from pocl_fast.models import loading
+from pocl_fast.models.cut import as_trainable, cut_layers
+from pocl_fast.models.lm_head import lm_head, loss_within_forward
+from pocl_fast.models.packed_attention import BY_SAMPLE, enable_packing, needs_no_mask, packed_by_sample, packed_varlen
 
 Attention = Callable[[Any, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -164,7 +165,7 @@ def before(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, packed_length
 
 def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
     """Forward and backward of one batch both ways, in turns: tokens, times, and how far losses are apart."""
-    batch, head = packing.pack(samples), lm_head(model)
+    batch, head = packed.pack(samples), lm_head(model)
     teacher = LinearTeacher(torch.randn(len(batch.labels), head.weight.shape[1]), head.weight.detach())
 
     def loss(hidden: Tensor, head: Any) -> Tensor:
@@ -176,7 +177,7 @@ def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
     for turn in range(1 + repeats):
         for name, (attend, no_mask) in ways.items():
             AttentionInterface.register(BY_SAMPLE, attend)
-            packing.needs_no_mask = no_mask  # type: ignore[assignment]
+            packed.needs_no_mask = no_mask  # type: ignore[assignment]
             start = time.perf_counter()
             value = loss_within_forward(model, batch, loss, packed=True)
             value.backward()
@@ -192,11 +193,11 @@ def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
 
 def step_table(options: argparse.Namespace) -> dict[str, Any]:
     """A distillation step on batches of so many samples."""
-    models.choose_precision("fp32", torch.device("cpu"))
-    tokenizer = models.load_tokenizer("bundled")
+    loading.choose_precision("fp32", torch.device("cpu"))
+    tokenizer = loading.load_tokenizer("bundled")
     limits: dict[str, Any] = {"max_length": 512, "max_prompt_length": 384, "long_prompts": "skip"}
     encoded, _ = encode_all(read_samples(options.data), SampleEncoder(tokenizer), name=str(options.data), **limits)
-    model = as_trainable(cut_layers(models.load_model("bundled"), 6))
+    model = as_trainable(cut_layers(loading.load_model("bundled"), 6))
     enable_packing(model)
     rows = [step_row(encoded[:count], model, options.repeats) for count in options.batches]
     return {

@@ -31,7 +31,7 @@ import loss_gpu_report
 from results_tables import section_tables
 from table_form import Table, cell, is_table, markdown, wrapped
 
-from pocl_fast.files import write_json
+from pocl_fast.system.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from rouge_score import rouge_scorer
 
 from pocl_fast import _C
-from pocl_fast.rouge import rouge_l
+from pocl_fast.answers.rouge import rouge_l
 
 BUNDLED = Path(__file__).resolve().parents[1] / "pocl_fast" / "data"
 

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pocl_fast import ops, projection
-from pocl_fast.linear_loss import linear_distillation_loss
-from pocl_fast.losses import LossOutput, distillation_loss
-from pocl_fast.objectives import DIVERGENCES, Objective
-from pocl_fast.teachers import LinearTeacher, TopKTeacher
+from pocl_fast.loss import lm_head_products, row_operator
+from pocl_fast.loss.dense import LossOutput, distillation_loss
+from pocl_fast.loss.linear import linear_distillation_loss
+from pocl_fast.loss.objective import DIVERGENCES, Objective
+from pocl_fast.loss.teacher_output import LinearTeacher, TopKTeacher
 
 TEMPERATURE, ALPHA = 1.33, 0.3
 IGNORED = -100
@@ -295,7 +295,7 @@ def logits_product(setting: Setting, dtype: torch.dtype) -> list[Figure]:
         setting.needs_gpu("torch multiplies bf16 and fp16 into fp32 on a GPU alone; Head.logits is checked below")
     hidden, weight, _ = matrices(setting, *sizes(setting), dtype)
     out = torch.full((len(hidden), len(weight)), torch.nan, device=setting.kind)
-    projection._gpu_mm(hidden, weight.t(), out)
+    lm_head_products._gpu_mm(hidden, weight.t(), out)
     want = hidden.double() @ weight.double().t()
     return [Figure("logits", distance(out, want), product_tolerance(hidden.shape[1]))]
 
@@ -306,7 +306,7 @@ def head_products(setting: Setting, dtype: torch.dtype, given: torch.dtype) -> l
     hidden, weight, grad = matrices(setting, n, V, H, given)
     grad, bias = grad.float(), torch.randn(V, device=setting.kind)
     h, w, g = (x.to(dtype).double() for x in (hidden, weight, grad))
-    head = projection.Head(weight, bias, dtype)
+    head = lm_head_products.Head(weight, bias, dtype)
     logits = torch.full((n, V), torch.nan, device=setting.kind)
     head.logits(hidden, logits)
     figures = [Figure("logits", distance(logits, h @ w.t() + bias.double()), product_tolerance(H))]
@@ -318,7 +318,7 @@ def head_products(setting: Setting, dtype: torch.dtype, given: torch.dtype) -> l
     first = torch.randn(V, H, device=setting.kind)
     for add in (False, True):
         total = first.clone() if add else torch.full_like(first, torch.nan)  # unwritten memory may hold anything
-        projection.weight_grad_(total, grad, hidden, dtype, add=add)
+        lm_head_products.weight_grad_(total, grad, hidden, dtype, add=add)
         want = g.t() @ h + (first.double() if add else 0.0)
         figures.append(Figure(f"weight_grad_, add={add}", distance(total, want), product_tolerance(n)))
     return figures
@@ -326,7 +326,7 @@ def head_products(setting: Setting, dtype: torch.dtype, given: torch.dtype) -> l
 
 def scaled_rows(setting: Setting, dtype: torch.dtype) -> list[Figure]:
     """`scale_rows_` with one factor, with 1, and with one a row; rows that lie apart."""
-    scale_rows_ = ops.backend_module(setting.backend).scale_rows_
+    scale_rows_ = row_operator.backend_module(setting.backend).scale_rows_
     figures = []
     whole = torch.randn(setting.N, setting.odd_V + 15, device=setting.kind).to(dtype)
     for name, factor in (

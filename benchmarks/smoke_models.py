@@ -36,10 +36,10 @@ from smoke_checks import (
 )
 from torch import Tensor, nn
 
-from pocl_fast.linear_loss import linear_distillation_loss
-from pocl_fast.losses import distillation_loss
-from pocl_fast.objectives import Objective
-from pocl_fast.teachers import LinearTeacher
+from pocl_fast.loss.dense import distillation_loss
+from pocl_fast.loss.linear import linear_distillation_loss
+from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.teacher_output import LinearTeacher
 
 LEARNING_RATE = 2e-3
 
@@ -101,7 +101,7 @@ def tiny_config(family: str, vocabulary: int, layers: int = 2) -> Any:
 
 
 def some_samples(setting: Setting, vocabulary: int) -> list[Any]:
-    from pocl_fast.samples import EncodedSample
+    from pocl_fast.data.records import EncodedSample
 
     sizes = [(5, 20), (1, 2), (60, 70), (30, 1), (3, 9)]  # prompt, response
     sizes = [*sizes, (200, 313), (128, 128), (17, 111)] if setting.kind == "cuda" else sizes
@@ -116,7 +116,7 @@ def packed_model(setting: Setting, family: str, dtype: torch.dtype) -> list[Figu
     """Logits at the supervised positions, and all gradients of a random sum of them."""
     from transformers import AutoModelForCausalLM
 
-    from pocl_fast.packing import enable_packing, pack, supervised_logits
+    from pocl_fast.data.packed import enable_packing, pack, supervised_logits
 
     vocabulary = 1000
     model = AutoModelForCausalLM.from_config(tiny_config(family, vocabulary)).to(setting.kind, dtype).eval()
@@ -157,7 +157,7 @@ def training(setting: Setting) -> list[Figure]:
     """The losses of four steps of PoclTrainer in its own precision, against a plain loop in fp32 on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    from pocl_fast.samples import EncodedSample
+    from pocl_fast.data.records import EncodedSample
 
     tokenizer = byte_tokenizer()
     size = len(tokenizer)
@@ -184,8 +184,8 @@ def trained(
     from transformers import TrainerCallback
 
     from pocl_fast import PoclConfig, PoclTrainer, SampleSet
-    from pocl_fast.curriculum import no_curriculum
-    from pocl_fast.samples import Sample
+    from pocl_fast.curriculum.stages import no_curriculum
+    from pocl_fast.data.records import Sample
 
     losses: list[float] = []
 

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from pocl_fast.kernels import dense, tiles
 from pocl_fast.kernels.tiles import Tile
-from pocl_fast.objectives import Objective
+from pocl_fast.loss.objective import Objective
 
 INTERPRETED = triton.knobs.runtime.interpret
 SIZES = {"cuda": [(8192, 151936), (4096, 32000)], "cpu": [(2, 300)]}

@@ -28,21 +28,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from pocl_fast import models
-from pocl_fast.demo import bundled_data
-from pocl_fast.frozen import freeze_linears
-from pocl_fast.heads import LmHead, lm_head, loss_within_forward
-from pocl_fast.linear_loss import linear_distillation_loss
-from pocl_fast.objectives import Objective
-from pocl_fast.packed_attention import enable_packing
-from pocl_fast.packing import pack, supervised_hidden
-from pocl_fast.projection import fp32_products
-from pocl_fast.samples import EncodedSample, SampleEncoder, encode_all, read_samples
-from pocl_fast.student import as_trainable, cut_layers
-from pocl_fast.teacher import Teacher, rounding_loss
-from pocl_fast.teacher_cache import TeacherCache
-from pocl_fast.teacher_shards import HIDDEN_DTYPES, HiddenEntries, row_bytes
-from pocl_fast.teachers import LinearTeacher
+from pocl_fast.data.packed import pack, supervised_hidden
+from pocl_fast.data.records import EncodedSample, SampleEncoder, encode_all, read_samples
+from pocl_fast.loss.linear import linear_distillation_loss
+from pocl_fast.loss.lm_head_products import fp32_products
+from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.teacher_output import LinearTeacher
+from pocl_fast.models import loading
+from pocl_fast.models.cut import as_trainable, cut_layers
+from pocl_fast.models.frozen import freeze_linears
+from pocl_fast.models.lm_head import LmHead, lm_head, loss_within_forward
+from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.run.demo import bundled_data
+from pocl_fast.teacher.cache import TeacherCache
+from pocl_fast.teacher.shards import HIDDEN_DTYPES, HiddenEntries, row_bytes
+from pocl_fast.teacher.teacher import Teacher, rounding_loss
 
 BATCHES = 3
 
@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("--read-mib", type=int, default=512, help="size of the cache that is read in (b)")
     parser.add_argument("--parts", default="abc", help="which of (a), (b) and (c)")
     options = parser.parse_args()
-    device = models.choose_device("auto")
-    precision = models.choose_precision(options.precision, device)
-    teacher = models.load_model(options.teacher, device=device)
+    device = loading.choose_device("auto")
+    precision = loading.choose_precision(options.precision, device)
+    teacher = loading.load_model(options.teacher, device=device)
     student = as_trainable(cut_layers(teacher, options.student_layers))
     for model in (teacher, student):
         enable_packing(model)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def read_batches(options: argparse.Namespace) -> list[list[EncodedSample]]:
-    encoder = SampleEncoder(models.load_tokenizer(options.teacher))
+    encoder = SampleEncoder(loading.load_tokenizer(options.teacher))
     lengths = {"max_length": 512, "max_prompt_length": 384, "long_prompts": "skip", "name": str(options.data)}
     encoded, _ = encode_all(read_samples(options.data), encoder, **lengths)
     random.Random(0).shuffle(encoded)

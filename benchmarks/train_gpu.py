@@ -42,7 +42,7 @@ import torch
 from device import Device, save
 from train_gpu_sides import SHAPES, Absent, Pair, Run, Step, free_memory, product_speed, train_ours, train_padded
 
-from pocl_fast.errors import Interrupted
+from pocl_fast.system.errors import Interrupted
 
 DEFAULTS = {  # by device: shapes, samples of a batch, tokens of a sample, seconds
     "cuda": ("qwen3-1.7b-0.6b", (16, 64), (64, 512), 90.0),

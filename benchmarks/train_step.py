@@ -125,7 +125,7 @@ def whole_schedule(middle: dict[str, Any], options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "pocl_fast.cli", *step]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         measured = time.perf_counter() - start
-        from pocl_fast.curriculum import Curriculum
+        from pocl_fast.curriculum.stages import Curriculum
 
         sizes = [stage.size for stage in Curriculum.load(folder + "/run/curriculum.json").stages]
     steps = [-(-size // options.batch_size) for size in sizes]
@@ -139,14 +139,14 @@ def whole_schedule(middle: dict[str, Any], options: argparse.Namespace) -> None:
 
 def run_side(options: argparse.Namespace) -> dict[str, Any]:
     """Trains one side; its seconds a step by epoch, its losses, and the peak of its memory."""
-    from pocl_fast import models
-    from pocl_fast.samples import SampleEncoder, encode_all, read_samples
-    from pocl_fast.student import as_trainable, cut_layers
+    from pocl_fast.data.records import SampleEncoder, encode_all, read_samples
+    from pocl_fast.models import loading
+    from pocl_fast.models.cut import as_trainable, cut_layers
 
-    device = models.choose_device("auto")
+    device = loading.choose_device("auto")
     if options.precision == "bf16":  # for every side; in fp32 the others' products are torch's own
-        models.choose_precision(options.precision, device)
-    tokenizer = models.load_tokenizer(options.teacher)
+        loading.choose_precision(options.precision, device)
+    tokenizer = loading.load_tokenizer(options.teacher)
     samples = read_samples(options.data)
     encoded, _ = encode_all(
         samples,
@@ -158,7 +158,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     )
     encoded = encoded[: options.steps * options.batch_size]
     batches = in_epochs(encoded, options)
-    teacher = models.load_model(options.teacher, device=device)
+    teacher = loading.load_model(options.teacher, device=device)
     student = as_trainable(cut_layers(teacher, options.student_layers))
     clock = Clock(options.steps)
     if options.side == "ours":
@@ -177,7 +177,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
 
 def schedule_of(encoded: Any, options: argparse.Namespace) -> Any:
     """One stage of all samples, in our trainer's own order."""
-    from pocl_fast.schedule import BatchSize, Schedule
+    from pocl_fast.curriculum.schedule import BatchSize, Schedule
 
     lengths = {sample.index: len(sample) for sample in encoded}
     return Schedule(curriculum_of(encoded), lengths, BatchSize(options.batch_size), seed=42, epochs=EPOCHS)
@@ -188,7 +188,7 @@ def curriculum_of(encoded: Any) -> Any:
 
     import numpy as np
 
-    from pocl_fast.curriculum import no_curriculum
+    from pocl_fast.curriculum.stages import no_curriculum
 
     plain = no_curriculum(len(encoded), temperature=1.0, alpha=0.0)
     return replace(plain, order=np.array([sample.index for sample in encoded]))
@@ -305,7 +305,7 @@ def train_ours(
 
 
 def read_all(options: argparse.Namespace) -> Any:
-    from pocl_fast.samples import read_samples
+    from pocl_fast.data.records import read_samples
 
     return read_samples(options.data)
 

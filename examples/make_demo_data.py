@@ -18,10 +18,10 @@ import re
 import time
 from pathlib import Path
 
-from pocl_fast import models
-from pocl_fast.generation import generate
-from pocl_fast.progress import progress_bar
-from pocl_fast.samples import Sample, SampleEncoder
+from pocl_fast.answers.decoding import generate
+from pocl_fast.data.records import Sample, SampleEncoder
+from pocl_fast.models import loading
+from pocl_fast.system.console import progress_bar
 
 TRAIN, DEV = 1080, 120
 MAX_NEW_TOKENS, FEWEST_WORDS, MOST_WORDS = 40, 1, 28
@@ -174,10 +174,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "pocl_fast" / "data")
     output = parser.parse_args().output
     start = time.perf_counter()
-    device = models.choose_device("auto")
-    models.choose_precision("auto", device)
-    encoder = SampleEncoder(models.load_tokenizer(models.BUNDLED))
-    teacher = models.load_model(models.BUNDLED, device=device)
+    device = loading.choose_device("auto")
+    loading.choose_precision("auto", device)
+    encoder = SampleEncoder(loading.load_tokenizer(loading.BUNDLED))
+    teacher = loading.load_model(loading.BUNDLED, device=device)
     records = compose()
     prompts = [encoder.encode_prompt(as_sample(record)) for record in records]
     with progress_bar(len(records), "answers", "prompts") as bar:

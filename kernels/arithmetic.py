@@ -65,7 +65,7 @@ def log_1_plus(w):
 
 @triton.jit
 def transformed(x, scale, softcap):
-    """`transformed` of `pocl_fast/reference.py`, and its derivative. Infinities, NaN and what is below FLOOR stay."""
+    """`transformed` of `loss/reference.py`, and its derivative. Infinities, NaN and what is below FLOOR stay."""
     slope = tl.zeros_like(x) + scale
     y = x * scale
     if softcap > 0:

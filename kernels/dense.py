@@ -1,7 +1,7 @@
-"""Logits in, losses, metrics and gradient out, one launch: the Triton side of `pocl_fast/ops.py`.
+"""Logits in, losses, metrics and gradient out, one launch: the Triton side of `pocl_fast/loss/row_operator.py`.
 
 One program a row, two passes over it in tiles for a KL and three for the other divergences: normalisers, D, gradient.
-What is computed is `pocl_fast/reference.py`.
+What is computed is `pocl_fast/loss/reference.py`.
 """
 
 from __future__ import annotations

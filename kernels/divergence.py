@@ -1,4 +1,4 @@
-"""The maths of each divergence on one tile. What it computes is `pocl_fast/reference.py`.
+"""The maths of each divergence on one tile. What it computes is `pocl_fast/loss/reference.py`.
 
 Everything starts from g = log2(p / q), taken from the logits themselves: near 0 it keeps the digits that p - q, or the
 difference of two logarithms, has lost. With the smaller and the larger of p and q, E = smaller / larger - 1 and the

@@ -1,5 +1,5 @@
 """A few outcomes compared in fp64: what is left of D once a vocabulary has been summed up. What it computes is
-`sparse_distillation_rows` of `pocl_fast/reference.py`.
+`sparse_distillation_rows` of `pocl_fast/loss/reference.py`.
 
 In fp64 a difference of near numbers keeps enough digits as it is: exp(-gap) - 1 has 10 of them where gap is 1e-6. (A
 row has K outcomes and V logits: at K = 64 it is nothing, at K = 1024 on a GPU with few fp64 units a third more.)

@@ -1,8 +1,8 @@
-"""Logits and K entries of the teacher in, losses and gradient out: the Triton side of `pocl_fast/sparse_ops.py`.
+"""Logits and K entries of the teacher in, losses and gradient out: the Triton side of `loss/sparse_operator.py`.
 
 One program a row, two passes over the student's logits in tiles: normalisers and gradient. The listed entries are left
 out of the first, so that the mass of the rest is a sum of its own and not a difference, in which a confident student's
-would drown; in the second they are written last. What is computed is `pocl_fast/reference.py`.
+would drown; in the second they are written last. What is computed is `pocl_fast/loss/reference.py`.
 """
 
 from __future__ import annotations

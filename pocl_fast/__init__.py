@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pocl_fast.curriculum import (
+    from pocl_fast.answers.rouge import RougeL, rouge_l
+    from pocl_fast.curriculum.stages import (
         Curriculum,
         RankFusion,
         Stage,
@@ -17,19 +18,18 @@ if TYPE_CHECKING:
         no_curriculum,
         reciprocal_rank_fusion,
     )
-    from pocl_fast.errors import InputError, Interrupted
-    from pocl_fast.linear_loss import linear_distillation_loss
-    from pocl_fast.losses import DistillationLoss, LossOutput, distillation_loss, shift_labels
-    from pocl_fast.objectives import Objective
-    from pocl_fast.rouge import RougeL, rouge_l
-    from pocl_fast.samples import SampleEncoder, SampleSet, read_samples
-    from pocl_fast.teacher import Teacher
-    from pocl_fast.teacher_cache import TeacherCache
-    from pocl_fast.teacher_shards import HiddenEntries, TopK, TopKEntries
-    from pocl_fast.teachers import DenseTeacher, LinearTeacher, TopKTeacher
-    from pocl_fast.trainer import PoclTrainer
-    from pocl_fast.training_arguments import PoclConfig
-    from pocl_fast.vocabulary_parallel import VocabularyShards
+    from pocl_fast.data.records import SampleEncoder, SampleSet, read_samples
+    from pocl_fast.loss.dense import DistillationLoss, LossOutput, distillation_loss, shift_labels
+    from pocl_fast.loss.linear import linear_distillation_loss
+    from pocl_fast.loss.objective import Objective
+    from pocl_fast.loss.teacher_output import DenseTeacher, LinearTeacher, TopKTeacher
+    from pocl_fast.loss.vocabulary_shards import VocabularyShards
+    from pocl_fast.system.errors import InputError, Interrupted
+    from pocl_fast.teacher.cache import TeacherCache
+    from pocl_fast.teacher.shards import HiddenEntries, TopK, TopKEntries
+    from pocl_fast.teacher.teacher import Teacher
+    from pocl_fast.training.arguments import PoclConfig
+    from pocl_fast.training.trainer import PoclTrainer
 
 __version__ = "0.1.0"
 
@@ -67,20 +67,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "curriculum": ("Curriculum", "RankFusion", "Stage", "baby_steps", "no_curriculum", "reciprocal_rank_fusion"),
-    "errors": ("InputError", "Interrupted"),
-    "linear_loss": ("linear_distillation_loss",),
-    "losses": ("DistillationLoss", "LossOutput", "distillation_loss", "shift_labels"),
-    "objectives": ("Objective",),
-    "rouge": ("RougeL", "rouge_l"),
-    "samples": ("SampleEncoder", "SampleSet", "read_samples"),
-    "teacher": ("Teacher",),
-    "teacher_cache": ("TeacherCache",),
-    "teacher_shards": ("HiddenEntries", "TopK", "TopKEntries"),
-    "teachers": ("DenseTeacher", "LinearTeacher", "TopKTeacher"),
-    "trainer": ("PoclTrainer",),
-    "training_arguments": ("PoclConfig",),
-    "vocabulary_parallel": ("VocabularyShards",),
+    "curriculum.stages": ("Curriculum", "RankFusion", "Stage", "baby_steps", "no_curriculum", "reciprocal_rank_fusion"),
+    "system.errors": ("InputError", "Interrupted"),
+    "loss.linear": ("linear_distillation_loss",),
+    "loss.dense": ("DistillationLoss", "LossOutput", "distillation_loss", "shift_labels"),
+    "loss.objective": ("Objective",),
+    "answers.rouge": ("RougeL", "rouge_l"),
+    "data.records": ("SampleEncoder", "SampleSet", "read_samples"),
+    "teacher.teacher": ("Teacher",),
+    "teacher.cache": ("TeacherCache",),
+    "teacher.shards": ("HiddenEntries", "TopK", "TopKEntries"),
+    "loss.teacher_output": ("DenseTeacher", "LinearTeacher", "TopKTeacher"),
+    "training.trainer": ("PoclTrainer",),
+    "training.arguments": ("PoclConfig",),
+    "loss.vocabulary_shards": ("VocabularyShards",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

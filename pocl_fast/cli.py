@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from pocl_fast.config import (
+from pocl_fast.options import (
     Cache,
     Data,
     Difficulty,
@@ -27,7 +27,7 @@ from pocl_fast.config import (
     read_yaml,
     recorded_config,
 )
-from pocl_fast.errors import InputError, Interrupted, OtherRankFailed
+from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class Demo(Output):
 
 
 def _distill(run: Any) -> None:
-    from pocl_fast.ranks import is_first
-    from pocl_fast.report import summary_table
+    from pocl_fast.run.report import summary_table
+    from pocl_fast.system.ranks import is_first
 
     run.distill()
     if is_first():
@@ -193,12 +193,12 @@ def _run(name: str, arguments: list[str]) -> None:
     if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     _quiet_libraries()
-    from pocl_fast import ranks
-    from pocl_fast.run import open_run
+    from pocl_fast.run.steps import open_run
+    from pocl_fast.system import ranks
 
     joined = ranks.start()
     if name == "demo":
-        from pocl_fast.demo import demo_options
+        from pocl_fast.run.demo import demo_options
 
         options = demo_options()
     work(open_run(given.output, options, restart=getattr(given, "restart", False)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pocl_fast.linear_loss import linear_distillation_loss
-from pocl_fast.objectives import Objective
-from pocl_fast.teachers import LinearTeacher
+from pocl_fast.loss.linear import linear_distillation_loss
+from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.teacher_output import LinearTeacher
 
 N, V, H, H_T = 7, 83, 12, 9
 OBJECTIVE = Objective(temperature=1.3, alpha=0.3)

@@ -8,8 +8,8 @@ import os
 import torch
 from torch import Tensor
 
-from pocl_fast.losses import distillation_loss
-from pocl_fast.objectives import Objective
+from pocl_fast.loss.dense import distillation_loss
+from pocl_fast.loss.objective import Objective
 
 N, V, H = 6, 83, 5
 # of CPU tensors: Triton's too where it interprets its kernels

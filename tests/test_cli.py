@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from pocl_fast import __version__
 from pocl_fast.cli import COMMANDS, main
-from pocl_fast.config import RunConfig, from_options
+from pocl_fast.options import RunConfig, from_options
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,9 @@ def test_a_step_before_its_time_names_the_step_that_is_missing(inputs, tmp_path,
 
 def test_the_demo_runs_the_bundled_teacher_on_the_bundled_samples(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("pocl_fast.run.open_run", lambda output, given, restart: seen.append(given) or Stub(output))
+    monkeypatch.setattr(
+        "pocl_fast.run.steps.open_run", lambda output, given, restart: seen.append(given) or Stub(output)
+    )
     assert run("demo", tmp_path / "out") == 0
     config = from_options(seen[0])
     assert (config.models.teacher, config.models.student_layers) == ("bundled", 6)

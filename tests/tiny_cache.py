@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from pocl_fast.samples import EncodedSample
-from pocl_fast.teacher_cache import TeacherCache
-from pocl_fast.teacher_shards import HiddenEntries
+from pocl_fast.data.records import EncodedSample
+from pocl_fast.teacher.cache import TeacherCache
+from pocl_fast.teacher.shards import HiddenEntries
 
 H = 24
 TEACHER = "a1" * 32

@@ -51,7 +51,7 @@ def select(words: list[str], command: str) -> list[str]:
     from dataclasses import fields
 
     from pocl_fast.cli import COMMANDS
-    from pocl_fast.config import RunConfig
+    from pocl_fast.options import RunConfig
 
     base = RunConfig()
     groups = [getattr(base, f.name) for f in fields(COMMANDS[command][0]) if hasattr(base, f.name)]

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from tiny import arithmetic, tiny_model, tiny_tokenizer
 
-from pocl_fast.curriculum import Curriculum, baby_steps
-from pocl_fast.packed_attention import enable_packing
-from pocl_fast.samples import EncodedSample, SampleEncoder, SampleSet, encode_all, samples_from
-from pocl_fast.stages import MetricsFile
-from pocl_fast.teacher import Teacher
-from pocl_fast.trainer import PoclTrainer
-from pocl_fast.training_arguments import PoclConfig
+from pocl_fast.curriculum.stages import Curriculum, baby_steps
+from pocl_fast.data.records import EncodedSample, SampleEncoder, SampleSet, encode_all, samples_from
+from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.teacher.teacher import Teacher
+from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.training.stage_flow import MetricsFile
+from pocl_fast.training.trainer import PoclTrainer
 
 LIMITS: dict[str, Any] = {"max_length": 96, "max_prompt_length": 80, "long_prompts": "error", "name": "tiny"}
 

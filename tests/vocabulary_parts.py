@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pocl_fast.linear_loss import linear_distillation_loss
-from pocl_fast.objectives import Objective
-from pocl_fast.teachers import DenseTeacher, LinearTeacher
-from pocl_fast.vocabulary_parallel import VocabularyShards
+from pocl_fast.loss.linear import linear_distillation_loss
+from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.teacher_output import DenseTeacher, LinearTeacher
+from pocl_fast.loss.vocabulary_shards import VocabularyShards
 
 
 @dataclass

@@ -1,5 +1,5 @@
 // The fused distillation loss on a CPU: one pass over memory gives the loss of each token, its metrics and its gradient.
-// What is computed is written down in pocl_fast/reference.py.
+// What is computed is written down in pocl_fast/loss/reference.py.
 #pragma once
 #include <cstdint>
 

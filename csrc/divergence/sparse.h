@@ -1,5 +1,5 @@
 // The fused distillation loss against a teacher of which K entries a token are known: reads K numbers of it, not V.
-// What is computed is `sparse_distillation_rows` of pocl_fast/reference.py.
+// What is computed is `sparse_distillation_rows` of pocl_fast/loss/reference.py.
 #pragma once
 #include "divergence/divergence.h"
 

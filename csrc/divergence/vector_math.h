@@ -1,5 +1,5 @@
 // Exponentials and logarithms on vectors, in base 2 where that saves work: every e^x of a softmax is 2^(x log2 e).
-// Polynomials are minimax for the relative error; tests/reference/test_vector_math.py measures what is left after rounding.
+// Polynomials are minimax for the relative error; tests/loss/reference/test_vector_math.py measures what is left after rounding.
 #pragma once
 #include "divergence/vector.h"
 

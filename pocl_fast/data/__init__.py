@@ -1,0 +1,3 @@
+"""From a record to tokens to a packed row.
+
+Knows tokenizers, but no model."""

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from compiling import finish, start
 
 from pocl_fast.kernels import tiles
-from pocl_fast.objectives import DIVERGENCES
+from pocl_fast.loss.objective import DIVERGENCES
 
 
 # one of CDNA and one of RDNA, which has half as many threads a warp

@@ -1,0 +1,172 @@
+"""How good a model's answers are: ROUGE-L and exact match of sampled answers over several seeds, and cross-entropy.
+
+The paper's evaluation (arXiv 2506.05695, section 4.1): temperature 1, top-p 1, the best over a sample's references.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pocl_fast.answers.decoding import Progress, generate
+from pocl_fast.answers.likelihood import cross_entropy
+from pocl_fast.answers.rouge import rouge_l
+from pocl_fast.answers.vllm import VllmEngine
+from pocl_fast.data.records import EncodedSample, Sample, SampleEncoder, SampleSet
+from pocl_fast.system import ranks
+from pocl_fast.system.console import shared_progress
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one model on one set. ROUGE-L and exact match in percent, cross-entropy in nats a response token."""
+
+    rouge_l: float  # mean over the seeds of the mean over the samples
+    rouge_l_spread: float  # standard deviation over the seeds
+    exact_match: float
+    cross_entropy: float  # of the references, mean over all response tokens
+    seeds: tuple[int, ...]
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def answer_all(
+    model: Any,
+    encoded: Sequence[EncodedSample],
+    encoder: SampleEncoder,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    batch_tokens: int | None = None,
+    engine: VllmEngine | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """The model's answer to each sample's prompt, as text; by `engine` where one is given. Every rank must call,
+    answers its share, and has all answers at the end."""
+    prompts, indices = [sample.prompt_ids for sample in encoded], [sample.index for sample in encoded]
+    common: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "end_ids": encoder.end_ids,
+        "temperature": temperature,
+        "seed": seed,
+        "sample_ids": indices,
+    }
+    if engine:
+        answers = engine.generate(prompts, **common)
+        if progress:
+            progress(len(prompts))
+    else:
+        answers = generate(
+            model,
+            prompts,
+            pad_id=encoder.tokenizer.pad_token_id,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            shared=True,
+            progress=progress,
+            **common,
+        )
+    return [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def evaluate(
+    model: Any,
+    samples: Sequence[Sample],
+    encoded: Sequence[EncodedSample],
+    encoder: SampleEncoder,
+    *,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    packed: bool,
+    batch_tokens: int | None = None,
+    engine: VllmEngine | None = None,
+    name: str = "evaluate",
+) -> tuple[Scores, list[str]]:
+    """Scores of `model`, and its answers under the first seed; `samples` are the file's, `encoded` those that fit.
+    Every rank must call, works on its share, and has the same result."""
+    references = [list(samples[sample.index].references) for sample in encoded]
+    rouge: list[float] = []
+    exact: list[float] = []
+    first_answers: list[str] = []
+    with shared_progress(len(seeds) * len(encoded), name, "answers") as progress:
+        for seed in seeds:
+            answers = answer_all(
+                model,
+                encoded,
+                encoder,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                temperature=1.0,
+                seed=seed,
+                batch_tokens=batch_tokens,
+                engine=engine,
+                progress=progress,
+            )
+            rouge.append(100 * float(np.mean(rouge_l(answers, references).fmeasure)))
+            exact.append(100 * exact_match(answers, references))
+            first_answers = first_answers or answers
+    scores = Scores(
+        rouge_l=float(np.mean(rouge)),
+        rouge_l_spread=float(np.std(rouge)),
+        exact_match=float(np.mean(exact)),
+        cross_entropy=mean_token_cross_entropy(model, encoded, packed=packed),
+        seeds=tuple(seeds),
+        samples=len(encoded),
+    )
+    return scores, first_answers
+
+
+def dev_scores(
+    model: Any, dev: SampleSet, encoder: SampleEncoder, options: Any, *, packed: bool
+) -> tuple[dict[str, float], list[str]]:
+    """What is looked at while training, and the answers: greedy `rouge_l` in percent, `cross_entropy` in nats a token.
+    `options` has `max_new_tokens`, `generation_batch_size` and `generation_batch_tokens`. Every rank must call."""
+    answers = answer_all(
+        model,
+        dev.encoded,
+        encoder,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.generation_batch_size,
+        batch_tokens=options.generation_batch_tokens,
+        temperature=0.0,
+        seed=0,
+    )
+    rouge = rouge_l(answers, [list(dev.samples[sample.index].references) for sample in dev.encoded]).fmeasure
+    loss = mean_token_cross_entropy(model, dev.encoded, packed=packed)
+    return {"rouge_l": 100 * float(np.mean(rouge)), "cross_entropy": loss}, answers
+
+
+def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of answers equal to one of their references, letter case, punctuation and spacing aside, as the code of
+    Super-NaturalInstructions, MiniLLM and POCL counts."""
+    hits = [
+        _plain(answer) in {_plain(r) for r in accepted} for answer, accepted in zip(answers, references, strict=True)
+    ]
+    return float(np.mean(hits))
+
+
+def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: bool) -> float:
+    """Cross-entropy of the references, in nats, each response token weighing alike. Every rank must call, works on its
+    share, and has the same result."""
+    counts = np.array([len(sample.response_ids) for sample in encoded], dtype=float)
+    mine = ranks.share([len(sample) for sample in encoded])
+    losses = np.empty(len(encoded))
+    theirs = ranks.gather((mine, cross_entropy(model, [encoded[i] for i in mine], packed=packed)))
+    for places, values in theirs:
+        losses[places] = values
+    return float((losses * counts).sum() / counts.sum())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())

@@ -1,0 +1,250 @@
+"""The steps of a whole training: which samples each step has on each rank, and what the loss is weighed by there.
+
+Knows the curriculum, lengths and seeds. Does not know models. A step's place follows from its number alone, so that
+every rank and every restart sees the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from pocl_fast.curriculum.stages import Curriculum, Stage
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Samples of a micro-batch, or tokens where `tokens` is given; and how many micro-batches make a step."""
+
+    samples: int = 16
+    tokens: int | None = None  # the most of a micro-batch, prompts included; a longer sample stands alone
+    accumulation: int = 1
+    ranks: int = 1
+
+    @property
+    def parts(self) -> int:
+        return self.accumulation * self.ranks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an optimizer step stands. All counts are from 0."""
+
+    stage: int
+    epoch: int  # within the stage
+    step: int  # within the epoch
+    step_in_stage: int
+    stage_steps: int  # of the stage in all, as planned
+    epoch_steps: int
+    passes: float  # over samples of their stage, when the step is done, all stages before included
+
+    @property
+    def ends_epoch(self) -> bool:
+        return self.step + 1 == self.epoch_steps
+
+    @property
+    def ends_stage(self) -> bool:
+        return self.step_in_stage + 1 == self.stage_steps
+
+
+@dataclass
+class Schedule:
+    """The Baby-Step schedule as optimizer steps: stage after stage, each `epochs` passes over its samples, or
+    `stage_steps` steps, in an order that is shuffled by `seed` anew for each pass.
+
+    `lengths` gives each sample's tokens by its index; samples that the curriculum does not have are not used. A stage
+    may be ended early (`end_stage`); the numbers of later steps move up.
+    """
+
+    curriculum: Curriculum
+    lengths: dict[int, int]
+    size: BatchSize
+    seed: int = 42
+    epochs: int = 8
+    stage_steps: int | None = None
+    within_stage: Literal["constant", "linear"] = "constant"
+    reorders: bool = False  # whether `reorder` may be called
+    ended: dict[int, int] = field(default_factory=dict)  # stage -> steps after which it was ended
+    # stage -> a new order, valid from there on
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    # (stage, epoch) -> what was computed of it
+    _shuffled: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    _boundaries: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.curriculum.stages
+
+    def planned_steps(self, stage: int) -> int:
+        """Steps of a stage that is not ended early."""
+        return int(self._ends(stage)[-1]) if self.stage_steps is None else self.stage_steps
+
+    def steps(self, stage: int) -> int:
+        """Steps of a stage."""
+        return self.ended.get(stage, self.planned_steps(stage))
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.steps(stage.index) for stage in self.stages)
+
+    @property
+    def planned_total(self) -> int:
+        return sum(self.planned_steps(stage.index) for stage in self.stages)
+
+    @property
+    def most_steps(self) -> int:
+        """No fewer than there will be, whatever orders are still to come."""
+        if self.reorders and self.size.tokens is not None and self.stage_steps is None:
+            return self.epochs * sum(stage.size for stage in self.stages)  # a sample a step
+        return self.total_steps
+
+    def identity(self) -> dict[str, Any]:
+        """What a step's number stands on. Ranks and accumulation count by their product: the samples of a step are the
+        same for the same product."""
+        return {
+            "samples of a micro-batch": self.size.samples if self.size.tokens is None else None,
+            "tokens of a micro-batch": self.size.tokens,
+            "ranks x accumulated micro-batches": self.size.parts,
+            "seed of the order": self.seed,
+            "epochs of a stage": self.epochs if self.stage_steps is None else None,
+            "steps of a stage": self.stage_steps,
+            "samples of the stages": [stage.size for stage in self.stages],
+            "order of the samples": hashlib.sha256(self.curriculum.order.tobytes()).hexdigest()[:16],
+        }
+
+    def end_stage(self, stage: int, steps: int) -> None:
+        """Ends a stage after so many of its steps."""
+        self.ended[stage] = steps
+
+    def reorder(self, stage: int, order: np.ndarray) -> None:
+        """From this stage on the samples are ranked by `order`, easiest first."""
+        self._orders[stage] = order
+        self._boundaries.clear()
+        self._shuffled.clear()
+
+    def place(self, step: int) -> Place:
+        """Of optimizer step number `step`, from 0. Raises IndexError past the last."""
+        within, passes = step, 0.0
+        for stage in self.stages:
+            if within < self.steps(stage.index):
+                return self._place(stage.index, within, passes)
+            within -= self.steps(stage.index)
+            passes += self._passes(stage.index, self.steps(stage.index))
+        raise IndexError(f"step {step} of {self.total_steps}")
+
+    def _place(self, stage: int, within: int, passes: float) -> Place:
+        epoch, first, count = self._epoch_of(stage, within)
+        return Place(
+            stage=stage,
+            epoch=epoch,
+            step=within - first,
+            step_in_stage=within,
+            stage_steps=self.planned_steps(stage),
+            epoch_steps=min(count, self.planned_steps(stage) - first),
+            passes=passes + self._passes(stage, within + 1),
+        )
+
+    def _passes(self, stage: int, steps: int) -> float:
+        """Passes over a stage's samples in its first `steps` steps."""
+        if not steps:
+            return 0.0
+        epoch, first, count = self._epoch_of(stage, steps - 1)
+        return epoch + (steps - first) / count
+
+    def _epoch_of(self, stage: int, within: int) -> tuple[int, int, int]:
+        """Of a step of a stage: its epoch, and that one's first step and number of steps."""
+        ends = self._ends(stage, at_least=within + 1)
+        epoch = int(np.searchsorted(ends, within, side="right"))
+        first = int(ends[epoch - 1]) if epoch else 0
+        return epoch, first, int(ends[epoch]) - first
+
+    def _ends(self, stage: int, at_least: int = 0) -> np.ndarray:
+        """The number of steps at each epoch's end: of `epochs` epochs, or of as many as `at_least` steps take."""
+        if self.size.tokens is None:
+            count = -(-self.stages[stage].size // (self.size.samples * self.size.parts))
+            epochs = max(self.epochs, -(-at_least // count)) if self.stage_steps is not None else self.epochs
+            return count * np.arange(1, epochs + 1)
+        ends: list[int] = []
+        epoch = 0
+        while len(ends) < self.epochs if self.stage_steps is None else not ends or ends[-1] < at_least:
+            ends.append((ends[-1] if ends else 0) + len(self._cuts(stage, epoch)) - 1)
+            epoch += 1
+        return np.array(ends)
+
+    # -- samples ----------------------------------------------------------------------------------------------------
+
+    def subset(self, stage: int) -> np.ndarray:
+        """The sample indices of a stage, easiest first."""
+        known = [at for at in self._orders if at <= stage]
+        order = self._orders[max(known)] if known else self.curriculum.order
+        return order[: self.stages[stage].size]
+
+    def batch(self, step: int, part: int, rank: int = 0) -> list[int]:
+        """The sample indices of micro-batch `part` of a step, on one rank; empty where the step has fewer samples than
+        micro-batches."""
+        place = self.place(step)
+        order = self._order(place.stage, place.epoch)
+        cuts = self._cuts(place.stage, place.epoch)
+        chosen = order[cuts[place.step] : cuts[place.step + 1]].tolist()
+        if self.size.parts == 1:
+            return chosen
+        return self._dealt(chosen)[part * self.size.ranks + rank]
+
+    def _dealt(self, chosen: Sequence[int]) -> list[list[int]]:
+        """A step's samples dealt to its micro-batches, the longest first to the one with the fewest tokens, so that no
+        rank waits long for another."""
+        parts: list[list[int]] = [[] for _ in range(self.size.parts)]
+        tokens = [0] * len(parts)
+        most = -(-len(chosen) // len(parts)) if self.size.tokens is None else len(chosen)
+        for index in sorted(chosen, key=lambda i: (-self.lengths[i], i)):
+            at = min((n for n in range(len(parts)) if len(parts[n]) < most), key=lambda n: (tokens[n], n))
+            parts[at].append(index)
+            tokens[at] += self.lengths[index]
+        return parts
+
+    def _order(self, stage: int, epoch: int) -> np.ndarray:
+        """The stage's samples in the order of one epoch."""
+        if (stage, epoch) not in self._shuffled:
+            self._shuffled.clear()  # one at a time is asked for
+            random = np.random.Generator(np.random.Philox(key=[self.seed, stage << 32 | epoch]))
+            self._shuffled[stage, epoch] = random.permutation(self.subset(stage))
+        return self._shuffled[stage, epoch]
+
+    def _cuts(self, stage: int, epoch: int) -> np.ndarray:
+        """Where the steps of an epoch begin in its order, and the end."""
+        if self.size.tokens is None:
+            count = self.stages[stage].size
+            return np.append(np.arange(0, count, self.size.samples * self.size.parts), count)
+        if (stage, epoch) not in self._boundaries:
+            lengths = np.array([self.lengths[i] for i in self._order(stage, epoch).tolist()])
+            self._boundaries[stage, epoch] = _budget_cuts(lengths, self.size.tokens * self.size.parts)
+        return self._boundaries[stage, epoch]
+
+    # -- settings ---------------------------------------------------------------------------------------------------
+
+    def setting(self, place: Place) -> tuple[float, float]:
+        """Temperature and alpha of a step: its stage's, or within a stage on a line to the next one's."""
+        stage = self.stages[place.stage]
+        if self.within_stage == "constant" or stage.index + 1 == len(self.stages):
+            return stage.temperature, stage.alpha
+        after, share = self.stages[stage.index + 1], place.step_in_stage / place.stage_steps
+        return (
+            stage.temperature + share * (after.temperature - stage.temperature),
+            stage.alpha + share * (after.alpha - stage.alpha),
+        )
+
+
+def _budget_cuts(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """Where to cut a row of samples so that each part's lengths add up to `budget` at most, longer ones alone."""
+    ends = np.cumsum(lengths)
+    cuts = [0]
+    while cuts[-1] < len(lengths):
+        before = ends[cuts[-1] - 1] if cuts[-1] else 0
+        cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, before + budget, side="right"))))
+    return np.array(cuts)

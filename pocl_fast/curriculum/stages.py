@@ -1,0 +1,254 @@
+"""The curriculum: rankings fused into one order, easy first, and the stages that bring the samples in.
+
+Knows scores and sample indices. Does not know models, texts or training.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+import pocl_fast._C as _C
+from pocl_fast.system.errors import InputError
+from pocl_fast.system.files import write_text
+
+if TYPE_CHECKING:
+    from pocl_fast.curriculum.scores import SignalScores
+
+WRITTEN_AT_ONCE = 1 << 13  # samples
+
+
+@dataclass(frozen=True)
+class RankFusion:
+    """Several rankings of the same samples fused into one."""
+
+    score: np.ndarray  # [samples] float64, by sample; high is easy
+    rank: np.ndarray  # [samples] int64, by sample; the easiest has 1
+    order: np.ndarray  # [samples] int64: the samples, easiest first
+
+
+def reciprocal_rank_fusion(
+    scores: Sequence[np.ndarray],
+    *,
+    descending: Sequence[bool],
+    k: float = 60.0,
+    weights: Sequence[float] | None = None,
+    threads: int | None = None,
+) -> RankFusion:
+    """Fuses rankings: score = Σ weight / (k + rank), rank from 1; the highest score is the easiest sample.
+
+    `scores` are 1-D arrays of one length; `descending` says for each whether its high values are easy (ROUGE-L: True)
+    or its low ones (cross-entropy: False). Ties keep the earlier sample first and NaN ranks last, with a warning that
+    counts them: the order is a function of the scores alone. `threads` is by default one for each processor that the
+    process may use; the result does not depend on it.
+
+    Raises ValueError for no arrays, arrays that are not 1-D numbers of one length, a number of flags or weights other
+    than that of the arrays, negative weights, k that is not positive and `threads` below 1.
+    (Cormack, Clarke and Büttcher 2009; arXiv 2506.05695, equation 5, with k = 60.)
+    """
+    arrays = [_checked_scores(position, array) for position, array in enumerate(scores)]
+    if not arrays:
+        raise ValueError("reciprocal_rank_fusion needs at least one array of scores")
+    if len({len(array) for array in arrays}) > 1:
+        raise ValueError(f"all scores must be of one length, got {[len(array) for array in arrays]}")
+    flags = [bool(flag) for flag in descending]
+    if len(flags) != len(arrays):
+        raise ValueError(f"descending needs one flag for each array of scores: {len(arrays)}, not {len(flags)}")
+    chosen = [1.0] * len(arrays) if weights is None else [float(weight) for weight in weights]
+    if len(chosen) != len(arrays):
+        raise ValueError(f"weights needs one number for each array of scores: {len(arrays)}, not {len(chosen)}")
+    if not all(0 <= weight < np.inf for weight in chosen):
+        raise ValueError(f"weights must be finite and not negative, got {chosen}")
+    if not 0 < k < np.inf:
+        raise ValueError(f"k must be positive and finite, got {k}")
+    for position, array in enumerate(arrays):
+        if missing := np.count_nonzero(np.isnan(array)):
+            warnings.warn(f"scores[{position}]: {missing} of {len(array)} are NaN; they rank last in it", stacklevel=2)
+    return RankFusion(*_C.rank_fusion(arrays, flags, chosen, float(k), threads))
+
+
+def _checked_scores(position: int, given: Any) -> np.ndarray:
+    """One array of scores, contiguous, float32 or float64."""
+    array = np.asarray(given)
+    if array.ndim != 1 or array.dtype.kind not in "fiub":
+        raise ValueError(f"scores[{position}] must be a 1-D array of numbers, got shape {array.shape} of {array.dtype}")
+    return np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float32 else np.float64)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: it trains on the `size` easiest samples, at one temperature and one weight alpha of cross-entropy."""
+
+    index: int
+    size: int
+    temperature: float
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Sample indices, easiest first, each with its fused score, and the stages over them."""
+
+    order: np.ndarray  # [samples] int64; distinct, with gaps where samples were left out
+    score: np.ndarray  # [samples] float64: score[i] is that of sample order[i]
+    stages: tuple[Stage, ...]
+
+    def subset(self, stage: int) -> np.ndarray:
+        """The sample indices that a stage trains on, easiest first: [stages[stage].size] int64."""
+        return self.order[: self.stages[stage].size]
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, under a temporary name first: a crash leaves the old file or the new one, never half of one.
+        Beyond the curriculum itself, memory is that of a few thousand samples."""
+        write_text(Path(path), self._json())
+
+    def _json(self) -> Iterator[str]:
+        yield '{"stages": ' + json.dumps([asdict(s) for s in self.stages])
+        for name, array in (("order", self.order), ("score", self.score)):
+            yield f', "{name}": ['
+            for start in range(0, len(array), WRITTEN_AT_ONCE):
+                piece = array[start : start + WRITTEN_AT_ONCE].tolist()  # their Python objects take 10 times the array
+                yield (", " if start else "") + json.dumps(piece)[1:-1]
+            yield "]"
+        yield "}"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Curriculum:
+        """Reads what `save` wrote. Raises `InputError` where the file is missing or its content is not a curriculum."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            stages = tuple(Stage(**stage) for stage in record["stages"])
+            return _checked(cls(np.array(record["order"]), np.array(record["score"], dtype=np.float64), stages))
+        except FileNotFoundError as error:
+            raise InputError(f"{path} is not there: run `pocl-fast rank` first") from error
+        except KeyError as error:
+            raise InputError(
+                f"{path} is not a curriculum (it lacks {error}); delete it and run `pocl-fast rank` again"
+            ) from error
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is not a curriculum ({error}); delete it and run `pocl-fast rank` again"
+            ) from error
+
+
+def baby_steps(
+    order: np.ndarray,
+    score: np.ndarray,
+    *,
+    stages: int = 4,
+    temperatures: Sequence[float] = (1.0, 2.0),
+    alphas: Sequence[float] = (0.3, 0.0),
+) -> Curriculum:
+    """The Baby-Step schedule: stage i of n trains on the easiest ⌊N/n⌋·(i+1) samples, the last on all N.
+
+    `order` [N] lists the sample indices, easiest first, and `score` [N] their fused scores in the same order.
+    `temperatures` and `alphas` are one value for each stage, or the first and the last stage's with the others linear
+    between them, to two decimals (a single stage takes the first). The defaults are the paper's: temperature 1, 1.33,
+    1.67, 2 and alpha 0.3, 0.2, 0.1, 0.
+
+    Raises ValueError for fewer samples than stages, no stages, a temperature that is not positive, an alpha outside
+    0 to 1, and arrays that do not fit each other. (arXiv 2506.05695, section 3.2.)
+    """
+    N = len(order)
+    if stages < 1:
+        raise ValueError(f"stages must be at least 1, got {stages}")
+    if stages > N:
+        raise ValueError(f"{N} samples cannot fill {stages} stages: give more samples or fewer stages")
+    sizes = [N // stages * (i + 1) for i in range(stages - 1)] + [N]
+    settings = zip(sizes, _spread("temperatures", temperatures, stages), _spread("alphas", alphas, stages), strict=True)
+    made = tuple(Stage(i, size, temperature, alpha) for i, (size, temperature, alpha) in enumerate(settings))
+    return _checked(Curriculum(np.asarray(order), np.asarray(score, dtype=np.float64), made))
+
+
+def no_curriculum(num_samples: int, *, temperature: float, alpha: float) -> Curriculum:
+    """All samples from the start, in file order and one stage; every score is 0.
+
+    Raises ValueError for no samples, a temperature that is not positive and an alpha outside 0 to 1.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    stage = Stage(0, num_samples, float(temperature), float(alpha))
+    return _checked(Curriculum(np.arange(num_samples), np.zeros(num_samples), (stage,)))
+
+
+class StageSettings(Protocol):
+    """What options say about stages."""
+
+    @property
+    def curriculum(self) -> str: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def rrf_k(self) -> float: ...
+    @property
+    def temperature(self) -> Sequence[float]: ...
+    @property
+    def alpha(self) -> Sequence[float]: ...
+
+
+def make_curriculum(known: SignalScores, settings: StageSettings) -> Curriculum:
+    """Stages of the samples, by reciprocal rank fusion of their scores. Raises as `stages_over` does."""
+    if settings.curriculum == "none":
+        return stages_over(known.index, np.zeros(len(known.index)), settings)
+    fused = known.fused(settings.rrf_k)
+    # samples that were left out leave gaps in the index
+    return stages_over(known.index[fused.order], fused.score[fused.order], settings)
+
+
+def stages_over(order: np.ndarray, score: np.ndarray, settings: StageSettings) -> Curriculum:
+    """The stages over samples in this order, easiest first. Raises `InputError` for settings that do not fit them."""
+    try:
+        if settings.curriculum == "none":
+            plain = no_curriculum(len(order), temperature=settings.temperature[0], alpha=settings.alpha[0])
+            return replace(plain, order=order)
+        return baby_steps(
+            order, score, stages=settings.stages, temperatures=settings.temperature, alphas=settings.alpha
+        )
+    except ValueError as error:
+        raise InputError(f"--stages, --temperature or --alpha: {error}") from error
+
+
+def _spread(name: str, given: Sequence[float], stages: int) -> list[float]:
+    """One value a stage; two decimals between the ends, as the paper's scripts have them."""
+    values = [float(value) for value in given]
+    if len(values) == stages:
+        return values
+    if len(values) != 2:
+        raise ValueError(
+            f"{name} must be the first and the last value or one for each of {stages} stages, got {len(values)} values"
+        )
+    first, last = values
+    between = [round(first + (last - first) * i / (stages - 1), 2) for i in range(1, stages - 1)]
+    return [first, *between, last][:stages]
+
+
+def _repeats(order: np.ndarray) -> bool:
+    """Whether a number is there twice; np.unique's table of 10 million takes half a gigabyte."""
+    ascending = np.sort(order)
+    return bool((ascending[1:] == ascending[:-1]).any())
+
+
+def _checked(curriculum: Curriculum) -> Curriculum:
+    """The curriculum, its order in int64. Raises ValueError where its parts do not fit or a setting is out of range."""
+    order, score, stages = curriculum.order, curriculum.score, curriculum.stages
+    if order.ndim != 1 or order.dtype.kind not in "iu" or _repeats(order):
+        raise ValueError("order must list each sample index once, as integers")
+    if score.shape != order.shape:
+        raise ValueError(f"order and score must be of one length, got shapes {order.shape} and {score.shape}")
+    sizes = [stage.size for stage in stages]
+    if not sizes or sizes[0] < 1 or sizes[-1] != len(order) or sizes != sorted(sizes):
+        raise ValueError(f"the stages' sizes must rise from at least 1 to all {len(order)} samples, got {sizes}")
+    for i, stage in enumerate(stages):
+        if stage.index != i:
+            raise ValueError(f"stage {i} has the index {stage.index}")
+        if not 0 < stage.temperature < np.inf:
+            raise ValueError(f"stage {i}: temperature must be positive and finite, got {stage.temperature}")
+        if not 0 <= stage.alpha <= 1:
+            raise ValueError(f"stage {i}: alpha must be within 0 to 1, got {stage.alpha}")
+    return Curriculum(order.astype(np.int64, copy=False), score, stages)

@@ -1,0 +1,68 @@
+"""The samples of a file that does not fit in memory: read and tokenised a piece at a time, whenever they are asked for.
+
+Gives what `samples.encode_all` gives of the whole file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pocl_fast.data.records import (
+    EncodedSample,
+    LengthReport,
+    Sample,
+    SampleEncoder,
+    check_limits,
+    iter_samples,
+    over_the_limit,
+)
+from pocl_fast.system import resumable_table
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """Iterating gives pieces of samples that fit, with their tokens, in file order."""
+
+    path: Path
+    encoder: SampleEncoder
+    max_length: int
+    max_prompt_length: int
+    long_prompts: Literal["error", "skip"]
+
+    def check(self) -> LengthReport:
+        """Reads the whole file, keeping nothing. Raises `InputError` for what `read_samples` and `encode_all` raise."""
+        check_limits(self.max_length, self.max_prompt_length)
+        skipped: list[int] = []
+        truncated: list[int] = []
+        count = longest = 0
+        for sample, one in self._encoded():
+            count += 1
+            if one is None:
+                skipped.append(sample.line)
+                longest = max(longest, len(self.encoder.encode_prompt(sample)))
+            elif one.truncated:
+                truncated.append(sample.line)
+        if skipped and (self.long_prompts == "error" or len(skipped) == count):
+            raise over_the_limit(str(self.path), skipped, count, longest, self.max_prompt_length)
+        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated))
+
+    def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
+        piece: list[tuple[Sample, EncodedSample]] = []
+        for sample, one in self._encoded():
+            if one is not None:
+                piece.append((sample, one))
+            if len(piece) == resumable_table.PIECE:
+                yield piece
+                piece = []
+        if piece:
+            yield piece
+
+    def _encoded(self) -> Iterator[tuple[Sample, EncodedSample | None]]:
+        for sample in iter_samples(self.path):
+            yield (
+                sample,
+                self.encoder.encode(sample, max_length=self.max_length, max_prompt_length=self.max_prompt_length),
+            )

@@ -1,0 +1,157 @@
+"""Products with an lm_head whose results are fp32, as they come out of the accumulators and not rounded to the inputs'
+dtype: rounding logits to bf16 costs 5 % of a distillation gradient, and all of it once student and teacher are close.
+
+On CUDA such products are one call (`out_dtype`). On a CPU that multiplies bf16, csrc/products has them. Elsewhere
+oneDNN offers them for fp32 tensors alone, whose values it may round to bf16, which changes nothing where they were bf16
+before: slices of the weight are converted on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocl_fast.loss import row_operator
+
+SLICE = 4096  # rows of the weight that are fp32 at a time: 2 to 30 MB, which stay in the caches
+
+
+class Head:
+    """An lm_head [V, H], its bias [V] or None, and the dtype to which the inputs of products are rounded."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.weight = weight if on_cpu(weight) else weight.to(dtype)  # a copy under autocast, once
+        self.bias, self.dtype = bias, dtype
+        self._buffer: Tensor | None = None  # kept, for fresh pages cost more than the conversion into them
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out [n, V] fp32 = hidden [n, H] · weightᵀ + bias."""
+        if not on_cpu(self.weight):
+            _gpu_mm(hidden.to(self.dtype), self.weight.t(), out)
+        elif cpp := cpp_products(self.dtype, self.weight):
+            cpp.logits_product(hidden, self.weight, self.bias, out)
+            return
+        else:
+            x = hidden.to(self.dtype).float()
+            with matmul_inputs(self.dtype):
+                for part, weight in self._slices():
+                    torch.mm(x, weight.t(), out=out[:, part])
+        if self.bias is not None:
+            out += self.bias.float()
+
+    def hidden_grad(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """[n, H] in `dtype` = grad [n, V] · weight."""
+        if not on_cpu(self.weight):
+            if dtype == self.dtype:
+                return grad.to(dtype) @ self.weight
+            out = grad.new_empty((len(grad), self.weight.shape[1]), dtype=torch.float32)
+            _gpu_mm(grad.to(self.dtype), self.weight, out)
+            return out.to(dtype)
+        if cpp := cpp_products(self.dtype, self.weight):
+            return cpp.hidden_grad_product(grad, self.weight).to(dtype)
+        total = grad.new_zeros((len(grad), self.weight.shape[1]), dtype=torch.float32)
+        with matmul_inputs(self.dtype):
+            for part, weight in self._slices():
+                total.addmm_(grad[:, part], weight)
+        return total.to(dtype)
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in fp32, slice by slice; a slice is overwritten by the next."""
+        V, H = self.weight.shape
+        if self.weight.dtype == torch.float32:  # oneDNN rounds while it reads
+            yield slice(0, V), self.weight
+            return
+        if self._buffer is None:
+            self._buffer = torch.empty((min(SLICE, V), H), dtype=torch.float32)
+        for first in range(0, V, SLICE):
+            part = slice(first, min(first + SLICE, V))
+            rows = self._buffer[: part.stop - first]
+            rows.copy_(self.weight[part])
+            yield part, rows
+
+
+def on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def cpp_products(dtype: torch.dtype, weight: Tensor) -> Any:
+    """The C++ backend, where it has the products of inputs rounded to `dtype`; else None."""
+    if dtype != torch.bfloat16 or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    cpp = row_operator.backend_module("cpp")
+    return cpp if cpp.has_products() else None
+
+
+def weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.dtype, *, add: bool) -> None:
+    """total [V, H] fp32 = gradᵀ [V, n] · hidden [n, H], or += where `add`; the factors rounded to `dtype`."""
+    beta = int(add)
+    if not on_cpu(total):
+        if dtype == torch.float32 or not _has_out_dtype():
+            total.addmm_(grad.float().t(), hidden.float(), beta=beta)
+        else:
+            torch.addmm(total, grad.to(dtype).t(), hidden.to(dtype), beta=beta, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    elif cpp := cpp_products(dtype, total):
+        cpp.weight_grad_product(grad, hidden, total, add)
+    else:
+        with matmul_inputs(dtype):
+            total.addmm_(grad.t(), hidden.to(dtype).float(), beta=beta)
+
+
+def _gpu_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == torch.float32 or not _has_out_dtype():  # exact products, at fp32's speed
+        torch.mm(a.float(), b.float(), out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+
+
+def _has_out_dtype() -> bool:
+    """Whether torch's matrix products take `out_dtype`: 2.8 and later."""
+    return "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+def matmul_inputs(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """On a CPU, within this context fp32 matrix products may round their inputs to `dtype`, where that is bf16 and the
+    processor multiplies it faster; fp16 has more digits than that and is multiplied as fp32. What the user has chosen
+    for fp32 stays for fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return fp32_products("bf16" if dtype == torch.bfloat16 else "ieee")
+
+
+@contextlib.contextmanager
+def fp32_products(mode: str) -> Iterator[None]:
+    """A CPU's products of fp32 tensors are computed in this mode within it: see `set_fp32_products`."""
+    before = set_fp32_products(mode)
+    try:
+        yield
+    finally:
+        set_fp32_products(before)
+
+
+@functools.cache
+def rounds_to_bf16() -> bool:
+    """Whether a CPU rounds fp32 inputs in mode "bf16". Without units that multiply bf16 matrices (AMX) oneDNN does not:
+    its products are exact then, and on AMD processors twice as fast as MKL's, which torch takes otherwise."""
+    torch_rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 256, 256, generator=torch_rng)
+    with fp32_products("bf16"):
+        product = (a @ b).double()
+    want = a.double() @ b.double()
+    return bool((product - want).norm() > 1e-5 * want.norm())  # rounded inputs give 2e-3, exact ones 3e-7
+
+
+def set_fp32_products(mode: str) -> str:
+    """Sets for the process how a CPU multiplies fp32 tensors: "ieee" exactly, "bf16" with inputs rounded where that is
+    faster. What was set before, which this function takes back too."""
+    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = mode
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision({"ieee": "highest", "bf16": "medium"}.get(mode, mode))
+    return before

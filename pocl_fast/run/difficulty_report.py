@@ -1,0 +1,220 @@
+"""What the curriculum made of the measured difficulty, for a person: a table, a picture, and samples of each stage."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pocl_fast.curriculum.scores import SignalScores, read_scores
+from pocl_fast.curriculum.signals import chosen_signals
+from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.options import recorded_config
+from pocl_fast.system.errors import InputError
+
+COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
+POINTS = 4000  # of a scatter; more hide each other
+SAMPLED = 200_000  # of a correlation: its error is 0.002 by then
+BINS = 40
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Samples with their scores, and the stages over them."""
+
+    known: SignalScores
+    curriculum: Curriculum
+    k: float  # of the fusion
+
+    @cached_property
+    def stage_of(self) -> np.ndarray:
+        """The stage that brings each sample in, -1 for samples in none: [samples] int32, in the scores' order."""
+        row_of = np.full(int(self.known.index.max(initial=-1)) + 1, -1, dtype=np.int64)
+        row_of[self.known.index] = np.arange(len(self.known.index))
+        stages = np.full(len(self.known.index), -1, dtype=np.int32)
+        for stage, new in enumerate(self.new_samples()):
+            stages[row_of[new]] = stage
+        return stages
+
+    def new_samples(self) -> list[np.ndarray]:
+        """The sample indices that each stage brings in, easiest first."""
+        sizes = [0, *(stage.size for stage in self.curriculum.stages)]
+        return [self.curriculum.order[before:size] for before, size in itertools.pairwise(sizes)]
+
+    @cached_property
+    def rank_correlation(self) -> float | None:
+        """Spearman's, between the first two signals, 1 where they call the same samples easy; None for one signal or
+        equal scores. To two decimals; of `SAMPLED` samples, evenly over the table, where there are more."""
+        ranks = [average_ranks(hardness) for hardness in self.hardness(SAMPLED)]
+        if len(ranks) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
+            return None
+        return round(float(np.corrcoef(ranks[0], ranks[1])[0, 1]), 2) + 0.0  # not -0.00
+
+    def hardness(self, count: int) -> list[np.ndarray]:
+        """The first two signals' scores, low where samples are easy; of `count` samples."""
+        both = zip(self.known.signals[:2], self.known.scores, strict=False)
+        picked = [(one.signal.easy, sampled(scores, count)) for one, scores in both]
+        return [-scores if easy == "high" else scores for easy, scores in picked]
+
+
+def read_ranked(run: Path) -> Ranked | None:
+    """What a run directory has ranked; None before that. Raises `InputError` for files that do not fit each other."""
+    table, stages = run / "difficulty.parquet", run / "curriculum.json"
+    if not table.exists() or not stages.exists():
+        return None
+    config = recorded_config(run)
+    known = read_scores(table, chosen_signals(config.difficulty.signals))
+    curriculum = Curriculum.load(stages)
+    if not np.array_equal(np.sort(known.index), np.sort(curriculum.order)):
+        raise InputError(f"{stages} ranks other samples than {table} has; delete it and run `pocl-fast rank` again")
+    return Ranked(known, curriculum, config.schedule.rrf_k)
+
+
+def sampled(array: np.ndarray, count: int) -> np.ndarray:
+    """Of more than `count` rows every n-th, about `count`."""
+    return array[:: max(1, len(array) // count)]
+
+
+def average_ranks(scores: np.ndarray) -> np.ndarray:
+    """[samples] float64 ranks from 1, low scores first; equal scores share their mean rank, NaN ranks last."""
+    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]
+
+
+def stage_table(ranked: Ranked) -> str:
+    """A line a stage for the terminal: how many samples it brings in, and the mean of each signal over them."""
+    names = [one.signal.name for one in ranked.known.signals]
+    lines = [f"{'stage':<8}{'new samples':>12}" + "".join(f"{name[-26:]:>28}" for name in names)]
+    for row in stage_rows(ranked):
+        lines.append(f"{row['stage']:<8}{row['new']:>12,}" + "".join(f"{cell:>28}" for cell in row["means"]))
+    correlation = ranked.rank_correlation
+    if correlation is not None:
+        lines.append(f"rank correlation of {names[0]} and {names[1]}: {correlation:.2f}")
+    return "\n".join(lines)
+
+
+def stage_rows(ranked: Ranked) -> list[dict[str, Any]]:
+    """Of each stage: its number, how many samples it brings in, and each signal's mean over them, as text."""
+    rows = []
+    for stage, new in enumerate(ranked.new_samples()):
+        here = ranked.stage_of == stage
+        means = [f"{_mean(scores[here]):.3f}" for scores in ranked.known.scores]
+        rows.append({"stage": stage + 1, "new": len(new), "means": means})
+    return rows
+
+
+def stage_samples(ranked: Ranked, table: Path) -> list[dict[str, Any]]:
+    """Three samples that each stage brings in, the easiest, the middle one and the hardest: what the difficulty table
+    says of them, as text."""
+    picked = []
+    for stage, new in enumerate(ranked.new_samples()):
+        places = sorted({0, len(new) // 2, len(new) - 1}) if len(new) else []
+        picked += [(stage + 1, int(new[place])) for place in places]
+    texts = [name for name in ("prompt", "reference", "answer") if name in pq.read_schema(table).names]
+    wanted = pa.array([index for _, index in picked])
+    found = pq.read_table(table, columns=["index", *texts], filters=pc.field("index").isin(wanted)).to_pylist()
+    record_of = {record["index"]: record for record in found}
+    row_of = {int(ranked.known.index[row]): int(row) for row in np.flatnonzero(np.isin(ranked.known.index, wanted))}
+    return [
+        {
+            "stage": stage,
+            **{name: record_of[index].get(name, "") for name in ("prompt", "reference", "answer")},
+            "scores": [f"{scores[row_of[index]]:.3f}" for scores in ranked.known.scores],
+        }
+        for stage, index in picked
+    ]
+
+
+def difficulty_figure(ranked: Ranked) -> Any:
+    """A histogram of each signal (three at most), coloured by the stage that brings the samples in; the ranks by the
+    first two against each other, with the stages' cuts."""
+    from matplotlib.figure import Figure
+
+    histograms = list(zip(ranked.known.signals, ranked.known.scores, strict=True))[:3]
+    panels = len(histograms) + (len(ranked.known.scores) > 1)
+    figure = Figure(figsize=(4.4 * panels, 3.9), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis, (one, scores) in zip(axes, histograms, strict=False):
+        _histogram(axis, scores, ranked)
+        axis.set(xlabel=one.signal.meaning, ylabel="samples", title=one.signal.name)
+    if len(ranked.known.scores) > 1:
+        _rank_scatter(axes[-1], ranked)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    sizes = [len(new) for new in ranked.new_samples()]
+    labels = [f"stage {stage + 1} brings in {size:,}" for stage, size in enumerate(sizes)]
+    handles = [_patch(stage) for stage in range(len(sizes))]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(sizes), 6), frameon=False, fontsize=9)
+    return figure
+
+
+def _histogram(axis: Any, scores: np.ndarray, ranked: Ranked) -> None:
+    finite = np.isfinite(scores)
+    if not finite.any():
+        axis.text(0.5, 0.5, "no scores", ha="center", transform=axis.transAxes)
+        return
+    edges = np.histogram_bin_edges(scores[finite], BINS)
+    below = np.zeros(len(edges) - 1)
+    for stage in range(len(ranked.curriculum.stages)):
+        counts, _ = np.histogram(scores[finite & (ranked.stage_of == stage)], edges)
+        axis.bar(edges[:-1], counts, np.diff(edges), bottom=below, align="edge", color=_colour(stage))
+        below = below + counts
+
+
+def _rank_scatter(axis: Any, ranked: Ranked) -> None:
+    N = len(ranked.known.index)
+    first, second = (ordinal_ranks(hardness) for hardness in ranked.hardness(POINTS))
+    stage_of, scale = sampled(ranked.stage_of, POINTS), N / len(first)
+    for stage in range(len(ranked.curriculum.stages)):
+        here = stage_of == stage
+        axis.scatter(scale * first[here], scale * second[here], s=6, alpha=0.6, color=_colour(stage), lw=0)
+    if len(ranked.known.scores) == 2:
+        for cut in ranked.curriculum.stages[:-1]:
+            axis.plot(*_cut(ranked, float(ranked.curriculum.score[cut.size - 1])), color="#333", lw=0.9, ls="--")
+    correlation, names = ranked.rank_correlation, [one.signal.name for one in ranked.known.signals[:2]]
+    title = "the two ranks" if correlation is None else f"rank correlation {correlation:.2f}"
+    axis.set(xlabel=f"rank by {names[0]}, 1 is easy", ylabel=f"rank by {names[1]}", title=f"{title}; stage cuts dashed")
+    axis.set(xlim=(0, N + 1), ylim=(0, N + 1))
+
+
+def ordinal_ranks(scores: np.ndarray) -> np.ndarray:
+    """[samples] int64 ranks from 1, low scores first, ties by place, NaN last: as the fusion takes them."""
+    rank = np.empty(len(scores), dtype=np.int64)
+    rank[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    return rank
+
+
+def _cut(ranked: Ranked, score: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the fused score of two ranks has a value: the second rank for each of a few first ranks."""
+    N = len(ranked.known.index)
+    first = np.linspace(1, N, 400)
+    rest = score - ranked.known.signals[0].weight / (ranked.k + first)
+    second = np.full_like(first, np.nan)
+    second[rest > 0] = ranked.known.signals[1].weight / rest[rest > 0] - ranked.k
+    second[(second < 1) | (second > N)] = np.nan
+    return first, second
+
+
+def _mean(scores: np.ndarray) -> float:
+    known = scores[~np.isnan(scores)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _patch(stage: int) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=_colour(stage))
+
+
+def _colour(stage: int) -> Any:
+    from matplotlib import colormaps
+
+    return COLOURS[stage] if stage < len(COLOURS) else colormaps["tab20"](stage % 20)

@@ -1,0 +1,234 @@
+"""The run directory: its configuration, its lock, and the stamps that say what each step was made from.
+
+Knows files and options. Does not know what the steps do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
+from pocl_fast.data.records import file_fingerprint
+from pocl_fast.models import loading
+from pocl_fast.options import RunConfig, to_yaml
+from pocl_fast.system import ranks
+from pocl_fast.system.console import measured
+from pocl_fast.system.errors import InputError
+from pocl_fast.system.files import write_json, write_text
+
+_STUDENT = ("student", "student_layers", "precision", "trust_remote_code")
+_LENGTHS = ("template", "max_length", "max_prompt_length", "long_prompts")
+_TRAIN = ("train", "data_source", "teacher answers")
+_GENERATION = ("max_new_tokens", "generation_batch_size", "generation_batch_tokens", "generation_engine")
+_ANSWERS = (*_GENERATION, "eval_seeds")
+# What each step is made from: options, and files by their content.
+READS = {
+    "measure": (*_STUDENT, *_LENGTHS, *_GENERATION, "measure_temperature", "measure_seed", *_TRAIN),
+    "measure-teacher": (*_STUDENT, *_LENGTHS, *_TRAIN, "teacher columns"),
+    "rank": ("curriculum", "signals", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet", TEACHER_SCORES),
+    "train": (
+        *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", *_TRAIN, "dev", "max_new_tokens",
+        "divergence", "beta", "skew", "temperature_scaling", "within_stage", "epochs_per_stage", "steps_per_stage",
+        "patience", "fresh_optimizer", "fresh_learning_rate", "stage_weights", "remeasure", "batch_size",
+        "tokens_per_batch", "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm",
+        "on_nonfinite", "rollouts", "lmbda", "mixed_alpha", "loss_eps", "replay_ratio",
+        "replay_capacity", "cache_mode", "cache_dtype", "cache_top_k", "seed", "curriculum", "curriculum.json",
+    ),
+    "evaluate-before": (*_STUDENT, *_LENGTHS, *_ANSWERS, "dev"),
+    "evaluate-after": (*_LENGTHS, *_ANSWERS, "precision", "dev", "student/model.safetensors"),
+}  # fmt: skip
+# Whose result a step builds on without reading the data behind it: what both are made from must agree.
+BUILDS_ON = {"train": "measure"}
+# What each step leaves: its result, then what an interrupted one may have begun.
+WRITES = {
+    "measure": ("difficulty.parquet", "difficulty.parts"),
+    "measure-teacher": (TEACHER_SCORES, "teacher_scores.parts"),
+    "rank": ("curriculum.json", "difficulty.png"),
+    "train": ("student", "checkpoints", "metrics.jsonl"),
+    "evaluate-before": ("answers-before.jsonl",),
+    "evaluate-after": ("answers-after.jsonl",),
+}
+# What means nothing once a step is done anew.
+SPOILS = {"measure": ("measure-teacher", "rank"), "train": ("evaluate-after",)}
+
+
+class RunDirectory:
+    """A folder that holds one run: its configuration, the stamps of its steps, and their files."""
+
+    def __init__(self, path: Path, *, restart: bool = False) -> None:
+        """Opens or creates the folder and locks it; `restart` lets steps made from other input be done again.
+
+        Raises `InputError` where it holds something else, or is in use.
+        """
+        self.path, self.restart = path, restart
+        self._stamps_path = path / "steps.json"
+        self.stamps: dict[str, Any] = {}  # of the first rank, which alone reads and writes here
+        ranks.from_first(self._open)
+
+    def _open(self) -> None:
+        path = self.path
+        if path.is_file():
+            raise InputError(f"--output {path} is a file; give a folder")
+        known = path / "config.yaml"
+        if path.is_dir() and not known.exists() and any(p.name != ".lock" for p in path.iterdir()):
+            raise InputError(f"--output {path} holds other files and is not a run; give a new or an empty folder")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+        except OSError as error:
+            raise InputError(f"cannot write to --output {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"another pocl-fast is working in {path}; wait for it, or give another --output"
+            ) from error
+        self.stamps = json.loads(self._stamps_path.read_text()) if self._stamps_path.exists() else {}
+
+    def begin(self, step: str, config: RunConfig) -> bool:
+        """Whether the step is still to be done, on every rank. Raises `InputError` where it was begun with other
+        options or files."""
+        return ranks.from_first(lambda: self._begin(step, config))
+
+    def _begin(self, step: str, config: RunConfig) -> bool:
+        made_from = self._made_from(step, config)
+        stamp = self.stamps.get(step)
+        left = [name for name in WRITES[step] if (self.path / name).exists()]
+        if stamp and (WRITES[step][0] not in left if stamp["done"] else not left):
+            stamp = None  # somebody deleted the result to have it made again, or the step failed before it began
+        if stamp:
+            changed = _changes(stamp["made_from"], made_from)
+            if changed and not self.restart:
+                state = "was made" if stamp["done"] else "was begun"
+                raise InputError(
+                    f"{self.path} holds another run: its step {step!r} {state} with other input ({changed})."
+                    " Give the same options to go on, another --output for a new run,"
+                    " or --restart to do this step again in this one"
+                )
+            if changed:
+                stamp = None
+            elif stamp["done"]:
+                return False
+        self._check_earlier(step, made_from)
+        if stamp is None:
+            self._clear(step)
+        self.record(config)
+        seconds, peak = (stamp["seconds"], stamp["peak_bytes"]) if stamp else (0.0, 0)
+        self.stamps[step] = {"done": False, "made_from": made_from, "seconds": seconds, "peak_bytes": peak}
+        self._save_stamps()
+        return True
+
+    def record(self, config: RunConfig) -> None:
+        """Writes the options of the run, for work that is no step."""
+        if ranks.is_first():
+            write_text(self.path / "config.yaml", to_yaml(config))
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[dict[str, Any]]:
+        """Stamps a step as done when the block ends, and with its time and memory however it ends.
+
+        Gives a dict for facts that the stamp is to hold besides.
+        """
+        facts: dict[str, Any] = {}
+        done = False
+        try:
+            with measured() as usage:
+                yield facts
+            done = True
+        finally:
+            if ranks.is_first():
+                stamp = self.stamps[step]
+                stamp["seconds"] += usage.seconds
+                stamp["peak_bytes"] = max(stamp["peak_bytes"], usage.peak_bytes)
+                stamp |= {"done": done, **facts}
+                self._save_stamps()
+
+    def _made_from(self, step: str, config: RunConfig) -> dict[str, Any]:
+        options = config.flat()
+        made_from: dict[str, Any] = {}
+        for name in READS[step]:
+            if name in ("train", "dev"):
+                made_from[f"{name} data"] = file_fingerprint(required(options[name], f"--{name}"))
+            elif name == "teacher" or (name == "student" and options["student"]):
+                made_from[name] = loading.source_fingerprint(required(options[name], f"--{name}"))
+            elif name == "student":
+                made_from[name] = "cut from " + loading.source_fingerprint(required(options["teacher"], "--teacher"))
+            elif name == "teacher answers":
+                if options["data_source"] == "teacher":
+                    made_from[name] = _teacher_made_from(options, "--data-source teacher")
+            elif name == "teacher columns":
+                asked = next(iter(teacher_columns(options["signals"])), "")
+                made_from[name] = _teacher_made_from(options, f"--signals {asked}")
+            elif name == TEACHER_SCORES:
+                if may_read_teacher(options["signals"]) and (self.path / name).exists():
+                    made_from[name] = file_fingerprint(self.path / name)
+            elif name in options:
+                made_from[name] = options[name]
+            elif not (self.path / name).exists():
+                maker = next(s for s, outputs in WRITES.items() if name.split("/")[0] == outputs[0])
+                raise InputError(f"{self.path / name} is not there: run `pocl-fast {maker} --output {self.path}` first")
+            else:
+                made_from[name] = file_fingerprint(self.path / name)
+        return made_from
+
+    def _check_earlier(self, step: str, made_from: dict[str, Any]) -> None:
+        """Raises `InputError` where the step that this one builds on was made from other options or data."""
+        earlier = BUILDS_ON.get(step, "")
+        if earlier not in self.stamps:
+            return
+        before = self.stamps[earlier]["made_from"]
+        if changed := _changes(before, {name: value for name, value in made_from.items() if name in before}):
+            raise InputError(
+                f"{self.path} holds another run: its step {earlier!r}, which {step!r} builds on, was made with other"
+                f" input ({changed}). Give the same options to go on, another --output for a new run,"
+                f" or do that step again first: `pocl-fast {earlier} --restart` with the new options"
+            )
+
+    def _clear(self, step: str) -> None:
+        """Removes what an earlier try at the step left, and what was made of it."""
+        for spoiled in SPOILS.get(step, ()):
+            self._clear(spoiled)
+        self.stamps.pop(step, None)
+        if (results := self.path / "evaluation.json").exists() and step.startswith("evaluate-"):
+            kept = json.loads(results.read_text(encoding="utf-8"))
+            kept.pop(step.removeprefix("evaluate-"), None)
+            write_json(results, kept)
+        for name in WRITES[step]:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _save_stamps(self) -> None:
+        write_json(self._stamps_path, self.stamps)
+
+
+def required(value: Any, option: str) -> Any:
+    """The value of an option that must be there. Raises `InputError` where it is None."""
+    if value is None:
+        raise InputError(f"{option} is missing")
+    return value
+
+
+def _teacher_made_from(options: dict[str, Any], asked: str) -> str:
+    """The teacher that an option asks for."""
+    source = loading.source_fingerprint(required(options["teacher"], f"--teacher (for {asked})"))
+    return f"of {source} in {options['teacher_quantization']}"
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which values differ, old and new, for a message."""
+    changed = [name for name in now if before.get(name) != now[name]]
+    return "; ".join(f"{name}: was {_short(before.get(name))}, now {_short(now[name])}" for name in changed)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "..." if len(text) == 64 and " " not in text else text

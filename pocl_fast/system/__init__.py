@@ -1,0 +1,3 @@
+"""Files, processes and the console.
+
+Knows no model and no sample."""

@@ -1,0 +1,91 @@
+"""A teacher from its name to what training asks: loaded where and as the options say, its layers laid out, its cache
+opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pocl_fast.data.records import EncodedSample
+from pocl_fast.models import loading
+from pocl_fast.models.frozen import drop_weights, freeze_linears
+from pocl_fast.models.loading import Precision, Quantization
+from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.placement import Placement
+from pocl_fast.models.quantised import load_quantised
+from pocl_fast.system.errors import InputError
+from pocl_fast.teacher.shards import HIDDEN_DTYPES
+from pocl_fast.teacher.teacher import Teacher
+
+WITH_STUDENT, SPREAD = "student", "spread"  # places of a teacher that are no device's name
+
+
+def load_teacher(
+    source: str,
+    folder: Path,
+    *,
+    precision: Precision,
+    quantization: Quantization = "none",
+    where: str = WITH_STUDENT,
+    probe_samples: Sequence[EncodedSample] = (),
+    trust_remote_code: bool = False,
+    say: Callable[[str], object] = print,
+) -> Any:
+    """The teacher behind a name. A quantised one is kept in `folder`, and its divergence from the full model said.
+
+    `where` is "student" (the student's device), "spread" (over the GPUs, main memory and the disk, as far as each has
+    room) or a device. Every rank must call. Raises `InputError` for what cannot be loaded, or not so.
+    """
+    on_gpu = precision.device.type == "cuda" and precision.name == "bf16"
+    common: dict[str, Any] = {
+        "dtype": torch.bfloat16 if on_gpu else torch.float32,
+        "trust_remote_code": trust_remote_code,
+    }
+    if where == SPREAD:
+        if quantization != "none":
+            raise InputError("a quantised teacher lies on one device: give teacher_device a device, or no quantization")
+        say(f"loading the teacher {source}, spread over the devices that have room")
+        return loading.load_model(source, placement=Placement("auto", offload_folder=folder / "offloaded"), **common)
+    device = precision.device if where == WITH_STUDENT else loading.choose_device(where)
+    if quantization == "none":
+        say(f"loading the teacher {source}")
+        return loading.load_model(source, device=device, **common)
+    say(f"loading the teacher {source} in {quantization}")
+    return load_quantised(source, quantization, folder, device=device, probe_samples=probe_samples, say=say, **common)
+
+
+def cached_teacher(
+    model: Any,
+    folder: Path,
+    options: Any,
+    *,
+    precision: Precision,
+    device: torch.device,
+    keep_body: bool,
+    owned: bool,
+    say: Callable[[str], object] = print,
+) -> Teacher:
+    """The teacher with its cache. `options` has `cache_mode`, `cache_dtype` and `cache_top_k`; what a loss is given
+    lies on `device`. Where the model is `owned`, nobody else looks at its weights, and those that were laid out for the
+    CPU are dropped."""
+    with precision.autocast():
+        enable_packing(model, say)
+    frozen = freeze_linears(model.get_decoder(), precision.frozen_dtype)  # the lm_head's products stay fp32
+    mode: Literal["hidden", "topk"] = options.cache_mode
+    with precision.autocast():
+        teacher = Teacher(
+            model,
+            folder,
+            cache_dtype=HIDDEN_DTYPES[options.cache_dtype],
+            cache_mode=mode,
+            top_k=options.cache_top_k,
+            precision=precision.name,
+            device=device,
+            keep_body=keep_body,
+        )
+    if owned:
+        drop_weights(frozen)
+    return teacher

@@ -1,0 +1,3 @@
+"""The optimisation: `PoclTrainer` and its parts.
+
+Knows a folder for its checkpoints, but no run directory."""

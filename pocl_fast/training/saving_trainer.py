@@ -1,0 +1,112 @@
+"""A transformers trainer whose checkpoints are whole or not there.
+
+Knows when a trainer saves and goes on. Does not know what it trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+
+from pocl_fast.system import ranks
+from pocl_fast.system.console import say
+from pocl_fast.system.errors import InputError
+from pocl_fast.training import checkpoints
+
+
+class SavingTrainer(Trainer):
+    """Writes each checkpoint beside its place and seals it there (see `checkpoints`)."""
+
+    _saving_to: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return Path(str(self.args.output_dir))
+
+    def before_saving(self) -> None:
+        """Called on every rank before a checkpoint is written."""
+
+    def write_state(self, checkpoint: Path) -> None:
+        """Adds to a checkpoint what only a subclass knows; on the first rank."""
+
+    def remove_old(self) -> None:
+        """Called on the first rank when a checkpoint is there."""
+        checkpoints.remove_old(self.folder, self.args.save_total_limit)
+
+    def found_checkpoint(self, chosen: str | bool | None) -> Path | None:
+        """The checkpoint to go on from: the newest whole one (True, where there is one), a chosen one, or none.
+
+        Raises `InputError` for a chosen one that is damaged.
+        """
+        if not chosen:
+            checkpoints.check_none_after(self.folder, -1)
+            return None
+        if chosen is True:
+            return ranks.from_first(lambda: checkpoints.newest_whole(self.folder, say))
+        if wrong := checkpoints.damage(Path(chosen)):
+            raise InputError(f"cannot go on from checkpoint {chosen}: {wrong}")
+        checkpoints.check_none_after(self.folder, checkpoints.step_of(Path(chosen)))
+        return Path(chosen)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: transformers calls it before the checkpoint is in its place."""
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`; of the output folder only the model goes there, from its folder `hub`."""
+        with self._uploading_alone():
+            return super().push_to_hub(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _uploading_alone(self) -> Iterator[None]:
+        """transformers uploads the whole output folder: the teacher's cache and the training prompts would be in it."""
+        before, folder = self.args.output_dir, self.folder / "hub"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.args.output_dir = str(folder)
+        try:
+            yield
+        finally:
+            self.args.output_dir = before
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        partial, target = self.folder / "checkpoint.partial", self.folder / f"checkpoint-{self.state.global_step}"
+        self.before_saving()
+        writes = self.is_world_process_zero()
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving_to = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if writes:
+                self.write_state(partial / target.name)
+                checkpoints.seal(partial / target.name, target)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (trouble := checkpoints.disk_trouble(error)) is None:
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(
+                f"cannot write checkpoint {target}: {trouble}. Free some space and run the same command again; it goes"
+                " on from the checkpoint before"
+            ) from error
+        finally:
+            self._saving_to = None
+            self.state.best_model_checkpoint = None  # transformers noted a place that is gone
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            if self.args.push_to_hub:
+                with self._uploading_alone():
+                    super()._push_from_checkpoint(str(target))
+            self.remove_old()
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,59 @@
+"""Scores of answers against the same computed by hand."""
+
+import numpy as np
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+from tiny_training import encoded_samples, student_model, transformers_loss
+
+from pocl_fast.answers import evaluation
+from pocl_fast.answers.evaluation import evaluate, exact_match, mean_token_cross_entropy
+from pocl_fast.data.records import SampleEncoder
+
+
+def test_cross_entropy_of_a_set_weighs_every_token_alike(tmp_path):
+    _, encoded = encoded_samples(9)
+    losses = [transformers_loss(tiny_model(), sample) for sample in encoded]
+    counts = [len(sample.response_ids) for sample in encoded]
+    want = sum(a * n for a, n in zip(losses, counts, strict=True)) / sum(counts)
+    assert mean_token_cross_entropy(student_model(), encoded, packed=True) == pytest.approx(want, rel=1e-5)
+    assert want != pytest.approx(np.mean(losses), rel=1e-3)
+
+
+def test_exact_match_passes_over_case_punctuation_and_spacing_and_takes_any_reference():
+    answers = ["The  Cat!", "dog", "a b", ""]
+    references = [["the cat"], ["cat", "Dog."], ["ab"], ["x"]]
+    assert exact_match(answers, references) == 0.5
+
+
+def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tmp_path, monkeypatch):
+    samples, encoded = encoded_samples(4)  # references "0", "1 1", "2 2 2", "3 3 3 3"
+    answers = {10: ["0", "1 1", "2 2 2", "no"], 20: ["no", "1", "no", "no"]}
+    asked = []
+
+    def scripted(model, encoded, encoder, *, seed, temperature, **_):
+        asked.append((seed, temperature))
+        return answers[seed]
+
+    monkeypatch.setattr(evaluation, "answer_all", scripted)
+    settings = {"seeds": (10, 20), "max_new_tokens": 4, "batch_size": 2, "packed": True}
+    scores, first = evaluate(student_model(), samples, encoded, SampleEncoder(tiny_tokenizer()), **settings)
+    assert asked == [(10, 1.0), (20, 1.0)]
+    assert first == answers[10]
+    by_seed = [75.0, 100 * (2 / 3) / 4]  # "1" for "1 1": precision 1, recall 1/2
+    assert scores.rouge_l == pytest.approx(np.mean(by_seed))
+    assert scores.rouge_l_spread == pytest.approx((by_seed[0] - by_seed[1]) / 2)
+    assert scores.exact_match == pytest.approx((75 + 0) / 2)
+    assert scores.cross_entropy == pytest.approx(mean_token_cross_entropy(tiny_model(), encoded, packed=True), rel=1e-5)
+    assert (scores.seeds, scores.samples) == ((10, 20), 4)
+    assert scores.to_dict()["rouge_l"] == scores.rouge_l
+
+
+def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tmp_path):
+    samples, encoded = encoded_samples(6)
+    encoder = SampleEncoder(tiny_tokenizer())
+    settings = {"max_new_tokens": 6, "batch_size": 4, "packed": True}
+    one, two, three = (
+        evaluate(student_model(), samples, encoded, encoder, seeds=[seed], **settings)[1] for seed in (10, 10, 20)
+    )
+    assert one == two
+    assert one != three

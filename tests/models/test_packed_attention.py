@@ -1,0 +1,515 @@
+"""How a model attends over packed rows: which way is chosen, that each computes the same, and what it costs."""
+
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PhimoeConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StableLmConfig,
+    masking_utils,
+)
+
+from pocl_fast.data.packed import (
+    PackingErrors,
+    forward_kwargs,
+    pack,
+    packing_errors,
+    packing_holds,
+    packing_ready,
+    supervised_hidden,
+)
+from pocl_fast.data.records import EncodedSample
+from pocl_fast.models import packed_attention
+from pocl_fast.models.packed_attention import (
+    BY_MASK,
+    BY_SAMPLE,
+    VARLEN,
+    choose_way,
+    enable_packing,
+    packed_by_sample,
+    packed_varlen,
+)
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+GQA = {**SMALL, "num_key_value_heads": 2}
+FALCON = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+MIXED_LAYERS = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
+
+
+class Layer(torch.nn.Module):
+    """What an attention function asks of the module that calls it."""
+
+    num_key_value_groups = 2
+    is_causal = True
+
+
+def model_of(config, dtype=torch.float32, attention="eager"):
+    torch.manual_seed(0)
+    config.initializer_range = 0.3
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
+
+
+def row(*lengths, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
+    return [EncodedSample(i, tuple(ids[:1]), tuple(ids[1:]), False) for i, ids in enumerate(tokens)]
+
+
+def each_alone(model, samples):
+    """Logits [T, V] of each sample by itself, by the attention that the model has."""
+    with torch.no_grad():
+        rows = [model(input_ids=torch.tensor([s.prompt_ids + s.response_ids]), use_cache=False) for s in samples]
+    return torch.cat([output.logits[0] for output in rows])
+
+
+def by_hand(q, k, v, lengths, scale, window=None):
+    """Attention in float64, softmax by softmax: [1, heads, T, size] -> [1, T, heads, size]."""
+    outputs = []
+    groups = q.shape[1] // k.shape[1]
+    for a, b, c in zip(*(x.double().split(lengths, dim=2) for x in (q, k, v)), strict=True):
+        b, c = b.repeat_interleave(groups, 1), c.repeat_interleave(groups, 1)
+        places = torch.arange(a.shape[2])
+        behind = places[:, None] - places[None]
+        allowed = (behind >= 0) & (behind < (window or len(places)))
+        outputs.append((a @ b.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf).softmax(-1) @ c)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def varlen_by_its_documentation(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """What torch's documentation says of varlen_attn, in place of its CUDA kernel: [T, heads, size] -> the same."""
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+    assert query.shape[-1] % 8 == 0
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    lengths = cu_seq_q.diff().tolist()
+    assert max_q == max_k == max(lengths)
+    left, right = window_size
+    assert right == 0
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    window = None if left == -1 else left + 1
+    return by_hand(q, k, v, lengths, scale, window)[0].to(query.dtype)
+
+
+@pytest.fixture
+def flash_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(packed_attention, "_takes_flash", lambda value, dropout: True)
+    monkeypatch.setattr(packed_attention, "_varlen_attn", lambda: varlen_by_its_documentation)
+
+
+# ---- which way ----
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    monkeypatch.setattr(packed_attention, "_has_flash_attn", lambda: True)
+
+
+def chosen(config, device=CUDA, dtype=torch.bfloat16, trains=False):
+    return choose_way(model_of(config, dtype), device, here=device, trains=trains)
+
+
+def test_a_gpu_takes_torchs_flash_attention_where_the_package_is_missing():
+    for config in (LlamaConfig(**GQA), MistralConfig(**GQA, sliding_window=4), Qwen2Config(**GQA, **MIXED_LAYERS)):
+        assert chosen(config).implementation == VARLEN
+        assert chosen(config, dtype=torch.float16).implementation == VARLEN
+
+
+def test_a_gpu_takes_the_flash_attn_package_where_it_is_and_the_family_runs_on_it(flash_attn):
+    assert chosen(LlamaConfig(**GQA)).implementation == "flash_attention_2"
+    assert chosen(Gemma2Config(**GQA)).implementation == "flash_attention_2"  # it has no sdpa, for its softcap
+    assert chosen(PhimoeConfig(**GQA, sliding_window=4, num_local_experts=2)).implementation == BY_SAMPLE
+    assert chosen(LlamaConfig(**GQA, head_dim=264)).implementation == BY_SAMPLE
+    assert chosen(FalconConfig(**FALCON)).implementation is None  # its attention cannot be set
+
+
+def test_under_autocast_weights_in_fp32_take_flash_attention(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")  # without a GPU torch turns it off
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
+    assert chosen(LlamaConfig(**GQA), dtype=torch.float32).implementation == VARLEN
+
+
+def test_a_model_that_will_be_sharded_over_gpus_and_is_not_there_yet_is_prepared_for_them(flash_attn):
+    model = model_of(LlamaConfig(**GQA), torch.bfloat16)
+    assert choose_way(model, CUDA, here=CPU).implementation == VARLEN  # flash-attn could not be tried on a CPU
+    assert packing_ready(model, lambda _: None, device=CUDA)
+    assert model.config._attn_implementation == VARLEN
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "reason"),
+    [
+        (LlamaConfig(**GQA), {"dtype": torch.float32}, "bf16 or fp16 alone, and the model computes in torch.float32"),
+        (LlamaConfig(**GQA, attention_dropout=0.1), {"trains": True}, "no dropout, and the model's attention has 0.1"),
+        (GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4), {"trains": True}, "the model's attention has 0.1"),
+        (LlamaConfig(**GQA, head_dim=264), {}, "heads of 256 numbers at most, and the model's have 264"),
+        (PhimoeConfig(**GQA, sliding_window=4, num_local_experts=2), {}, "masks that varlen_attn does not take"),
+    ],
+)
+def test_a_gpu_never_takes_the_slow_way_without_the_reason(config, options, reason):
+    way = chosen(config, **options)
+    assert way.implementation == BY_SAMPLE
+    assert "slower than flash attention" in way.says
+    assert reason in way.says
+
+
+def test_a_teacher_with_dropout_in_its_attention_does_not_train_and_takes_flash_attention():
+    assert chosen(LlamaConfig(**GQA, attention_dropout=0.1)).implementation == VARLEN
+
+
+def test_a_torch_without_varlen_attn_is_named(monkeypatch):
+    monkeypatch.setattr(packed_attention, "_varlen_attn", lambda: None)
+    assert f"torch {torch.__version__} has no varlen_attn" in chosen(LlamaConfig(**GQA)).says
+    monkeypatch.setattr(packed_attention, "_has_flash_attn", lambda: True)
+    way = choose_way(model_of(LlamaConfig(**GQA), torch.bfloat16), CUDA, here=CPU)
+    assert "flash-attn is tried on a GPU alone" in way.says
+
+
+def test_a_gpu_that_flash_attention_is_not_compiled_for_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 8.0 or above" in chosen(LlamaConfig(**GQA), dtype=torch.float16).says
+
+
+def test_the_way_is_said_once_and_again_where_it_is_another():
+    model, said = model_of(LlamaConfig(**GQA)), []
+    for device in ("cpu", "cpu", "cuda", "cuda"):
+        enable_packing(model, said.append, device=device)
+    assert said[0] == "LlamaForCausalLM attends to packed rows by one sdpa call a sample"
+    assert said[1].startswith(said[0] + ", which is slower than flash attention: that takes bf16")
+    assert len(said) == 2
+
+
+def test_a_family_whose_scores_are_capped_keeps_its_own_attention_and_says_so():
+    config = Gemma2Config(**GQA, attn_logit_softcapping=2.0)
+    model, samples = model_of(config, attention=None), row(*LENGTHS)  # as transformers would load it
+    want = each_alone(model_of(config), samples)
+    said = []
+    assert packing_ready(model, said.append)
+    assert said == [
+        "Gemma2ForCausalLM attends to packed rows by its own attention, over a mask of the whole row: sdpa does not cap"
+        " its scores"
+    ]
+    with torch.no_grad():
+        got = model(**forward_kwargs(model, pack(samples))).logits[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+# ---- what is computed ----
+
+LENGTHS = (5, 1, 12, 9)  # one token alone; longer and shorter than the windows of 4 and 9
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
+def test_output_and_gradients_of_each_sample_are_those_of_float64(seed, window):
+    T = sum(LENGTHS)
+    leaves = [torch.randn(1, heads, T, 8, requires_grad=True) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, T, 4, 8)
+    got, _ = packed_by_sample(Layer(), *leaves, None, LENGTHS, sliding_window=window, scaling=0.3)
+    want = by_hand(*leaves, LENGTHS, 0.3, window)
+    gradients = [torch.autograd.grad(out, leaves, up) for out, up in ((got, upstream), (want, upstream.double()))]
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    for ours, exact in zip(*gradients, strict=True):
+        assert (ours - exact).norm() <= 1e-5 * max(exact.norm(), upstream.norm())  # a window of 1 has none
+
+
+ATTENDING = pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**GQA),
+        MistralConfig(**GQA, sliding_window=4),
+        Qwen2Config(**GQA, **MIXED_LAYERS, sliding_window=4),
+        Qwen3Config(**GQA, head_dim=12),  # padded to 16 for the kernel
+    ],
+    ids=["full", "windows", "both", "head of 12"],
+)
+
+
+@ATTENDING
+def test_by_flash_attention_the_logits_are_those_of_each_sample_alone(flash_on_a_cpu, config):
+    model, samples = model_of(config, torch.bfloat16), row(*LENGTHS)
+    want = each_alone(model.float(), samples)
+    model.to(torch.bfloat16).config._attn_implementation = VARLEN
+    packed_attention.register()
+    with torch.no_grad():
+        got = model(**forward_kwargs(model, pack(samples))).logits[0].float()
+    assert (got - want).norm() <= 2e-2 * want.norm()  # of bf16; a window off by one moves it by 0.3
+
+
+@pytest.mark.gpu
+@ATTENDING
+def test_on_a_gpu_the_logits_are_those_of_each_sample_alone(config):
+    samples = row(*LENGTHS)
+    exact, model = model_of(config, torch.bfloat16).float(), model_of(config, torch.bfloat16).to("cuda")
+    said = []
+    assert packing_ready(model, said.append)
+    assert "flash" in said[0]
+    with torch.no_grad():
+        got = model(**forward_kwargs(model, pack(samples).to("cuda"))).logits[0].float().cpu()
+    want = each_alone(exact, samples)
+    assert (got - want).norm() <= 3e-2 * want.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("size", [64, 128, 12])
+def test_on_a_gpu_flash_attention_and_its_gradients_are_those_of_float64(seed, window, size):
+    lengths = (*LENGTHS, 200, 131)
+    T = sum(lengths)
+    leaves = [torch.randn(1, heads, T, size).bfloat16().requires_grad_(True) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, T, 4, size).bfloat16()
+    ends = torch.tensor((0, *lengths)).cumsum(0).to("cuda", torch.int32)
+    on_gpu = [x.detach().cuda().requires_grad_(True) for x in leaves]
+    got, _ = packed_varlen(Layer(), *on_gpu, None, lengths, sliding_window=window, cu_seq_lens_q=ends)
+    got.backward(upstream.cuda())
+    want = by_hand(*leaves, lengths, size**-0.5, window)
+    want.backward(upstream.double())
+    assert (got.cpu() - want).norm() <= 1e-2 * want.norm()  # of bf16 products
+    for ours, exact in zip(on_gpu, leaves, strict=True):
+        scale = max(exact.grad.norm(), upstream.norm() / 100)  # a window of 1 has no gradient by query and key
+        assert (ours.grad.cpu().float() - exact.grad.float()).norm() <= 2e-2 * scale
+
+
+def test_by_flash_attention_a_window_holds_the_token_itself(flash_on_a_cpu, seed):
+    T = sum(LENGTHS)
+    q, k, v = (torch.randn(1, heads, T, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
+    got, _ = packed_varlen(Layer(), q, k, v, None, LENGTHS, sliding_window=4, cu_seq_lens_q=ends)
+    torch.testing.assert_close(got, by_hand(q, k, v, LENGTHS, 8**-0.5, 4).to(torch.bfloat16))
+
+
+def test_values_of_another_size_than_the_keys_come_back_in_their_own(flash_on_a_cpu, seed):
+    T = sum(LENGTHS)
+    q, k, v = (torch.randn(1, 4, T, size, dtype=torch.bfloat16) for size in (12, 12, 8))
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
+    got, _ = packed_varlen(Layer(), q, k, v, None, LENGTHS, cu_seq_lens_q=ends)
+    torch.testing.assert_close(got, by_hand(q, k, v, LENGTHS, 12**-0.5).to(torch.bfloat16))
+
+
+def test_torchs_varlen_attn_takes_what_it_is_given():
+    """Its own shape functions, on tensors without values: fewer heads of keys, a window, and gradients."""
+    attend = packed_attention._varlen_attn()
+    if attend is None:
+        pytest.skip(f"torch {torch.__version__} has no varlen_attn")
+    leaves = [
+        torch.empty(27, heads, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (4, 2, 2)
+    ]
+    ends = torch.empty(5, dtype=torch.int32, device="meta")
+    output = attend(*leaves, ends, ends, 12, 12, scale=0.3, window_size=(3, 0))
+    output.sum().backward()
+    assert output.shape == leaves[0].shape
+    assert [x.grad.shape for x in leaves] == [x.shape for x in leaves]
+
+
+def test_the_scale_is_the_models_own(flash_on_a_cpu, seed):
+    T = sum(LENGTHS)
+    q, k, v = (torch.randn(1, heads, T, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
+    got, _ = packed_varlen(Layer(), q, k, v, None, LENGTHS, scaling=1.5, cu_seq_lens_q=ends)
+    torch.testing.assert_close(got, by_hand(q, k, v, LENGTHS, 1.5).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("what", [{"softcap": 2.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}])
+def test_what_flash_attention_cannot_compute_is_not_left_out(flash_on_a_cpu, monkeypatch, what):
+    called = []
+    monkeypatch.setattr(packed_attention, "packed_by_sample", lambda *args, **kwargs: called.append(kwargs))
+    q, k, v = (torch.randn(1, heads, 27, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
+    packed_varlen(Layer(), q, k, v, None, LENGTHS, cu_seq_lens_q=ends, **what)
+    assert [call.keys() & what.keys() for call in called] == [what.keys()]
+
+
+def test_flash_attention_is_not_asked_for_dropout_or_fp32():
+    class OnGpu:
+        is_cuda, device, dtype = True, CUDA, torch.bfloat16
+
+    assert packed_attention._takes_flash(OnGpu, 0.0)
+    assert not packed_attention._takes_flash(OnGpu, 0.1)
+    OnGpu.dtype = torch.float32
+    assert not packed_attention._takes_flash(OnGpu, 0.0)
+
+
+def test_rows_that_are_not_packed_keep_their_mask(seed):
+    model = model_of(LlamaConfig(**GQA))
+    ids, mask = torch.randint(3, 97, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :3] = 0
+    want = model(input_ids=ids, attention_mask=mask).logits
+    for name in (VARLEN, BY_SAMPLE, BY_MASK):
+        enable_packing(model)
+        model.config._attn_implementation = name
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[0, 3:], want[0, 3:])
+
+
+# ---- what it costs ----
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers in all results of the operators within it."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor) and not one._is_view():
+                self.numbers += one.numel()
+        return out
+
+
+def test_the_backward_of_a_row_twice_as_long_writes_twice_as_much():
+    """By slices of the row it would write four times as much: each slice's gradient is as long as the row."""
+    written = []
+    for count in (16, 32):
+        leaves = [torch.randn(1, heads, count * 8, 8, requires_grad=True) for heads in (4, 2, 2)]
+        output, _ = packed_by_sample(Layer(), *leaves, None, [8] * count)
+        with Written() as mode:
+            output.sum().backward()
+        written.append(mode.numbers)
+    assert written[1] <= 2.1 * written[0]
+
+
+@pytest.mark.parametrize("name", [BY_SAMPLE, VARLEN])
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**GQA), MistralConfig(**GQA, sliding_window=4)], ids=["full", "windows"]
+)
+def test_no_mask_of_the_whole_row_is_made_nor_positions_looked_at(monkeypatch, config, name):
+    model, samples = model_of(config), row(*LENGTHS)
+    want = each_alone(model, samples)
+
+    def never(*args, **kwargs):
+        raise AssertionError("transformers was asked for a mask")
+
+    enable_packing(model)
+    model.config._attn_implementation = name
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", never)
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, never)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**forward_kwargs(model, pack(samples))).logits[0], want, rtol=1e-4, atol=1e-4)
+        supervised_hidden(model.get_decoder(), pack(samples), packed=True)
+        with pytest.raises(AssertionError, match="asked for a mask"):  # and is where rows are padded
+            model(input_ids=torch.ones(1, 3, dtype=torch.int64), attention_mask=torch.ones(1, 3))
+
+
+# ---- families that need transformers' masks ----
+
+
+@pytest.mark.parametrize(
+    ("config", "implementation"),
+    [
+        (StableLmConfig(**GQA), BY_MASK),  # its layers drop what they do not know
+        (PhimoeConfig(**GQA, sliding_window=4, num_local_experts=2), BY_SAMPLE),  # its windows are in masks alone
+        ("llama4", BY_SAMPLE),  # chunks
+    ],
+    ids=["lengths lost", "windows unnamed", "chunks"],
+)
+def test_a_family_that_needs_masks_gets_them(config, implementation):
+    if config == "llama4":
+        from transformers import Llama4TextConfig
+
+        config = Llama4TextConfig(
+            **GQA, head_dim=8, attention_chunk_size=4, intermediate_size_mlp=48, num_local_experts=2
+        )
+    model, samples = model_of(config), row(*LENGTHS)
+    want = each_alone(model, samples)
+    said = []
+    if packed_attention.why_never_packed(model):  # before transformers 5.18
+        pytest.skip("its masks count chunks from the row's begin")
+    assert packing_ready(model, said.append)
+    assert model.config._attn_implementation == implementation
+    with torch.no_grad():
+        got = model(**forward_kwargs(model, pack(samples))).logits[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert ("over a mask of the whole row, which is slow" in said[-1]) == (implementation == BY_MASK)
+
+
+@pytest.mark.parametrize("config_class", [MixtralConfig, OlmoeConfig])
+def test_a_model_with_the_loss_of_its_router_packs(config_class):
+    experts = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
+    model = model_of(config_class(**GQA, **experts, output_router_logits=True))
+    assert packing_ready(model, lambda _: None)
+
+
+def test_packing_holds_where_its_kernel_rounds_as_a_deep_model_in_bf16_does(flash_on_a_cpu):
+    """Eight layers in bf16, whose logits by flash attention and by sdpa are a hundredth apart or so."""
+    config = Qwen3Config(**GQA | {"hidden_size": 256, "num_hidden_layers": 8}, head_dim=64)
+    model = model_of(config, torch.bfloat16)
+    packed_attention.register()
+    model.config._attn_implementation = VARLEN
+    errors = packing_errors(model, 97)
+    assert errors.leak == 0
+    assert errors.alone > 1e-3  # else this shows nothing
+    assert errors.hold
+
+
+@pytest.mark.parametrize("errors", [(0.02, 0.001, 0.001), (0, 0.2, 0.01), (0, 0.15, 0.15), (0, float("nan"), 0.001)])
+def test_packing_does_not_hold_where_samples_leak_or_move_or_the_kernel_is_wrong(errors):
+    assert PackingErrors(0, 1e-6, 1e-6).hold
+    assert not PackingErrors(*errors).hold
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", [StableLmConfig(**GQA), LlamaConfig(**GQA)], ids=["lengths lost", "plain"])
+def test_the_check_leaves_a_model_in_the_mode_it_was_in(config, training):
+    model = model_of(config).train(training)
+    assert packing_ready(model, lambda _: None)
+    assert model.training is training
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (FalconConfig(**FALCON, alibi=True), "its biases (ALiBi) lose digits along a row"),
+        (LlamaConfig(**GQA, index_topk=4), "its indexer chooses among all tokens of a row"),
+    ],
+)
+def test_a_model_whose_long_rows_would_leak_is_padded_with_the_reason(config, reason):
+    model, said = model_of(config), []
+    assert not packing_ready(model, said.append)
+    assert said == [
+        f"{type(model).__name__} does not support packed batches ({reason}): they are padded instead, which is slower"
+    ]
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_that_refuses_packed_rows_is_padded_in_its_own_words(monkeypatch):
+    model, said, forward = model_of(LlamaConfig(**GQA)), [], LlamaForCausalLM.forward
+
+    def refuses(self, *args, packed_lengths=None, **kwargs):
+        if packed_lengths:
+            raise ValueError("cannot keep packed sequences apart\nwithout a kernel")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", refuses)
+    assert not packing_ready(model, said.append)
+    assert "(cannot keep packed sequences apart): they are padded instead" in said[-1]
+
+
+def test_a_model_that_loses_the_lengths_computes_nothing_wrong():
+    model = model_of(StableLmConfig(**GQA))
+    enable_packing(model)
+    with pytest.raises(packed_attention.LengthsLost, match="StableLmAttention is given no lengths"):
+        model(**forward_kwargs(model, pack(row(3, 4))))
+    assert packing_holds(model)
+
+
+def test_a_cpu_which_has_no_other_way_is_not_warned():
+    q, k, v = (torch.randn(1, heads, 27, 8) for heads in (4, 2, 2))
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed_varlen(Layer(), q, k, v, None, LENGTHS, cu_seq_lens_q=ends)

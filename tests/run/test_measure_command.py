@@ -1,0 +1,168 @@
+"""`pocl-fast measure` by several processes, by killed ones, and for signals that are added later."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from ranks import gloo
+from tiny_run import make_inputs, options, read_json, refusal, run, select
+
+from pocl_fast.curriculum import measurer
+from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.system import ranks
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+# A command whose answers take their time or fail: RANK_FAILS names the rank, SECONDS is what a batch takes.
+SLOWED = """
+import os, sys, time
+from pocl_fast import cli
+from pocl_fast.curriculum import measurer
+from pocl_fast.system.errors import InputError
+
+generate = measurer.generate
+
+def slowed(*arguments, **options):
+    time.sleep(float(os.environ.get("SECONDS", 0)))
+    if os.environ.get("RANK", "0") == os.environ.get("RANK_FAILS"):
+        raise InputError("this rank's samples are wrong")
+    return generate(*arguments, **options)
+
+measurer.generate = slowed
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The options of a measurement of 12 batches."""
+    inputs = make_inputs(tmp_path_factory.mktemp("inputs"))
+    return select(options(inputs, generation_batch_size=2, measure_temperature=1.0), "measure")
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """The table of one process."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert run("measure", output, *words) == 0
+    return pq.read_table(output / "difficulty.parquet")
+
+
+def same(output, whole):
+    """Whether a run's table is that one; its losses to fp32's rounding, which the number of threads may change."""
+    table = pq.read_table(output / "difficulty.parquet")
+    losses = [one["cross_entropy"].to_numpy() for one in (table, whole)]
+    return table.drop("cross_entropy").equals(whole.drop("cross_entropy")) and np.allclose(*losses, rtol=1e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def slowed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("slowed") / "slowed.py"
+    path.write_text(SLOWED)
+    return str(path)
+
+
+@gloo
+def test_under_torchrun_two_processes_make_the_table_of_one(words, whole, tmp_path):
+    command = [*TORCHRUN, "-m", "pocl_fast.cli", "measure", "--output", str(tmp_path / "run"), *words]
+    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "run", whole)
+    assert done.stdout.count("24 samples, student's ROUGE-L") == 1
+    assert run("measure", tmp_path / "run", *words) == 0  # its stamps are those of one process
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock", "config.yaml", "difficulty.parquet", "steps.json",
+    ]  # fmt: skip
+
+
+@gloo
+def test_an_error_of_one_rank_ends_all_and_is_said_and_one_process_goes_on(words, whole, slowed, tmp_path):
+    command = [*TORCHRUN, slowed, "measure", "--output", str(tmp_path / "run"), *words]
+    start = time.monotonic()
+    environment = os.environ | QUIET | {"RANK_FAILS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "pocl-fast measure: this rank's samples are wrong (rank 1)" in done.stderr
+    assert time.monotonic() - start < 60
+    assert len(list((tmp_path / "run").rglob("*.parquet"))) in range(1, 7)  # of the other's share
+    assert run("measure", tmp_path / "run", *words) == 0
+    assert same(tmp_path / "run", whole)
+
+
+def test_a_command_killed_again_and_again_ends_in_the_same_table(words, whole, slowed, tmp_path):
+    output, seen = tmp_path / "run", 0
+    while seen < 9:
+        process = subprocess.Popen(
+            [sys.executable, slowed, "measure", "--output", str(output), *words],
+            env=os.environ | {"SECONDS": "0.05"},
+            stderr=subprocess.DEVNULL,
+        )
+        before, seen = seen, 0
+        while seen < before + 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+            seen = len(list(output.rglob("*.parquet")))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert run("measure", output, *words) == 0
+    assert same(output, whole)
+
+
+def test_a_signal_of_the_teacher_s_is_added_without_asking_the_student_again(words, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    assert run("measure", output, *words) == 0
+    assert run("rank", output) == 0
+    before = (output / "difficulty.parquet").stat().st_mtime_ns
+
+    def no_answers(*_, **__):
+        raise AssertionError("the student answered again")
+
+    monkeypatch.setattr(measurer, "generate", no_answers)
+    signals = ("--signals", "mean_kl")
+    assert run("measure", output, *words, *signals) == 0
+    assert "measure-teacher: cross-entropy " in capsys.readouterr().out
+    assert (output / "difficulty.parquet").stat().st_mtime_ns == before
+    divergence = pq.read_table(output / "teacher_scores.parquet")["mean_kl"].to_numpy()
+    assert run("rank", output, *signals, "--restart") == 0
+    assert Curriculum.load(output / "curriculum.json").order.tolist() == divergence.argsort(kind="stable").tolist()
+    written = (output / "teacher_scores.parquet").stat().st_mtime_ns
+    assert run("measure", output, *words, "--signals", "cross_entropy_gap") == 0  # which the table has
+    assert (output / "teacher_scores.parquet").stat().st_mtime_ns == written
+    said = refusal(capsys, "measure", output, *words, *signals, "--teacher-quantization", "8bit")
+    assert "its step 'measure-teacher' was made with other input (teacher columns: was of " in said
+    monkeypatch.undo()
+    assert run("measure", output, *words, "--signals", "rouge_l", "--student-layers", "3", "--restart") == 0
+    assert not (output / "teacher_scores.parquet").exists()  # of another student
+    assert not (output / "curriculum.json").exists()
+
+
+def test_sampled_answers_are_made_from_their_temperature_and_seed(words, whole, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert run("measure", output, *words, "--measure-seed", "1") == 0
+    assert not same(output, whole)
+    assert "measure_seed: was 1, now 2" in refusal(capsys, "measure", output, *words, "--measure-seed", "2")
+    said = refusal(capsys, "measure", output, *words, "--measure-seed", "1", "--measure-temperature", "0")
+    assert "measure_temperature: was 1.0, now 0.0" in said
+
+
+def _evaluated(output, words):
+    assert run("evaluate", output, *words) == 0
+    return ranks.rank()
+
+
+@gloo
+def test_ranks_evaluate_what_one_process_evaluates(words, two_ranks, tmp_path, tmp_path_factory):
+    inputs = make_inputs(tmp_path_factory.mktemp("evaluated"))
+    words = select(options(inputs, generation_batch_size=3), "evaluate")
+    assert run("evaluate", tmp_path / "one", *words) == 0
+    assert two_ranks(_evaluated, tmp_path / "two", words) == [0, 1]
+    one, two = ((tmp_path / name / "answers-before.jsonl").read_bytes() for name in ("one", "two"))
+    assert one == two
+    one, two = (read_json(tmp_path / name / "evaluation.json")["before"] for name in ("one", "two"))
+    assert two.pop("cross_entropy") == pytest.approx(one.pop("cross_entropy"), rel=1e-6)
+    assert one == two

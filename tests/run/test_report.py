@@ -1,0 +1,170 @@
+"""The report and the terminal's table say what the run directory holds, whole or in part."""
+
+import base64
+import html
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tiny import arithmetic, write_jsonl
+from tiny_run import options, read_json, run, select
+
+from pocl_fast.run.report import result_rows, step_rows, summary_table, write_report
+from pocl_fast.system.errors import InputError
+
+
+def page(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def table_rows(text):
+    """The cells of every table row, as text."""
+    rows = re.findall(r"<tr>(.*?)</tr>", text, flags=re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)] for row in rows]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished[1], tmp_path / "copy")
+
+
+def test_the_report_holds_the_scores_the_steps_and_the_stages(finished):
+    _, output = finished
+    results = read_json(output / "evaluation.json")
+    rows = table_rows(page(output))
+    cells = [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after")]
+    assert ["loss (CE, nats a token)", *cells] in rows
+    steps = ["measure", "evaluate-before", "rank", "train", "evaluate-after", "in all"]
+    assert [row[0] for row in rows if row[-1].endswith("GiB")] == steps
+    header = rows.index(["stage", "samples", "temperature", "alpha", "best dev ROUGE-L", "dev cross-entropy"])
+    stages = rows[header + 1 : header + 5]
+    settings = [
+        ["1", "6", "1.0", "0.3"],
+        ["2", "12", "1.33", "0.2"],
+        ["3", "18", "1.67", "0.1"],
+        ["4", "24", "2.0", "0.0"],
+    ]
+    assert [row[:4] for row in stages] == settings
+    last = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][-1]
+    assert stages[-1][4:] == [f"{last['eval_rouge_l']:.2f}", f"{last['eval_cross_entropy']:.3f}"]
+
+
+def test_the_report_is_one_file_with_both_pictures_in_it(finished):
+    text = page(finished[1])
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(pictures) == 2
+    for picture in pictures:
+        data = base64.b64decode(picture)
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 10_000
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+
+
+def test_the_report_has_the_difficulty_of_each_stage_and_three_samples_of_it(finished):
+    _, output = finished
+    rows = table_rows(page(output))
+    table = pq.read_table(output / "difficulty.parquet").to_pylist()
+    order = read_json(output / "curriculum.json")["order"]
+    header = rows.index(["stage", "new samples", "mean rouge_l", "mean cross_entropy"])
+    for stage, row in enumerate(rows[header + 1 : header + 5]):
+        new = [record for record in table if record["index"] in order[6 * stage : 6 * stage + 6]]
+        means = [f"{np.mean([record[name] for record in new]):.3f}" for name in ("rouge_l", "cross_entropy")]
+        assert row == [str(stage + 1), "6", *means]
+    header = rows.index(["stage", "rouge_l", "cross_entropy", "prompt", "reference", "the student's answer, before"])
+    shown = rows[header + 1 : header + 13]
+    assert [row[0] for row in shown] == [str(stage) for stage in (1, 2, 3, 4) for _ in range(3)]
+    picked = [order[6 * stage + place] for stage in range(4) for place in (0, 3, 5)]
+    record_of = {record["index"]: record for record in table}
+    assert [row[3] for row in shown] == [record_of[index]["prompt"] for index in picked]
+    assert [row[2] for row in shown] == [f"{record_of[index]['cross_entropy']:.3f}" for index in picked]
+
+
+def test_the_picture_of_difficulty_is_the_one_in_the_run_directory(finished):
+    _, output = finished
+    picture = base64.b64encode((output / "difficulty.png").read_bytes()).decode()
+    assert picture in page(output)
+
+
+def test_the_report_shows_answers_to_the_same_prompts_and_the_options(finished):
+    _, output = finished
+    text = page(output)
+    before, after = (
+        [json.loads(line) for line in (output / f"answers-{when}.jsonl").read_text().splitlines()]
+        for when in ("before", "after")
+    )
+    shown = [row for row in table_rows(text) if len(row) == 4 and row[0].startswith("Say ")]
+    assert [row[1] for row in shown] == [answer["references"][0] for answer in before]
+    assert [answer["line"] for answer in before] == [answer["line"] for answer in after]
+    assert "batch_size: 4" in text
+
+
+def test_what_models_and_data_say_is_never_markup(finished, tmp_path):
+    output = shutil.copytree(finished[1], tmp_path / "copy")
+    for when in ("before", "after"):
+        record = {"line": 1, "prompt": "<script>alert(1)</script>", "references": ["<b>"], "answer": "&amp;"}
+        write_jsonl(output / f"answers-{when}.jsonl", [record])
+    text = write_report(output).read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "&amp;amp;" in text
+
+
+def test_a_report_of_a_run_that_has_only_measured_leaves_the_rest_out(finished, tmp_path):
+    inputs, _ = finished
+    output = tmp_path / "out"
+    assert run("measure", output, *select(options(inputs), "measure")) == 0
+    assert run("report", output) == 0
+    rows = table_rows(page(output))
+    assert ["ROUGE-L", "-", "-"] in rows
+    assert [row[0] for row in rows if row[-1].endswith("GiB")] == ["measure", "in all"]
+    assert "data:image" not in page(output)
+    assert "<h2>Stages</h2>" not in page(output)
+
+
+def test_a_report_after_measuring_other_samples_does_not_mix_in_the_old_order(finished, copied):
+    inputs, _ = finished
+    few = write_jsonl(copied.parent / "few.jsonl", arithmetic(8))
+    assert run("measure", copied, *select(options(inputs, train=few), "measure"), "--restart") == 0
+    assert run("report", copied) == 0
+    assert "<h2>Stages</h2>" not in page(copied)
+
+
+def test_a_report_without_a_run_is_one_clear_error(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} holds no run"):
+        write_report(tmp_path)
+
+
+def test_scores_have_their_spread_and_a_dash_where_there_are_none(tmp_path):
+    scores = {"rouge_l": 12.345, "rouge_l_spread": 0.5, "exact_match": 3.21, "cross_entropy": 1.5}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"before": scores}))
+    assert result_rows(tmp_path) == [
+        {"name": "ROUGE-L", "before": "12.35 ± 0.50", "after": "-"},
+        {"name": "exact match, %", "before": "3.2", "after": "-"},
+        {"name": "loss (CE, nats a token)", "before": "1.500", "after": "-"},
+    ]
+
+
+def test_steps_have_times_and_memory_and_their_sum_and_peak():
+    stamps = {
+        "measure": {"done": True, "seconds": 90.0, "peak_bytes": 1 << 30},
+        "train": {"done": True, "seconds": 100.5, "peak_bytes": 3 << 29},
+        "evaluate-after": {"done": False, "seconds": 7.0, "peak_bytes": 1 << 40},
+    }
+    assert step_rows(stamps) == [
+        {"name": "measure", "time": "90.0 s", "memory": "1.00 GiB"},
+        {"name": "train", "time": "100.5 s", "memory": "1.50 GiB"},
+        {"name": "in all", "time": "3 min 10 s", "memory": "1.50 GiB"},
+    ]
+
+
+def test_the_terminals_table_has_scores_times_speed_and_the_reports_place(finished):
+    _, output = finished
+    lines = summary_table(output).splitlines()
+    results = read_json(output / "evaluation.json")
+    assert lines[0].split() == ["held-out", "before", "after"]
+    assert lines[3].split()[-2:] == [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after")]
+    assert re.fullmatch(r"training speed: [\d,]+ tokens/s", lines[-2])
+    assert lines[-1] == f"report: {output / 'report.html'}"
