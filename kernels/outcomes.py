@@ -21,10 +21,10 @@ def natural_log(x):
 
 
 @triton.jit
-def log_sum_exp(largest, x, inside, rest, rest_inside):
-    """log Σ exp over x where `inside`, and the rest; `largest` is their maximum. NaN where one of them is."""
+def log_sum(largest, x, inside, rest, rest_inside):
+    """log Σ exp(x - largest) where `inside`, and of the rest; `largest` is their maximum. NaN where one of them is."""
     total = tl.sum(tl.where(inside, tl.exp(x - largest), 0.0), 0)
-    return largest + tl.log(total + tl.where(rest_inside, tl.exp(rest - largest), 0.0))
+    return tl.log(total + tl.where(rest_inside, tl.exp(rest - largest), 0.0))
 
 
 @triton.jit
@@ -88,13 +88,14 @@ def outcome(x, y, inside, teacher_share, FAMILY: tl.constexpr):
 def compare(x, y, inside, rest, y_rest, rest_inside, teacher_share, FAMILY: tl.constexpr):
     """D, the teacher's entropy, and q · (u - Σ q u) of the listed outcomes and of the rest, from logarithms of weights:
     x and y of the student's and the teacher's entries, `rest` and `y_rest` of theirs."""
-    x_total = log_sum_exp(maximum(x, inside, rest, rest_inside), x, inside, rest, rest_inside)
-    y_total = log_sum_exp(maximum(y, inside, y_rest, rest_inside), y, inside, y_rest, rest_inside)
-    y, y_rest = y - y_total, y_rest - y_total
-    q, p, difference, d, u = outcome(x - x_total, y, inside, teacher_share, FAMILY)
-    q_rest, p_rest, difference_rest, d_rest, u_rest = outcome(
-        rest - x_total, y_rest, rest_inside, teacher_share, FAMILY
-    )
+    # the largest first, then the logarithm: their sum would lose that where all are as small as a mask's -1e30
+    x_top, y_top = maximum(x, inside, rest, rest_inside), maximum(y, inside, y_rest, rest_inside)
+    x_log = log_sum(x_top, x, inside, rest, rest_inside)
+    y_log = log_sum(y_top, y, inside, y_rest, rest_inside)
+    x, rest = (x - x_top) - x_log, (rest - x_top) - x_log
+    y, y_rest = (y - y_top) - y_log, (y_rest - y_top) - y_log
+    q, p, difference, d, u = outcome(x, y, inside, teacher_share, FAMILY)
+    q_rest, p_rest, difference_rest, d_rest, u_rest = outcome(rest, y_rest, rest_inside, teacher_share, FAMILY)
     D = tl.sum(d, 0) + d_rest
     D = tl.where(D < 0, 0.0, D)  # not maximum: that would lose a NaN
     entropy = -tl.sum(tl.where(p > 0, p * y, p), 0) - tl.where(p_rest > 0, p_rest * y_rest, p_rest)

@@ -14,7 +14,7 @@ import triton.language as tl
 from pocl_fast.kernels import tiles
 from pocl_fast.kernels.arithmetic import FILL, FLOOR, LOG2E, transformed
 from pocl_fast.kernels.divergence import FAMILIES, REVERSE_KL
-from pocl_fast.kernels.outcomes import LOG2E64, compare, log_sum_exp, maximum, natural_log, rest_log_weight
+from pocl_fast.kernels.outcomes import LOG2E64, compare, log_sum, maximum, natural_log, rest_log_weight
 from pocl_fast.kernels.passes import prepare
 
 MAX_K = 1024  # entries a row: they are one block, in registers
@@ -149,7 +149,8 @@ def _sparse_rows_kernel(
     x, y = s64 / tau64, log_p.to(tl.float64) / tau64
     largest = tl.maximum(m, tl.max(s, 0))
     top, top_ce = maximum(x, inside, rest, has_rest), maximum(s64, inside, rest_ce, has_rest)
-    log_z, log_z_ce = log_sum_exp(top, x, inside, rest, has_rest), log_sum_exp(top_ce, s64, inside, rest_ce, has_rest)
+    log_z = top + log_sum(top, x, inside, rest, has_rest)
+    log_z_ce = top_ce + log_sum(top_ce, s64, inside, rest_ce, has_rest)
     empty = (tl.max(inside.to(tl.int32), 0) == 0) & (has_rest == 0)  # the student's row is all −inf
     mean_x = tl.sum(tl.where(inside, tl.exp(x - log_z) * x, 0.0), 0)
     rest_share = tl.where(has_rest, tl.exp(rest - log_z), 0.0)

@@ -152,14 +152,18 @@ Softmax sum_teacher(const SparseTask& task, const float* log_probs, double tau, 
     return listed;
 }
 
-/// Weights to probabilities, of the listed entries and of the rest.
-void normalise_outcomes(double* log_weights, double* exponentials, std::int64_t K, const Softmax& listed, double log_z) {
-    const double to_probability = listed.sum == 0 ? 0 : std::exp(listed.largest - log_z);
+/// Weights to probabilities, of the listed entries and of the rest. The largest is subtracted first and the logarithm of
+/// the sum after it: together they would lose that logarithm where all weights are as small as a mask's exp(-1e30).
+void normalise_outcomes(double* log_weights, double* exponentials, std::int64_t K, const Softmax& listed) {
+    const double shift = std::max(listed.largest, log_weights[K]);
+    const double scale = listed.sum == 0 ? 0 : std::exp(listed.largest - shift);
+    const double sum = listed.sum * scale + (log_weights[K] == kNone ? 0 : std::exp(log_weights[K] - shift));
+    const double log_sum = std::log(sum);
     for (std::int64_t j = 0; j < K; ++j) {
-        log_weights[j] -= log_weights[j] == kNone ? 0 : log_z;
-        exponentials[j] *= to_probability;
+        if (log_weights[j] != kNone) log_weights[j] = (log_weights[j] - shift) - log_sum;
+        exponentials[j] *= scale / sum;
     }
-    log_weights[K] -= log_weights[K] == kNone ? 0 : log_z;
+    if (log_weights[K] != kNone) log_weights[K] = (log_weights[K] - shift) - log_sum;
     exponentials[K] = std::exp(log_weights[K]);
 }
 
@@ -180,13 +184,12 @@ RowSums compare_outcomes(const SparseTask& task, std::int64_t n, const RestSums&
     // no mass is p = 0, the limit of a small one; of reverse KL the limit is infinite, and the rest is out of D
     if (task.tail == Tail::renormalise || (task.family == Family::reverse_kl && at.log_p[K] == kNone)) at.log_q[K] = kNone;
     if (at.log_q[K] == kNone) at.log_p[K] = kNone;
-    const double log_z_q = log_add(listed_q.log_z(), at.log_q[K]), log_z_p = log_add(listed_p.log_z(), at.log_p[K]);
-    if (log_z_q == kNone || log_z_p == kNone) {  // nothing to compare
+    if ((listed_q.sum == 0 && at.log_q[K] == kNone) || (listed_p.sum == 0 && at.log_p[K] == kNone)) {  // nothing to compare
         std::fill_n(at.gradient, K + 1, 0.0);
         return out;
     }
-    normalise_outcomes(at.log_q, at.q, K, listed_q, log_z_q);
-    normalise_outcomes(at.log_p, at.p, K, listed_p, log_z_p);
+    normalise_outcomes(at.log_q, at.q, K, listed_q);
+    normalise_outcomes(at.log_p, at.p, K, listed_p);
     out.D = compare(task, at, K + 1);
     for (std::int64_t i = 0; i <= K; ++i)
         if (at.p[i] != 0) out.teacher_entropy -= at.p[i] * at.log_p[i];

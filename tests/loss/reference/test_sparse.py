@@ -112,6 +112,21 @@ def test_the_bucket_is_the_sum_of_entries_that_share_the_teachers_rest(tail_temp
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
+def test_entries_that_are_all_masked_by_minus_1e30_are_compared_with_each_other(backend, divergence, tail):
+    """Some code masks with -1e30: where that takes all listed entries, they are equal, and not all of them certain."""
+    arguments = case(3, 301, 8, temperature=1.5)
+    student, _, indices, labels = arguments[:4]
+    student[0, indices[0]] = -1e30
+    student[1, indices[1]] = torch.tensor([-1e30, -1e30, -2e30, -1e30, -2e30, -1e30, -1e30, -1e30])
+    labels[:] = torch.tensor([next(v for v in range(301) if v not in row) for row in indices.tolist()])
+    stats, gradient = run(backend, arguments, divergence, tail)
+    want, exact_gradient = exact(arguments, divergence, tail)
+    torch.testing.assert_close(stats.double(), want, rtol=2e-6, atol=3e-6)
+    assert relative_error(gradient, exact_gradient) <= 1e-5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.3), (1.5, 0.3), (1.5, 0.0)])
 def test_minus_infinity_on_either_side_matches(backend, divergence, tail, temperature, alpha):
     arguments = case(9, 301, 8, temperature=temperature, alpha=alpha)
