@@ -1,7 +1,7 @@
 # make demo   set up, build, and distil the bundled teacher into a small student
 # make test   set up, build, and run the tests
 # make test-wheel   build the wheel, install it into a fresh environment, and distil there
-# make lint   ruff and mypy
+# make lint   ruff, mypy, and import-linter: the rooms' imports point one way
 # make gpu-versions   the environment of the GPU machine that benchmarks/gpu.sh was made for, in .venv-gpu (Python 3.12)
 #
 # PYTHON picks the interpreter (3.10 to 3.13), VENV the environment's folder, TEST_PROCESSES how many processes run the
@@ -37,6 +37,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 env: $(VENV)/.dev
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pocl_fast.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pocl_fast.answers.rouge import RougeL, rouge_l
     from pocl_fast.curriculum.stages import (
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from pocl_fast.teacher.teacher import Teacher
     from pocl_fast.training.arguments import PoclConfig
     from pocl_fast.training.trainer import PoclTrainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Curriculum",
