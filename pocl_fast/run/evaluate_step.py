@@ -45,8 +45,9 @@ def evaluate_step(context: RunContext, when: When) -> None:
             write_json(known, results | {when: scores.to_dict()})
             save_answers(context.path / WRITES[step][0], dev, answers)
     context.say(
-        f"{step}: ROUGE-L {scores.rouge_l:.2f} ± {scores.rouge_l_spread:.2f} over {len(scores.seeds)} seeds,"
-        f" exact match {scores.exact_match:.1f} %, cross-entropy {scores.cross_entropy:.3f}"
+        f"{step}: {scores.samples:,} held-out samples, ROUGE-L {scores.rouge_l:.2f} ± {scores.rouge_l_spread:.2f}"
+        f" of 100 (mean and spread over {len(scores.seeds)} seeds), exact match {scores.exact_match:.1f} %,"
+        f" cross-entropy {scores.cross_entropy:.3f} nats a token"
     )
 
 

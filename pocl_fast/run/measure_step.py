@@ -51,7 +51,10 @@ def _measure_student(context: RunContext, pieces: Pieces) -> None:
             )
         facts["samples"] = count
     rouge, loss = _means(output, "rouge_l,cross_entropy")
-    context.say(f"measure: {count} samples, student's ROUGE-L {100 * rouge:.2f}, cross-entropy {loss:.3f}")
+    context.say(
+        f"measure: {count:,} training samples, ROUGE-L {100 * rouge:.2f} of 100 for the student's answers,"
+        f" cross-entropy {loss:.3f} nats a token for the references"
+    )
 
 
 def _measure_teacher(context: RunContext, pieces: Pieces) -> None:
@@ -63,7 +66,10 @@ def _measure_teacher(context: RunContext, pieces: Pieces) -> None:
         with context.precision.autocast():
             measure_teacher(student, teacher, rows, count, context.path / TEACHER_SCORES)
     loss, divergence = _means(context.path / "difficulty.parquet", "teacher_cross_entropy,mean_kl")
-    context.say(f"measure-teacher: cross-entropy {loss:.3f}, KL(teacher || student) {divergence:.3f}")
+    context.say(
+        f"measure-teacher: the teacher's cross-entropy is {loss:.3f} nats a token for the references,"
+        f" KL(teacher || student) {divergence:.3f}"
+    )
 
 
 def _means(table: Path, signals: str) -> list[float]:

@@ -27,6 +27,4 @@ def _rank(context: RunContext) -> None:
         difficulty_figure(ranked).savefig(path / "difficulty.png", dpi=120)
     context.say(difficulty_table(ranked))
     for name, count in known.missing().items():
-        context.say(f"rank: {count} of {len(known.index)} samples have no {name}; they rank last by it")
-    stages = ", ".join(f"{s.size} at temperature {s.temperature:g}, alpha {s.alpha:g}" for s in curriculum.stages)
-    context.say(f"rank: {len(curriculum.stages)} stages of samples: {stages}")
+        context.say(f"rank: {count} of {len(known.index)} samples have no score by {name}; they rank last by it")

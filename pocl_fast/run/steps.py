@@ -38,7 +38,7 @@ class Run:
         self.rank()
         self.train()
         self.evaluate("after")
-        return self.report()
+        return self._write_report()
 
     def check(self) -> None:
         """Reads data, tokenizers and schedule, to raise `InputError` for what is wrong with them before any step."""
@@ -64,12 +64,13 @@ class Run:
     def evaluate(self, when: When) -> None:
         evaluate_step(self.context, when)
 
-    def report(self) -> Path:
+    def report(self) -> None:
+        self.context.say(f"report: {self._write_report()}")
+
+    def _write_report(self) -> Path:
         from pocl_fast.run.report import write_report
 
-        path = ranks.from_first(lambda: write_report(self.path))
-        self.context.say(f"report: {path}")
-        return path
+        return ranks.from_first(lambda: write_report(self.path))
 
 
 def open_run(output: Path, options: dict[str, Any], *, restart: bool = False, say: Say = print) -> Run:

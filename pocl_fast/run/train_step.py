@@ -63,7 +63,7 @@ def make_trainer(context: RunContext, curriculum: Curriculum) -> PoclTrainer:
     sizes = [_millions(num_parameters(model)) for model in (student, context.teacher_model())]
     context.say(
         f"train: student of {sizes[0]} parameters, teacher of {sizes[1]};"
-        f" on {context.device}, products in {context.precision.name}"
+        f" on {context.device}, matrix products in {context.precision.name}"
     )
     return PoclTrainer(
         as_trainable(student),

@@ -73,7 +73,7 @@ def test_under_torchrun_two_processes_make_the_table_of_one(words, whole, tmp_pa
     done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "run", whole)
-    assert done.stdout.count("24 samples, student's ROUGE-L") == 1
+    assert done.stdout.count("24 training samples, ROUGE-L") == 1
     assert run("measure", tmp_path / "run", *words) == 0  # its stamps are those of one process
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         ".lock", "config.yaml", "difficulty.parquet", "steps.json",
@@ -125,7 +125,7 @@ def test_a_signal_of_the_teacher_s_is_added_without_asking_the_student_again(wor
     monkeypatch.setattr(measurer, "generate", no_answers)
     signals = ("--signals", "mean_kl")
     assert run("measure", output, *words, *signals) == 0
-    assert "measure-teacher: cross-entropy " in capsys.readouterr().out
+    assert "measure-teacher: the teacher's cross-entropy is " in capsys.readouterr().out
     assert (output / "difficulty.parquet").stat().st_mtime_ns == before
     divergence = pq.read_table(output / "teacher_scores.parquet")["mean_kl"].to_numpy()
     assert run("rank", output, *signals, "--restart") == 0

@@ -286,5 +286,5 @@ def test_ranking_leaves_a_table_and_a_picture(finished, tmp_path, capsys):
     assert run("rank", copy) == 0
     said = capsys.readouterr().out
     assert "rank correlation of rouge_l and cross_entropy: " in said
-    assert [line.split()[:2] for line in said.splitlines()[1:5]] == [[str(i), "6"] for i in (1, 2, 3, 4)]
+    assert [line.split()[:3] for line in said.splitlines()[2:6]] == [[str(i), str(6 * i), "6"] for i in (1, 2, 3, 4)]
     assert (copy / "difficulty.png").read_bytes().startswith(b"\x89PNG")
