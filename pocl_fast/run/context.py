@@ -194,11 +194,16 @@ class RunContext:
 
     def trained_student(self) -> LoadedModel:
         """The student that the run trained."""
-        return self._ready(loading.load_model(str(self.path / "student"), device=self.device), "trained student")
+        trusted = self.config.models.trust_remote_code
+        model = loading.load_model(str(self.path / "student"), device=self.device, trust_remote_code=trusted)
+        return self._ready(model, "trained student")
 
     def _load_student(self) -> Any:
+        from pocl_fast.teacher.loading import WITH_STUDENT
+
         chosen = self.config.models
-        if chosen.student is None and chosen.teacher_quantization == "none":
+        whole_and_here = chosen.teacher_quantization == "none" and chosen.teacher_device == WITH_STUDENT
+        if chosen.student is None and whole_and_here:
             student = self.teacher_model()
         else:
             student = loading.load_model(
