@@ -1,4 +1,4 @@
-"""The measure step of a run: which samples, which models and engine, and what is said of the result."""
+"""The measure step of a run: which samples, models and engine it takes, and what it prints of the result."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def _means(table: Path, signals: str) -> list[float]:
 
 
 def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
-    """The training samples in pieces, and how many they are. A large file that nobody has read yet is read a piece at a
-    time, once before to check all of it."""
+    """The training samples in pieces, and how many they are. A large file that no step has read yet is read a piece at
+    a time; before that, one reading checks all of it."""
     data = context.config.data
     path = Path(required(data.train, "--train"))
     whole = context.train_set_is_loaded or data.data_source != "data" or not path.is_file()

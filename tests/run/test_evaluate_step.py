@@ -27,7 +27,7 @@ def _evaluated(output, words):
 
 
 @gloo
-def test_ranks_evaluate_what_one_process_evaluates(words, two_ranks, tmp_path, tmp_path_factory):
+def test_ranks_evaluate_what_one_process_evaluates(two_ranks, tmp_path, tmp_path_factory):
     inputs = make_inputs(tmp_path_factory.mktemp("evaluated"))
     words = select(options(inputs, generation_batch_size=3), "evaluate")
     assert run("evaluate", tmp_path / "one", *words) == 0
