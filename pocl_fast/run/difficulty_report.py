@@ -1,4 +1,7 @@
-"""What the curriculum made of the measured difficulty, for a person: a table, a picture, and samples of each stage."""
+"""What the rank step shows of the measured difficulty: a table, a picture, and samples of each stage.
+
+Knows a difficulty table and the curriculum made from it. Does not know training, nor the report's page.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.options import recorded_config
 from pocl_fast.system.errors import InputError
 
-COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
-POINTS = 4000  # of a scatter; more hide each other
-SAMPLED = 200_000  # of a correlation: its error is 0.002 by then
+STAGE_COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
+POINTS = 4000  # in the scatter: more hide each other
+SAMPLED = 200_000  # for a correlation, whose error is then 0.002
 BINS = 40
 
 
@@ -31,11 +34,11 @@ class Ranked:
 
     known: SignalScores
     curriculum: Curriculum
-    k: float  # of the fusion
+    k: float  # the constant of the rank fusion
 
     @cached_property
     def stage_of(self) -> np.ndarray:
-        """The stage that brings each sample in, -1 for samples in none: [samples] int32, in the scores' order."""
+        """The stage that adds each sample, -1 for a sample of no stage: [samples] int32, in the scores' order."""
         row_of = np.full(int(self.known.index.max(initial=-1)) + 1, -1, dtype=np.int64)
         row_of[self.known.index] = np.arange(len(self.known.index))
         stages = np.full(len(self.known.index), -1, dtype=np.int32)
@@ -44,28 +47,32 @@ class Ranked:
         return stages
 
     def new_samples(self) -> list[np.ndarray]:
-        """The sample indices that each stage brings in, easiest first."""
+        """The sample indices that each stage adds to those of the stages before, easiest first."""
         sizes = [0, *(stage.size for stage in self.curriculum.stages)]
         return [self.curriculum.order[before:size] for before, size in itertools.pairwise(sizes)]
 
     @cached_property
     def rank_correlation(self) -> float | None:
-        """Spearman's, between the first two signals, 1 where they call the same samples easy; None for one signal or
-        equal scores. To two decimals; of `SAMPLED` samples, evenly over the table, where there are more."""
+        """Spearman's rank correlation of the first two signals, to two decimals: 1 where they rank the samples alike.
+        None for a single signal, and where all scores of one are equal. Of a larger table it takes about `SAMPLED`
+        samples, evenly over the table."""
         ranks = [average_ranks(hardness) for hardness in self.hardness(SAMPLED)]
         if len(ranks) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
             return None
         return round(float(np.corrcoef(ranks[0], ranks[1])[0, 1]), 2) + 0.0  # not -0.00
 
     def hardness(self, count: int) -> list[np.ndarray]:
-        """The first two signals' scores, low where samples are easy; of `count` samples."""
+        """The first two signals' scores of about `count` samples, with signs that make easy samples low."""
         both = zip(self.known.signals[:2], self.known.scores, strict=False)
         picked = [(one.signal.easy, sampled(scores, count)) for one, scores in both]
         return [-scores if easy == "high" else scores for easy, scores in picked]
 
 
 def read_ranked(run: Path) -> Ranked | None:
-    """What a run directory has ranked; None before that. Raises `InputError` for files that do not fit each other."""
+    """What a run directory has ranked; None before the rank step.
+
+    Raises `InputError` where the difficulty table and the curriculum are of different samples.
+    """
     table, stages = run / "difficulty.parquet", run / "curriculum.json"
     if not table.exists() or not stages.exists():
         return None
@@ -78,7 +85,7 @@ def read_ranked(run: Path) -> Ranked | None:
 
 
 def sampled(array: np.ndarray, count: int) -> np.ndarray:
-    """Of more than `count` rows every n-th, about `count`."""
+    """Every n-th row, about `count` of them; all where there are no more."""
     return array[:: max(1, len(array) // count)]
 
 
@@ -88,31 +95,67 @@ def average_ranks(scores: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
-def stage_table(ranked: Ranked) -> str:
-    """A line a stage for the terminal: how many samples it brings in, and the mean of each signal over them."""
-    names = [one.signal.name for one in ranked.known.signals]
-    lines = [f"{'stage':<8}{'new samples':>12}" + "".join(f"{name[-26:]:>28}" for name in names)]
+@dataclass(frozen=True)
+class StageRow:
+    """A stage: how many samples it has and adds, its settings, and each signal's mean over the samples that it adds."""
+
+    stage: int  # from 1
+    samples: int
+    new: int
+    temperature: float
+    alpha: float
+    means: list[str]
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A sample as the difficulty table has it; texts that the table lacks are empty."""
+
+    stage: int  # the one that adds it, from 1
+    scores: list[str]  # by each signal
+    prompt: str
+    reference: str
+    answer: str
+
+
+def difficulty_table(ranked: Ranked) -> str:
+    """A line a stage for the terminal, with lines around that say what the columns are."""
+    signals = [one.signal for one in ranked.known.signals]
+    heads = [f"mean {signal.name[-26:]}" for signal in signals]
+    widths = [max(len(head), 12) + 3 for head in heads]
+    count, stages = len(ranked.known.index), len(ranked.curriculum.stages)
+    lines = [f"rank: {count:,} samples in {stages} stages, easy to hard; each stage adds new samples"]
+    columns = zip(heads, widths, strict=True)
+    lines.append(
+        f"{'stage':<6}{'samples':>11}{'new':>11}{'temperature':>13}{'alpha':>7}"
+        + "".join(f"{head:>{width}}" for head, width in columns)
+    )
     for row in stage_rows(ranked):
-        lines.append(f"{row['stage']:<8}{row['new']:>12,}" + "".join(f"{cell:>28}" for cell in row["means"]))
+        cells = zip(row.means, widths, strict=True)
+        lines.append(
+            f"{row.stage:<6}{row.samples:>11,}{row.new:>11,}{row.temperature:>13g}{row.alpha:>7g}"
+            + "".join(f"{cell:>{width}}" for cell, width in cells)
+        )
+    lines += [f"{signal.name}: {signal.meaning} ({signal.easy} is easy)" for signal in signals]
     correlation = ranked.rank_correlation
     if correlation is not None:
-        lines.append(f"rank correlation of {names[0]} and {names[1]}: {correlation:.2f}")
+        names = f"{signals[0].name} and {signals[1].name}"
+        lines.append(f"rank correlation of {names}: {correlation:.2f} (1: they rank the samples alike)")
     return "\n".join(lines)
 
 
-def stage_rows(ranked: Ranked) -> list[dict[str, Any]]:
-    """Of each stage: its number, how many samples it brings in, and each signal's mean over them, as text."""
+def stage_rows(ranked: Ranked) -> list[StageRow]:
+    """A row for each stage."""
     rows = []
-    for stage, new in enumerate(ranked.new_samples()):
-        here = ranked.stage_of == stage
+    for stage, new in zip(ranked.curriculum.stages, ranked.new_samples(), strict=True):
+        here = ranked.stage_of == stage.index
         means = [f"{_mean(scores[here]):.3f}" for scores in ranked.known.scores]
-        rows.append({"stage": stage + 1, "new": len(new), "means": means})
+        rows.append(StageRow(stage.index + 1, stage.size, len(new), stage.temperature, stage.alpha, means))
     return rows
 
 
-def stage_samples(ranked: Ranked, table: Path) -> list[dict[str, Any]]:
-    """Three samples that each stage brings in, the easiest, the middle one and the hardest: what the difficulty table
-    says of them, as text."""
+def sample_rows(ranked: Ranked, table: Path) -> list[SampleRow]:
+    """Three of the samples that each stage adds: the easiest, the middle one and the hardest."""
     picked = []
     for stage, new in enumerate(ranked.new_samples()):
         places = sorted({0, len(new) // 2, len(new) - 1}) if len(new) else []
@@ -122,19 +165,17 @@ def stage_samples(ranked: Ranked, table: Path) -> list[dict[str, Any]]:
     found = pq.read_table(table, columns=["index", *texts], filters=pc.field("index").isin(wanted)).to_pylist()
     record_of = {record["index"]: record for record in found}
     row_of = {int(ranked.known.index[row]): int(row) for row in np.flatnonzero(np.isin(ranked.known.index, wanted))}
-    return [
-        {
-            "stage": stage,
-            **{name: record_of[index].get(name, "") for name in ("prompt", "reference", "answer")},
-            "scores": [f"{scores[row_of[index]]:.3f}" for scores in ranked.known.scores],
-        }
-        for stage, index in picked
-    ]
+    rows = []
+    for stage, index in picked:
+        scores = [f"{scores[row_of[index]]:.3f}" for scores in ranked.known.scores]
+        prompt, reference, answer = (record_of[index].get(name, "") for name in ("prompt", "reference", "answer"))
+        rows.append(SampleRow(stage, scores, prompt, reference, answer))
+    return rows
 
 
 def difficulty_figure(ranked: Ranked) -> Any:
-    """A histogram of each signal (three at most), coloured by the stage that brings the samples in; the ranks by the
-    first two against each other, with the stages' cuts."""
+    """A histogram of each signal (three at most), coloured by the stage that adds the samples; and the ranks by the
+    first two against each other, with the cuts between the stages where no third signal decides them too."""
     from matplotlib.figure import Figure
 
     histograms = list(zip(ranked.known.signals, ranked.known.scores, strict=True))[:3]
@@ -143,14 +184,14 @@ def difficulty_figure(ranked: Ranked) -> Any:
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, (one, scores) in zip(axes, histograms, strict=False):
         _histogram(axis, scores, ranked)
-        axis.set(xlabel=one.signal.meaning, ylabel="samples", title=one.signal.name)
+        axis.set(xlabel=one.signal.meaning, ylabel="samples", title=f"{one.signal.name} ({one.signal.easy} is easy)")
     if len(ranked.known.scores) > 1:
         _rank_scatter(axes[-1], ranked)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     sizes = [len(new) for new in ranked.new_samples()]
-    labels = [f"stage {stage + 1} brings in {size:,}" for stage, size in enumerate(sizes)]
+    labels = [f"stage {stage + 1}: {size:,} new samples" for stage, size in enumerate(sizes)]
     handles = [_patch(stage) for stage in range(len(sizes))]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(sizes), 6), frameon=False, fontsize=9)
     return figure
@@ -161,6 +202,7 @@ def _histogram(axis: Any, scores: np.ndarray, ranked: Ranked) -> None:
     if not finite.any():
         axis.text(0.5, 0.5, "no scores", ha="center", transform=axis.transAxes)
         return
+    axis.yaxis.get_major_locator().set_params(integer=True)
     edges = np.histogram_bin_edges(scores[finite], BINS)
     below = np.zeros(len(edges) - 1)
     for stage in range(len(ranked.curriculum.stages)):
@@ -173,27 +215,30 @@ def _rank_scatter(axis: Any, ranked: Ranked) -> None:
     N = len(ranked.known.index)
     first, second = (ordinal_ranks(hardness) for hardness in ranked.hardness(POINTS))
     stage_of, scale = sampled(ranked.stage_of, POINTS), N / len(first)
+    size = min(40.0, max(6.0, 20_000 / len(first)))  # points², so that few are seen and many do not run together
     for stage in range(len(ranked.curriculum.stages)):
         here = stage_of == stage
-        axis.scatter(scale * first[here], scale * second[here], s=6, alpha=0.6, color=_colour(stage), lw=0)
-    if len(ranked.known.scores) == 2:
-        for cut in ranked.curriculum.stages[:-1]:
-            axis.plot(*_cut(ranked, float(ranked.curriculum.score[cut.size - 1])), color="#333", lw=0.9, ls="--")
+        axis.scatter(scale * first[here], scale * second[here], s=size, alpha=0.6, color=_colour(stage), lw=0)
     correlation, names = ranked.rank_correlation, [one.signal.name for one in ranked.known.signals[:2]]
     title = "the two ranks" if correlation is None else f"rank correlation {correlation:.2f}"
-    axis.set(xlabel=f"rank by {names[0]}, 1 is easy", ylabel=f"rank by {names[1]}", title=f"{title}; stage cuts dashed")
+    if len(ranked.known.scores) == 2 and len(ranked.curriculum.stages) > 1:
+        title += "; dashed: stage cuts"
+        for cut in ranked.curriculum.stages[:-1]:
+            axis.plot(*_cut(ranked, float(ranked.curriculum.score[cut.size - 1])), color="#333", lw=0.9, ls="--")
+    axis.set(xlabel=f"rank by {names[0]}, 1 is easy", ylabel=f"rank by {names[1]}, 1 is easy", title=title)
     axis.set(xlim=(0, N + 1), ylim=(0, N + 1))
 
 
 def ordinal_ranks(scores: np.ndarray) -> np.ndarray:
-    """[samples] int64 ranks from 1, low scores first, ties by place, NaN last: as the fusion takes them."""
+    """[samples] int64 ranks from 1, low scores first, ties by place, NaN last, as the fusion ranks them."""
     rank = np.empty(len(scores), dtype=np.int64)
     rank[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
     return rank
 
 
 def _cut(ranked: Ranked, score: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where the fused score of two ranks has a value: the second rank for each of a few first ranks."""
+    """The curve of all pairs of ranks whose fused score is `score`: first ranks, and the second rank of each (NaN where
+    it would lie outside)."""
     N = len(ranked.known.index)
     first = np.linspace(1, N, 400)
     rest = score - ranked.known.signals[0].weight / (ranked.k + first)
@@ -217,4 +262,4 @@ def _patch(stage: int) -> Any:
 def _colour(stage: int) -> Any:
     from matplotlib import colormaps
 
-    return COLOURS[stage] if stage < len(COLOURS) else colormaps["tab20"](stage % 20)
+    return STAGE_COLOURS[stage] if stage < len(STAGE_COLOURS) else colormaps["tab20"](stage % 20)

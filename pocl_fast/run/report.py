@@ -1,24 +1,58 @@
-"""What a run did, for a person: a table for the terminal and one self-contained HTML page."""
+"""What a run did, for a person: a table for the terminal and one self-contained HTML page.
+
+Knows the files of a run directory. Does not know how the steps made them.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pocl_fast import __version__
-from pocl_fast.run.difficulty_report import COLOURS, read_ranked, stage_rows, stage_samples
+from pocl_fast.run.difficulty_report import read_ranked, sample_rows, stage_rows
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 from pocl_fast.training.metrics import read_metrics
 
+CE_COLOUR, DIVERGENCE_COLOUR, SCORE_COLOUR = "#1f5fa8", "#d1603d", "#3a7d44"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A score of the student before and after training, as text."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What a step took, as text."""
+
+    name: str
+    time: str
+    memory: str
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """The student's answers to one held-out prompt."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
 
 def write_report(run: Path) -> Path:
-    """Writes `report.html` from what the run directory holds so far; sections without data are left out."""
+    """Writes report.html from what the run directory holds so far, and leaves out sections without data. Its path."""
     if not (run / "steps.json").exists():
         raise InputError(f"{run} holds no run; make one with `pocl-fast distill`")
     stamps = _json(run / "steps.json")
@@ -29,6 +63,7 @@ def write_report(run: Path) -> Path:
         version=__version__,
         name=run.name,
         config=(run / "config.yaml").read_text(encoding="utf-8"),
+        evaluated=_evaluated(run),
         results=result_rows(run),
         steps=step_rows(stamps),
         stages=_stages(run),
@@ -41,16 +76,14 @@ def write_report(run: Path) -> Path:
 
 
 def summary_table(run: Path) -> str:
-    """The run in a few lines for the terminal: scores before and after, speed, memory, time of each step, the report's
-    path."""
+    """The run in a few lines for the terminal: scores before and after training, each step's time and memory, the speed
+    of training and the report's path."""
     stamps = _json(run / "steps.json")
-    lines = [f"{'held-out':<28}{'before':>14}{'after':>14}"]
-    for row in result_rows(run):
-        lines.append(f"{row['name']:<28}{row['before']:>14}{row['after']:>14}")
+    lines = [f"{'held-out samples':<28}{'before':>14}{'after':>14}"]
+    lines += [f"{row.name:<28}{row.before:>14}{row.after:>14}" for row in result_rows(run)]
     lines.append("")
     lines.append(f"{'step':<28}{'time':>14}{'peak memory':>14}")
-    for row in step_rows(stamps):
-        lines.append(f"{row['name']:<28}{row['time']:>14}{row['memory']:>14}")
+    lines += [f"{row.name:<28}{row.time:>14}{row.memory:>14}" for row in step_rows(stamps)]
     if "tokens_per_second" in stamps.get("train", {}):
         lines.append("")
         lines.append(f"training speed: {stamps['train']['tokens_per_second']:,.0f} tokens/s")
@@ -58,67 +91,78 @@ def summary_table(run: Path) -> str:
     return "\n".join(lines)
 
 
-def result_rows(run: Path) -> list[dict[str, str]]:
-    """Held-out scores before and after training, as text; a dash where not evaluated yet."""
+def result_rows(run: Path) -> list[ScoreRow]:
+    """The scores on the held-out samples; a dash where the student was not evaluated yet."""
     results = _json(run / "evaluation.json")
 
     def cell(when: str, key: str, form: str, spread: str | None = None) -> str:
         if when not in results:
             return "-"
-        scores = results[when]
-        return form.format(scores[key]) + (f" ± {scores[spread]:.2f}" if spread else "")
+        known = results[when]
+        return form.format(known[key]) + (f" ± {known[spread]:.2f}" if spread else "")
 
-    names = [
-        ("ROUGE-L", "rouge_l", "{:.2f}", "rouge_l_spread"),
+    scores = [
+        ("ROUGE-L, 0 to 100", "rouge_l", "{:.2f}", "rouge_l_spread"),
         ("exact match, %", "exact_match", "{:.1f}", None),
-        ("loss (CE, nats a token)", "cross_entropy", "{:.3f}", None),
+        ("cross-entropy, nats a token", "cross_entropy", "{:.3f}", None),
     ]
-    return [{"name": n, "before": cell("before", k, f, s), "after": cell("after", k, f, s)} for n, k, f, s in names]
+    return [
+        ScoreRow(name, cell("before", key, form, spread), cell("after", key, form, spread))
+        for name, key, form, spread in scores
+    ]
 
 
-def step_rows(stamps: dict[str, Any]) -> list[dict[str, str]]:
-    """Each finished step's time and peak memory, and the whole's."""
+def _evaluated(run: Path) -> str:
+    """What the scores are of, in words; empty before the first evaluation."""
+    results = _json(run / "evaluation.json")
+    if not results:
+        return ""
+    scores = results.get("after") or results["before"]
+    return f"{scores['samples']:,} samples, {len(scores['seeds'])} sampled answers each; ± is the spread over the seeds"
+
+
+def step_rows(stamps: dict[str, Any]) -> list[StepRow]:
+    """A row for each finished step, and one for all of them: their time together, and the largest peak of memory."""
     done = {name: stamp for name, stamp in stamps.items() if stamp["done"]}
-    rows = [{"name": n, "time": _time(s["seconds"]), "memory": _gib(s["peak_bytes"])} for n, s in done.items()]
+    rows = [StepRow(name, _time(stamp["seconds"]), _gib(stamp["peak_bytes"])) for name, stamp in done.items()]
     if done:
-        total = sum(s["seconds"] for s in done.values())
-        rows.append(
-            {"name": "in all", "time": _time(total), "memory": _gib(max(s["peak_bytes"] for s in done.values()))}
-        )
+        seconds, peak = sum(s["seconds"] for s in done.values()), max(s["peak_bytes"] for s in done.values())
+        rows.append(StepRow("in all", _time(seconds), _gib(peak)))
     return rows
 
 
 def training_figure(run: Path) -> Any:
-    """Loss, and dev ROUGE-L, over the steps of all stages; None before training."""
+    """The loss and the held-out ROUGE-L over the steps of all stages; None before training."""
     if not (run / "metrics.jsonl").exists():
         return None
     records = read_metrics(run / "metrics.jsonl")
     last = {r["stage"]: r["step"] for r in records}
     begins = {stage: max((n for s, n in last.items() if s < stage), default=0) for stage in last}
-    steps = [r for r in records if "loss" in r]
-    evaluations = [r for r in records if "eval_rouge_l" in r]
     figure, (left, right) = _axes(2)
-    for name, label, colour in (
-        ("ce", "cross-entropy", COLOURS[0]),
-        ("divergence", "divergence to the teacher", COLOURS[1]),
-    ):
-        left.plot([r["step"] for r in steps], [r[name] for r in steps], color=colour, label=label, lw=1.4)
-    left.set(xlabel="step", ylabel="nats a token", title="Training")
-    places = [r["step"] for r in evaluations]
-    right.plot(places, [r["eval_rouge_l"] for r in evaluations], "o-", color=COLOURS[2], label="dev ROUGE-L, greedy")
-    right.set(xlabel="step", ylabel="ROUGE-L", title="Held-out samples at each epoch's end")
+    _draw_losses(left, [r for r in records if "ce" in r])  # a log of skipped steps alone has none
+    _draw_scores(right, [r for r in records if "eval_rouge_l" in r])
     for axis in (left, right):
         for stage in sorted(begins):
             axis.axvline(begins[stage], color="#999", lw=0.8, ls=":")
-            axis.annotate(
-                f" stage {stage + 1}",
-                (begins[stage], 0.02),
-                xycoords=("data", "axes fraction"),
-                fontsize=8,
-                color="#666",
-            )
+            place = (begins[stage], 0.02)
+            axis.annotate(f" stage {stage + 1}", place, xycoords=("data", "axes fraction"), fontsize=8, color="#666")
         axis.legend(frameon=False)
     return figure
+
+
+def _draw_losses(axis: Any, steps: list[dict[str, Any]]) -> None:
+    places = [r["step"] for r in steps]
+    label = "divergence to the teacher, at the stage's temperature"
+    axis.plot(places, [r["ce"] for r in steps], color=CE_COLOUR, label="cross-entropy of the references", lw=1.4)
+    axis.plot(places, [r["divergence"] for r in steps], color=DIVERGENCE_COLOUR, label=label, lw=1.4)
+    axis.set(xlabel="optimizer step", ylabel="nats a token", title="Training batches")
+
+
+def _draw_scores(axis: Any, evaluations: list[dict[str, Any]]) -> None:
+    scores = [r["eval_rouge_l"] for r in evaluations]
+    axis.plot([r["step"] for r in evaluations], scores, "o-", color=SCORE_COLOUR, label="greedy answers")
+    axis.set(xlabel="optimizer step", ylabel="ROUGE-L, 0 to 100", title="Held-out samples after each pass")
+    axis.set(ylim=(0, max(1.0, 1.1 * max(scores, default=0.0))))
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -142,7 +186,7 @@ def _picture(figure: Any) -> str | None:
 
 
 def _difficulty(run: Path) -> dict[str, Any]:
-    """The picture, the table of stages and three samples of each; nothing before ranking."""
+    """The page's section on difficulty: the picture, the stages and three samples of each; empty before ranking."""
     ranked = read_ranked(run)
     if ranked is None:
         return {}
@@ -150,12 +194,12 @@ def _difficulty(run: Path) -> dict[str, Any]:
         "difficulty": base64.b64encode((run / "difficulty.png").read_bytes()).decode(),
         "signals": [one.signal.name for one in ranked.known.signals],
         "difficulty_stages": stage_rows(ranked),
-        "difficulty_samples": stage_samples(ranked, run / "difficulty.parquet"),
+        "difficulty_samples": sample_rows(ranked, run / "difficulty.parquet"),
     }
 
 
 def _stages(run: Path) -> list[dict[str, Any]]:
-    """One row a stage: its samples and settings, and its last evaluation."""
+    """A row for each stage: its samples and settings, and the scores of its best evaluation."""
     path = run / "curriculum.json"
     if not path.exists():
         return []
@@ -168,20 +212,15 @@ def _stages(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _answers(run: Path, count: int = 8) -> list[dict[str, str]]:
-    """Answers to the same prompts before and after, spread over the held-out set."""
+def _answers(run: Path, count: int = 8) -> list[AnswerRow]:
+    """Answers to some prompts, evenly over the held-out set; empty before both evaluations."""
     paths = [run / f"answers-{when}.jsonl" for when in ("before", "after")]
     if not all(path.exists() for path in paths):
         return []
     before, after = ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in paths)
     picked = range(0, len(before), max(1, len(before) // count))
     return [
-        {
-            "prompt": before[i]["prompt"],
-            "reference": before[i]["references"][0],
-            "before": before[i]["answer"],
-            "after": after[i]["answer"],
-        }
+        AnswerRow(before[i]["prompt"], before[i]["references"][0], before[i]["answer"], after[i]["answer"])
         for i in list(picked)[:count]
     ]
 

@@ -1,23 +1,25 @@
 """What the rank step shows of the measured difficulty: its table, its picture and the samples it picks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pocl_fast.curriculum.scores import SignalScores
-from pocl_fast.curriculum.signals import chosen_signals
+from pocl_fast.curriculum.signals import Weighted, chosen_signals
 from pocl_fast.curriculum.stages import baby_steps
 from pocl_fast.options import RunConfig, to_yaml
 from pocl_fast.run.difficulty_report import (
     Ranked,
     average_ranks,
     difficulty_figure,
+    difficulty_table,
     ordinal_ranks,
     read_ranked,
+    sample_rows,
     stage_rows,
-    stage_samples,
-    stage_table,
 )
 from pocl_fast.system.errors import InputError
 
@@ -42,10 +44,30 @@ def test_each_sample_has_the_stage_that_brings_it_in():
 
 def test_the_table_has_the_means_of_what_each_stage_brings_in():
     made = ranked(scores=[np.array([1.0, 0.5, 0.25, np.nan]), np.array([1.0, 2.0, 3.0, 4.0])], stages=2)
-    assert [row["means"] for row in stage_rows(made)] == [["0.750", "1.500"], ["0.250", "3.500"]]
-    lines = stage_table(made).splitlines()
-    assert [line.split() for line in lines[1:3]] == [["1", "2", "0.750", "1.500"], ["2", "2", "0.250", "3.500"]]
-    assert lines[3] == "rank correlation of rouge_l and cross_entropy: 1.00"
+    assert [row.means for row in stage_rows(made)] == [["0.750", "1.500"], ["0.250", "3.500"]]
+    lines = difficulty_table(made).splitlines()
+    assert lines[0] == "rank: 4 samples in 2 stages, easy to hard; each stage adds new samples"
+    words = "stage samples new temperature alpha mean rouge_l mean cross_entropy"
+    assert [" ".join(line.split()) for line in lines[1:4]] == [
+        words,
+        "1 2 2 1 0.3 0.750 1.500",
+        "2 4 2 2 0 0.250 3.500",
+    ]
+    assert len({len(line) for line in lines[1:4]}) == 1  # the columns are aligned
+    assert lines[4:6] == [
+        "rouge_l: ROUGE-L of the student's answer (high is easy)",
+        "cross_entropy: cross-entropy of the reference, nats a token (low is easy)",
+    ]
+    assert lines[6] == "rank correlation of rouge_l and cross_entropy: 1.00 (1: they rank the samples alike)"
+
+
+def test_a_long_name_of_a_signal_keeps_its_end_and_the_columns_aligned():
+    made = ranked("cross_entropy_gap,teacher_cross_entropy")
+    long = replace(made.known.signals[0].signal, name="a.package.of.many.modules:a_function")
+    known = replace(made.known, signals=(Weighted(long), made.known.signals[1]))
+    lines = difficulty_table(replace(made, known=known)).splitlines()
+    assert "mean of.many.modules:a_function" in lines[1]
+    assert len({len(line) for line in lines[1:6]}) == 1  # aligned
 
 
 def test_average_ranks_share_ties_and_put_nan_last():
@@ -78,7 +100,7 @@ def test_the_picture_has_a_histogram_of_all_samples_for_each_signal(signals, pan
     for axis in figure.axes[: len(signals.split(",")) if panels < 4 else 3]:
         assert sum(bar.get_height() for bar in axis.patches) == 40
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        f"stage {stage} brings in 10" for stage in (1, 2, 3, 4)
+        f"stage {stage}: 10 new samples" for stage in (1, 2, 3, 4)
     ]
     figure.savefig(tmp_path / "difficulty.png")
 
@@ -124,21 +146,21 @@ def write_run(folder, made):
 def test_the_easiest_the_middle_and_the_hardest_sample_of_each_stage_are_shown(tmp_path):
     made = ranked(count=13)  # 3 in each stage, 4 in the last
     write_run(tmp_path, made)
-    shown = stage_samples(read_ranked(tmp_path), tmp_path / "difficulty.parquet")
+    shown = sample_rows(read_ranked(tmp_path), tmp_path / "difficulty.parquet")
     order = made.curriculum.order
     picked = [int(order[i]) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12)]
-    assert [(row["stage"], row["prompt"]) for row in shown] == [
+    assert [(row.stage, row.prompt) for row in shown] == [
         (1 + i // 3, f"prompt {index}") for i, index in enumerate(picked)
     ]
     row = int(np.flatnonzero(made.known.index == picked[0])[0])
-    assert shown[0]["scores"] == [f"{scores[row]:.3f}" for scores in made.known.scores]
-    assert (shown[0]["reference"], shown[0]["answer"]) == (f"reference {picked[0]}", f"answer {picked[0]}")
+    assert shown[0].scores == [f"{scores[row]:.3f}" for scores in made.known.scores]
+    assert (shown[0].reference, shown[0].answer) == (f"reference {picked[0]}", f"answer {picked[0]}")
 
 
 def test_a_stage_of_one_sample_shows_it_once(tmp_path):
     write_run(tmp_path, made := ranked(count=4))
-    shown = stage_samples(read_ranked(tmp_path), tmp_path / "difficulty.parquet")
-    assert [row["prompt"] for row in shown] == [f"prompt {i}" for i in made.curriculum.order]
+    shown = sample_rows(read_ranked(tmp_path), tmp_path / "difficulty.parquet")
+    assert [row.prompt for row in shown] == [f"prompt {i}" for i in made.curriculum.order]
 
 
 def test_before_ranking_there_is_nothing_and_other_samples_are_one_clear_error(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from tiny import arithmetic, write_jsonl
 from tiny_run import options, read_json, run, select
 
-from pocl_fast.run.report import result_rows, step_rows, summary_table, write_report
+from pocl_fast.run.report import ScoreRow, StepRow, result_rows, step_rows, summary_table, training_figure, write_report
 from pocl_fast.system.errors import InputError
 
 
@@ -36,10 +36,10 @@ def test_the_report_holds_the_scores_the_steps_and_the_stages(finished):
     results = read_json(output / "evaluation.json")
     rows = table_rows(page(output))
     cells = [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after")]
-    assert ["loss (CE, nats a token)", *cells] in rows
+    assert ["cross-entropy, nats a token", *cells] in rows
     steps = ["measure", "evaluate-before", "rank", "train", "evaluate-after", "in all"]
     assert [row[0] for row in rows if row[-1].endswith("GiB")] == steps
-    header = rows.index(["stage", "samples", "temperature", "alpha", "best dev ROUGE-L", "dev cross-entropy"])
+    header = rows.index(["stage", "samples", "temperature", "alpha", "held-out ROUGE-L", "held-out cross-entropy"])
     stages = rows[header + 1 : header + 5]
     settings = [
         ["1", "6", "1.0", "0.3"],
@@ -73,13 +73,22 @@ def test_the_report_has_the_difficulty_of_each_stage_and_three_samples_of_it(fin
         new = [record for record in table if record["index"] in order[6 * stage : 6 * stage + 6]]
         means = [f"{np.mean([record[name] for record in new]):.3f}" for name in ("rouge_l", "cross_entropy")]
         assert row == [str(stage + 1), "6", *means]
-    header = rows.index(["stage", "rouge_l", "cross_entropy", "prompt", "reference", "the student's answer, before"])
+    texts = ["prompt", "reference", "the student's answer before training"]
+    header = rows.index(["stage", "rouge_l", "cross_entropy", *texts])
     shown = rows[header + 1 : header + 13]
     assert [row[0] for row in shown] == [str(stage) for stage in (1, 2, 3, 4) for _ in range(3)]
     picked = [order[6 * stage + place] for stage in range(4) for place in (0, 3, 5)]
     record_of = {record["index"]: record for record in table}
     assert [row[3] for row in shown] == [record_of[index]["prompt"] for index in picked]
     assert [row[2] for row in shown] == [f"{record_of[index]['cross_entropy']:.3f}" for index in picked]
+
+
+def test_the_report_says_what_the_scores_are_of(finished, tmp_path):
+    text = page(finished[1])
+    assert "8 samples, 2 sampled answers each; ± is the spread over the seeds" in text
+    (tmp_path / "steps.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("")
+    assert "sampled answers" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_the_picture_of_difficulty_is_the_one_in_the_run_directory(finished):
@@ -118,7 +127,7 @@ def test_a_report_of_a_run_that_has_only_measured_leaves_the_rest_out(finished, 
     assert run("measure", output, *select(options(inputs), "measure")) == 0
     assert run("report", output) == 0
     rows = table_rows(page(output))
-    assert ["ROUGE-L", "-", "-"] in rows
+    assert ["ROUGE-L, 0 to 100", "-", "-"] in rows
     assert [row[0] for row in rows if row[-1].endswith("GiB")] == ["measure", "in all"]
     assert "data:image" not in page(output)
     assert "<h2>Stages</h2>" not in page(output)
@@ -132,6 +141,18 @@ def test_a_report_after_measuring_other_samples_does_not_mix_in_the_old_order(fi
     assert "<h2>Stages</h2>" not in page(copied)
 
 
+def test_a_log_whose_steps_were_all_skipped_is_left_out_of_the_curves(copied):
+    skipped = {"step": 17, "stage": 3, "temperature": 2.0, "alpha": 0.0, "loss": 0.0, "skipped_steps": 1}
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(skipped) + "\n")
+    losses, scores = training_figure(copied).axes
+    for line in losses.lines[:2]:
+        assert line.get_xdata().tolist() == [1, 2, 5, 10, 15, 16]
+    assert scores.lines[0].get_xdata().tolist() == [2, 5, 10, 16]
+    assert scores.get_ylim()[0] == 0
+    assert write_report(copied).stat().st_size > 10_000
+
+
 def test_a_report_without_a_run_is_one_clear_error(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path} holds no run"):
         write_report(tmp_path)
@@ -141,9 +162,9 @@ def test_scores_have_their_spread_and_a_dash_where_there_are_none(tmp_path):
     scores = {"rouge_l": 12.345, "rouge_l_spread": 0.5, "exact_match": 3.21, "cross_entropy": 1.5}
     (tmp_path / "evaluation.json").write_text(json.dumps({"before": scores}))
     assert result_rows(tmp_path) == [
-        {"name": "ROUGE-L", "before": "12.35 ± 0.50", "after": "-"},
-        {"name": "exact match, %", "before": "3.2", "after": "-"},
-        {"name": "loss (CE, nats a token)", "before": "1.500", "after": "-"},
+        ScoreRow("ROUGE-L, 0 to 100", before="12.35 ± 0.50", after="-"),
+        ScoreRow("exact match, %", before="3.2", after="-"),
+        ScoreRow("cross-entropy, nats a token", before="1.500", after="-"),
     ]
 
 
@@ -154,9 +175,9 @@ def test_steps_have_times_and_memory_and_their_sum_and_peak():
         "evaluate-after": {"done": False, "seconds": 7.0, "peak_bytes": 1 << 40},
     }
     assert step_rows(stamps) == [
-        {"name": "measure", "time": "90.0 s", "memory": "1.00 GiB"},
-        {"name": "train", "time": "100.5 s", "memory": "1.50 GiB"},
-        {"name": "in all", "time": "3 min 10 s", "memory": "1.50 GiB"},
+        StepRow("measure", time="90.0 s", memory="1.00 GiB"),
+        StepRow("train", time="100.5 s", memory="1.50 GiB"),
+        StepRow("in all", time="3 min 10 s", memory="1.50 GiB"),
     ]
 
 
@@ -164,7 +185,7 @@ def test_the_terminals_table_has_scores_times_speed_and_the_reports_place(finish
     _, output = finished
     lines = summary_table(output).splitlines()
     results = read_json(output / "evaluation.json")
-    assert lines[0].split() == ["held-out", "before", "after"]
+    assert lines[0].split() == ["held-out", "samples", "before", "after"]
     assert lines[3].split()[-2:] == [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after")]
     assert re.fullmatch(r"training speed: [\d,]+ tokens/s", lines[-2])
     assert lines[-1] == f"report: {output / 'report.html'}"

@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ranks import gloo
-from tiny_run import make_inputs, options, read_json, refusal, run, select
+from tiny_run import make_inputs, options, refusal, run, select
 
 from pocl_fast.curriculum import measurer
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.system import ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -73,7 +72,7 @@ def test_under_torchrun_two_processes_make_the_table_of_one(words, whole, tmp_pa
     done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "run", whole)
-    assert done.stdout.count("24 samples, student's ROUGE-L") == 1
+    assert done.stdout.count("24 training samples, ROUGE-L") == 1
     assert run("measure", tmp_path / "run", *words) == 0  # its stamps are those of one process
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         ".lock", "config.yaml", "difficulty.parquet", "steps.json",
@@ -125,7 +124,7 @@ def test_a_signal_of_the_teacher_s_is_added_without_asking_the_student_again(wor
     monkeypatch.setattr(measurer, "generate", no_answers)
     signals = ("--signals", "mean_kl")
     assert run("measure", output, *words, *signals) == 0
-    assert "measure-teacher: cross-entropy " in capsys.readouterr().out
+    assert "measure-teacher: the teacher's cross-entropy is " in capsys.readouterr().out
     assert (output / "difficulty.parquet").stat().st_mtime_ns == before
     divergence = pq.read_table(output / "teacher_scores.parquet")["mean_kl"].to_numpy()
     assert run("rank", output, *signals, "--restart") == 0
@@ -150,19 +149,29 @@ def test_sampled_answers_are_made_from_their_temperature_and_seed(words, whole, 
     assert "measure_temperature: was 1.0, now 0.0" in said
 
 
-def _evaluated(output, words):
-    assert run("evaluate", output, *words) == 0
-    return ranks.rank()
+def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, tmp_path, monkeypatch, capsys):
+    inputs, whole = finished
+    output, generate, asked = tmp_path / "out", measurer.generate, []
 
+    def interrupted(model, prompts, **kwargs):
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return generate(model, prompts, **kwargs)
 
-@gloo
-def test_ranks_evaluate_what_one_process_evaluates(words, two_ranks, tmp_path, tmp_path_factory):
-    inputs = make_inputs(tmp_path_factory.mktemp("evaluated"))
-    words = select(options(inputs, generation_batch_size=3), "evaluate")
-    assert run("evaluate", tmp_path / "one", *words) == 0
-    assert two_ranks(_evaluated, tmp_path / "two", words) == [0, 1]
-    one, two = ((tmp_path / name / "answers-before.jsonl").read_bytes() for name in ("one", "two"))
-    assert one == two
-    one, two = (read_json(tmp_path / name / "evaluation.json")["before"] for name in ("one", "two"))
-    assert two.pop("cross_entropy") == pytest.approx(one.pop("cross_entropy"), rel=1e-6)
-    assert one == two
+    monkeypatch.setattr(measurer, "generate", interrupted)
+    words = select(options(inputs), "measure")
+    assert run("measure", output, *words) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert asked == [8]
+    assert [p.name for p in (output / "difficulty.parts" / "000000").iterdir()] == ["000000.parquet"]
+
+    def counted(model, prompts, **kwargs):
+        asked.append(len(prompts))
+        return generate(model, prompts, **kwargs)
+
+    monkeypatch.setattr(measurer, "generate", counted)
+    assert run("measure", output, *words) == 0
+    assert asked == [8, 8, 8]
+    assert (output / "difficulty.parquet").read_bytes() == (whole / "difficulty.parquet").read_bytes()
+    assert not (output / "difficulty.parts").exists()

@@ -1,0 +1,116 @@
+"""What a run's steps share: which models and samples are loaded, and where they lie."""
+
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from tiny import arithmetic, write_jsonl
+from tiny_run import make_inputs, options, run
+
+from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.models import loading
+from pocl_fast.options import from_options
+from pocl_fast.run.context import RunContext
+from pocl_fast.run.directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def context(inputs, tmp_path):
+    """Makes the context of a run on these inputs with the options given; `said` has what it prints."""
+
+    def make(**changed):
+        given = {"teacher": str(inputs / "teacher"), "train": inputs / "train.jsonl", "dev": inputs / "dev.jsonl"}
+        given |= {"device": "cpu", "precision": "fp32", "max_length": 96, "max_prompt_length": 80}
+        made = RunContext(RunDirectory(tmp_path / "out"), from_options(given | changed), said.append)
+        made.said = said
+        return made
+
+    said = []
+    return make
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """What `load_model` is asked for: sources, and arguments by name."""
+    asked, load = [], loading.load_model
+
+    def recorded(source, **given):
+        asked.append((source, given))
+        return load(source, **given)
+
+    monkeypatch.setattr(loading, "load_model", recorded)
+    return asked
+
+
+def test_a_student_cut_from_the_teacher_shares_its_loading(context, loads, inputs):
+    run_context = context(student_layers=2)
+    student, teacher = run_context.student().model, run_context.teacher_model()
+    assert [source for source, _ in loads] == [str(inputs / "teacher")]
+    assert student.config.num_hidden_layers == 2
+    assert teacher.config.num_hidden_layers == 4
+    assert student.lm_head.weight.data_ptr() != teacher.lm_head.weight.data_ptr()
+
+
+# a teacher that is spread lies in parts, and one on a device of its own is not where the student is to run
+@pytest.mark.parametrize("place", ["spread", "cpu"])
+def test_a_student_lies_on_the_runs_device_wherever_the_teacher_lies(context, loads, place):
+    run_context = context(student_layers=2, teacher_device=place)
+    run_context.student()
+    [(_, given)] = loads
+    assert given["device"] == run_context.device
+    assert "placement" not in given
+    run_context.teacher_model()
+    assert len(loads) == 2
+
+
+def test_a_model_that_is_taken_is_loaded_anew_when_asked_for_again(context):
+    run_context = context(student_layers=2)
+    student = run_context.student().model
+    assert run_context.student().model is student
+    assert run_context.take_student().model is student
+    assert run_context.student().model is not student
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_trained_student_runs_its_own_code_where_that_is_trusted(context, loads, inputs, tmp_path, trusted):
+    shutil.copytree(inputs / "teacher", tmp_path / "out" / "student")
+    (tmp_path / "out" / "config.yaml").write_text("")
+    context(trust_remote_code=trusted).trained_student()
+    assert [given["trust_remote_code"] for _, given in loads] == [trusted]
+
+
+def test_lines_about_a_model_name_it(context):
+    run_context = context(student_layers=2)
+    run_context.student()
+    run_context.take_cached_teacher()
+    about = [line for line in run_context.said if "attends to packed rows" in line]
+    assert [line.split(":")[0] for line in about] == ["student", "teacher"]
+
+
+def test_the_files_are_read_once(context, inputs):
+    run_context = context(student_layers=2)
+    assert not run_context.train_set_is_loaded
+    assert run_context.train_set is run_context.train_set
+    assert run_context.train_set_is_loaded
+    assert run_context.said == [f"{inputs / 'train.jsonl'}: 24 samples"]
+
+
+def test_skipped_and_cut_samples_are_counted_and_left_out_or_kept(finished, tmp_path, capsys):
+    inputs, _ = finished
+    records = arithmetic(12)
+    records[3]["instruction"] = "long " * 30
+    records[5]["output"] = "b" * 200
+    train = write_jsonl(tmp_path / "train.jsonl", records)
+    output = tmp_path / "out"
+    assert run("distill", output, *options(inputs, train=train, long_prompts="skip", stages=2)) == 0
+    said = capsys.readouterr().out
+    assert f"{train}: 11 samples; 1 skipped, their prompt is over the limit (line 4);" in said
+    assert "1 responses cut to the length limit (line 6)" in said
+    index = pq.read_table(output / "difficulty.parquet")["index"].to_pylist()
+    assert index == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert sorted(Curriculum.load(output / "curriculum.json").order.tolist()) == index
