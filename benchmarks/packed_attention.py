@@ -34,12 +34,12 @@ from table_form import console
 from torch import Tensor
 from transformers import AttentionInterface
 
-from pocl_fast.data import packed
+from pocl_fast.data.packed import pack
 from pocl_fast.data.records import SampleEncoder, encode_all, read_samples
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
-from pocl_fast.models import loading
+from pocl_fast.models import loading, packed_forward
 from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import BY_SAMPLE, enable_packing, needs_no_mask, packed_by_sample, packed_varlen
@@ -165,7 +165,7 @@ def before(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, packed_length
 
 def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
     """Forward and backward of one batch both ways, in turns: tokens, times, and how far losses are apart."""
-    batch, head = packed.pack(samples), lm_head(model)
+    batch, head = pack(samples), lm_head(model)
     teacher = LinearTeacher(torch.randn(len(batch.labels), head.weight.shape[1]), head.weight.detach())
 
     def loss(hidden: Tensor, head: Any) -> Tensor:
@@ -177,7 +177,7 @@ def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
     for turn in range(1 + repeats):
         for name, (attend, no_mask) in ways.items():
             AttentionInterface.register(BY_SAMPLE, attend)
-            packed.needs_no_mask = no_mask  # type: ignore[assignment]
+            packed_forward.needs_no_mask = no_mask  # type: ignore[assignment]
             start = time.perf_counter()
             value = loss_within_forward(model, batch, loss, packed=True)
             value.backward()

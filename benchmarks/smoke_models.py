@@ -116,7 +116,9 @@ def packed_model(setting: Setting, family: str, dtype: torch.dtype) -> list[Figu
     """Logits at the supervised positions, and all gradients of a random sum of them."""
     from transformers import AutoModelForCausalLM
 
-    from pocl_fast.data.packed import enable_packing, pack, supervised_logits
+    from pocl_fast.data.packed import pack
+    from pocl_fast.models.packed_attention import enable_packing
+    from pocl_fast.models.packed_forward import supervised_logits
 
     vocabulary = 1000
     model = AutoModelForCausalLM.from_config(tiny_config(family, vocabulary)).to(setting.kind, dtype).eval()

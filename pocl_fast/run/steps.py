@@ -25,10 +25,10 @@ from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import Curriculum, make_curriculum, stages_over
-from pocl_fast.data.packed import packing_ready
 from pocl_fast.data.records import EncodedSample, Sample, SampleEncoder, SampleSet, encode_all, read_samples
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers, num_parameters
+from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.unsharded import gathered
 from pocl_fast.options import RunConfig, from_options, recorded_config
 from pocl_fast.run.directory import WRITES, RunDirectory, required

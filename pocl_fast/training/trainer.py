@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback
 from pocl_fast.answers.evaluation import dev_scores
 from pocl_fast.curriculum.schedule import Place, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.packed import PackedBatch, packing_ready
+from pocl_fast.data.packed import PackedBatch
 from pocl_fast.data.records import SampleEncoder
 from pocl_fast.loss.dense import LossOutput
 from pocl_fast.loss.linear import linear_distillation_loss
@@ -29,6 +29,7 @@ from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import LmHead, causal_lm, loss_within_forward
+from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.unsharded import gathered
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say

@@ -9,7 +9,7 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_run import make_inputs, options, read_json, run
 from tiny_training import encoded_samples
 
-from pocl_fast.data.packed import pack, supervised_logits
+from pocl_fast.data.packed import pack
 from pocl_fast.models.loading import (
     Precision,
     check_same_vocabulary,
@@ -24,6 +24,7 @@ from pocl_fast.models.loading import (
     weights_fingerprint,
 )
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher
 

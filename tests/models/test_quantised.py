@@ -15,10 +15,11 @@ from tiny import save_tiny, tiny_model
 from tiny_cache import samples
 from torch.nn.functional import kl_div
 
-from pocl_fast.data.packed import pack, supervised_logits
+from pocl_fast.data.packed import pack
 from pocl_fast.models import quantised
 from pocl_fast.models.loading import load_model, weights_fingerprint
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.quantised import load_quantised
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
