@@ -34,8 +34,9 @@ from table_form import console
 from torch import Tensor
 from transformers import AttentionInterface
 
+from pocl_fast.data.encoding import SampleEncoder, encode_all
 from pocl_fast.data.packed import pack
-from pocl_fast.data.records import SampleEncoder, encode_all, read_samples
+from pocl_fast.data.records import read_samples
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
@@ -43,6 +44,7 @@ from pocl_fast.models import loading, packed_forward
 from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import BY_SAMPLE, enable_packing, needs_no_mask, packed_by_sample, packed_varlen
+from pocl_fast.models.precision import choose_precision
 
 Attention = Callable[[Any, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -193,7 +195,7 @@ def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
 
 def step_table(options: argparse.Namespace) -> dict[str, Any]:
     """A distillation step on batches of so many samples."""
-    loading.choose_precision("fp32", torch.device("cpu"))
+    choose_precision("fp32", torch.device("cpu"))
     tokenizer = loading.load_tokenizer("bundled")
     limits: dict[str, Any] = {"max_length": 512, "max_prompt_length": 384, "long_prompts": "skip"}
     encoded, _ = encode_all(read_samples(options.data), SampleEncoder(tokenizer), name=str(options.data), **limits)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from pocl_fast.curriculum.signals import TEACHER_COLUMNS
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import PackedBatch, pack, token_budget_batches
-from pocl_fast.data.records import EncodedSample
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.frozen import frozen_linears

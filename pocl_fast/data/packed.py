@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_fast.data.records import EncodedSample
+from pocl_fast.data.encoding import EncodedSample
 
 
 @dataclass(frozen=True)

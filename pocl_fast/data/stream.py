@@ -10,15 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pocl_fast.data.records import (
-    EncodedSample,
-    LengthReport,
-    Sample,
-    SampleEncoder,
-    check_limits,
-    iter_samples,
-    over_the_limit,
-)
+from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, check_limits, over_the_limit
+from pocl_fast.data.records import Sample, iter_samples
 from pocl_fast.system import resumable_table
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import PackedBatch, pack, padded_kwargs
-from pocl_fast.data.records import EncodedSample
 from pocl_fast.models.packed_forward import forward_kwargs, supervised_hidden
 from pocl_fast.models.placement import input_device, resident
 from pocl_fast.system.errors import InputError

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.models.loading import exact_products
 from pocl_fast.models.placement import input_device
+from pocl_fast.models.precision import exact_products
 
 # as transformers' `attn_implementation`
 VARLEN, BY_SAMPLE, BY_MASK = "pocl_packed_varlen", "pocl_packed_by_sample", "pocl_packed_by_mask"

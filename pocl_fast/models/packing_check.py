@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import pack
-from pocl_fast.data.records import EncodedSample
 from pocl_fast.models.packed_attention import LengthsLost, enable_packing, register, use_row_mask, why_never_packed
 from pocl_fast.models.packed_forward import forward_kwargs
 from pocl_fast.models.placement import input_device

@@ -22,13 +22,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pocl_fast.data.records import EncodedSample
-from pocl_fast.models.loading import hub_revision, load_model, require_bitsandbytes, resolve, source_fingerprint
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.models.fingerprints import hub_revision, source_fingerprint
+from pocl_fast.models.loading import load_model, require_bitsandbytes, resolve
 from pocl_fast.models.placement import Placement, input_device
 from pocl_fast.system import console, ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json
-from pocl_fast.training.checkpoints import damage, seal
+from pocl_fast.system.seal import damage, seal
 
 PROBE_TOKENS = 256  # supervised tokens at which the full model's logits are kept: 156 MB of a vocabulary of 152k
 _RECORD = "quantised.json"

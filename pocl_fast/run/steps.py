@@ -25,10 +25,12 @@ from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import Curriculum, make_curriculum, stages_over
-from pocl_fast.data.records import EncodedSample, Sample, SampleEncoder, SampleSet, encode_all, read_samples
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.records import Sample, read_samples
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers, num_parameters
 from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.precision import choose_precision
 from pocl_fast.models.unsharded import gathered
 from pocl_fast.options import RunConfig, from_options, recorded_config
 from pocl_fast.run.directory import WRITES, RunDirectory, required
@@ -55,7 +57,7 @@ class Run:
         self.say: Say = say if ranks.is_first() else lambda _: None
         self.path = directory.path
         self.device = loading.choose_device(config.models.device)
-        self.precision = loading.choose_precision(config.models.precision, self.device)
+        self.precision = choose_precision(config.models.precision, self.device)
         self._teacher_model: Any = None
         self._initial_student: Any = None
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import pack, token_budget_batches
-from pocl_fast.data.records import EncodedSample
 
 
 def test_the_layout_supervises_each_response_token_from_the_token_before_it():

@@ -17,7 +17,8 @@ from torch.nn.functional import kl_div
 
 from pocl_fast.data.packed import pack
 from pocl_fast.models import quantised
-from pocl_fast.models.loading import load_model, weights_fingerprint
+from pocl_fast.models.fingerprints import weights_fingerprint
+from pocl_fast.models.loading import load_model
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.quantised import load_quantised

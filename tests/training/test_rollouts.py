@@ -12,8 +12,8 @@ from tiny_cache import samples
 
 from pocl_fast.answers.answerer import Answerer, AnswerLimits, answered
 from pocl_fast.answers.decoding import generate
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import pack
-from pocl_fast.data.records import EncodedSample
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.packed_attention import enable_packing
