@@ -15,7 +15,7 @@ CHECKPOINTED = "_checkpoint_wrapped_module."  # in the names under FSDP's activa
 
 
 @contextlib.contextmanager
-def gathered(model: Any) -> Iterator[Any]:
+def unsharded(model: Any) -> Iterator[Any]:
     """A plain model with `model`'s weights; every rank enters and leaves it, and runs it as it likes within.
 
     The model itself where it is whole; under FSDP2 and ZeRO-3 a copy, which takes one model's memory. Raises

@@ -31,7 +31,7 @@ from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers, num_parameters
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import choose_precision
-from pocl_fast.models.unsharded import gathered
+from pocl_fast.models.unsharded import unsharded
 from pocl_fast.options import RunConfig, from_options, recorded_config
 from pocl_fast.run.directory import WRITES, RunDirectory, required
 from pocl_fast.run.measure_step import measure_step
@@ -133,7 +133,7 @@ class Run:
                 callbacks=[MetricsFile(self.path / "metrics.jsonl")],
             )
             trainer.train(resume_from_checkpoint=True)
-            with gathered(trainer.model) as whole:
+            with unsharded(trainer.model) as whole:
                 ranks.from_first(lambda: self._save_student(whole))
             facts |= self._speed()
         if ranks.is_first():

@@ -27,7 +27,7 @@ from pocl_fast.models.cut import as_trainable
 from pocl_fast.models.fingerprints import weights_fingerprint
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.precision import Precision
-from pocl_fast.models.unsharded import gathered
+from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -196,7 +196,7 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
     if moves:
         model.to(args.device)
     table = folder / "difficulty.parquet"
-    with gathered(trainer.model) as student, trainer.accelerator.autocast():
+    with unsharded(trainer.model) as student, trainer.accelerator.autocast():
         measure(
             LoadedModel(student, trainer.packed),
             rows_of(samples.samples, samples.encoded),

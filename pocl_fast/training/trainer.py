@@ -30,12 +30,12 @@ from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import LmHead, causal_lm, loss_within_forward
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import choose_precision
-from pocl_fast.models.unsharded import gathered
+from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.system.memory import FreedMemory, memory_in_use
-from pocl_fast.system.stop_signals import Signals
+from pocl_fast.system.stop_signals import StopSignals
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training import checkpoints
 from pocl_fast.training.arguments import PoclConfig
@@ -140,7 +140,7 @@ class PoclTrainer(SavingTrainer):
         self._freed_memory = FreedMemory() if args.device.type == "cpu" else None
         self._step_batches: list[MicroBatch] = []  # of the step in progress
         self.finite_steps = FiniteSteps(self)
-        self._signals = Signals()
+        self._signals = StopSignals()
         self.scoring = False  # whether an evaluation in progress is one of the dev set, for choosing and stopping
         super().__init__(
             model=model,
@@ -359,7 +359,7 @@ class PoclTrainer(SavingTrainer):
             raise InputError("there is nothing to evaluate on: give eval_dataset")
         start = time.perf_counter()
         self.model.eval()  # type: ignore[union-attr]
-        with gathered(self.model) as model, self.accelerator.autocast():
+        with unsharded(self.model) as model, self.accelerator.autocast():
             scores, answers = dev_scores(model, dev, self.encoder, args, packed=self.packed)
         self.dev_answers = answers[:SHOWN_ANSWERS]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
