@@ -11,17 +11,17 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_fast.system import ranks
+from pocl_fast.system.console import Report
 from pocl_fast.system.errors import InputError
 
 T = TypeVar("T")
 PIECE = 4096  # samples that are planned together, and in memory at a time
-Progress: TypeAlias = Callable[[int], object]  # called with how many more items all ranks have done
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def make_table(
     plan: Callable[[Sequence[T]], list[Job[T]]],
     work: Callable[[Sequence[T]], pa.Table],
     output: Path,
-    progress: Progress = lambda _: None,
+    report: Report = lambda _: None,
 ) -> None:
     """Writes `output` (Parquet): the rows that `work` makes of every item, in the order of their column `index`.
 
@@ -66,16 +66,16 @@ def make_table(
         missing = [job for job in range(len(jobs)) if (number, job) not in known]
         left = len(piece)
         for job in sorted({*range(len(jobs))} - {*missing}):
-            progress(len(jobs[job].items))
+            report(len(jobs[job].items))
             left -= len(jobs[job].items)
         for mine in ranks.share([jobs[job].weight for job in missing]):
             job = missing[mine]
             folder.mkdir(parents=True, exist_ok=True)
             _write(work(jobs[job].items), folder / f"{job:06d}.parquet")
             done = min(left, len(jobs[job].items) * ranks.world_size())  # the others are about as far
-            progress(done)
+            report(done)
             left -= done
-        progress(left)
+        report(left)
     if not jobs_of_piece:
         raise ValueError("make_table: no items")
     ranks.barrier()
