@@ -1,7 +1,7 @@
 """The backward of attention over a packed row of 64 short samples takes a quarter to a fifth of what slices take.
 
 One layer's attention of a Qwen3-0.6B (16 heads, 8 of keys and values, head size 128), 64 samples of 128 tokens in one
-row. "by sample" is what a CPU gets from pocl-fast: one causal sdpa call a sample, on a split of the row. "slices" is
+row. "by sample" is what a CPU gets from pocl-fast: one causal sdpa call per sample, on a split of the row. "slices" is
 the same on slices of the row: a slice's gradient is as long as the row, and all are added. "mask" (where asked for, as
 its 4 GiB of scores move the other sides' memory) is transformers' sdpa over the whole row with the mask that it derives
 from the positions. On a GPU there is "varlen" too: torch's flash attention over packed rows. All sides run in this

@@ -63,9 +63,9 @@ class LengthReport:
     def describe(self, name: str) -> str:
         parts = [f"{name}: {self.samples} samples"]
         if self.skipped:
-            parts.append(f"{len(self.skipped)} skipped, their prompt is over the limit ({_some_lines(self.skipped)})")
+            parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({_some_lines(self.skipped)})")
         if self.truncated:
-            parts.append(f"{len(self.truncated)} responses cut to the length limit ({_some_lines(self.truncated)})")
+            parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({_some_lines(self.truncated)})")
         return "; ".join(parts)
 
 
@@ -81,8 +81,9 @@ class SampleEncoder:
     """Turns samples into tokens: the tokenizer's chat template where it has one, else the Alpaca template of the
     paper's code.
 
-    Of a conversation the last answer is the response; the turns before it are the prompt. `end_id` ends every response
-    that is not cut; `end_ids` are the tokens that end an answer in generation.
+    The last answer of a conversation is the response, the turns before it are the prompt. Every response ends with
+    `end_id` unless it is cut; generation stops at any of `end_ids`. Raises `InputError` for a tokenizer without an
+    end-of-sequence token, and for `template` "chat" where it has no chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> None:
@@ -111,7 +112,7 @@ class SampleEncoder:
         return EncodedSample(sample.index, tuple(prompt_ids), tuple(response_ids[:room]), len(response_ids) > room)
 
     def encode_prompt(self, sample: Sample) -> list[int]:
-        """Tokens up to where the answer starts."""
+        """The prompt's tokens, up to where the answer starts."""
         if self.template == "alpaca":
             if len(sample.messages) > 1:
                 raise InputError(
@@ -154,9 +155,9 @@ def encode_all(
     long_prompts: Literal["error", "skip"],
     name: str,
 ) -> tuple[list[EncodedSample], LengthReport]:
-    """Every sample that fits, in order, and a report of those that did not. `name` is the file's, for messages.
+    """Every sample that fits, in order, and a report of those that did not; `name` stands for the file in messages.
 
-    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", or where none is within it.
+    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", or where all are over it.
     """
     check_limits(max_length, max_prompt_length)
     encoded: list[EncodedSample] = []
@@ -191,6 +192,10 @@ def over_the_limit(name: str, lines: Sequence[int], samples: int, longest: int, 
         f" ({_some_lines(lines)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
         " or pass --long-prompts skip to leave these samples out"
     )
+
+
+def _responses(count: int) -> str:
+    return "1 response" if count == 1 else f"{count} responses"
 
 
 def _some_lines(lines: Sequence[int]) -> str:

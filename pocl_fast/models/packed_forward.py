@@ -15,7 +15,7 @@ from pocl_fast.models.packed_attention import needs_no_mask
 
 
 def forward_kwargs(model: Any, batch: PackedBatch) -> dict[str, Any]:
-    """The arguments with which a transformers model whose packing is enabled, or its body, runs on a packed batch."""
+    """The arguments with which a transformers model with packing enabled, or its decoder, runs on a packed batch."""
     device = batch.input_ids.device
     ends = torch.tensor((0, *batch.lengths), device=device).cumsum(0).to(torch.int32)
     longest = max(batch.lengths)
@@ -35,7 +35,7 @@ def forward_kwargs(model: Any, batch: PackedBatch) -> dict[str, Any]:
 
 
 def supervised_logits(model: nn.Module, batch: PackedBatch, *, packed: bool) -> Tensor:
-    """Logits [N, V] at the supervised positions; the lm_head never meets the others where `packed`.
+    """Logits [N, V] at the supervised positions; where `packed`, the lm_head runs on these positions alone.
 
     `packed=False` pads the samples into a rectangle instead, for the few families where packing does not hold.
     """

@@ -29,15 +29,15 @@ def packing_ready(
     device: torch.device | str | None = None,
     trains: bool = False,
 ) -> bool:
-    """Enables packing (see `enable_packing`), and whether it holds for the model; `say` is told how the model attends,
-    and where it is padded instead."""
+    """Enables packing (see `enable_packing`) and returns whether it holds for the model. `say` is told how the model
+    attends, or that its samples are padded instead."""
     enable_packing(model, say, device=device, trains=trains)
     return packing_holds(model, say)
 
 
 def packing_holds(model: nn.Module, say: Callable[[str], object] | None = None) -> bool:
-    """Whether a model's logits of packed samples are those of each alone; its packing is enabled. `say` is told where
-    they are not, and why where that is known."""
+    """Whether a model with packing enabled gives packed samples the logits that each has alone. `say` is told where it
+    does not, and why if that is known."""
     register()
     vocab_size: Any = model.config.vocab_size  # type: ignore[union-attr]
     reason = why_never_packed(model)
@@ -62,13 +62,13 @@ class Refused(Exception):
 
 
 class PackingErrors(NamedTuple):
-    """How far logits of packed samples are off, relative to the largest logit: around 1e-6 (fp32) where packing holds,
-    0.02 and more where a family does not support it. In bf16 a deep model's logits differ by as much between two
-    attention kernels, so that what a kernel does is told apart from what packing does."""
+    """How far the logits of packed samples are off, relative to the largest logit: around 1e-6 (fp32) where packing
+    holds, 0.02 and more where a family does not support it. In bf16 the logits of a deep model differ by as much
+    between two attention kernels, so the kernel's error is measured apart from that of packing."""
 
-    leak: float  # a sample behind one of two others of one length
-    packed: float  # behind another, against the model without packing
-    alone: float  # packed alone, against the model without packing: the kernel's rounding
+    leak: float  # a sample packed behind one sample, against the same behind another of the same length
+    packed: float  # a sample packed behind another, against the model without packing
+    alone: float  # a sample packed alone, against the model without packing: the kernel's rounding
 
     @property
     def hold(self) -> bool:
@@ -77,7 +77,7 @@ class PackingErrors(NamedTuple):
 
 
 def packing_errors(model: nn.Module, vocab_size: int) -> PackingErrors:
-    """Of short random samples. Raises `Refused` where the model does not run on packed rows."""
+    """The errors on three short random samples. Raises `Refused` where the model does not run on packed rows."""
     generator = torch.Generator().manual_seed(0)
     device = input_device(model)
     first, other, sample = (torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (7, 7, 12))

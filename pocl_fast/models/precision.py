@@ -1,4 +1,4 @@
-"""How matrix products are computed on a device: fp32 or bf16, as autocast, oneDNN's mode or frozen layers have it.
+"""The precision of matrix products on a device, fp32 or bf16: by autocast, oneDNN's mode or frozen layers.
 
 Does not know models.
 """
@@ -22,15 +22,15 @@ class Precision:
     device: torch.device
 
     def autocast(self) -> torch.autocast:
-        """The context in which models run: bf16 autocast on a GPU; on a CPU nothing, its mode is set once for the
-        process."""
+        """The context in which models run: bf16 autocast on a GPU. On a CPU it does nothing: `choose_precision` set the
+        mode of the process."""
         on_gpu = self.device.type == "cuda"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.name == "bf16")
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """In what a CPU multiplies the layers of a model that only reads (see `freeze_linears`): bf16 where that was
-        chosen and is in the hardware."""
+        """The dtype in which a CPU multiplies the layers of a model that does not train (see `freeze_linears`): bf16
+        where that was chosen and the processor multiplies it."""
         fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if self.name == "bf16" and fast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return torch.bfloat16
@@ -59,7 +59,7 @@ def choose_precision(precision: str, device: torch.device) -> Precision:
 def exact_products() -> contextlib.AbstractContextManager[None]:
     """fp32 products of plain tensors are exact within it, whatever `choose_precision` set for the process.
 
-    For attention on a CPU: its products are so small that oneDNN's start-up is most of their time, up to ten times what
-    MKL takes for them.
+    For attention on a CPU, whose products are so small that oneDNN spends most of their time on its start: up to ten
+    times what MKL takes.
     """
     return fp32_products("ieee")

@@ -12,17 +12,17 @@ GROWTH = 512 << 20  # bytes of resident memory between two returns
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the process's on a CPU, the tensors' peak on a GPU."""
+    """Bytes in use: the process's resident memory on a CPU, the peak of allocated tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
 
 
 class FreedMemory:
-    """Returns to the system what the C library's allocator keeps of freed memory, whenever the process has grown much.
+    """Gives back to the system what the C library's allocator keeps of freed memory, whenever the process has grown.
 
-    Every new number of tokens makes oneDNN keep small things between the large blocks of a step, which then cannot be
-    joined: 0.1 GB a step otherwise. 50 ms, each time.
+    oneDNN keeps small blocks for every new number of tokens. They lie between the large blocks of a step, which the
+    allocator then cannot join: without this a process grows by 0.1 GB a step. It takes 50 ms each time.
     """
 
     def __init__(self) -> None:

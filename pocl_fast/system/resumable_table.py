@@ -1,7 +1,7 @@
 """A table made in jobs, shared out among the ranks: each job's rows are kept in a file until all are there.
 
 Jobs are planned from the data alone, so that neither an interruption nor the number of ranks changes what is computed
-together. Knows files and ranks. Does not know what the rows say.
+together. Knows files and ranks. Does not know what the rows mean.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def make_table(
 ) -> None:
     """Writes `output` (Parquet): the rows that `work` makes of every item, in the order of their column `index`.
 
-    `plan` gives the jobs of a piece, the same on every rank and in every call; an item's row must be of its piece's
-    range of `index`. One piece is in memory at a time, rows only of a job or, at last, of a piece. Each rank computes
-    its share and all of them must call; the first gathers the rows, and all return when `output` is there.
+    `plan` gives the jobs of a piece, the same on every rank and in every call. The `index` of a row must lie in its
+    piece's range. Memory holds one piece at a time, and the rows of one job or, at the end, of one piece. All ranks
+    must call: each computes its share, rank 0 gathers the rows, and all return once `output` is there. `report` is
+    called with how many more items all ranks have done.
 
-    An `output` that is there is left as it is, and so are the parts beside it (in `<stem>.parts`) that an interrupted
-    call has written: the caller makes sure that they are of the same data and options. Raises `InputError` where the
-    ranks do not see one folder, ValueError for no items.
+    An existing `output` is kept, and so are the parts (in `<stem>.parts` beside it) of an interrupted call: the caller
+    makes sure that they are of the same data and options. Raises `InputError` where the ranks do not see one folder,
+    ValueError for no items.
     """
     parts = output.with_suffix(".parts")
     if ranks.from_first(output.exists):

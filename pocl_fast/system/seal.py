@@ -19,24 +19,24 @@ SEAL = "files.json"  # name -> size and SHA-256 of every other file
 
 
 def seal(partial: Path, target: Path) -> None:
-    """Notes the checksums of a folder's files in it and renames it to `target`, in the place of what is there."""
+    """Writes the checksums of a folder's files into it, then renames it to `target`, replacing what is there."""
     write_json(partial / SEAL, {str(p.relative_to(partial)): _entry(p) for p in _files(partial)})
     if target.exists():
         shutil.rmtree(target)
     os.replace(partial, target)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None where it is whole: its files are those that were sealed, bit for bit."""
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder; None where its files are bit for bit those that were sealed."""
     try:
-        entries = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        entries = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {SEAL}, so it was not written to the end"
     except (OSError, ValueError) as error:
         return f"its {SEAL} cannot be read ({error})"
     for name, (size, digest) in entries.items():
         try:
-            found = _entry(checkpoint / name)
+            found = _entry(folder / name)
         except OSError as error:
             return f"its {name} cannot be read ({error.strerror})"
         if found[0] != size:
@@ -47,7 +47,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """What was wrong with the disk, where that is what an error of a library's writing means."""
+    """What was wrong with the disk, if that is what an error raised while a library wrote a file means; else None."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, SafetensorError) and "I/O error" in str(error):

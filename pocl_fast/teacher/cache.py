@@ -293,7 +293,13 @@ class TeacherCache:
 
     def _become_writer(self, lacking: str = "") -> None:
         if self._lock is None:
-            self._lock = lock_folder(self.folder, self._writers, when_alone=self._clear_partial_shards, lacking=lacking)
+            self._lock = lock_folder(
+                self.folder,
+                self._writers,
+                what="teacher cache",
+                when_alone=self._clear_partial_shards,
+                lacking=lacking,
+            )
             self._delete_damaged()
             self.refresh()  # what the last writer left since we looked
 

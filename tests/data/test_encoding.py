@@ -49,7 +49,7 @@ def test_a_response_over_the_limit_is_cut_but_never_to_nothing_and_is_reported(t
     assert one.truncated
     assert one.response_ids
     assert report.truncated == (1,)
-    assert "1 responses cut to the length limit (line 1)" in report.describe("a.jsonl")
+    assert "1 response cut to the length limit (line 1)" in report.describe("a.jsonl")
 
 
 def test_a_prompt_over_the_limit_stops_the_run_or_is_skipped_when_asked(tmp_path):

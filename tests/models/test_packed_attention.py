@@ -116,7 +116,7 @@ def test_the_way_is_said_once_and_again_where_it_is_another():
     model, said = model_of(LlamaConfig(**GQA)), []
     for device in ("cpu", "cpu", "cuda", "cuda"):
         enable_packing(model, said.append, device=device)
-    assert said[0] == "LlamaForCausalLM attends to packed rows by one sdpa call a sample"
+    assert said[0] == "LlamaForCausalLM attends to packed rows by one sdpa call per sample"
     assert said[1].startswith(said[0] + ", which is slower than flash attention: that takes bf16")
     assert len(said) == 2
 
