@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from pocl_fast.data.records import Sample
+from pocl_fast.data.records import Message, Sample
 from pocl_fast.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,12 +120,15 @@ class SampleEncoder:
                 )
             form = ALPACA_WITH_INPUT if sample.input else ALPACA_NO_INPUT
             return list(self.tokenizer(form.format(instruction=sample.instruction, input=sample.input)).input_ids)
-        return self._tokens(self._render(sample.messages, answer=None))
+        return self._tokens(self._apply_chat_template(sample.messages, answer=None))
 
-    def _encode_response(self, messages: Sequence[dict[str, str]], response: str) -> list[int]:
+    def _encode_response(self, messages: Sequence[Message], response: str) -> list[int]:
         eos = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         if self.template == "chat":
-            prompt, whole = self._render(messages, answer=None), self._render(messages, answer=response)
+            prompt, whole = (
+                self._apply_chat_template(messages, answer=None),
+                self._apply_chat_template(messages, answer=response),
+            )
             if whole.startswith(prompt):
                 ids = self._tokens(whole[len(prompt) :])
                 ends = [i for i, token in enumerate(ids) if token in self._special_ids]
@@ -139,8 +142,8 @@ class SampleEncoder:
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _render(self, messages: Sequence[dict[str, str]], answer: str | None) -> str:
-        turns = [dict(message) for message in messages]
+    def _apply_chat_template(self, messages: Sequence[Message], answer: str | None) -> str:
+        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))

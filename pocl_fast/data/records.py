@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pocl_fast.system.errors import InputError
 
@@ -19,6 +19,13 @@ FORMATS = (
 )
 
 
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str  # "user", "assistant", "system"
+    content: str
+
+
 @dataclass(frozen=True)
 class Sample:
     """One instruction with its accepted answers. `messages` end before the answer; the first reference is trained
@@ -26,7 +33,7 @@ class Sample:
 
     index: int  # position among the samples of the file, from 0
     line: int  # line in the file, from 1
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     references: tuple[str, ...]
     instruction: str = ""  # the last user turn in parts, for the Alpaca template
     input: str = ""
@@ -100,7 +107,7 @@ def _sample(record: dict[str, Any], index: int, line: int, where: str) -> Sample
     raise InputError(f"{where}: no known field in {sorted(record)}; expected {FORMATS}")
 
 
-def _user(content: str) -> tuple[dict[str, str], ...]:
+def _user(content: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": content},)
 
 
@@ -129,10 +136,10 @@ def _references(record: dict[str, Any], field: str, where: str) -> tuple[str, ..
     return tuple(value)
 
 
-def _chat(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], str]:
+def _chat(value: Any, where: str) -> tuple[tuple[Message, ...], str]:
     if not isinstance(value, list) or len(value) < 2:
         raise InputError(f'{where}: field "messages" must be a list of at least a user and an assistant message')
-    messages = []
+    messages: list[Message] = []
     for position, message in enumerate(value):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise InputError(f'{where}: field "messages", item {position}: expected "role" and "content"')
