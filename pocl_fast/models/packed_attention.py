@@ -97,7 +97,7 @@ def why_never_packed(model: Any) -> str | None:
     if getattr(config, "alibi", False):
         return "its biases (ALiBi) lose digits along a row"
     if getattr(config, "attention_chunk_size", None) and _transformers_version() < (5, 18):
-        return "its chunks count from the row's begin before transformers 5.18"
+        return "before transformers 5.18 its chunks count from the beginning of the row"
     return None
 
 

@@ -148,7 +148,7 @@ def test_a_family_that_needs_masks_gets_them(config, implementation):
     want = each_alone(model, samples)
     said = []
     if packed_attention.why_never_packed(model):  # before transformers 5.18
-        pytest.skip("its masks count chunks from the row's begin")
+        pytest.skip("its masks count chunks from the beginning of the row")
     assert packing_ready(model, said.append)
     assert model.config._attn_implementation == implementation
     with torch.no_grad():

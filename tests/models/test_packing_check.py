@@ -22,7 +22,9 @@ from pocl_fast.models.packing_check import PackingErrors, packing_errors, packin
 
 
 def test_the_check_accepts_a_family_that_packs_and_finds_one_that_does_not():
-    bloom = BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)  # its biases count from the row's begin
+    bloom = BloomConfig(
+        vocab_size=97, hidden_size=32, n_layer=2, n_head=4
+    )  # its biases count from the beginning of the row
     good, bad = model_of(LlamaConfig(**GQA)), model_of(bloom)
     want = responses_alone(bad, three_samples())
     for model in (good, bad):
