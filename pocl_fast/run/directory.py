@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
-from pocl_fast.data.records import file_fingerprint
-from pocl_fast.models import loading
+from pocl_fast.models.fingerprints import source_fingerprint
 from pocl_fast.options import RunConfig, to_yaml
 from pocl_fast.system import ranks
 from pocl_fast.system.console import measured
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json, write_text
+from pocl_fast.system.fingerprint import file_fingerprint
 
 _STUDENT = ("student", "student_layers", "precision", "trust_remote_code")
 _LENGTHS = ("template", "max_length", "max_prompt_length", "long_prompts")
@@ -156,9 +156,9 @@ class RunDirectory:
             if name in ("train", "dev"):
                 made_from[f"{name} data"] = file_fingerprint(required(options[name], f"--{name}"))
             elif name == "teacher" or (name == "student" and options["student"]):
-                made_from[name] = loading.source_fingerprint(required(options[name], f"--{name}"))
+                made_from[name] = source_fingerprint(required(options[name], f"--{name}"))
             elif name == "student":
-                made_from[name] = "cut from " + loading.source_fingerprint(required(options["teacher"], "--teacher"))
+                made_from[name] = "cut from " + source_fingerprint(required(options["teacher"], "--teacher"))
             elif name == "teacher answers":
                 if options["data_source"] == "teacher":
                     made_from[name] = _teacher_made_from(options, "--data-source teacher")
@@ -219,7 +219,7 @@ def required(value: Any, option: str) -> Any:
 
 def _teacher_made_from(options: dict[str, Any], asked: str) -> str:
     """The teacher that an option asks for."""
-    source = loading.source_fingerprint(required(options["teacher"], f"--teacher (for {asked})"))
+    source = source_fingerprint(required(options["teacher"], f"--teacher (for {asked})"))
     return f"of {source} in {options['teacher_quantization']}"
 
 

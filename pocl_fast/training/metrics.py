@@ -17,8 +17,8 @@ from pocl_fast.loss.dense import STATS
 from pocl_fast.system.files import write_text
 
 if TYPE_CHECKING:
+    from pocl_fast.data.encoding import EncodedSample
     from pocl_fast.data.packed import PackedBatch
-    from pocl_fast.data.records import EncodedSample
     from pocl_fast.loss.dense import LossOutput
 
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pocl_fast.curriculum.schedule import Schedule
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import PackedBatch, pack
-from pocl_fast.data.records import EncodedSample
 
 # "samples": list[EncodedSample], "packed": PackedBatch, "place": Place; "live": the samples are the student's own
 MicroBatch = dict[str, Any]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pocl_fast.answers.answerer import Answerer, AnswerLimits
-from pocl_fast.models.unsharded import gathered
+from pocl_fast.models.unsharded import unsharded
 from pocl_fast.training.micro_batches import MicroBatch, with_samples
 from pocl_fast.training.rollouts import Policy, Rollouts
 
@@ -59,7 +59,7 @@ class OnPolicy:
         self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], seed: int
     ) -> Sequence[Sequence[int]]:
         trainer = self._trainer
-        with gathered(trainer.model) as model, trainer.accelerator.autocast():
+        with unsharded(trainer.model) as model, trainer.accelerator.autocast():
             return Answerer.of(model, trainer.encoder, trainer.args, temperature=1.0)(prompts, sample_ids, seed)
 
 

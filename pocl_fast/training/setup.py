@@ -20,11 +20,14 @@ from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.signals import chosen_signals, teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, make_curriculum, stages_over
-from pocl_fast.data.records import EncodedSample, SampleEncoder, SampleSet, encode_all, read_samples, samples_from
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable
+from pocl_fast.models.fingerprints import weights_fingerprint
 from pocl_fast.models.lm_head import causal_lm
-from pocl_fast.models.unsharded import gathered
+from pocl_fast.models.precision import Precision
+from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -78,9 +81,7 @@ def sharded_later(args: PoclConfig) -> bool:
     return bool(args.fsdp) or by_launcher or args.deepspeed is not None
 
 
-def teacher_of(
-    teacher: Any, tokenizer: Any, args: PoclConfig, precision: loading.Precision, samples: SampleSet
-) -> Teacher:
+def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precision, samples: SampleSet) -> Teacher:
     """The teacher with its cache in the output folder."""
     if isinstance(teacher, Teacher):
         return teacher
@@ -195,7 +196,7 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
     if moves:
         model.to(args.device)
     table = folder / "difficulty.parquet"
-    with gathered(trainer.model) as student, trainer.accelerator.autocast():
+    with unsharded(trainer.model) as student, trainer.accelerator.autocast():
         measure(
             LoadedModel(student, trainer.packed),
             rows_of(samples.samples, samples.encoded),
@@ -219,7 +220,7 @@ def measured_from(trainer: PoclTrainer) -> str:
     args = trainer.args
     settings = (args.signals, args.stages, args.rrf_k, args.temperature, args.alpha, args.max_new_tokens)
     digest = hashlib.sha256(repr(settings).encode())
-    digest.update(loading.weights_fingerprint(causal_lm(trainer.model)).encode())
+    digest.update(weights_fingerprint(causal_lm(trainer.model)).encode())
     for sample in trainer.samples.encoded:
         digest.update(sample.fingerprint)
     return digest.hexdigest()

@@ -87,8 +87,7 @@ class StageFlow(TrainerCallback):
         total = self.trainer.planned().total_steps
         state.max_steps = min(args.max_steps, total) if args.max_steps > 0 else total
         if state.is_world_process_zero:
-            self.bar = progress_bar(state.max_steps, "train", "steps")
-            self.bar.update(state.global_step)
+            self.bar = progress_bar(state.max_steps, "train", "steps", done=state.global_step)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.finite_steps.check()

@@ -21,24 +21,26 @@ from transformers import PrinterCallback, ProgressCallback
 from pocl_fast.answers.evaluation import dev_scores
 from pocl_fast.curriculum.schedule import Place, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.packed import PackedBatch, packing_ready
-from pocl_fast.data.records import SampleEncoder
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.packed import PackedBatch
 from pocl_fast.loss.dense import LossOutput
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
-from pocl_fast.models import loading
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import LmHead, causal_lm, loss_within_forward
-from pocl_fast.models.unsharded import gathered
+from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.precision import choose_precision
+from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, Interrupted
-from pocl_fast.system.stop_signals import Signals
+from pocl_fast.system.memory import FreedMemory, memory_in_use
+from pocl_fast.system.stop_signals import StopSignals
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training import checkpoints
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.finite_steps import FiniteSteps
-from pocl_fast.training.halving import FreedMemory, Halving, memory_in_use
+from pocl_fast.training.halving import Halving
 from pocl_fast.training.metrics import LossParts
 from pocl_fast.training.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.training.on_policy import OnPolicy
@@ -106,7 +108,7 @@ class PoclTrainer(SavingTrainer):
             raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
         if args.stage_weights == "best" and args.eval_strategy == "no":
             raise InputError('stage_weights="best" needs evaluations: give eval_dataset and eval_strategy')
-        self.precision = loading.choose_precision("fp32" if args.fp16 else args.precision, args.device)
+        self.precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
         model, processing_class = student_of(model, processing_class, peft_config, args)
         self.encoder = SampleEncoder(processing_class, args.template)  # type: ignore[arg-type]  # a choice of these
         self.samples = sample_set(train_dataset, self.encoder, args, "train_dataset")
@@ -138,7 +140,7 @@ class PoclTrainer(SavingTrainer):
         self._freed_memory = FreedMemory() if args.device.type == "cpu" else None
         self._step_batches: list[MicroBatch] = []  # of the step in progress
         self.finite_steps = FiniteSteps(self)
-        self._signals = Signals()
+        self._signals = StopSignals()
         self.scoring = False  # whether an evaluation in progress is one of the dev set, for choosing and stopping
         super().__init__(
             model=model,
@@ -357,7 +359,7 @@ class PoclTrainer(SavingTrainer):
             raise InputError("there is nothing to evaluate on: give eval_dataset")
         start = time.perf_counter()
         self.model.eval()  # type: ignore[union-attr]
-        with gathered(self.model) as model, self.accelerator.autocast():
+        with unsharded(self.model) as model, self.accelerator.autocast():
             scores, answers = dev_scores(model, dev, self.encoder, args, packed=self.packed)
         self.dev_answers = answers[:SHOWN_ANSWERS]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.records import SampleSet
+from pocl_fast.data.encoding import SampleSet
 from pocl_fast.loss.objective import Objective
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
