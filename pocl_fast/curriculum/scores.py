@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pocl_fast.curriculum.fusion import RankFusion, reciprocal_rank_fusion
 from pocl_fast.curriculum.signals import TEACHER_COLUMNS, TEACHER_SCORES, Weighted, columns_read
-from pocl_fast.curriculum.stages import RankFusion, reciprocal_rank_fusion
 from pocl_fast.system.errors import InputError
 
 ROWS = 1 << 16  # of the table in memory at a time

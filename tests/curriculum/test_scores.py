@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pocl_fast.curriculum import scores
+from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import chosen_signals
-from pocl_fast.curriculum.stages import reciprocal_rank_fusion
 from pocl_fast.system.errors import InputError
 
 

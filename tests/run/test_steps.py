@@ -13,7 +13,8 @@ from tiny_run import OUTPUTS, options, read_json, refusal, run, select, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_fast.curriculum import measurer
-from pocl_fast.curriculum.stages import Curriculum, reciprocal_rank_fusion
+from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
+from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.options import read_yaml
 
 
