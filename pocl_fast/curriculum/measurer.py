@@ -14,10 +14,9 @@ from typing import Any, Protocol, TypeAlias
 import pyarrow as pa
 
 from pocl_fast.answers.decoding import answering_work, generate, generation_batches
-from pocl_fast.answers.likelihood import LoadedModel, response_scores
+from pocl_fast.answers.likelihood import STUDENT_COLUMNS, TEACHER_COLUMNS, LoadedModel, response_scores
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.vllm import VllmEngine
-from pocl_fast.curriculum.signals import TEACHER_COLUMNS
 from pocl_fast.data.packed import token_budget_batches
 from pocl_fast.data.records import EncodedSample, Sample, SampleEncoder
 from pocl_fast.models.frozen import frozen_linears
@@ -25,18 +24,6 @@ from pocl_fast.system.console import shared_progress
 from pocl_fast.system.resumable_table import Job, make_table, pieces_of
 
 Row: TypeAlias = tuple[Sample, EncodedSample]
-SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("rouge_l", pa.float64()),
-        ("cross_entropy", pa.float64()),
-        ("answer_length", pa.int64()),  # of the reference, as trained on
-        ("prompt", pa.string()),
-        ("reference", pa.string()),
-        ("answer", pa.string()),
-    ]
-)
-TEACHER_SCHEMA = pa.schema([("index", pa.int64()), *((name, pa.float64()) for name in TEACHER_COLUMNS)])
 ENGINE_ROWS = 1024  # prompts that vLLM gets at once, which makes batches of its own
 TEACHER_TOKENS = 16_384  # of the samples whose teacher columns become one part
 
@@ -69,7 +56,7 @@ def measure(
     seed: int = 0,
     engine: VllmEngine | None = None,
 ) -> None:
-    """Measures the student on `count` samples and writes `output` (Parquet, the columns of `SCHEMA`), in file order.
+    """Measures the student on `count` samples and writes `output` (Parquet, the columns of `_measured`), in file order.
 
     Answers are greedy at `temperature` 0, else sampled with random numbers of `seed` and the sample's index; by
     `engine`, or without one by torch. `pieces`, ranks and interruptions are as in `make_table`.
@@ -115,8 +102,8 @@ def measure(
 def measure_teacher(
     student: LoadedModel, teacher: LoadedModel, pieces: Iterable[Sequence[Row]], count: int, output: Path
 ) -> None:
-    """Writes what the teacher says of each sample's response, and how far the student is from it (Parquet, the columns
-    of `TEACHER_SCHEMA`), in file order; `pieces`, ranks and interruptions are as in `make_table`."""
+    """Writes what the teacher says of each sample's response, and how far the student is from it (Parquet, `index`
+    and `TEACHER_COLUMNS`), in file order; `pieces`, ranks and interruptions are as in `make_table`."""
 
     def plan(piece: Sequence[Row]) -> list[Job[Row]]:
         lengths = [len(one) for _, one in piece]
@@ -126,8 +113,8 @@ def measure_teacher(
     def work(rows: Sequence[Row]) -> pa.Table:
         encoded = [one for _, one in rows]
         scores = response_scores(student, encoded, teacher)
-        columns = {"index": [one.index for one in encoded], **{name: scores[name] for name in TEACHER_COLUMNS}}
-        return pa.table(columns, schema=TEACHER_SCHEMA)
+        index = pa.array([one.index for one in encoded], pa.int64())
+        return pa.table({"index": index, **{name: pa.array(scores[name]) for name in TEACHER_COLUMNS}})
 
     with (
         frozen_linears(student.model),
@@ -138,15 +125,18 @@ def measure_teacher(
 
 
 def _measured(student: LoadedModel, rows: Sequence[Row], answers: list[list[int]], encoder: SampleEncoder) -> pa.Table:
+    """The difficulty table's rows: a value a sample in each column."""
     texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
     encoded = [one for _, one in rows]
-    columns = {
-        "index": [one.index for one in encoded],
-        "rouge_l": rouge_l(texts, [list(sample.references) for sample, _ in rows]).fmeasure,
-        "cross_entropy": response_scores(student, encoded)["cross_entropy"],
-        "answer_length": [len(one.response_ids) for one in encoded],
-        "prompt": [sample.messages[-1]["content"] for sample, _ in rows],
-        "reference": [sample.references[0] for sample, _ in rows],
-        "answer": texts,
-    }
-    return pa.table(columns, schema=SCHEMA)
+    scores = response_scores(student, encoded)
+    return pa.table(
+        {
+            "index": pa.array([one.index for one in encoded], pa.int64()),
+            "rouge_l": pa.array(rouge_l(texts, [list(sample.references) for sample, _ in rows]).fmeasure),
+            **{name: pa.array(scores[name]) for name in STUDENT_COLUMNS},
+            "answer_length": pa.array([len(one.response_ids) for one in encoded], pa.int64()),  # as trained on
+            "prompt": pa.array([sample.messages[-1]["content"] for sample, _ in rows], pa.string()),
+            "reference": pa.array([sample.references[0] for sample, _ in rows], pa.string()),
+            "answer": pa.array(texts, pa.string()),
+        }
+    )

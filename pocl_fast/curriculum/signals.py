@@ -1,6 +1,7 @@
-"""Difficulty signals: each makes of a sample's record a score, and says which end of the scores is easy.
+"""Difficulty signals: each computes a score from a sample's record, and says which end of the scores is easy.
 
-Knows the columns of a difficulty table and the option `--signals`. Does not know models, nor how rankings are fused.
+Knows the columns of the difficulty tables and the option `--signals`. Does not know how columns are measured, nor how
+rankings are fused. docs/adding-a-signal.md says how to add one.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from pocl_fast.answers.likelihood import TEACHER_COLUMNS
 from pocl_fast.system.errors import InputError
 
 Record: TypeAlias = Mapping[str, Any]  # column -> a sample's value, or all samples' values as an array
-TEACHER_COLUMNS = ("teacher_cross_entropy", "mean_kl")  # which `measure` computes only where a signal reads them,
-TEACHER_SCORES = "teacher_scores.parquet"  # into this table beside the other
+TEACHER_SCORES = "teacher_scores.parquet"  # the file of `TEACHER_COLUMNS`, which lies beside the difficulty table
 
 
 @dataclass(frozen=True)

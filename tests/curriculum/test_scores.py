@@ -58,6 +58,12 @@ def test_a_column_that_was_not_measured_is_one_clear_error(tmp_path):
     message = r"lacks the columns \['teacher_cross_entropy'\], which --signals rouge_l,cross_entropy_gap reads"
     with pytest.raises(InputError, match=message):
         read_scores(tmp_path / "d.parquet", chosen_signals("rouge_l,cross_entropy_gap"))
+    made = pq.read_table(tmp_path / "d.parquet")
+    pq.write_table(
+        made.select(["index"]).append_column("mean_kl", made["rouge_l"]), tmp_path / "teacher_scores.parquet"
+    )
+    with pytest.raises(InputError, match=message):  # nor has the teacher's table the column
+        read_scores(tmp_path / "d.parquet", chosen_signals("rouge_l,cross_entropy_gap"))
 
 
 def test_a_missing_damaged_or_foreign_difficulty_table_is_one_clear_error(tmp_path):
