@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,8 @@ from torch import Tensor
 
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.system import ranks
+from pocl_fast.system.console import Report
 
-Progress: TypeAlias = Callable[
-    [int], object
-]  # called with how many prompts all ranks have answered since the last call
 BLOCK = 256  # tokens that are chosen among at once when sampling
 CPU_STEP_ROWS = 16  # rows below which a decoding step takes a CPU no less time: what one batch more costs
 SHORTEST_HEAD = 8  # tokens; below it a common head is not worth a run of its own
@@ -67,7 +65,7 @@ def generate(
     batch_size: int = 64,
     batch_tokens: int | None = None,
     shared: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> list[list[int]]:
     """The model's answer to each prompt, as token ids without the end token.
 

@@ -48,10 +48,10 @@ def _measure_student(run: Run, pieces: Pieces) -> None:
                 count,
                 run.encoder,
                 output,
-                generation=run.config.generation,
+                engine=engine,
+                max_new_tokens=run.config.generation.max_new_tokens,
                 temperature=difficulty.measure_temperature,
                 seed=difficulty.measure_seed,
-                engine=engine,
             )
         facts["samples"] = count
     known = read_scores(output, chosen_signals("rouge_l,cross_entropy"))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from pocl_fast.answers import evaluation, vllm
+from pocl_fast.answers.engine import Engine, TorchEngine
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import chosen_signals
@@ -40,7 +41,6 @@ from pocl_fast.training.checkpoints import checkpoints
 from pocl_fast.training.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from pocl_fast.answers.vllm import VllmEngine
     from pocl_fast.teacher.teacher import Teacher
     from pocl_fast.training.arguments import PoclConfig
 
@@ -173,12 +173,10 @@ class Run:
                     samples,
                     encoded,
                     self.encoder,
+                    engine=engine,
                     seeds=self.config.evaluation.eval_seeds,
                     max_new_tokens=generation.max_new_tokens,
-                    batch_size=generation.generation_batch_size,
-                    batch_tokens=generation.generation_batch_tokens,
                     packed=packed,
-                    engine=engine,
                     name=step,
                 )
             if ranks.is_first():
@@ -303,10 +301,10 @@ class Run:
         """Whether vLLM answers. Raises `InputError` where it is asked for and cannot."""
         return vllm.chosen(self.config.generation.generation_engine, self.device)
 
-    def engine(self, student: Any) -> contextlib.AbstractContextManager[VllmEngine | None]:
-        """vLLM with the student in it, where vLLM answers."""
+    def engine(self, student: Any) -> contextlib.AbstractContextManager[Engine]:
+        """What generates the student's answers: vLLM with the student in it where vLLM answers, else torch."""
         if not self.check_engine():
-            return contextlib.nullcontext()
+            return contextlib.nullcontext(TorchEngine.of(student, self.encoder, self.config.generation))
         max_length = self.config.data.max_prompt_length + self.config.generation.max_new_tokens
         dtype: Literal["bfloat16", "float32"] = "bfloat16" if self.precision.name == "bf16" else "float32"
         return vllm.loaded(student, max_length=max_length, dtype=dtype)

@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import psutil
 import torch
 from tqdm import tqdm
 
 from pocl_fast.system import ranks
+
+Report: TypeAlias = Callable[[int], object]  # called with how many more units all ranks have done
 
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:

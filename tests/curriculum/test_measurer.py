@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from tiny_training import encoded_samples, student_model, teacher_model, transformers_loss
 
+from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.answers.evaluation import answer_all
 from pocl_fast.answers.likelihood import LoadedModel, response_scores
 from pocl_fast.answers.rouge import rouge_l
@@ -15,16 +16,15 @@ from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import BUILT_IN, TEACHER_SCORES, chosen_signals
 from pocl_fast.data.records import SampleEncoder
 from pocl_fast.models.packed_attention import enable_packing
-from pocl_fast.options import Generation
 
 
-def measured(folder, samples, encoded, *, model=None, generation=None, **options):
+def measured(folder, samples, encoded, *, model=None, batch_size=3, **sampling):
     """The table that `measure` writes."""
-    encoder, generation = SampleEncoder(tiny_tokenizer()), generation or Generation(5, generation_batch_size=3)
-    output = folder / "d.parquet"
+    encoder, output = SampleEncoder(tiny_tokenizer()), folder / "d.parquet"
     student = LoadedModel(model or student_model(), True)
+    engine = TorchEngine(student.model, 256, batch_size)
     rows = rows_of(samples, encoded)
-    measure(student, rows, len(encoded), encoder, output, generation=generation, **options)
+    measure(student, rows, len(encoded), encoder, output, engine=engine, max_new_tokens=5, **sampling)
     assert [path.name for path in folder.iterdir() if path.name.startswith("d.")] == ["d.parquet"]
     return pq.read_table(output)
 
@@ -77,19 +77,17 @@ def test_sampled_answers_are_those_of_their_seed_and_sample(tmp_path):
     tables = {}
     for name, seed, batch in (("one", 1, 3), ("other batches", 1, 2), ("two", 2, 3)):
         (folder := tmp_path / name).mkdir()
-        generation = Generation(5, generation_batch_size=batch)
-        tables[name] = measured(folder, samples, encoded, generation=generation, temperature=1.0, seed=seed)
+        tables[name] = measured(folder, samples, encoded, batch_size=batch, temperature=1.0, seed=seed)
     assert tables["one"]["answer"].equals(tables["other batches"]["answer"])
     assert not tables["one"]["answer"].equals(tables["two"]["answer"])
     losses = [table["cross_entropy"].to_numpy() for table in tables.values()]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
     np.testing.assert_array_equal(losses[2], losses[0])
     wanted = answer_all(
-        student_model(),
+        TorchEngine(student_model(), 256, batch_size=9),
         encoded,
         SampleEncoder(tiny_tokenizer()),
         max_new_tokens=5,
-        batch_size=9,
         temperature=1.0,
         seed=2,
     )
