@@ -119,7 +119,7 @@ def test_a_line_that_is_not_whole_does_not_count_and_spoils_no_other(tmp_path, c
     capsys.readouterr()
     assert answers(tmp_path, samples(10)) == made
     said = capsys.readouterr().out
-    assert f"{file}: 1 damaged line, what it lacks is generated again" in said
+    assert f"{file}: 1 damaged line; the answers lost are generated again" in said
     assert "the teacher answers 2 of 10 prompts" in said
     assert answers(tmp_path, samples(10), Never(asking())) == made
 
