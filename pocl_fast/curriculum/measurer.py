@@ -76,8 +76,8 @@ def measure(
 def measure_teacher(
     student: LoadedModel, teacher: LoadedModel, pieces: Iterable[Sequence[Row]], count: int, output: Path
 ) -> None:
-    """Writes what the teacher says of each sample's response, and how far the student is from it (Parquet, `index`
-    and `TEACHER_COLUMNS`), in file order; `pieces`, ranks and interruptions are as in `make_table`."""
+    """Writes how likely the teacher finds each sample's response, and the student's divergence from it (Parquet,
+    `index` and `TEACHER_COLUMNS`), in file order. `pieces`, ranks and interruptions are as in `make_table`."""
 
     def plan(piece: Sequence[Row]) -> list[Job[Row]]:
         lengths = [len(one) for _, one in piece]

@@ -87,11 +87,11 @@ class Weighted:
 
 
 def chosen_signals(given: str) -> list[Weighted]:
-    """The signals of `--signals`: names with commas between, each with `=WEIGHT` behind it or not.
+    """The signals of `--signals`: names separated by commas, each with `=WEIGHT` behind it or not.
 
     A name is one of `BUILT_IN` or `package.module:function`: a function from a sample's record (a dict of the
-    difficulty table's columns) to a number. Its attributes may say more: `easy` which scores are easy samples' ("low"
-    without it, or "high"), `columns` which columns it reads (a tuple; without it, all that there are).
+    difficulty tables' columns) to a number. The function may have two attributes: `easy`, the end of its scores that
+    is easy ("low" without it, or "high"), and `columns`, the columns it reads (a tuple; without it, all columns).
 
     Raises `InputError` for an unknown or repeated name, a function that cannot be imported and a weight that is not
     a positive number.
