@@ -25,6 +25,7 @@ from pocl_fast.system.console import shared_progress
 from pocl_fast.system.resumable_table import Job, make_table, pieces_of
 
 Row: TypeAlias = tuple[Sample, EncodedSample]
+TEACHER_SCHEMA = pa.schema([("index", pa.int64()), *((name, pa.float64()) for name in TEACHER_COLUMNS)])
 TEACHER_TOKENS = 16_384  # of the samples whose teacher columns become one part
 
 
@@ -76,8 +77,8 @@ def measure(
 def measure_teacher(
     student: LoadedModel, teacher: LoadedModel, pieces: Iterable[Sequence[Row]], count: int, output: Path
 ) -> None:
-    """Writes how likely the teacher finds each sample's response, and the student's divergence from it (Parquet,
-    `index` and `TEACHER_COLUMNS`), in file order. `pieces`, ranks and interruptions are as in `make_table`."""
+    """Writes how likely the teacher finds each sample's response, and the student's divergence from it (Parquet, the
+    columns of `TEACHER_SCHEMA`), in file order. `pieces`, ranks and interruptions are as in `make_table`."""
 
     def plan(piece: Sequence[Row]) -> list[Job[Row]]:
         lengths = [len(one) for _, one in piece]
@@ -87,8 +88,8 @@ def measure_teacher(
     def work(rows: Sequence[Row]) -> pa.Table:
         encoded = [one for _, one in rows]
         scores = response_scores(student, encoded, teacher)
-        index = pa.array([one.index for one in encoded], pa.int64())
-        return pa.table({"index": index, **{name: pa.array(scores[name]) for name in TEACHER_COLUMNS}})
+        columns = {"index": [one.index for one in encoded], **{name: scores[name] for name in TEACHER_COLUMNS}}
+        return pa.table(columns, schema=TEACHER_SCHEMA)
 
     with (
         frozen_linears(student.model),

@@ -1,4 +1,4 @@
-"""What a frozen teacher says about each sample, kept on disk: computed once, read in any order and batch.
+"""A frozen teacher's outputs for each sample, kept on disk: computed once, read in any order and batch.
 
 Knows keys, shards, space and locks. Does not know how a teacher computes its hidden states.
 """
@@ -64,14 +64,14 @@ class TeacherCache:
         writers: Writers = Writers(),  # noqa: B008 (immutable)
         say: Callable[[str], object] = console.say,
     ) -> None:
-        """`teacher` identifies the teacher, `entries` says what is kept of a token; `shard_bytes` are collected in
+        """`teacher` identifies the teacher, `entries` is what is kept of a token; `shard_bytes` are collected in
         memory before a shard is written; `writers` are the ranks that may write together, and which of them this is;
-        `say` is told sizes (by rank 0) and damages."""
+        `say` gets a line for sizes (on rank 0) and for damages."""
         self.folder = Path(folder) / f"{teacher[:16]}-{entries.name}"
         self.entries = entries
         self._teacher, self._shard_bytes, self._writers, self._say = teacher, shard_bytes, writers, say
         self._shards: dict[int, CacheShard] = {}
-        self._seen: set[tuple[str, int]] = set()  # names and times of the files looked at
+        self._seen: set[tuple[str, int]] = set()  # names and times of the files seen so far
         self._looked_at = 0  # the folder's time then
         self._damaged: set[tuple[Path, int]] = set()  # to be deleted once this process is the writer, and their times
         self._index = SampleIndex()

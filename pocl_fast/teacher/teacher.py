@@ -36,7 +36,7 @@ FILL_TOKENS = 8192  # of a batch when the cache is filled ahead of training
 
 
 class Teacher:
-    """A frozen language model and its cache, giving what it says at the supervised positions of packed samples.
+    """A frozen language model and its cache: gives the model's outputs at the supervised positions of packed samples.
 
     The ranks of a run share one cache: each must make its `Teacher`, once the group of ranks is there.
     """
@@ -200,7 +200,7 @@ class Teacher:
                 self._compute(missing)
             try:
                 return read()
-            except MissingSamples as error:  # of one shard, which the cache has forgotten: every turn has one less
+            except MissingSamples as error:  # the cache has forgotten the damaged shard: each turn has one less
                 damage = error
 
     def _run(self, samples: Sequence[EncodedSample]) -> Tensor:
@@ -264,8 +264,8 @@ def most_likely(head: LmHead, hidden: Tensor, k: int) -> TopK:
 
 
 def teacher_fingerprint(model: Any, precision: str = "") -> str:
-    """Identifies what a teacher says: its weights, its configuration but for the names of folders and versions, and the
-    precision it runs in."""
+    """Identifies a teacher's outputs: by its weights, the precision it runs in, and its configuration without names of
+    folders and versions."""
     settings = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
     return hashlib.sha256(f"{weights_fingerprint(model)} {settings} {precision}".encode()).hexdigest()
 
