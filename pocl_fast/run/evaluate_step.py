@@ -22,7 +22,7 @@ def evaluate_step(context: RunContext, when: When) -> None:
     step = f"evaluate-{when}"
     if not context.begins(step, "evaluation.json"):
         return
-    dev, generation = context.dev_set, context.config.generation
+    dev = context.dev_set
     with context.directory.timed(step):
         student = context.student() if when == "before" else context.trained_student()
         with context.precision.autocast(), context.engine(student.model) as engine:
@@ -31,12 +31,10 @@ def evaluate_step(context: RunContext, when: When) -> None:
                 dev.samples,
                 dev.encoded,
                 context.encoder,
-                seeds=context.config.evaluation.eval_seeds,
-                max_new_tokens=generation.max_new_tokens,
-                batch_size=generation.generation_batch_size,
-                batch_tokens=generation.generation_batch_tokens,
-                packed=student.packed,
                 engine=engine,
+                seeds=context.config.evaluation.eval_seeds,
+                max_new_tokens=context.config.generation.max_new_tokens,
+                packed=student.packed,
                 name=step,
             )
         if ranks.is_first():

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from pocl_fast.answers.answerer import Answerer
+from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.signals import chosen_signals, teacher_columns
@@ -203,7 +204,8 @@ def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | 
             len(samples.encoded),
             trainer.encoder,
             table,
-            generation=args,
+            engine=TorchEngine.of(student, trainer.encoder, args),
+            max_new_tokens=args.max_new_tokens,
         )
     model.train(was_training)
     if moves:

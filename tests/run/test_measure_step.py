@@ -12,7 +12,7 @@ import pytest
 from ranks import gloo
 from tiny_run import make_inputs, options, refusal, run, select
 
-from pocl_fast.curriculum import measurer
+from pocl_fast.answers import engine
 from pocl_fast.curriculum.stages import Curriculum
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -21,10 +21,10 @@ QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 SLOWED = """
 import os, sys, time
 from pocl_fast import cli
-from pocl_fast.curriculum import measurer
+from pocl_fast.answers import engine
 from pocl_fast.system.errors import InputError
 
-generate = measurer.generate
+generate = engine.generate
 
 def slowed(*arguments, **options):
     time.sleep(float(os.environ.get("SECONDS", 0)))
@@ -32,7 +32,7 @@ def slowed(*arguments, **options):
         raise InputError("this rank's samples are wrong")
     return generate(*arguments, **options)
 
-measurer.generate = slowed
+engine.generate = slowed
 sys.exit(cli.main())
 """
 
@@ -121,7 +121,7 @@ def test_a_signal_of_the_teacher_s_is_added_without_asking_the_student_again(wor
     def no_answers(*_, **__):
         raise AssertionError("the student answered again")
 
-    monkeypatch.setattr(measurer, "generate", no_answers)
+    monkeypatch.setattr(engine, "generate", no_answers)
     signals = ("--signals", "mean_kl")
     assert run("measure", output, *words, *signals) == 0
     assert "measure-teacher: the teacher's cross-entropy is " in capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_sampled_answers_are_made_from_their_temperature_and_seed(words, whole, 
 
 def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, tmp_path, monkeypatch, capsys):
     inputs, whole = finished
-    output, generate, asked = tmp_path / "out", measurer.generate, []
+    output, generate, asked = tmp_path / "out", engine.generate, []
 
     def interrupted(model, prompts, **kwargs):
         if len(asked) == 1:
@@ -159,7 +159,7 @@ def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, t
         asked.append(len(prompts))
         return generate(model, prompts, **kwargs)
 
-    monkeypatch.setattr(measurer, "generate", interrupted)
+    monkeypatch.setattr(engine, "generate", interrupted)
     words = select(options(inputs), "measure")
     assert run("measure", output, *words) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, t
         asked.append(len(prompts))
         return generate(model, prompts, **kwargs)
 
-    monkeypatch.setattr(measurer, "generate", counted)
+    monkeypatch.setattr(engine, "generate", counted)
     assert run("measure", output, *words) == 0
     assert asked == [8, 8, 8]
     assert (output / "difficulty.parquet").read_bytes() == (whole / "difficulty.parquet").read_bytes()

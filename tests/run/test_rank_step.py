@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from tiny_run import options, refusal, run, select
 
-from pocl_fast.curriculum.stages import Curriculum, reciprocal_rank_fusion
+from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
+from pocl_fast.curriculum.stages import Curriculum
 
 
 def test_ranking_leaves_a_table_and_a_picture(finished, tmp_path, capsys):
