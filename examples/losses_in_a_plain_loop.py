@@ -2,13 +2,10 @@
 
     python examples/losses_in_a_plain_loop.py [--steps 160]
 
-A small teacher first learns to copy and to reverse strings of digits. Two equal students of half its layers then learn
-from it: one with `distillation_loss` (the logits of both models), one with `linear_distillation_loss` (hidden states
-and lm_head: all logits are never in memory at once). You will see cross-entropy (CE) and divergence fall, in nats a
-token, and the same figures for both students. Half a minute on two cores.
+A small teacher first learns to copy and to reverse strings of digits. Two equal students of half its layers learn from
+it: one by `distillation_loss` (logits of both models), one by `linear_distillation_loss` (hidden states and lm_heads).
+You will see cross-entropy (CE) and divergence fall, nats a token, with the same figures for both students. One minute.
 """
-
-from __future__ import annotations
 
 import argparse
 from typing import Any
@@ -24,7 +21,7 @@ COPY, REVERSE, VOCABULARY = 10, 11, 12  # tokens 0 to 9 are digits; two more say
 
 def small_llama(layers: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **sizes))
 
 
@@ -40,22 +37,19 @@ def batch(generator: torch.Generator, size: int = 64) -> tuple[torch.Tensor, tor
 
 
 def train(model: Any, steps: int, loss_of: Any, name: str) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(1)
+    optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
         out = loss_of(*batch(generator))
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step == 1 or step % (steps // 4 or 1) == 0:
-            figures = (
-                f"CE {out.ce:.3f}   divergence {out.divergence:.3f}   correct {100 * out.metrics['accuracy']:.0f} %"
-            )
+            figures = f"CE {out.ce:.3f}   divergence {out.divergence:.3f}   correct {out.metrics['accuracy']:4.0%}"
             print(f"{name:<30}step {step:4}   {figures}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the losses in a training loop of your own")
+    parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each student")
     steps = parser.parse_args().steps
     teacher = small_llama(layers=4)
