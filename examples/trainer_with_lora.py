@@ -4,7 +4,7 @@
 
 The teacher is the bundled SmolLM2-135M. The student is 20 of its 30 layers, and speaks badly after the cut; adapters
 (peft) learn to repair it. You will see the loss fall stage by stage, ROUGE-L on held-out questions before and after,
-and one answer of each. Needs peft. About four minutes on two cores.
+and one answer of each. Needs peft. About three minutes on two cores.
 """
 
 from __future__ import annotations
