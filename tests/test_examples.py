@@ -96,8 +96,8 @@ def test_the_trainer_with_lora_saves_the_adapters_alone(tmp_path, monkeypatch, c
 # -- README.md ------------------------------------------------------------------------------------------------------
 
 
-def blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -110,6 +110,13 @@ def test_the_python_in_the_readme_runs(tmp_path, tiny_teacher, monkeypatch):
     for block in found:
         exec(block.replace('"bundled"', repr(str(tiny_teacher))), names)
     assert (tmp_path / "out/student/model.safetensors").is_file()
+
+
+def test_the_python_in_the_page_on_losses_runs():
+    names: dict[str, Any] = {}
+    for block in blocks("python", "docs/losses.md"):
+        exec(block, names)
+    assert names["hidden"].grad.abs().sum() > 0
 
 
 def test_the_samples_in_the_readme_are_read(tmp_path):
