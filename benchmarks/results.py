@@ -52,8 +52,8 @@ divided by ours: 2.0x means that ours takes half of it. Each result names the de
 the commit and the date. A section that failed, and a side that is wrong, absent, or was dropped for
 want of time, is named and not left out.
 
-To measure on a machine with an NVIDIA GPU: run `bash benchmarks/gpu.sh`, which takes 8 minutes, then
-`python benchmarks/results.py keep FOLDER` with the folder of its results, then
+To measure on a machine with an NVIDIA GPU: run `bash benchmarks/gpu.sh`, which takes 8 minutes,
+then `python benchmarks/results.py keep FOLDER` with the folder of its results, then
 `python benchmarks/results.py docs`. `bash benchmarks/gpu.sh tests` runs the GPU tests. Where that
 machine has no network, run `bash benchmarks/prepare_gpu.sh` on another one first and copy the tree.
 `--device cpu` runs the same path without a GPU, at tiny sizes."""

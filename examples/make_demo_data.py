@@ -1,7 +1,7 @@
 """Makes the demo's samples: instructions composed from templates and topics, responses written by
 SmolLM2-135M-Instruct.
 
-    python examples/make_demo_data.py [--output pocl_fast/data]
+    python examples/make_demo_data.py [--output pocl_fast/run/demo_data]
 
 Every template is filled with every topic of its list; the bundled teacher answers each instruction greedily; answers
 that are cut, too long, repeat themselves or talk about the assistant are left out. Deterministic but for rounding;
@@ -173,7 +173,9 @@ def acceptable(answer: str, ended: bool) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "pocl_fast" / "data")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).resolve().parent.parent / "pocl_fast/run/demo_data"
+    )
     output = parser.parse_args().output
     start = time.perf_counter()
     device = loading.choose_device("auto")
