@@ -117,6 +117,18 @@ class PoclConfig(TrainingArguments):
     generation_batch_tokens: int = field(
         default=32_768, metadata={"help": "Most tokens of prompts and answers whose keys and values are in memory."}
     )
+    generation_engine: str = field(
+        default="auto", metadata={"help": "auto, torch or vllm: what answers when difficulty is measured."}
+    )
+    measure_temperature: float = field(
+        default=0.0, metadata={"help": "Of the answers that difficulty is measured by; 0 is greedy."}
+    )
+    measure_seed: int = field(default=0, metadata={"help": "Of their random numbers, where they are sampled."})
+    # models by name
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a hub model."})
+    student_layers: int | None = field(
+        default=None, metadata={"help": "Keep this many layers of a student by name: first, last, even between."}
+    )
     # faults
     on_nonfinite: str = field(
         default="stop", metadata={"help": "stop, or skip a step whose loss or gradient is not finite."}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
-from pocl_fast.training.micro_batches import MicroBatch, pieces
+from pocl_fast.training.micro_batches import MicroBatch
 
 GROWTH = 512 << 20  # bytes of resident memory between two returns
 ADVICE = "give a smaller per_device_train_batch_size (with more gradient_accumulation_steps) or max_length"
@@ -56,10 +56,10 @@ class Halving:
                 self.repeating = False
 
     def _in_pieces(self, compute: Callable[[MicroBatch], Tensor], batch: MicroBatch) -> Tensor:
-        return torch.stack([compute(piece) for piece in pieces(batch, self.count)]).sum()
+        return torch.stack([compute(piece) for piece in batch.pieces(self.count)]).sum()
 
     def _halve(self, batch: MicroBatch, error: BaseException, ranks: int) -> None:
-        samples = batch["samples"]
+        samples = batch.samples
         if ranks > 1:
             raise InputError(f"out of memory with {len(samples)} samples on one rank: {ADVICE}") from error
         if self.count >= len(samples):

@@ -99,8 +99,8 @@ def no_room_for(monkeypatch, samples):
     failed = []
 
     def limited(self, model, inputs, *args, **kwargs):
-        if len(inputs["samples"]) > samples:
-            failed.append(len(inputs["samples"]))
+        if len(inputs.samples) > samples:
+            failed.append(len(inputs.samples))
             next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return compute_loss(self, model, inputs, *args, **kwargs)
