@@ -21,11 +21,11 @@ ADVICE = "give a smaller per_device_train_batch_size (with more gradient_accumul
 
 
 class Halving:
-    """Runs micro-batches in as many pieces as fit; where one does not, in twice as many from there on."""
+    """Runs micro-batches in pieces that fit into memory: where a piece does not, in twice as many from there on."""
 
     def __init__(self) -> None:
         self.count = 1  # pieces of a micro-batch
-        self.repeating = False  # earlier micro-batches of a step, whose gradient was lost
+        self.repeating = False  # computing the step's earlier micro-batches again, whose gradient was lost
 
     def run(
         self,
@@ -36,8 +36,11 @@ class Halving:
         *,
         ranks: int = 1,
     ) -> Tensor:
-        """The loss of a micro-batch. Raises `InputError` where a single sample does not fit, or with several ranks,
-        which must agree on how often they exchange gradients."""
+        """The loss of a micro-batch.
+
+        Raises `InputError` where a single sample does not fit, and wherever memory runs out with several ranks: they
+        must agree on how often they exchange gradients.
+        """
         while True:
             try:
                 return self._in_pieces(compute, batch)

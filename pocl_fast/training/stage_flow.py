@@ -80,7 +80,9 @@ class StageFlow(TrainerCallback):
         self._say(lines.legend(args.divergence))
         if state.is_world_process_zero:
             self.bar = progress_bar(state.max_steps, "train", "steps")
-            self.bar.update(state.global_step)
+            if state.global_step:  # done before, which is not this process's speed
+                self.bar.n = self.bar.initial = self.bar.last_print_n = state.global_step
+                self.bar.refresh()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.check_step()
@@ -113,10 +115,10 @@ class StageFlow(TrainerCallback):
             metrics[_full(args.metric_for_best_model)], state.global_step, greater_is_better=args.greater_is_better
         )
         trainer.dev_scored(metrics["eval_cross_entropy"], is_best=is_best)
-        if args.patience is not None and progress.evaluations_since_best >= args.patience:
-            self._end_stage(state, control)
         for prompt, answer in trainer.dev_answers:
             self._say(lines.answer_line(prompt, answer))
+        if args.patience is not None and progress.evaluations_since_best >= args.patience:
+            self._end_stage(state, control)
 
     def _end_stage(self, state: Any, control: Any) -> None:
         """Ends the running stage on convergence."""

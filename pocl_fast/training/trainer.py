@@ -50,14 +50,15 @@ class PoclTrainer(DistillingTrainer):
             a `SampleSet`.
         eval_dataset: the same; greedy ROUGE-L and cross-entropy are measured on it. None: no evaluation.
         processing_class: the tokenizer; left out, that of a model given by name.
-        curriculum: the order of the samples and the stages; left out, the difficulty is measured by the student before
-            training, and the measurement kept in `output_dir`.
-        peft_config: of peft, to train adapters.
+        curriculum: the order of the samples and the stages; left out, the student's difficulty with each sample is
+            measured before training, as the options say, and kept in `output_dir`.
+        peft_config: a configuration of peft's, to train adapters.
         callbacks, optimizers: as in `Trainer`.
 
     The loss is the mean over all supervised tokens of a step: accumulated micro-batches and ranks weigh each token
-    alike. `train(resume_from_checkpoint=True)` goes on from the newest whole checkpoint, if there is one. After SIGINT
-    or SIGTERM a checkpoint is written and `Interrupted` raised. Raises `InputError` for what does not fit together.
+    alike. `train(resume_from_checkpoint=True)` resumes from the newest undamaged checkpoint, if there is one. After
+    SIGINT or SIGTERM it writes a checkpoint and raises `Interrupted`. Raises `InputError` for arguments that do not
+    fit together.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ class PoclTrainer(DistillingTrainer):
 
     @property
     def weights_choice(self) -> str:
-        """From which weights of the stage before a stage starts: "best" or "last"."""
+        """Which weights of the stage before a stage starts from: "best" or "last"."""
         if self.args.stage_weights != "auto":
             return self.args.stage_weights
         return "last" if self.args.eval_strategy == "no" else "best"
@@ -326,7 +327,7 @@ class PoclTrainer(DistillingTrainer):
         return result
 
     def _restore(self, checkpoint: Path | None) -> None:
-        """The schedule and the progress as they were at a checkpoint, or at the start."""
+        """Sets schedule and state to those of a checkpoint, or of the start."""
         schedule = self.planned()
         if checkpoint is None and self.args.remeasure and ranks.is_first():  # of an earlier training
             for later in schedule.stages[1:]:
@@ -342,11 +343,11 @@ class PoclTrainer(DistillingTrainer):
             schedule.reorder(stage, self._measured(self._measured_folder(stage)).order)
 
     def before_saving(self) -> None:
-        """So that going on from the checkpoint finds the cache as it is, and computes in the same batches."""
+        """Writes what the teacher's cache has in memory: a training that resumes then computes in the same batches."""
         self.teacher.cache.flush()
 
     def write_state(self, checkpoint: Path) -> None:
-        """How far the training is."""
+        """Adds the training's state."""
         self.progress.ended = dict(self.planned().ended)
         self.progress.plan = self.planned().identity()
         if self.rollouts is not None:
@@ -354,7 +355,7 @@ class PoclTrainer(DistillingTrainer):
         self.progress.write(checkpoint / STATE)
 
     def remove_old(self) -> None:
-        """But for the newest checkpoints, and the stages' best weights now and at those."""
+        """Deletes old checkpoints, and weights that are the best of no stage, now or at a checkpoint that stays."""
         super().remove_old()
         states = [found / STATE for found in checkpoints.checkpoints(self.folder)]
         kept = [self.progress, *(TrainingState.read(state) for state in states if state.is_file())]

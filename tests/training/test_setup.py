@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from pocl_fast.loss.objective import Objective
+from pocl_fast.models import loading
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.metrics import read_metrics
@@ -170,3 +171,33 @@ def test_the_teacher_may_be_a_plain_model(tmp_path):
     trainer = trainer_of(tmp_path, curriculum=curriculum_of(8, stages=1), teacher=teacher_model())
     trainer.train()
     assert list((tmp_path / "teacher_cache").iterdir())
+
+
+def test_a_student_by_name_is_cut_to_the_layers_of_the_options(tmp_path):
+    save_tiny(tmp_path / "teacher", layers=4, seed=1)
+    args = PoclConfig(output_dir=str(tmp_path / "out"), student_layers=2, **FOUR)
+    name = str(tmp_path / "teacher")
+    trainer = PoclTrainer(name, name, args, arithmetic(8, 0), curriculum=curriculum_of(8, stages=1))
+    assert trainer.model.config.num_hidden_layers == len(trainer.model.model.layers) == 2
+    assert trainer.teacher.config.num_hidden_layers == 4
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_models_and_tokenizers_by_name_run_code_of_a_hub_model_only_where_that_is_allowed(tmp_path, monkeypatch, trust):
+    save_tiny(tmp_path / "model", layers=2, seed=1)
+    seen = []
+
+    def watch(load):
+        def watched(*args, **options):
+            seen.append(options["trust_remote_code"])
+            return load(*args, **options)
+
+        monkeypatch.setattr(loading, load.__name__, watched)
+
+    watch(loading.load_model)
+    watch(loading.load_tokenizer)
+    args = PoclConfig(output_dir=str(tmp_path / "out"), trust_remote_code=trust, **FOUR)
+    name = str(tmp_path / "model")
+    PoclTrainer(name, name, args, arithmetic(8, 0), curriculum=curriculum_of(8, stages=1))
+    assert seen == [trust] * 4

@@ -141,3 +141,17 @@ def test_losses_and_scores_go_where_report_to_says(tmp_path):
     [events] = [path.parent for path in tmp_path.rglob("events.out.tfevents.*")]
     tags = set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
     assert {"train/loss", "train/divergence", "train/temperature", "train/stage", "eval/rouge_l"} <= tags
+
+
+def test_the_bar_of_a_resumed_training_does_not_count_earlier_steps_as_its_speed(tmp_path):
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            seen.append((trainer._flow.bar.n, trainer._flow.bar.initial, trainer._flow.bar.total))
+
+    setting = {"curriculum": curriculum_of(8, stages=2), "callbacks": [Look()]}
+    seen = []
+    trainer = trainer_of(tmp_path, **setting, max_steps=1)
+    trainer.train()
+    trainer = trainer_of(tmp_path, **setting)
+    trainer.train(resume_from_checkpoint=True)
+    assert seen == [(0, 0, 1), (1, 1, 3), (2, 1, 3)]
