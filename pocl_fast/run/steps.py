@@ -11,14 +11,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from pocl_fast.answers import evaluation, vllm
 from pocl_fast.answers.likelihood import LoadedModel
@@ -30,7 +29,8 @@ from pocl_fast.data.records import EncodedSample, Sample, SampleEncoder, SampleS
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers, num_parameters
 from pocl_fast.models.unsharded import gathered
-from pocl_fast.options import RunConfig, from_options, recorded_config
+from pocl_fast.options import RunConfig
+from pocl_fast.run.configuration import from_options, recorded_config
 from pocl_fast.run.directory import WRITES, RunDirectory, required
 from pocl_fast.run.measure_step import measure_step
 from pocl_fast.system import ranks
@@ -68,6 +68,13 @@ class Run:
         (_, encoded), _ = self.train_set, self.dev_set
         stages_over(np.arange(len(encoded)), np.zeros(len(encoded)), self.config.schedule)
         self._check_vocabularies()
+        self.trainer_arguments()
+
+    def trainer_arguments(self) -> PoclConfig:
+        """The arguments of this run's training. Raises `InputError` for options that do not go together."""
+        from pocl_fast.training.arguments import PoclConfig
+
+        return PoclConfig.of_run(self.config, self.path / "checkpoints")
 
     def _check_vocabularies(self) -> None:
         chosen = self.config.models
@@ -103,6 +110,7 @@ class Run:
         from pocl_fast.training.stage_flow import MetricsFile
         from pocl_fast.training.trainer import PoclTrainer
 
+        arguments = self.trainer_arguments()
         if not self.directory.begin("train", self.config):
             return self.say(f"train: done before, {self.path / 'student'}")
         self._check_vocabularies()
@@ -123,7 +131,7 @@ class Run:
             trainer = PoclTrainer(
                 as_trainable(student),
                 self._cached_teacher(),
-                trainer_arguments(self.config, self.path / "checkpoints", self.device),
+                arguments,
                 train_set,
                 dev_set,
                 self.tokenizer,
@@ -364,25 +372,6 @@ class Run:
             record = {"line": sample.line, "prompt": prompt, "references": sample.references, "answer": answer}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         write_text(path, "".join(lines))
-
-
-def trainer_arguments(config: RunConfig, folder: Path, device: torch.device) -> PoclConfig:
-    """The trainer's arguments out of a run's options."""
-    from pocl_fast.training.arguments import PoclConfig
-
-    groups = ("training", "schedule", "data", "generation", "difficulty", "rollouts", "cache")
-    options = {name: value for group in groups for name, value in asdict(getattr(config, group)).items()}
-    options["data_source"] = "data"  # the samples have them
-    options["per_device_train_batch_size"] = options.pop("batch_size")
-    options["temperature"], options["alpha"] = list(config.schedule.temperature), list(config.schedule.alpha)
-    known = {field.name for field in fields(PoclConfig)}
-    return PoclConfig(
-        output_dir=str(folder),
-        precision=config.models.precision,
-        use_cpu=device.type == "cpu",
-        disable_tqdm=True,
-        **{name: value for name, value in options.items() if name in known},
-    )
 
 
 def open_run(output: Path, options: dict[str, Any], *, restart: bool = False, say: Say = print) -> Run:

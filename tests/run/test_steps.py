@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_fast.curriculum import measurer
 from pocl_fast.curriculum.stages import Curriculum, reciprocal_rank_fusion
-from pocl_fast.options import read_yaml
+from pocl_fast.run.configuration import read_yaml
 
 
 @pytest.fixture
