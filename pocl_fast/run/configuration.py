@@ -36,7 +36,7 @@ def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, w
                 try:
                     values[option.name] = _value(option.name, given[name], current)
                 except ValueError as error:
-                    problems.append(f"{flag(option)}{_glue(error)}{error}")
+                    problems.append(flag(option) + _after_name(flag(option), error))
         groups[group.name] = type(current)(**values)
     if problems:
         raise InputError(where + "; ".join(problems))
@@ -76,11 +76,13 @@ def _pair(word: Any) -> tuple[str, str]:
     return name.strip().replace("-", "_"), value
 
 
-def _glue(error: ValueError) -> str:
-    """Between an option's name and what is wrong with its value: "--stages must be ...", "--eval-seeds, value 2, must
-    be ..."."""
+def _after_name(option: str, error: ValueError) -> str:
+    """What is wrong with an option's value: "--stages must be ...", "--eval-seeds, value 2, must be ...", "--set:
+    optim must be ..."."""
     text = str(error)
-    return ", " if text.startswith("value ") else " "
+    if option == "--set":
+        return f": {text}"
+    return f", {text}" if text.startswith("value ") else f" {text}"
 
 
 def read_yaml(path: str | Path, base: RunConfig | None = None) -> RunConfig:

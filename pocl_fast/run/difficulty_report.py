@@ -88,7 +88,7 @@ def average_ranks(scores: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
-def stage_table(ranked: Ranked) -> str:
+def difficulty_table(ranked: Ranked) -> str:
     """A line a stage for the terminal: how many samples it brings in, and the mean of each signal over them."""
     names = [one.signal.name for one in ranked.known.signals]
     lines = [f"{'stage':<8}{'new samples':>12}" + "".join(f"{name[-26:]:>28}" for name in names)]

@@ -98,6 +98,8 @@ def _one_of(value: Any, kind: Any) -> Any:
         members = tuple(member for member in members if member is not type(None))
     if any(isinstance(member, type) and issubclass(member, Enum) for member in members):
         members = tuple(member for member in members if member is not str)  # a text must be one of the Enum's values
+    if isinstance(value, str) and value.startswith("{") and any(dict in (m, typing.get_origin(m)) for m in members):
+        return _dict(value)  # and not the path of a file
     problems = []
     for member in sorted(members, key=lambda member: member in (str, Path)):  # any text is a str: last
         try:

@@ -51,7 +51,7 @@ def other_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 values[name] = typed(value, hints[name])
             except ValueError as error:
-                problems.append(f"{name}: {error}")
+                problems.append(f"{name} {error}")
     if problems:
         raise InputError("; ".join(problems))
     return values
