@@ -119,6 +119,9 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
                 fast = torch.cuda.is_bf16_supported(including_emulation=False)
                 self.bf16 |= self.precision == "bf16" or (self.precision == "auto" and fast)
             super().__post_init__()
+        asked = vars(self)["device"]
+        if asked != "auto" and self.device.type != torch.device(asked).type:
+            raise InputError(f"device {asked!r}: transformers trains on {self.device} here")
         self._check_together()
         self.objective()
 
