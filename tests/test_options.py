@@ -1,11 +1,13 @@
 """Options: names, types, ranges, and what wins over what."""
 
+import importlib.util
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from tiny_run import make_inputs, options, read_json, refusal, run
 
-from pocl_fast.options import RunConfig
+from pocl_fast.options import LossOptions, RunConfig
 from pocl_fast.run.configuration import from_options, read_yaml, recorded_config, to_yaml
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
@@ -145,3 +147,24 @@ def test_the_command_line_wins_over_yaml_over_what_was_recorded_over_the_default
     assert config.optimisation.weight_decay == 0.01  # default
     stages = read_json(output / "curriculum.json")["stages"]
     assert [stage["size"] for stage in stages] == [12, 24]
+
+
+def test_the_page_of_options_is_what_is_declared():
+    place = Path(__file__).parents[1] / "docs" / "options_page.py"
+    spec = importlib.util.spec_from_file_location("options_page", place)
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "write it again: make docs"
+    text = generator.page()
+    for name in RunConfig().flat():
+        assert text.count(f"| `--{name.replace('_', '-')}` |") == 1
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert max(map(len, prose)) <= 100
+
+
+def test_a_fields_docstring_is_its_help():
+    for group in fields(RunConfig):
+        for option in fields(getattr(RunConfig(), group.name)):
+            assert len(option.metadata["help"].split()) > 3, option.name
+            assert "%" not in option.metadata["help"]  # argparse formats it
+    assert LossOptions.__dataclass_fields__["beta"].metadata["help"] == "The teacher's weight in jsd."

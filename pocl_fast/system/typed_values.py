@@ -59,7 +59,7 @@ class NotEmpty:
             raise ValueError("must have at least one value, got none")
 
     def __str__(self) -> str:
-        return "at least one"
+        return "(at least one)"
 
 
 def typed(value: Any, kind: Any) -> Any:
