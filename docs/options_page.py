@@ -1,4 +1,4 @@
-"""Writes docs/options.md from the declarations in pocl_fast.options: `python docs/options_page.py`; --check compares."""
+"""Writes docs/options.md from the declarations in pocl_fast.options; --check compares the file with them."""
 
 from __future__ import annotations
 
