@@ -332,10 +332,12 @@ def test_without_a_curriculum_there_is_one_stage_of_all_samples(changed, trainer
 
 
 @reaches("eval_seeds")
-def test_the_evaluation_samples_answers_from_each_seed(changed, run_of):
+def test_the_evaluation_samples_answers_from_each_seed(changed, run_of, trainer_with):
     run = run_of(**changed)
     run.evaluate("before")
     assert read_json(run.path / "evaluation.json")["before"]["seeds"] == [3, 4]
+    scores, answers = trainer_with(changed).final_scores()
+    assert (scores.seeds, scores.samples, len(answers)) == ((3, 4), 4, 4)
 
 
 # -- the plan of a training --------------------------------------------------------------------------------------------

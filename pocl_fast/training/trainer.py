@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 
-from pocl_fast.answers.evaluation import dev_scores
+from pocl_fast.answers.evaluation import Scores, dev_scores
 from pocl_fast.curriculum.schedule import Place, Schedule
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.packed import PackedBatch, packing_ready
@@ -37,6 +37,7 @@ from pocl_fast.system.stop_signals import Signals
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training import checkpoints
 from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.training.final_evaluation import final_scores
 from pocl_fast.training.finite_steps import FiniteSteps
 from pocl_fast.training.halving import FreedMemory, Halving, memory_in_use
 from pocl_fast.training.metrics import LossParts
@@ -367,6 +368,16 @@ class PoclTrainer(SavingTrainer):
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         self.loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
         return metrics
+
+    def final_scores(self, eval_dataset: Any = None) -> tuple[Scores, list[str]]:
+        """Scores of sampled answers over `eval_seeds` on the dev set, or on another one, and the first seed's answers:
+        the evaluation of the paper's tables. Call it before and after `train`."""
+        dev = self.dev if eval_dataset is None else sample_set(eval_dataset, self.encoder, self.args, "eval_dataset")
+        if dev is None:
+            raise InputError("there is nothing to evaluate on: give eval_dataset")
+        self.model.eval()  # type: ignore[union-attr]
+        with gathered(self.model) as model, self.accelerator.autocast():
+            return final_scores(model, dev, self.encoder, self.args, self.precision, packed=self.packed)
 
     # -- training, and what a stop leaves ---------------------------------------------------------------------------
 
