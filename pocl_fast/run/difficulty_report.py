@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pocl_fast.curriculum.scores import SignalScores, read_scores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.options import recorded_config
+from pocl_fast.run.configuration import recorded_config
 from pocl_fast.system.errors import InputError
 
 COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
@@ -88,7 +88,7 @@ def average_ranks(scores: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
-def stage_table(ranked: Ranked) -> str:
+def difficulty_table(ranked: Ranked) -> str:
     """A line a stage for the terminal: how many samples it brings in, and the mean of each signal over them."""
     names = [one.signal.name for one in ranked.known.signals]
     lines = [f"{'stage':<8}{'new samples':>12}" + "".join(f"{name[-26:]:>28}" for name in names)]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.answers.evaluation import dev_scores
+from pocl_fast.answers.evaluation import Scores, dev_scores
+from pocl_fast.data.records import SampleSet
 from pocl_fast.loss.dense import LossOutput
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
@@ -23,6 +24,7 @@ from pocl_fast.models.lm_head import LmHead, loss_within_forward
 from pocl_fast.models.unsharded import gathered
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.training.final_evaluation import final_scores
 from pocl_fast.training.finite_steps import FiniteSteps
 from pocl_fast.training.halving import FreedMemory, Halving, memory_in_use
 from pocl_fast.training.metrics import LossParts
@@ -177,9 +179,7 @@ class DistillingTrainer(SavingTrainer):
     ) -> dict[str, float]:
         """Greedy ROUGE-L (percent) and cross-entropy (nats a token) on the dev set, or on another one."""
         args = self.args
-        dev = self.dev if eval_dataset is None else sample_set(eval_dataset, self.encoder, args, "eval_dataset")
-        if dev is None:
-            raise InputError("there is nothing to evaluate on: give eval_dataset")
+        dev = self._evaluated_set(eval_dataset)
         start = time.perf_counter()
         self.model.eval()  # type: ignore[union-attr]
         with self.whole_student() as model:
@@ -191,6 +191,20 @@ class DistillingTrainer(SavingTrainer):
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         self.loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
         return metrics
+
+    def final_scores(self, eval_dataset: Any = None) -> tuple[Scores, list[str]]:
+        """Scores of sampled answers over `eval_seeds` on the dev set, or on another one, and the first seed's answers:
+        the evaluation of the paper's tables. Call it before and after `train`."""
+        dev = self._evaluated_set(eval_dataset)
+        self.model.eval()  # type: ignore[union-attr]
+        with self.whole_student() as model:
+            return final_scores(model, dev, self.encoder, self.args, self.precision, packed=self.packed)
+
+    def _evaluated_set(self, given: Any) -> SampleSet:
+        dev = self.dev if given is None else sample_set(given, self.encoder, self.args, "eval_dataset")
+        if dev is None:
+            raise InputError("there is nothing to evaluate on: give eval_dataset")
+        return dev
 
     @property
     def dev_answers(self) -> list[tuple[str, str]]:

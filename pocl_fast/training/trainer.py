@@ -30,7 +30,7 @@ from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.system.stop_signals import Signals
 from pocl_fast.training import checkpoints, lines, measured
 from pocl_fast.training.arguments import PoclConfig
-from pocl_fast.training.checks import check_evaluations, check_options
+from pocl_fast.training.checks import check_evaluations
 from pocl_fast.training.distilling_trainer import DistillingTrainer
 from pocl_fast.training.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.training.rollouts import Policy, Rollouts
@@ -75,7 +75,6 @@ class PoclTrainer(DistillingTrainer):
         callbacks: Sequence[Any] = (),
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        check_options(args)
         if args.n_gpu > 1:  # not DataParallel: the others are for the teacher, or for one process each
             say(f"training on {args.device} of {args.n_gpu} GPUs: for all of them start with torchrun or accelerate")
             args._n_gpu = 1

@@ -13,7 +13,7 @@ from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.curriculum.measurer import measure, measure_teacher, rows_of
 from pocl_fast.data.records import SampleEncoder
 from pocl_fast.models.packed_attention import enable_packing
-from pocl_fast.options import Generation
+from pocl_fast.options import GenerationOptions
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -41,7 +41,7 @@ def test_cross_entropy_is_of_the_scaled_and_capped_logits_of_such_families(tmp_p
 
 def measured(folder, samples, encoded, *, model=None, generation=None, **options):
     """The table that `measure` writes."""
-    encoder, generation = SampleEncoder(tiny_tokenizer()), generation or Generation(5, generation_batch_size=3)
+    encoder, generation = SampleEncoder(tiny_tokenizer()), generation or GenerationOptions(5, generation_batch_size=3)
     output = folder / "d.parquet"
     student = LoadedModel(model or student_model(), True)
     rows = rows_of(samples, encoded)
@@ -117,7 +117,7 @@ def test_sampled_answers_are_those_of_their_seed_and_sample(tmp_path):
     tables = {}
     for name, seed, batch in (("one", 1, 3), ("other batches", 1, 2), ("two", 2, 3)):
         (folder := tmp_path / name).mkdir()
-        generation = Generation(5, generation_batch_size=batch)
+        generation = GenerationOptions(5, generation_batch_size=batch)
         tables[name] = measured(folder, samples, encoded, generation=generation, temperature=1.0, seed=seed)
     assert tables["one"]["answer"].equals(tables["other batches"]["answer"])
     assert not tables["one"]["answer"].equals(tables["two"]["answer"])

@@ -9,7 +9,7 @@ from tiny_run import make_inputs, options, refusal, run, select
 
 from pocl_fast.data.records import SampleEncoder, encode_all, read_samples
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.run import steps as run_module
+from pocl_fast.run import context as run_module
 from pocl_fast.system import resumable_table
 from pocl_fast.system.errors import InputError
 

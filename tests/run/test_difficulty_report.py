@@ -8,16 +8,17 @@ import pytest
 from pocl_fast.curriculum.scores import SignalScores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import baby_steps
-from pocl_fast.options import RunConfig, to_yaml
+from pocl_fast.options import RunConfig
+from pocl_fast.run.configuration import to_yaml
 from pocl_fast.run.difficulty_report import (
     Ranked,
     average_ranks,
     difficulty_figure,
+    difficulty_table,
     ordinal_ranks,
     read_ranked,
     stage_rows,
     stage_samples,
-    stage_table,
 )
 from pocl_fast.system.errors import InputError
 
@@ -43,7 +44,7 @@ def test_each_sample_has_the_stage_that_brings_it_in():
 def test_the_table_has_the_means_of_what_each_stage_brings_in():
     made = ranked(scores=[np.array([1.0, 0.5, 0.25, np.nan]), np.array([1.0, 2.0, 3.0, 4.0])], stages=2)
     assert [row["means"] for row in stage_rows(made)] == [["0.750", "1.500"], ["0.250", "3.500"]]
-    lines = stage_table(made).splitlines()
+    lines = difficulty_table(made).splitlines()
     assert [line.split() for line in lines[1:3]] == [["1", "2", "0.750", "1.500"], ["2", "2", "0.250", "3.500"]]
     assert lines[3] == "rank correlation of rouge_l and cross_entropy: 1.00"
 

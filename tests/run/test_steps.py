@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_fast.curriculum import measurer
 from pocl_fast.curriculum.stages import Curriculum, reciprocal_rank_fusion
-from pocl_fast.options import read_yaml
+from pocl_fast.run.configuration import read_yaml
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_same_command_again_does_nothing(copied, capsys):
     said = capsys.readouterr().out
     assert state(output) == before
     for step in ("measure", "evaluate-before", "rank", "train", "evaluate-after"):
-        assert f"{step}: done before" in said
+        assert f"{step}: already done" in said
 
 
 def test_the_steps_one_by_one_give_the_same_bits_as_distill(finished, tmp_path):

@@ -1,0 +1,235 @@
+"""What the steps of a run share: its directory, its options, and what is loaded for them, each thing once.
+
+Knows how options name data, models and engines. Does not know what the steps do with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pocl_fast.answers import vllm
+from pocl_fast.answers.likelihood import LoadedModel
+from pocl_fast.data.packed import packing_ready
+from pocl_fast.data.records import SampleEncoder, SampleSet, encode_all, read_samples
+from pocl_fast.models import loading
+from pocl_fast.models.cut import cut_layers
+from pocl_fast.options import RunConfig
+from pocl_fast.run.directory import RunDirectory, required
+from pocl_fast.system import ranks
+from pocl_fast.system.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pocl_fast.answers.vllm import VllmEngine
+    from pocl_fast.teacher.teacher import Teacher
+
+Say = Callable[[str], None]
+
+
+class RunContext:
+    """A run's directory and options, and the models and samples that its steps work on, loaded when first asked for."""
+
+    def __init__(self, directory: RunDirectory, config: RunConfig, say: Say = print) -> None:
+        """Raises `InputError` for a device or a precision that this machine does not have."""
+        self.directory, self.config = directory, config
+        self.say: Say = say if ranks.is_first() else lambda _: None
+        self.path = directory.path
+        self.device = loading.choose_device(config.models.device)
+        self.precision = loading.choose_precision(config.models.precision, self.device)
+        self._teacher_model: Any = None
+        self._student: LoadedModel | None = None
+
+    def begins(self, step: str, result: str) -> bool:
+        """Whether the step is still to be done, on every rank; a step that is done says which file has its result.
+
+        Raises `InputError` where the step was begun with other options or files.
+        """
+        if self.directory.begin(step, self.config):
+            return True
+        self.say(f"{step}: already done, see {self.path / result}")
+        return False
+
+    # -- samples ----------------------------------------------------------------------------------------------------
+
+    @property
+    def student_source(self) -> str:
+        """Where the student comes from before it is cut. Raises `InputError` where the options name none."""
+        chosen = self.config.models
+        if chosen.student is None and chosen.student_layers is None:
+            raise InputError("give --student, or --student-layers to cut one from the teacher")
+        return str(chosen.student or required(chosen.teacher, "--teacher (or --student)"))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer, which is the teacher's too."""
+        trusted = self.config.models.trust_remote_code
+        tokenizer: PreTrainedTokenizerBase = loading.load_tokenizer(self.student_source, trust_remote_code=trusted)
+        return tokenizer
+
+    def check_vocabularies(self) -> None:
+        """Raises `InputError` where student and teacher have different tokens."""
+        chosen = self.config.models
+        teacher = required(chosen.teacher, "--teacher")
+        if self.student_source != teacher:
+            theirs = loading.load_tokenizer(teacher, trust_remote_code=chosen.trust_remote_code)
+            loading.check_same_vocabulary(self.tokenizer, theirs)
+
+    @cached_property
+    def encoder(self) -> SampleEncoder:
+        return SampleEncoder(self.tokenizer, self.config.data.template)
+
+    @cached_property
+    def train_set(self) -> SampleSet:
+        """The training samples, with the teacher's answers as references under `--data-source teacher`."""
+        if self.config.data.data_source == "data":
+            return self._train_file
+        return self._answered_by_teacher(self._train_file)
+
+    @property
+    def train_set_is_loaded(self) -> bool:
+        return "train_set" in vars(self)
+
+    @cached_property
+    def dev_set(self) -> SampleSet:
+        """The held-out samples."""
+        return self._read(self.config.data.dev, "--dev")
+
+    @cached_property
+    def _train_file(self) -> SampleSet:
+        return self._read(self.config.data.train, "--train")
+
+    def _read(self, given: Path | None, option: str) -> SampleSet:
+        path, data = Path(required(given, option)), self.config.data
+        samples = read_samples(path)
+        encoded, report = encode_all(
+            samples,
+            self.encoder,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            long_prompts=data.long_prompts,
+            name=str(path),
+        )
+        self.say(report.describe(str(path)))
+        return SampleSet(samples, encoded)
+
+    def _answered_by_teacher(self, samples: SampleSet) -> SampleSet:
+        from pocl_fast.teacher.teacher import teacher_fingerprint
+        from pocl_fast.training.setup import answered_by_teacher
+
+        self.check_vocabularies()
+        model = self.teacher_model()
+        options = SimpleNamespace(**asdict(self.config.generation), max_length=self.config.data.max_length)
+        with self.precision.autocast():
+            return answered_by_teacher(
+                samples,
+                model,
+                self.encoder,
+                self.path / "teacher_answers",
+                fingerprint=teacher_fingerprint(model, self.precision.name),
+                options=options,
+            )
+
+    # -- the teacher ------------------------------------------------------------------------------------------------
+
+    def teacher_model(self) -> Any:
+        """The teacher, loaded once and kept until `take_cached_teacher`."""
+        if self._teacher_model is None:
+            from pocl_fast.teacher.loading import load_teacher
+
+            chosen = self.config.models
+            probe = self._train_file.encoded if chosen.teacher_quantization != "none" else ()
+            self._teacher_model = load_teacher(
+                required(chosen.teacher, "--teacher"),
+                self.path / "teacher",
+                precision=self.precision,
+                quantization=chosen.teacher_quantization,
+                where=chosen.teacher_device,
+                probe_samples=probe,
+                trust_remote_code=chosen.trust_remote_code,
+                say=self.say,
+            )
+        return self._teacher_model
+
+    def scoring_teacher(self) -> LoadedModel:
+        """The teacher, ready to score each sample's response."""
+        self.check_vocabularies()
+        return self._ready(self.teacher_model(), "teacher")
+
+    def take_cached_teacher(self) -> Teacher:
+        """The teacher with its cache. It owns the model, to free its layers once all samples are cached: the context
+        keeps none."""
+        from pocl_fast.teacher.loading import cached_teacher
+
+        model, self._teacher_model = self.teacher_model(), None
+        return cached_teacher(
+            model,
+            self.path / "teacher_cache",
+            self.config.cache,
+            precision=self.precision,
+            device=self.device,
+            keep_body=self.config.rollouts.rollouts != "none",
+            owned=True,
+            say=self._say_of("teacher"),
+        )
+
+    # -- the student ------------------------------------------------------------------------------------------------
+
+    def student(self) -> LoadedModel:
+        """The student before training, in fp32; loaded once and kept until `take_student`."""
+        if self._student is None:
+            self._student = self._ready(self._load_student(), "student")
+        return self._student
+
+    def take_student(self) -> LoadedModel:
+        """The student before training, for its caller to change: the context keeps none."""
+        student, self._student = self.student(), None
+        return student
+
+    def trained_student(self) -> LoadedModel:
+        """The student that the run trained."""
+        return self._ready(loading.load_model(str(self.path / "student"), device=self.device), "trained student")
+
+    def _load_student(self) -> Any:
+        chosen = self.config.models
+        if chosen.student is None and chosen.teacher_quantization == "none":
+            student = self.teacher_model()
+        else:
+            student = loading.load_model(
+                self.student_source, device=self.device, trust_remote_code=chosen.trust_remote_code
+            )
+        if chosen.student_layers is not None:
+            student = cut_layers(student, chosen.student_layers)
+        return student.float()
+
+    # -- every model ------------------------------------------------------------------------------------------------
+
+    def _ready(self, model: Any, whose: str) -> LoadedModel:
+        """The model, with packed batches where these hold for it. Raises `InputError` where it has fewer positions than
+        a sample, or a prompt and its answer, may have tokens."""
+        data, answer = self.config.data, self.config.generation.max_new_tokens
+        loading.check_positions(model, max(data.max_length, data.max_prompt_length + answer), whose)
+        with self.precision.autocast():
+            return LoadedModel(model, packing_ready(model, self._say_of(whose)))
+
+    def _say_of(self, whose: str) -> Say:
+        """Prints lines about one of the run's models, which name it."""
+        return lambda text: self.say(f"{whose}: {text}")
+
+    def check_engine(self) -> bool:
+        """Whether vLLM answers. Raises `InputError` where it is asked for and cannot."""
+        return vllm.chosen(self.config.generation.generation_engine, self.device)
+
+    def engine(self, model: Any) -> contextlib.AbstractContextManager[VllmEngine | None]:
+        """What generates the model's answers: vLLM with the model in it, or None for torch."""
+        if not self.check_engine():
+            return contextlib.nullcontext()
+        max_length = self.config.data.max_prompt_length + self.config.generation.max_new_tokens
+        dtype: Literal["bfloat16", "float32"] = "bfloat16" if self.precision.name == "bf16" else "float32"
+        return vllm.loaded(model, max_length=max_length, dtype=dtype)

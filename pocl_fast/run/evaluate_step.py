@@ -1,0 +1,61 @@
+"""The evaluate step of a run: the student's answers to the held-out samples, and their scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pocl_fast.answers import evaluation
+from pocl_fast.data.records import SampleSet
+from pocl_fast.run.context import RunContext
+from pocl_fast.run.directory import WRITES
+from pocl_fast.system import ranks
+from pocl_fast.system.files import write_json, write_text
+
+When = Literal["before", "after"]
+
+
+def evaluate_step(context: RunContext, when: When) -> None:
+    """Evaluates the student "before" training, as it was given, or "after" -> evaluation.json, answers-*.jsonl."""
+    step = f"evaluate-{when}"
+    if not context.begins(step, "evaluation.json"):
+        return
+    dev, generation = context.dev_set, context.config.generation
+    with context.directory.timed(step):
+        student = context.student() if when == "before" else context.trained_student()
+        with context.precision.autocast(), context.engine(student.model) as engine:
+            scores, answers = evaluation.evaluate(
+                student.model,
+                dev.samples,
+                dev.encoded,
+                context.encoder,
+                seeds=context.config.evaluation.eval_seeds,
+                max_new_tokens=generation.max_new_tokens,
+                batch_size=generation.generation_batch_size,
+                batch_tokens=generation.generation_batch_tokens,
+                packed=student.packed,
+                engine=engine,
+                name=step,
+            )
+        if ranks.is_first():
+            known = context.path / "evaluation.json"
+            results = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
+            write_json(known, results | {when: scores.to_dict()})
+            save_answers(context.path / WRITES[step][0], dev, answers)
+    context.say(
+        f"{step}: ROUGE-L {scores.rouge_l:.2f} ± {scores.rouge_l_spread:.2f} over {len(scores.seeds)} seeds,"
+        f" exact match {scores.exact_match:.1f} %, cross-entropy {scores.cross_entropy:.3f}"
+    )
+
+
+def save_answers(path: Path, dev: SampleSet, answers: Sequence[str]) -> None:
+    """Writes a line of JSON a sample: its line in --dev, its prompt and references, and the student's answer."""
+    lines = []
+    for one, answer in zip(dev.encoded, answers, strict=True):
+        sample = dev.samples[one.index]
+        prompt = sample.messages[-1]["content"]
+        record = {"line": sample.line, "prompt": prompt, "references": sample.references, "answer": answer}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))

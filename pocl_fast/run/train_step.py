@@ -1,0 +1,102 @@
+"""The train step of a run: a trainer made from the run's options, and what it leaves in the directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.models.cut import as_trainable, num_parameters
+from pocl_fast.models.unsharded import gathered
+from pocl_fast.run.context import RunContext
+from pocl_fast.system import ranks
+from pocl_fast.system.errors import InputError
+from pocl_fast.training.checkpoints import checkpoints
+from pocl_fast.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from pocl_fast.training.arguments import PoclConfig
+    from pocl_fast.training.trainer import PoclTrainer
+
+
+def train_step(context: RunContext) -> None:
+    """Trains the student along curriculum.json -> student/, metrics.jsonl; resumes from the newest checkpoint."""
+    trainer_arguments(context)  # what is wrong with them is raised before the step begins
+    if not context.begins("train", "student"):
+        return
+    context.check_vocabularies()
+    curriculum, _ = ranked_samples(context), context.dev_set  # what is wrong with a file is raised before models load
+    with context.directory.timed("train") as facts:
+        trainer = make_trainer(context, curriculum)
+        trainer.train(resume_from_checkpoint=True)
+        with gathered(trainer.model) as whole:
+            ranks.from_first(lambda: save_student(whole, context.tokenizer, context.path))
+        facts |= training_speed(context.path / "metrics.jsonl")
+    if ranks.is_first():
+        for checkpoint in checkpoints(context.path / "checkpoints"):  # needed to resume only; the best weights stay
+            shutil.rmtree(checkpoint)
+
+
+def ranked_samples(context: RunContext) -> Curriculum:
+    """The order in which the samples are trained on. Raises `InputError` where it has samples that --train lacks."""
+    path, known = context.path / "curriculum.json", context.train_set
+    curriculum = Curriculum.load(path)
+    if unknown := set(curriculum.order.tolist()) - {sample.index for sample in known.encoded}:
+        raise InputError(
+            f"{path} lists sample {min(unknown)}, which --train {context.config.data.train} does not have:"
+            " run `pocl-fast measure` and `rank` on this file first"
+        )
+    return curriculum
+
+
+def make_trainer(context: RunContext, curriculum: Curriculum) -> PoclTrainer:
+    """The trainer of a run, which owns its student and its teacher."""
+    from pocl_fast.training.stage_flow import MetricsFile
+    from pocl_fast.training.trainer import PoclTrainer
+
+    student = context.take_student().model
+    sizes = [_millions(num_parameters(model)) for model in (student, context.teacher_model())]
+    context.say(
+        f"train: student of {sizes[0]} parameters, teacher of {sizes[1]};"
+        f" on {context.device}, products in {context.precision.name}"
+    )
+    return PoclTrainer(
+        as_trainable(student),
+        context.take_cached_teacher(),
+        trainer_arguments(context),
+        context.train_set,
+        context.dev_set,
+        context.tokenizer,
+        curriculum=curriculum,
+        callbacks=[MetricsFile(context.path / "metrics.jsonl")],
+    )
+
+
+def trainer_arguments(context: RunContext) -> PoclConfig:
+    """The trainer's arguments out of a run's options. Raises `InputError` for options that do not go together."""
+    from pocl_fast.training.arguments import PoclConfig
+
+    return PoclConfig.of_run(context.config, context.path / "checkpoints")
+
+
+def save_student(student: Any, tokenizer: Any, run: Path) -> None:
+    """Writes student/ whole: a crash leaves the folder as it was or none."""
+    partial, folder = run / "student.partial", run / "student"
+    student.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)  # there if a crash came just before the stamp
+    os.replace(partial, folder)
+
+
+def training_speed(metrics: Path) -> dict[str, float]:
+    """How many tokens were trained on, and how many a second."""
+    steps = [record for record in read_metrics(metrics) if "tokens" in record]
+    tokens = sum(record["tokens"] for record in steps)
+    seconds = sum(record["tokens"] / record["tokens_per_second"] for record in steps)
+    return {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} million" if count >= 50_000 else f"{count:,}"
