@@ -64,7 +64,7 @@ def _value(name: str, given: Any, group: Any) -> Any:
         given = dict(_pair(word) for word in given)
     if not given:
         return dict(group.set)
-    from pocl_fast.training.other_arguments import other_arguments  # loads transformers
+    from pocl_fast.run.other_arguments import other_arguments  # loads transformers
 
     return group.set | other_arguments(given)
 

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.options import (
@@ -37,7 +38,6 @@ from pocl_fast.options import (
 )
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
-from pocl_fast.training.checks import check_measured_again
 
 COMPILED_ANEW = "each packed batch has lengths of its own, for which it would be compiled again"
 # arguments of transformers that would do nothing here, or harm
@@ -148,7 +148,9 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             raise InputError("remeasure changes the order, and workers have the old one: dataloader_num_workers=0")
         if self.deepspeed and self.on_nonfinite == "skip":
             raise InputError('DeepSpeed steps before a gradient can be looked at: give on_nonfinite="stop"')
-        check_measured_again(self)
+        columns = teacher_columns(self.signals)
+        if columns and self.remeasure and self.cache_mode == "topk":
+            raise InputError(top_k_lacks(columns))
         if self.patience is not None and self.eval_strategy == "no":
             raise InputError('patience needs evaluations: give eval_strategy "epoch" or "steps"')
 
@@ -243,6 +245,14 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             "fresh_optimizer": True, "fresh_learning_rate": True, "signals": "rouge_l,cross_entropy", "rrf_k": 60.0,
         }  # fmt: skip
         return cls(output_dir=output_dir, **(recipe | changes))
+
+
+def top_k_lacks(columns: Sequence[str]) -> str:
+    """What is wrong with a top-k cache where these columns are to be measured from it."""
+    return (
+        f"a trainer measures {', '.join(columns)} from the teacher's cache, and cache_mode=topk keeps only the most"
+        " likely tokens: give cache_mode=hidden, or signals that do not read the teacher"
+    )
 
 
 def check_report_to(names: str | Sequence[str] | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.answers.evaluation import Scores, dev_scores
+from pocl_fast.answers import evaluation
 from pocl_fast.data.records import SampleSet
 from pocl_fast.loss.dense import LossOutput
 from pocl_fast.loss.linear import linear_distillation_loss
@@ -24,9 +24,9 @@ from pocl_fast.models.lm_head import LmHead, loss_within_forward
 from pocl_fast.models.unsharded import gathered
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
-from pocl_fast.training.final_evaluation import final_scores
 from pocl_fast.training.finite_steps import FiniteSteps
 from pocl_fast.training.halving import FreedMemory, Halving, memory_in_use
+from pocl_fast.training.measured import student_engine
 from pocl_fast.training.metrics import LossParts
 from pocl_fast.training.micro_batches import MicroBatch
 from pocl_fast.training.saving_trainer import SavingTrainer
@@ -183,7 +183,7 @@ class DistillingTrainer(SavingTrainer):
         start = time.perf_counter()
         self.model.eval()  # type: ignore[union-attr]
         with self.whole_student() as model:
-            scores, self._answers = dev_scores(model, dev, self.encoder, args, packed=self.packed)
+            scores, self._answers = evaluation.dev_scores(model, dev, self.encoder, args, packed=self.packed)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(dict(metrics))
@@ -192,13 +192,27 @@ class DistillingTrainer(SavingTrainer):
         self.loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
         return metrics
 
-    def final_scores(self, eval_dataset: Any = None) -> tuple[Scores, list[str]]:
+    def final_scores(self, eval_dataset: Any = None) -> tuple[evaluation.Scores, list[str]]:
         """Scores of sampled answers over `eval_seeds` on the dev set, or on another one, and the first seed's answers:
         the evaluation of the paper's tables. Call it before and after `train`."""
         dev = self._evaluated_set(eval_dataset)
         self.model.eval()  # type: ignore[union-attr]
-        with self.whole_student() as model:
-            return final_scores(model, dev, self.encoder, self.args, self.precision, packed=self.packed)
+        with (
+            self.whole_student() as model,
+            student_engine(model, self.args, bf16=self.precision.name == "bf16") as engine,
+        ):
+            return evaluation.evaluate(
+                model,
+                dev.samples,
+                dev.encoded,
+                self.encoder,
+                seeds=self.args.eval_seeds,
+                max_new_tokens=self.args.max_new_tokens,
+                batch_size=self.args.generation_batch_size,
+                batch_tokens=self.args.generation_batch_tokens,
+                packed=self.packed,
+                engine=engine,
+            )
 
     def _evaluated_set(self, given: Any) -> SampleSet:
         dev = self.dev if given is None else sample_set(given, self.encoder, self.args, "eval_dataset")

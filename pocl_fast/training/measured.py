@@ -36,10 +36,21 @@ from pocl_fast.system.files import write_text
 from pocl_fast.system.resumable_table import Job, make_table, pieces_of
 from pocl_fast.teacher.shards import HiddenEntries
 from pocl_fast.teacher.teacher import Teacher
-from pocl_fast.training.checks import top_k_lacks
+from pocl_fast.training.arguments import top_k_lacks
 
 
-class MeasureOptions(AnswerOptions, StageSettings, Protocol):
+class EngineOptions(Protocol):
+    """What generates answers, and how long prompts and answers may be."""
+
+    @property
+    def generation_engine(self) -> Literal["auto", "torch", "vllm"]: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def max_prompt_length(self) -> int: ...
+
+
+class MeasureOptions(AnswerOptions, EngineOptions, StageSettings, Protocol):
     """How difficulty is measured, and how stages are made of it."""
 
     @property
@@ -48,10 +59,6 @@ class MeasureOptions(AnswerOptions, StageSettings, Protocol):
     def measure_temperature(self) -> float: ...
     @property
     def measure_seed(self) -> int: ...
-    @property
-    def generation_engine(self) -> str: ...
-    @property
-    def max_prompt_length(self) -> int: ...
 
 
 def measured_curriculum(
@@ -62,12 +69,12 @@ def measured_curriculum(
     options: MeasureOptions,
     folder: Path,
     *,
-    dtype: Literal["bfloat16", "float32"] = "float32",
+    bf16: bool = False,
     made_from: str | None = None,
 ) -> Curriculum:
     """The curriculum by the difficulty of the samples for the student as it is now; measured once, kept in `folder`.
 
-    `student` is entered where something is to be measured, and vLLM, where it answers, computes in `dtype`. What
+    `student` is entered where something is to be measured; with `bf16` vLLM, where it answers, computes in bf16. What
     signals read of the teacher is computed from its cache, which is filled first. `made_from` identifies what is
     measured; None trusts what the folder holds. Every rank must call. Raises `InputError` where the folder holds the
     difficulty of something else, and where the options cannot be followed.
@@ -85,7 +92,7 @@ def measured_curriculum(
         write_text(key, made_from)
     table = folder / "difficulty.parquet"
     with student as loaded:
-        with _engine(loaded.model, options, dtype) as engine:
+        with student_engine(loaded.model, options, bf16=bf16) as engine:
             measure(
                 loaded,
                 rows_of(samples.samples, samples.encoded),
@@ -110,9 +117,9 @@ def measured_curriculum(
 
 def measured_from(student: Any, samples: Sequence[EncodedSample], options: MeasureOptions) -> str:
     """Identifies what a student's difficulty is measured on: its weights, the samples and the options."""
-    named = (*_properties(MeasureOptions), *_properties(StageSettings))
+    named = {*_properties(MeasureOptions), *_properties(EngineOptions), *_properties(StageSettings)}
     settings = [(name, getattr(options, name)) for name in sorted(named)]
-    digest = hashlib.sha256(repr((settings, options.max_new_tokens)).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     digest.update(weights_fingerprint(causal_lm(student)).encode())
     for sample in samples:
         digest.update(sample.fingerprint)
@@ -149,28 +156,26 @@ def as_measured(model: Any, *, device: torch.device, movable: bool) -> Iterator[
 # -- what answers ------------------------------------------------------------------------------------------------------
 
 
-def vllm_answers(student: Any, options: MeasureOptions, device: torch.device) -> bool:
-    """Whether vLLM answers when the student is measured. Raises `InputError` where it is asked for and cannot."""
-    engine: Any = options.generation_engine
+def vllm_answers(student: Any, options: EngineOptions, device: torch.device) -> bool:
+    """Whether vLLM answers for the student. Raises `InputError` where it is asked for and cannot."""
     adapted = any(hasattr(module, "base_layer") for module in student.modules())  # by peft
-    if adapted and engine == "auto":
+    if adapted and options.generation_engine == "auto":
         return False
-    if not vllm.chosen(engine, device):
+    if not vllm.chosen(options.generation_engine, device):
         return False
     if adapted:
         raise InputError("generation_engine=vllm does not load a student with adapters: give torch")
     return True
 
 
-@contextlib.contextmanager
-def _engine(
-    student: Any, options: MeasureOptions, dtype: Literal["bfloat16", "float32"]
-) -> Iterator[vllm.VllmEngine | None]:
+def student_engine(
+    student: Any, options: EngineOptions, *, bf16: bool
+) -> contextlib.AbstractContextManager[vllm.VllmEngine | None]:
+    """vLLM with the student in it, in bf16 or fp32; None where torch answers."""
     if not vllm_answers(student, options, next(student.parameters()).device):
-        yield None
-        return
-    with vllm.loaded(student, max_length=options.max_prompt_length + options.max_new_tokens, dtype=dtype) as engine:
-        yield engine
+        return contextlib.nullcontext()
+    longest = options.max_prompt_length + options.max_new_tokens
+    return vllm.loaded(student, max_length=longest, dtype="bfloat16" if bf16 else "float32")
 
 
 # -- the teacher -------------------------------------------------------------------------------------------------------

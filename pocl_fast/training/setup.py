@@ -119,6 +119,16 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
     return model, tokenizer
 
 
+def check_evaluations(args: PoclConfig) -> None:
+    """Raises `InputError` where options need evaluations and there are none."""
+    if args.eval_strategy != "no":
+        return
+    if args.rollouts == "adaptive":
+        raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
+    if args.stage_weights == "best":
+        raise InputError('stage_weights="best" needs evaluations: give eval_dataset and eval_strategy')
+
+
 def check_lengths(student: Any, teacher: Teacher, args: PoclConfig, training: SampleSet, dev: SampleSet | None) -> None:
     """Raises `InputError` where a sample, or a prompt and its answer, has more tokens than a model has positions."""
     lengths = [len(sample) for sample in training.encoded]

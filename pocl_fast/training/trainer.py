@@ -30,11 +30,10 @@ from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.system.stop_signals import Signals
 from pocl_fast.training import checkpoints, lines, measured
 from pocl_fast.training.arguments import PoclConfig
-from pocl_fast.training.checks import check_evaluations
 from pocl_fast.training.distilling_trainer import DistillingTrainer
 from pocl_fast.training.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.training.rollouts import Policy, Rollouts
-from pocl_fast.training.setup import learning_rate_factor, placeable, prepare, schedule_of
+from pocl_fast.training.setup import check_evaluations, learning_rate_factor, placeable, prepare, schedule_of
 from pocl_fast.training.stage_flow import StageFlow
 from pocl_fast.training.state import STATE, TrainingState
 
@@ -130,7 +129,7 @@ class PoclTrainer(DistillingTrainer):
             self.encoder,
             self.args,
             folder,
-            dtype="bfloat16" if self.precision.name == "bf16" else "float32",
+            bf16=self.precision.name == "bf16",
             made_from=made_from,
         )
 

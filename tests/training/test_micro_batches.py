@@ -1,13 +1,6 @@
 """The batches of a training."""
 
-from tiny_training import (
-    before_each_batch,
-    curriculum_of,
-    same_bits,
-    train,
-    trainer_of,
-    weights_of,
-)
+from tiny_training import before_each_batch, curriculum_of, same_bits, train, trainer_of, weights_of
 
 
 def test_a_budget_of_tokens_holds_through_orders_that_are_measured_anew(tmp_path):

@@ -3,10 +3,7 @@
 from concurrent.futures import Future
 from pathlib import Path
 
-from tiny_training import (
-    curriculum_of,
-    trainer_of,
-)
+from tiny_training import curriculum_of, trainer_of
 
 
 def test_only_the_model_is_uploaded(tmp_path, monkeypatch):

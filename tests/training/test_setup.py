@@ -3,13 +3,7 @@
 import pytest
 import torch
 from tiny import arithmetic, save_tiny, tiny_model
-from tiny_training import (
-    curriculum_of,
-    same_bits,
-    teacher_model,
-    trainer_of,
-    weights_of,
-)
+from tiny_training import curriculum_of, same_bits, teacher_model, trainer_of, weights_of
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,

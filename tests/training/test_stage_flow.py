@@ -4,18 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from tiny_training import (
-    before_each_batch,
-    curriculum_of,
-    encoded_samples,
-    same_bits,
-    train,
-    trainer_of,
-    weights_of,
-)
-from transformers import (
-    TrainerCallback,
-)
+from tiny_training import before_each_batch, curriculum_of, encoded_samples, same_bits, train, trainer_of, weights_of
+from transformers import TrainerCallback
 
 from pocl_fast.data.records import SampleSet
 from pocl_fast.system.errors import InputError

@@ -12,15 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import (
-    before_each_batch,
-    curriculum_of,
-    same_bits,
-    student_model,
-    train,
-    trainer_of,
-    weights_of,
-)
+from tiny_training import before_each_batch, curriculum_of, same_bits, student_model, train, trainer_of, weights_of
 
 from pocl_fast.system.errors import InputError
 from pocl_fast.training import checkpoints
