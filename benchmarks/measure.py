@@ -27,10 +27,12 @@ from torch import Tensor
 
 from pocl_fast.answers.decoding import generate
 from pocl_fast.answers.likelihood import cross_entropy
-from pocl_fast.data.records import EncodedSample, SampleEncoder, encode_all, read_samples
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encode_all
+from pocl_fast.data.records import read_samples
 from pocl_fast.models import loading
 from pocl_fast.models.cut import cut_layers
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.precision import choose_precision
 
 PLAIN_BATCH = 16
 
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides")
     options = parser.parse_args()
-    loading.choose_precision(options.precision, torch.device("cpu"))
+    choose_precision(options.precision, torch.device("cpu"))
     tokenizer = loading.load_tokenizer(options.student)
     encoder = SampleEncoder(tokenizer)
     encoded, _ = encode_all(

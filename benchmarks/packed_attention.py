@@ -1,7 +1,7 @@
 """The backward of attention over a packed row of 64 short samples takes a quarter to a fifth of what slices take.
 
 One layer's attention of a Qwen3-0.6B (16 heads, 8 of keys and values, head size 128), 64 samples of 128 tokens in one
-row. "by sample" is what a CPU gets from pocl-fast: one causal sdpa call a sample, on a split of the row. "slices" is
+row. "by sample" is what a CPU gets from pocl-fast: one causal sdpa call per sample, on a split of the row. "slices" is
 the same on slices of the row: a slice's gradient is as long as the row, and all are added. "mask" (where asked for, as
 its 4 GiB of scores move the other sides' memory) is transformers' sdpa over the whole row with the mask that it derives
 from the positions. On a GPU there is "varlen" too: torch's flash attention over packed rows. All sides run in this
@@ -34,15 +34,17 @@ from table_form import console
 from torch import Tensor
 from transformers import AttentionInterface
 
-from pocl_fast.data import packed
-from pocl_fast.data.records import SampleEncoder, encode_all, read_samples
+from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.packed import pack
+from pocl_fast.data.records import read_samples
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
-from pocl_fast.models import loading
+from pocl_fast.models import loading, packed_forward
 from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import BY_SAMPLE, enable_packing, needs_no_mask, packed_by_sample, packed_varlen
+from pocl_fast.models.precision import choose_precision
 
 Attention = Callable[[Any, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -165,7 +167,7 @@ def before(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, packed_length
 
 def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
     """Forward and backward of one batch both ways, in turns: tokens, times, and how far losses are apart."""
-    batch, head = packed.pack(samples), lm_head(model)
+    batch, head = pack(samples), lm_head(model)
     teacher = LinearTeacher(torch.randn(len(batch.labels), head.weight.shape[1]), head.weight.detach())
 
     def loss(hidden: Tensor, head: Any) -> Tensor:
@@ -177,7 +179,7 @@ def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
     for turn in range(1 + repeats):
         for name, (attend, no_mask) in ways.items():
             AttentionInterface.register(BY_SAMPLE, attend)
-            packed.needs_no_mask = no_mask  # type: ignore[assignment]
+            packed_forward.needs_no_mask = no_mask  # type: ignore[assignment]
             start = time.perf_counter()
             value = loss_within_forward(model, batch, loss, packed=True)
             value.backward()
@@ -193,7 +195,7 @@ def step_row(samples: list[Any], model: Any, repeats: int) -> list[str]:
 
 def step_table(options: argparse.Namespace) -> dict[str, Any]:
     """A distillation step on batches of so many samples."""
-    loading.choose_precision("fp32", torch.device("cpu"))
+    choose_precision("fp32", torch.device("cpu"))
     tokenizer = loading.load_tokenizer("bundled")
     limits: dict[str, Any] = {"max_length": 512, "max_prompt_length": 384, "long_prompts": "skip"}
     encoded, _ = encode_all(read_samples(options.data), SampleEncoder(tokenizer), name=str(options.data), **limits)

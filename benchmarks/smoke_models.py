@@ -101,7 +101,7 @@ def tiny_config(family: str, vocabulary: int, layers: int = 2) -> Any:
 
 
 def some_samples(setting: Setting, vocabulary: int) -> list[Any]:
-    from pocl_fast.data.records import EncodedSample
+    from pocl_fast.data.encoding import EncodedSample
 
     sizes = [(5, 20), (1, 2), (60, 70), (30, 1), (3, 9)]  # prompt, response
     sizes = [*sizes, (200, 313), (128, 128), (17, 111)] if setting.kind == "cuda" else sizes
@@ -116,7 +116,9 @@ def packed_model(setting: Setting, family: str, dtype: torch.dtype) -> list[Figu
     """Logits at the supervised positions, and all gradients of a random sum of them."""
     from transformers import AutoModelForCausalLM
 
-    from pocl_fast.data.packed import enable_packing, pack, supervised_logits
+    from pocl_fast.data.packed import pack
+    from pocl_fast.models.packed_attention import enable_packing
+    from pocl_fast.models.packed_forward import supervised_logits
 
     vocabulary = 1000
     model = AutoModelForCausalLM.from_config(tiny_config(family, vocabulary)).to(setting.kind, dtype).eval()
@@ -157,7 +159,7 @@ def training(setting: Setting) -> list[Figure]:
     """The losses of four steps of PoclTrainer in its own precision, against a plain loop in fp32 on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    from pocl_fast.data.records import EncodedSample
+    from pocl_fast.data.encoding import EncodedSample
 
     tokenizer = byte_tokenizer()
     size = len(tokenizer)

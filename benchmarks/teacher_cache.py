@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pocl_fast.data.packed import pack, supervised_hidden
-from pocl_fast.data.records import EncodedSample, SampleEncoder, encode_all, read_samples
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encode_all
+from pocl_fast.data.packed import pack
+from pocl_fast.data.records import read_samples
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.lm_head_products import fp32_products
 from pocl_fast.loss.objective import Objective
@@ -39,6 +40,8 @@ from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.frozen import freeze_linears
 from pocl_fast.models.lm_head import LmHead, lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.packed_forward import supervised_hidden
+from pocl_fast.models.precision import choose_precision
 from pocl_fast.run.demo import bundled_data
 from pocl_fast.teacher.cache import TeacherCache
 from pocl_fast.teacher.shards import HIDDEN_DTYPES, HiddenEntries, row_bytes
@@ -59,7 +62,7 @@ def main() -> None:
     parser.add_argument("--parts", default="abc", help="which of (a), (b) and (c)")
     options = parser.parse_args()
     device = loading.choose_device("auto")
-    precision = loading.choose_precision(options.precision, device)
+    precision = choose_precision(options.precision, device)
     teacher = loading.load_model(options.teacher, device=device)
     student = as_trainable(cut_layers(teacher, options.student_layers))
     for model in (teacher, student):

@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 
 from pocl_fast.answers.decoding import generate
-from pocl_fast.data.records import Sample, SampleEncoder
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.records import Sample
 from pocl_fast.models import loading
+from pocl_fast.models.precision import choose_precision
 from pocl_fast.system.console import progress_bar
 
 TRAIN, DEV = 1080, 120
@@ -175,7 +177,7 @@ def main() -> None:
     output = parser.parse_args().output
     start = time.perf_counter()
     device = loading.choose_device("auto")
-    loading.choose_precision("auto", device)
+    choose_precision("auto", device)
     encoder = SampleEncoder(loading.load_tokenizer(loading.BUNDLED))
     teacher = loading.load_model(loading.BUNDLED, device=device)
     records = compose()

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
         no_curriculum,
         reciprocal_rank_fusion,
     )
-    from pocl_fast.data.records import SampleEncoder, SampleSet, read_samples
+    from pocl_fast.data.encoding import SampleEncoder, SampleSet
+    from pocl_fast.data.records import read_samples
     from pocl_fast.loss.dense import DistillationLoss, LossOutput, distillation_loss, shift_labels
     from pocl_fast.loss.linear import linear_distillation_loss
     from pocl_fast.loss.objective import Objective
@@ -73,7 +74,8 @@ _MODULES = {
     "loss.dense": ("DistillationLoss", "LossOutput", "distillation_loss", "shift_labels"),
     "loss.objective": ("Objective",),
     "answers.rouge": ("RougeL", "rouge_l"),
-    "data.records": ("SampleEncoder", "SampleSet", "read_samples"),
+    "data.encoding": ("SampleEncoder", "SampleSet"),
+    "data.records": ("read_samples",),
     "teacher.teacher": ("Teacher",),
     "teacher.cache": ("TeacherCache",),
     "teacher.shards": ("HiddenEntries", "TopK", "TopKEntries"),

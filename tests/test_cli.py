@@ -142,7 +142,7 @@ def test_a_long_prompt_is_named_with_its_line_or_left_out_when_asked(inputs, tmp
     assert f"{train}: 1 of 4 prompts are over --max-prompt-length 80 tokens (line 3; the longest has " in said
     assert "--long-prompts skip" in said
     assert run("measure", tmp_path / "out", *words, "--long-prompts", "skip") == 0
-    assert "3 samples; 1 skipped, their prompt is over the limit (line 3)" in capsys.readouterr().out
+    assert "3 samples; 1 skipped for a prompt over the limit (line 3)" in capsys.readouterr().out
 
 
 def test_folders_that_are_no_model_are_said_to_be_none(inputs, tmp_path, capsys):

@@ -10,7 +10,8 @@ import torch
 from tiny import arithmetic, tiny_model, tiny_tokenizer
 
 from pocl_fast.curriculum.stages import Curriculum, baby_steps
-from pocl_fast.data.records import EncodedSample, SampleEncoder, SampleSet, encode_all, samples_from
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.records import samples_from
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pocl_fast.answers.decoding import generate, generation_batches
-from pocl_fast.data.records import EncodedSample, SampleEncoder
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder
 
 
 class Generate(Protocol):

@@ -16,7 +16,8 @@ from pocl_fast.answers.decoding import Progress, generate
 from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.vllm import VllmEngine
-from pocl_fast.data.records import EncodedSample, Sample, SampleEncoder, SampleSet
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
+from pocl_fast.data.records import Sample
 from pocl_fast.system import ranks
 from pocl_fast.system.console import shared_progress
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from pocl_fast.curriculum.signals import TEACHER_COLUMNS
-from pocl_fast.data.packed import PackedBatch, pack, supervised_hidden, token_budget_batches
-from pocl_fast.data.records import EncodedSample
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.packed import PackedBatch, pack, token_budget_batches
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.lm_head import LmHead, lm_head
+from pocl_fast.models.packed_forward import supervised_hidden
 
 TOKENS_A_BATCH = 4096  # of the packed cross-entropy pass
 ROWS_OF_LOGITS = 256  # at a time

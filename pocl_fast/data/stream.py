@@ -1,6 +1,6 @@
-"""The samples of a file that does not fit in memory: read and tokenised a piece at a time, whenever they are asked for.
+"""The samples of a file that does not fit in memory: read and tokenised a piece at a time, anew in each pass.
 
-Gives what `samples.encode_all` gives of the whole file.
+The samples and tokens are those that `encoding.encode_all` gives of the whole file.
 """
 
 from __future__ import annotations
@@ -10,21 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pocl_fast.data.records import (
-    EncodedSample,
-    LengthReport,
-    Sample,
-    SampleEncoder,
-    check_limits,
-    iter_samples,
-    over_the_limit,
-)
+from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, check_limits, over_the_limit
+from pocl_fast.data.records import Sample, iter_samples
 from pocl_fast.system import resumable_table
 
 
 @dataclass(frozen=True)
 class SampleStream:
-    """Iterating gives pieces of samples that fit, with their tokens, in file order."""
+    """Iterating gives lists of the samples within the length limits, with their tokens, in file order."""
 
     path: Path
     encoder: SampleEncoder
@@ -33,7 +26,7 @@ class SampleStream:
     long_prompts: Literal["error", "skip"]
 
     def check(self) -> LengthReport:
-        """Reads the whole file, keeping nothing. Raises `InputError` for what `read_samples` and `encode_all` raise."""
+        """Reads the whole file, keeping nothing. Raises `InputError` where `read_samples` or `encode_all` would."""
         check_limits(self.max_length, self.max_prompt_length)
         skipped: list[int] = []
         truncated: list[int] = []

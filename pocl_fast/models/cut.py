@@ -1,4 +1,4 @@
-"""The student: loaded, or cut from a larger model by keeping some of its layers."""
+"""Cutting a smaller model out of a larger one, by keeping some of its layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pocl_fast.system.errors import InputError
 
 
 def evenly_spaced_layers(num_layers: int, keep: int) -> list[int]:
-    """Which layers a student of `keep` layers takes: the first, the last, and the others evenly between them.
+    """Which layers a cut model of `keep` layers takes: the first, the last, and the others evenly between them.
 
     The first layers read the embeddings and the last ones write for the lm_head, so both ends must stay for the cut
     model to speak at all; residual layers in between refine one stream, so an even choice loses least of any one step
@@ -41,11 +41,11 @@ def cut_layers(model: Any, keep: int) -> Any:
         layer, rest = name[len(stack_name) + 1 :].split(".", 1)
         if int(layer) in chosen:
             weights[f"{stack_name}.{chosen.index(int(layer))}.{rest}"] = tensor
-    student = type(model)(config).to(next(model.parameters()).dtype)
-    student.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True)
-    student.tie_weights()
-    student.generation_config = model.generation_config
-    return student.to(next(model.parameters()).device).eval()
+    smaller = type(model)(config).to(next(model.parameters()).dtype)
+    smaller.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True)
+    smaller.tie_weights()
+    smaller.generation_config = model.generation_config
+    return smaller.to(next(model.parameters()).device).eval()
 
 
 def _layer_stack(model: Any) -> tuple[str, nn.ModuleList]:

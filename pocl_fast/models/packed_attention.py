@@ -1,6 +1,6 @@
 """Attention over packed rows: how a transformers model attends within each sample of a row and never across two.
 
-Chooses one of four ways for a model, once, and says which. Does not know how a row is laid out (packing.py).
+Chooses one of four ways for a model, once, and says which. Does not know how a row is laid out (data/packed.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.models.loading import exact_products
 from pocl_fast.models.placement import input_device
+from pocl_fast.models.precision import exact_products
 
 # as transformers' `attn_implementation`
 VARLEN, BY_SAMPLE, BY_MASK = "pocl_packed_varlen", "pocl_packed_by_sample", "pocl_packed_by_mask"
@@ -47,12 +47,12 @@ def enable_packing(
 ) -> None:
     """Makes a transformers model attend within each sample of a packed row; `say` is told how, once.
 
-    On a GPU in bf16 or fp16 (the weights', or autocast's: call it within the autocast that the model will run in) by
-    flash attention, of the flash-attn package where it is installed and else torch's own. Elsewhere by one causal
-    `sdpa` call a sample. Both cost Σ length² and not (Σ length)². A family without `sdpa` and one that caps its scores
-    (Gemma 2) keep their own attention, with the mask of the whole row that transformers derives from `position_ids`.
-    `device` is where the model will run, if that is not where it is now; `trains` says that it will train there. Some
-    models are never packed (`why_never_packed`), and left as they are.
+    On a GPU in bf16 or fp16 it attends by flash attention: the flash-attn package's where that is installed, else
+    torch's. (The dtype is the weights' or autocast's: call within the autocast that the model will run in.) Elsewhere
+    it attends by one causal `sdpa` call per sample. Both cost Σ length² and not (Σ length)². A family without `sdpa`
+    or with capped scores (Gemma 2) keeps its own attention, and the mask of the whole row that transformers derives
+    from `position_ids`. `device` is where the model will run, if it is not there yet; `trains` says that it will train
+    there. Models that are never packed (`why_never_packed`) are left as they are.
     """
     if why_never_packed(model):
         return
@@ -83,21 +83,21 @@ def choose_way(model: Any, device: torch.device, *, here: torch.device, trains: 
         why = "its family does not take sdpa in transformers"
         return Way(None, f"its own attention, over a mask of the whole row: {why}")
     if not on_gpu:
-        return Way(BY_SAMPLE, "one sdpa call a sample")
+        return Way(BY_SAMPLE, "one sdpa call per sample")
     if reason := _why_not_varlen(model, dtype, device, trains):
-        return Way(BY_SAMPLE, f"one sdpa call a sample, which is slower than flash attention: {reason}")
+        return Way(BY_SAMPLE, f"one sdpa call per sample, which is slower than flash attention: {reason}")
     return Way(VARLEN, "torch's varlen_attn (flash attention)")
 
 
 def why_never_packed(model: Any) -> str | None:
-    """What no check on short rows would show: why samples of a longer row would see each other."""
+    """Why the samples of a long row would see each other where a check on short rows finds nothing; None for most."""
     config = model.config.get_text_config()
     if getattr(config, "index_topk", None) or any(_asks_for_its_name(one.__module__) for one in type(model).__mro__):
         return "its indexer chooses among all tokens of a row"
     if getattr(config, "alibi", False):
         return "its biases (ALiBi) lose digits along a row"
     if getattr(config, "attention_chunk_size", None) and _transformers_version() < (5, 18):
-        return "its chunks count from the row's begin before transformers 5.18"
+        return "before transformers 5.18 its chunks count from the beginning of the row"
     return None
 
 
@@ -312,7 +312,9 @@ def packed_by_sample(
     with exact_products():
         if packed_lengths is None:
             if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:  # a packed row's
-                raise LengthsLost(f"{type(module).__name__} is given no lengths: ask packing_holds before it runs")
+                raise LengthsLost(
+                    f"{type(module).__name__} is given no lengths of samples: call packing_holds before the model runs"
+                )
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         kwargs.pop("is_causal", None)
         # split, not slices: a slice's gradient is as long as the whole row, and all of them would be added

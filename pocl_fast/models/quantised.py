@@ -1,6 +1,6 @@
-"""Quantised teachers, kept as they are after quantisation: the next load reads those files alone.
+"""Quantised models kept on disk: a model is quantised once, and later loads read the quantised weights alone.
 
-Knows what a quantised model was made from, and how far it is from the full one. Does not know what it is for.
+Knows what a quantised model was made from, and how close it is to the full one. Does not know what it is for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,24 +23,25 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pocl_fast.data.records import EncodedSample
-from pocl_fast.models.loading import hub_revision, load_model, require_bitsandbytes, resolve, source_fingerprint
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.models.fingerprints import hub_revision, source_fingerprint
+from pocl_fast.models.loading import load_model, require_bitsandbytes, resolve
 from pocl_fast.models.placement import Placement, input_device
 from pocl_fast.system import console, ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json
-from pocl_fast.training.checkpoints import damage, seal
+from pocl_fast.system.seal import damage, seal
 
 PROBE_TOKENS = 256  # supervised tokens at which the full model's logits are kept: 156 MB of a vocabulary of 152k
 _RECORD = "quantised.json"
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """How far the quantised model is from the full one, over the supervised tokens of some samples."""
+class Fidelity:
+    """How close a quantised model's predictions are to the full model's, over the response tokens of some samples."""
 
-    kl: float  # mean KL of the quantised distribution from the full one, nats a token
-    agreement: float  # share of tokens at which both have the same first choice
+    kl: float  # mean KL(full || quantised), nats a token
+    agreement: float  # share of tokens at which both models have the same most likely token
     tokens: int
 
     def describe(self) -> str:
@@ -50,17 +52,47 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What is known of a quantised model that is kept."""
+class _Recipe:
+    """What a quantised model is made from."""
 
-    seconds: float  # that loading it took from the full weights
-    divergence: Divergence | None  # None where no samples were given
+    source: str
+    quantization: Literal["8bit", "4bit"]
+    dtype: torch.dtype
+    device: torch.device
+    trust_remote_code: bool
+
+    @cached_property
+    def identity(self) -> dict[str, str | None]:
+        """Two recipes give the same model exactly where these are equal."""
+        return {
+            "source": source_fingerprint(self.source),
+            "revision": hub_revision(self.source, trust_remote_code=self.trust_remote_code),
+            "quantization": self.quantization,
+            "dtype": str(self.dtype),
+            "device": self.device.type,  # kernels that round differently
+            **{name: version(name) for name in ("bitsandbytes", "transformers", "torch")},
+        }
+
+    def folder_name(self) -> str:
+        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.quantization}-{key}"
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is recorded of a quantised model beside its weights."""
+
+    seconds: float  # that loading and quantising the full weights took
+    fidelity: Fidelity | None  # None where no samples were given
+
+    def write(self, folder: Path, recipe: _Recipe) -> None:
+        write_json(folder / _RECORD, {"made_from": recipe.identity, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> _Made:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        found = record["divergence"]
-        return cls(record["seconds"], None if found is None else Divergence(**found))
+        found = record["fidelity"]
+        return cls(record["seconds"], None if found is None else Fidelity(**found))
 
 
 def load_quantised(
@@ -74,26 +106,24 @@ def load_quantised(
     say: Callable[[str], object] = console.say,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The quantised model behind `source`, as `load_model` gives it; kept in `folder` the first time, read from there
-    from then on, by whatever process.
+    """The quantised model behind `source`, as `load_model` gives it. The first call, of any process, quantises the full
+    weights and keeps the result in `folder`; later calls read that alone.
 
-    The first time its divergence from the full model is measured on `probe_samples`: the full one, in `dtype`, is
-    loaded before it and has left memory by then. `say` (of rank 0) is told load times and divergence. What is kept is
-    found by the source's files, quantisation, dtype, kind of device and library versions; a damaged one is named and
-    made again. Every rank must call it. Raises `InputError` where the model cannot be loaded or the folder not be
-    written.
+    The first call also measures how close the quantised model is to the full one on `probe_samples`. The full model is
+    loaded in `dtype` for that, and has left memory before the quantised one is loaded. Rank 0 tells `say` the load
+    times and this closeness. A kept model is found by its source's files, quantisation, dtype, kind of device and
+    library versions; a damaged one is named and made again. Every rank must call. Raises `InputError` where the model
+    cannot be loaded or `folder` cannot be written.
     """
     require_bitsandbytes(quantization)
-    made_from = _made_from(source, quantization, dtype, torch.device(device), trust_remote_code)
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    target = Path(folder) / f"{quantization}-{key}"
+    recipe = _Recipe(source, quantization, dtype, torch.device(device), trust_remote_code)
+    target = Path(folder) / recipe.folder_name()
 
     def make() -> str:
         with _alone(target, say):
             if _whole(target, say):
                 return "loaded"
-            options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-            _make(source, quantization, target, device, probe_samples, made_from, options)
+            _make(recipe, target, probe_samples)
             return "made"
 
     start = time.perf_counter()
@@ -107,21 +137,8 @@ def load_quantised(
         made = _Made.read(target)
         size = sum(path.stat().st_size for path in target.iterdir()) / 2**20
         times = f"{seconds:.2f} s to load from {target} ({size:.0f} MiB), {made.seconds:.1f} s from the full weights"
-        say(f"{source} in {quantization}: {times}" + (f"; {made.divergence.describe()}" if made.divergence else ""))
+        say(f"{source} in {quantization}: {times}" + (f"; {made.fidelity.describe()}" if made.fidelity else ""))
     return model
-
-
-def _made_from(
-    source: str, quantization: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> dict[str, str | None]:
-    return {
-        "source": source_fingerprint(source),
-        "revision": hub_revision(source, trust_remote_code=trust_remote_code),
-        "quantization": quantization,
-        "dtype": str(dtype),
-        "device": device.type,  # kernels that round differently
-        **{name: version(name) for name in ("bitsandbytes", "transformers", "torch")},
-    }
 
 
 def _whole(target: Path, say: Callable[[str], object]) -> bool:
@@ -159,46 +176,42 @@ def _written(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _make(
-    source: str,
-    quantization: Literal["8bit", "4bit"],
-    target: Path,
-    device: torch.device | str,
-    probe_samples: Sequence[EncodedSample],
-    made_from: dict[str, str | None],
-    options: dict[str, Any],
-) -> None:
+def _make(recipe: _Recipe, target: Path, probe_samples: Sequence[EncodedSample]) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     probes = _first_tokens(probe_samples, PROBE_TOKENS)
-    with _plain_weights(source, device, probes, options) as (weights, want, seconds):
+    with _plain_weights(recipe, probes) as (weights, want, seconds):
         start = time.perf_counter()
-        model = load_model(weights, device=device, quantization=quantization, **options)
+        model = load_model(
+            weights,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            quantization=recipe.quantization,
+            trust_remote_code=recipe.trust_remote_code,
+        )
         seconds += time.perf_counter() - start
     with _written(target):
         model.save_pretrained(partial)  # before it first runs: on a CPU that packs 4-bit weights in another way
-    divergence = None if want is None else divergence_of(want, response_logits(model, probes))
+    made = _Made(seconds, None if want is None else fidelity(want, response_logits(model, probes)))
     del model
     with _written(target):
-        known = None if divergence is None else asdict(divergence)
-        write_json(partial / _RECORD, {"made_from": made_from, "seconds": seconds, "divergence": known})
+        made.write(partial, recipe)
         seal(partial, target)
 
 
 @contextlib.contextmanager
-def _plain_weights(
-    source: str, device: torch.device | str, probes: Sequence[EncodedSample], options: dict[str, Any]
-) -> Iterator[tuple[str, Tensor | None, float]]:
-    """A source of the full weights as safetensors, what the full model says on the probes, and the seconds that making
+def _plain_weights(recipe: _Recipe, probes: Sequence[EncodedSample]) -> Iterator[tuple[str, Tensor | None, float]]:
+    """A source of the full weights as safetensors, the full model's logits on the probes, and the seconds that making
     such a source took. The full model has left memory by then."""
+    source = recipe.source
     gguf = resolve(source).gguf_file is not None
     want, seconds = None, 0.0
     with tempfile.TemporaryDirectory(prefix="pocl-fast-") if gguf else contextlib.nullcontext(source) as weights:
         if gguf or probes:
             start = time.perf_counter()
             # on a GPU as much of it as fits: that it does not is why it is quantised
-            spread = Placement("auto") if torch.device(device).type == "cuda" and not gguf else None
-            full = load_model(source, placement=spread, **options)
+            spread = Placement("auto") if recipe.device.type == "cuda" and not gguf else None
+            full = load_model(source, dtype=recipe.dtype, placement=spread, trust_remote_code=recipe.trust_remote_code)
             if gguf:
                 full.save_pretrained(weights)
                 seconds = time.perf_counter() - start
@@ -230,11 +243,11 @@ def response_logits(model: Any, samples: Sequence[EncodedSample]) -> Tensor:
     return torch.cat(rows)
 
 
-def divergence_of(full: Tensor, quantised: Tensor) -> Divergence:
-    """Of a quantised model's logits [N, V] from the full one's at the same positions."""
+def fidelity(full: Tensor, quantised: Tensor) -> Fidelity:
+    """How close a quantised model's logits [N, V] are to the full model's at the same positions."""
     total = 0.0
     for rows, others in zip(full.split(64), quantised.split(64), strict=True):
         log_p, log_q = torch.log_softmax(rows.double(), -1), torch.log_softmax(others.double(), -1)
         total += float((log_p.exp() * (log_p - log_q)).sum())
     agreement = float((full.argmax(-1) == quantised.argmax(-1)).double().mean())
-    return Divergence(total / len(full), agreement, len(full))
+    return Fidelity(total / len(full), agreement, len(full))

@@ -1,4 +1,4 @@
-"""A model whose weights are spread over ranks, whole on each of them, for work that is not training."""
+"""The whole model on every rank, for work that is not training, of a model whose weights are spread over ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ CHECKPOINTED = "_checkpoint_wrapped_module."  # in the names under FSDP's activa
 
 
 @contextlib.contextmanager
-def gathered(model: Any) -> Iterator[Any]:
-    """A plain model with `model`'s weights; every rank enters and leaves it, and runs it as it likes within.
+def unsharded(model: Any) -> Iterator[Any]:
+    """A context that gives a plain model with `model`'s weights. Every rank must enter and leave it; within, each runs
+    the model independently of the others.
 
-    The model itself where it is whole; under FSDP2 and ZeRO-3 a copy, which takes one model's memory. Raises
-    `InputError` for what cannot be gathered: FSDP1, and adapters under FSDP or ZeRO-3.
+    A model that is whole is given as it is; under FSDP2 and ZeRO-3 a copy is made, which takes one model's memory.
+    Raises `InputError` for what cannot be gathered: FSDP1, and adapters under FSDP or ZeRO-3.
     """
     plain = causal_lm(model)
     parameters = dict(plain.named_parameters())

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pocl_fast.answers import vllm
 from pocl_fast.answers.likelihood import LoadedModel
-from pocl_fast.data.packed import packing_ready
-from pocl_fast.data.records import SampleEncoder, SampleSet, encode_all, read_samples
+from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.records import read_samples
 from pocl_fast.models import loading
 from pocl_fast.models.cut import cut_layers
+from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.precision import choose_precision
 from pocl_fast.options import RunConfig
 from pocl_fast.run.directory import RunDirectory, required
 from pocl_fast.system import ranks
@@ -42,7 +44,7 @@ class RunContext:
         self.say: Say = say if ranks.is_first() else lambda _: None
         self.path = directory.path
         self.device = loading.choose_device(config.models.device)
-        self.precision = loading.choose_precision(config.models.precision, self.device)
+        self.precision = choose_precision(config.models.precision, self.device)
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
 

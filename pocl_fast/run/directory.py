@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
-from pocl_fast.data.records import file_fingerprint
-from pocl_fast.models import loading
+from pocl_fast.models.fingerprints import source_fingerprint
 from pocl_fast.options import RunConfig, option_name
 from pocl_fast.run.configuration import to_yaml
 from pocl_fast.system import ranks
 from pocl_fast.system.console import measured
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json, write_text
+from pocl_fast.system.fingerprint import file_fingerprint
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,9 @@ class RunDirectory:
             if name in ("train", "dev"):
                 made_from[f"{name} data"] = file_fingerprint(required(every[name], f"--{name}"))
             elif name == "teacher":
-                made_from[name] = loading.source_fingerprint(required(value, _teacher_flag(step, every)))
+                made_from[name] = source_fingerprint(required(value, _teacher_flag(step, every)))
             elif name == "student":
-                source = loading.source_fingerprint(required(value or every["teacher"], "--teacher"))
+                source = source_fingerprint(required(value or every["teacher"], "--teacher"))
                 made_from[name] = source if value else f"cut from {source}"
             else:
                 made_from[name] = value
@@ -255,7 +255,7 @@ def _teacher_flag(step: str, options: dict[str, Any]) -> str:
 
 def _answers_of(options: dict[str, Any]) -> str:
     """Identifies the teacher whose answers are trained on."""
-    source = loading.source_fingerprint(required(options["teacher"], "--teacher (for --data-source teacher)"))
+    source = source_fingerprint(required(options["teacher"], "--teacher (for --data-source teacher)"))
     return f"of {source} in {options['teacher_quantization']}"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.models.cut import as_trainable, num_parameters
-from pocl_fast.models.unsharded import gathered
+from pocl_fast.models.unsharded import unsharded
 from pocl_fast.run.context import RunContext
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -31,7 +31,7 @@ def train_step(context: RunContext) -> None:
     with context.directory.timed("train") as facts:
         trainer = make_trainer(context, curriculum)
         trainer.train(resume_from_checkpoint=True)
-        with gathered(trainer.model) as whole:
+        with unsharded(trainer.model) as whole:
             ranks.from_first(lambda: save_student(whole, context.tokenizer, context.path))
         facts |= training_speed(context.path / "metrics.jsonl")
     if ranks.is_first():

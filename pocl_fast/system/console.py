@@ -1,4 +1,4 @@
-"""What a person sees while a step runs: progress bars, and the time and memory it took."""
+"""What a person sees while a step runs: lines, progress bars, and the time and memory that a step took."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -15,17 +16,72 @@ from tqdm import tqdm
 
 from pocl_fast.system import ranks
 
+Report: TypeAlias = Callable[[int], object]  # called with how many more units of work are done
+_ON_A_TERMINAL = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit}{timing}{postfix}"
+_IN_A_LOG = "{desc}: {n_fmt} of {total_fmt}{unit}{timing}{postfix}"
 
-def progress_bar(total: int, what: str, unit: str) -> tqdm:
-    """A bar with rate and time left: redrawn in place on a terminal, a line every 15 s in a log file."""
+
+def progress_bar(total: int, what: str, unit: str, *, done: int = 0) -> tqdm:
+    """A bar with speed, elapsed time and time left: redrawn in place on a terminal, a line every 15 s in a log file.
+
+    `unit` is a plural ("steps"). `done` units were done by an earlier process; the speed does not count them.
+    """
+    shared: dict[str, Any] = {"total": total, "initial": done, "desc": what, "unit": f" {unit}", "smoothing": 0.1}
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=what, unit=f" {unit}", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
-    line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
-    return tqdm(total=total, desc=what, unit=f" {unit}", bar_format=line, mininterval=15, maxinterval=60, smoothing=0.1)
+        return _Bar(bar_format=_ON_A_TERMINAL, dynamic_ncols=True, mininterval=0.5, **shared)
+    return _Bar(bar_format=_IN_A_LOG, file=_LogLines(), mininterval=15, maxinterval=60, **shared)
+
+
+class _Bar(tqdm):
+    """tqdm with `{timing}` in its format: what is known of speed and times, and nothing of what is not."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        known = dict(super().format_dict)
+        return known | {"timing": _timing(known)}
+
+
+def _timing(bar: dict[str, Any]) -> str:
+    """The end of a bar's line, as in ", 3.6 s/step, 1:12 elapsed, 0:40 left"; `bar` is tqdm's `format_dict`."""
+    done = bar["n"] - bar["initial"]
+    if done <= 0 or bar["elapsed"] <= 0:
+        return ""
+    rate = bar["rate"] or done / bar["elapsed"]
+    parts = [speed(rate, bar["unit"].strip()), f"{minutes(bar['elapsed'])} elapsed"]
+    if bar["n"] < bar["total"]:
+        parts.append(f"{minutes((bar['total'] - bar['n']) / rate)} left")
+    return "".join(f", {part}" for part in parts)
+
+
+def speed(rate: float, unit: str) -> str:
+    """A rate (units a second) for a person: "12 steps/s", and "3.6 s/step" for less than one; `unit` is a plural."""
+    value, name = (rate, f"{unit}/s") if rate >= 1 else (1 / rate, f"s/{unit.removesuffix('s')}")
+    return f"{value:.1f} {name}" if value < 10 else f"{value:,.0f} {name}"
+
+
+def minutes(seconds: float) -> str:
+    """A duration as "0:07", "12:30" or "1:02:03"."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+class _LogLines:
+    """stderr for a tqdm bar whose states are lines of their own, without the control characters of a redrawn one."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self.stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 @contextlib.contextmanager
-def shared_progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], object]]:
+def shared_progress(total: int, what: str, unit: str) -> Iterator[Report]:
     """A bar on the first rank, to be called with how many more units all ranks have done; nothing on the others."""
     if not ranks.is_first():
         yield lambda _: None

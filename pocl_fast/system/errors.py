@@ -1,5 +1,4 @@
-"""The exceptions that mean "the input is wrong", "I was asked to stop" and "another process failed", as opposed to "the
-program is wrong"."""
+"""Exceptions that are no bug of the program: wrong input, a request to stop, and the failure of another process."""
 
 from __future__ import annotations
 
@@ -24,4 +23,4 @@ class Interrupted(SystemExit):
 
 
 class OtherRankFailed(RuntimeError):
-    """This rank of torchrun cannot go on because another one failed or ended, which says itself why."""
+    """This rank of torchrun cannot go on because another one failed or ended; that one reports the cause."""

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were: written under another name, then renamed."""
+"""Text and JSON files that are whole or as they were: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON as `write_text` writes text."""
+    """Writes a value as JSON; `path` is whole or as it was."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

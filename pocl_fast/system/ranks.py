@@ -1,6 +1,6 @@
-"""The processes of one command, as `torchrun` starts them: who this one is, its share of the work, and exchange.
+"""The processes (ranks) that `torchrun` starts for one command: this one's number, its share of the work, and exchange.
 
-Without torchrun all of it holds for a single process, rank 0 of 1. Knows no models and no files.
+Without torchrun there is a single process, rank 0 of 1. Does not know models or files.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import torch.distributed as dist
 from pocl_fast.system.errors import InputError, OtherRankFailed
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # of a rank that waits for slower ones; a rank that ends is noticed at once
+PATIENCE = timedelta(days=7)  # how long a rank waits for slower ones; a rank that ends is noticed at once
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start() -> bool:
-    """Joins the group of ranks that torchrun's environment describes: gloo, and NCCL besides for tensors on a GPU,
-    where each rank gets the GPU of its local rank. Nothing without torchrun, or where there is a group already; says
-    whether it joined.
+    """Joins the group of ranks that torchrun's environment describes, over gloo; on GPUs also over NCCL, and each rank
+    takes the GPU of its local rank. Does nothing without torchrun or within a group. Returns whether it joined.
 
     Raises `InputError` for more ranks than GPUs on a machine that has one.
     """
@@ -47,7 +46,7 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """This process, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if _in_a_group() else 0
 
 
@@ -57,7 +56,7 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, which alone prints, locks, and writes what there is one of."""
+    """Whether this is rank 0, which alone prints, takes locks, and writes the files that all ranks share."""
     return rank() == 0
 
 
@@ -82,10 +81,10 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What `work()` gives on rank 0, on every rank; the others wait and do not work.
+    """Runs `work` on rank 0 alone and returns its result on every rank, each of which must call.
 
-    What it raises is raised on rank 0; the others raise `OtherRankFailed` with its message. `work` must not itself
-    wait for ranks.
+    An error of `work` is raised on rank 0; the others raise `OtherRankFailed` with its message. `work` must not wait
+    for other ranks.
     """
     if world_size() == 1:
         return work()

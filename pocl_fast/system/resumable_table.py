@@ -1,7 +1,7 @@
 """A table made in jobs, shared out among the ranks: each job's rows are kept in a file until all are there.
 
 Jobs are planned from the data alone, so that neither an interruption nor the number of ranks changes what is computed
-together. Knows files and ranks. Does not know what the rows say.
+together. Knows files and ranks. Does not know what the rows mean.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_fast.system import ranks
+from pocl_fast.system.console import Report
 from pocl_fast.system.errors import InputError
 
 T = TypeVar("T")
 PIECE = 4096  # samples that are planned together, and in memory at a time
-Progress: TypeAlias = Callable[[int], object]  # called with how many more items all ranks have done
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,18 @@ def make_table(
     plan: Callable[[Sequence[T]], list[Job[T]]],
     work: Callable[[Sequence[T]], pa.Table],
     output: Path,
-    progress: Progress = lambda _: None,
+    report: Report = lambda _: None,
 ) -> None:
     """Writes `output` (Parquet): the rows that `work` makes of every item, in the order of their column `index`.
 
-    `plan` gives the jobs of a piece, the same on every rank and in every call; an item's row must be of its piece's
-    range of `index`. One piece is in memory at a time, rows only of a job or, at last, of a piece. Each rank computes
-    its share and all of them must call; the first gathers the rows, and all return when `output` is there.
+    `plan` gives the jobs of a piece, the same on every rank and in every call. The `index` of a row must lie in its
+    piece's range. Memory holds one piece at a time, and the rows of one job or, at the end, of one piece. All ranks
+    must call: each computes its share, rank 0 gathers the rows, and all return once `output` is there. `report` is
+    called with how many more items all ranks have done.
 
-    An `output` that is there is left as it is, and so are the parts beside it (in `<stem>.parts`) that an interrupted
-    call has written: the caller makes sure that they are of the same data and options. Raises `InputError` where the
-    ranks do not see one folder, ValueError for no items.
+    An existing `output` is kept, and so are the parts (in `<stem>.parts` beside it) of an interrupted call: the caller
+    makes sure that they are of the same data and options. Raises `InputError` where the ranks do not see one folder,
+    ValueError for no items.
     """
     parts = output.with_suffix(".parts")
     if ranks.from_first(output.exists):
@@ -66,16 +67,16 @@ def make_table(
         missing = [job for job in range(len(jobs)) if (number, job) not in known]
         left = len(piece)
         for job in sorted({*range(len(jobs))} - {*missing}):
-            progress(len(jobs[job].items))
+            report(len(jobs[job].items))
             left -= len(jobs[job].items)
         for mine in ranks.share([jobs[job].weight for job in missing]):
             job = missing[mine]
             folder.mkdir(parents=True, exist_ok=True)
             _write(work(jobs[job].items), folder / f"{job:06d}.parquet")
             done = min(left, len(jobs[job].items) * ranks.world_size())  # the others are about as far
-            progress(done)
+            report(done)
             left -= done
-        progress(left)
+        report(left)
     if not jobs_of_piece:
         raise ValueError("make_table: no items")
     ranks.barrier()

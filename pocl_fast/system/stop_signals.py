@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM noted instead of obeyed at once, so that the step in progress ends and is saved."""
+"""SIGINT and SIGTERM are noted instead of obeyed at once, so that the running step can end and be saved."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from pocl_fast.system.console import say
 
 
-class Signals:
-    """Notes the first SIGINT or SIGTERM within it in `received` (0 before); a second one kills."""
+class StopSignals:
+    """A context that notes the first SIGINT or SIGTERM in `received` (0 before); a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.received = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> StopSignals:
         self.received = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: the caller's own business
+            except ValueError:  # not in the main thread, which alone may set handlers
                 break
         return self
 
@@ -32,4 +32,4 @@ class Signals:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-        say("stopping after this step, a checkpoint is being written (again to stop at once)")
+        say("stopping: this step ends and a checkpoint is written first; the same signal again (Ctrl-C) stops at once")

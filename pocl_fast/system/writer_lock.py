@@ -1,6 +1,7 @@
 """Who may write in a folder at one time: one process, or all ranks of one run.
 
-A lock of the system on a file in it, which goes with the process that has it, however that ends.
+The lock is the operating system's (flock), on a file in the folder: it ends with the process that holds it, however
+that ends. Does not know what is written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_NAME_BYTES = 256  # always as long, so that a full disk has room for the next holder's
+_NAME_BYTES = 256  # always this many, so that a full disk has room for the next holder's name
 _ATTEMPTS, _PAUSE = 100, 0.01  # seconds: another rank is alone in the folder for a moment only
 
 
@@ -41,10 +42,13 @@ class Writers(NamedTuple):
         return last + 1 + (self.rank - last - 1) % self.world_size
 
 
-def lock_folder(folder: Path, writers: Writers, *, when_alone: Callable[[], None], lacking: str = "") -> IO[bytes]:
+def lock_folder(
+    folder: Path, writers: Writers, *, what: str, when_alone: Callable[[], None], lacking: str = ""
+) -> IO[bytes]:
     """The folder's lock, to be given to `unlock`; `when_alone` is called before any other process can have it.
 
-    Raises `InputError`, with `lacking` in its message, where another run has it or the folder cannot be written.
+    Raises `InputError` where another run has it or the folder cannot be written. The message calls the folder by `what`
+    it is ("teacher cache") and goes on with `lacking`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +57,7 @@ def lock_folder(folder: Path, writers: Writers, *, when_alone: Callable[[], None
         lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
     except OSError as error:
         why = "is read-only" if error.errno in _READ_ONLY else f"cannot be written: {error.strerror}"
-        raise InputError(f"the teacher cache {folder} {why}{lacking}") from error
+        raise InputError(f"the {what} {folder} {why}{lacking}") from error
     try:
         for _ in range(_ATTEMPTS if writers.world_size > 1 else 1):
             if _joined(lock, writers, when_alone):
@@ -61,14 +65,14 @@ def lock_folder(folder: Path, writers: Writers, *, when_alone: Callable[[], None
             time.sleep(_PAUSE if writers.world_size > 1 else 0)
     except OSError as error:
         lock.close()
-        raise InputError(f"cannot lock the teacher cache {folder}: {error.strerror}") from error
+        raise InputError(f"cannot lock the {what} {folder}: {error.strerror}") from error
     except BaseException:
         lock.close()
         raise
     _, holder = _name(lock)
     lock.close()
     raise InputError(
-        f"another process ({holder or 'unknown'}) is writing the teacher cache {folder}{lacking}: wait for it to end,"
+        f"another process ({holder or 'unknown'}) is writing the {what} {folder}{lacking}: wait for it to end,"
         " or give another --output"
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocl_fast.data.records import EncodedSample
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.system import console
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.writer_lock import Writers, lock_folder, unlock
@@ -293,7 +293,13 @@ class TeacherCache:
 
     def _become_writer(self, lacking: str = "") -> None:
         if self._lock is None:
-            self._lock = lock_folder(self.folder, self._writers, when_alone=self._clear_partial_shards, lacking=lacking)
+            self._lock = lock_folder(
+                self.folder,
+                self._writers,
+                what="teacher cache",
+                when_alone=self._clear_partial_shards,
+                lacking=lacking,
+            )
             self._delete_damaged()
             self.refresh()  # what the last writer left since we looked
 

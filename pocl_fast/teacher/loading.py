@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from pocl_fast.data.records import EncodedSample
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.models import loading
 from pocl_fast.models.frozen import drop_weights, freeze_linears
-from pocl_fast.models.loading import Precision, Quantization
+from pocl_fast.models.loading import Quantization
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.placement import Placement
+from pocl_fast.models.precision import Precision
 from pocl_fast.models.quantised import load_quantised
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.shards import HIDDEN_DTYPES

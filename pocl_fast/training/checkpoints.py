@@ -5,8 +5,6 @@ Knows files. Does not know what a trainer puts into them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,38 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pocl_fast.system.errors import InputError
-from pocl_fast.system.files import write_json
+from pocl_fast.system.seal import damage
 
-SEAL = "files.json"  # name -> size and SHA-256 of every other file
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def seal(partial: Path, target: Path) -> None:
-    """Notes the checksums of a folder's files in it and renames it to `target`, in the place of what is there."""
-    write_json(partial / SEAL, {str(p.relative_to(partial)): _entry(p) for p in _files(partial)})
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None where it is whole: its files are those that were sealed, bit for bit."""
-    try:
-        entries = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"it has no {SEAL}, so it was not written to the end"
-    except (OSError, ValueError) as error:
-        return f"its {SEAL} cannot be read ({error})"
-    for name, (size, digest) in entries.items():
-        try:
-            found = _entry(checkpoint / name)
-        except OSError as error:
-            return f"its {name} cannot be read ({error.strerror})"
-        if found[0] != size:
-            return f"its {name} has {found[0]} of {size} bytes"
-        if found[1] != digest:
-            return f"its {name} is not what was written (checksum)"
-    return None
 
 
 def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
@@ -102,27 +71,6 @@ def remove_other_weights(folder: Path, best: set[Path]) -> None:
     """Deletes the weights of evaluations that are no longer the best of their stage."""
     for path in set(folder.glob("stage-*-best-*.safetensors")) - best:
         path.unlink(missing_ok=True)
-
-
-def disk_trouble(error: BaseException) -> str | None:
-    """What was wrong with the disk, where that is what an error of a library's writing means."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, SafetensorError) and "I/O error" in str(error):
-        return str(error)
-    return "torch could not write a file" if "inline_container" in str(error) else None  # torch.save
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-
-
-def _entry(path: Path) -> list[Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-        return [file.tell(), digest.hexdigest()]
 
 
 # -- the weights alone -------------------------------------------------------------------------------------------------

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.answers import evaluation
-from pocl_fast.data.records import SampleSet
+from pocl_fast.data.encoding import SampleSet
 from pocl_fast.loss.dense import LossOutput
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import LmHead, loss_within_forward
-from pocl_fast.models.unsharded import gathered
+from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system.errors import InputError
+from pocl_fast.system.memory import FreedMemory, memory_in_use
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.finite_steps import FiniteSteps
-from pocl_fast.training.halving import FreedMemory, Halving, memory_in_use
+from pocl_fast.training.halving import Halving
 from pocl_fast.training.measured import student_engine
 from pocl_fast.training.metrics import LossParts
 from pocl_fast.training.micro_batches import MicroBatch
@@ -67,7 +68,7 @@ class DistillingTrainer(SavingTrainer):
     @contextmanager
     def whole_student(self) -> Iterator[Any]:
         """The student with whole weights, in the training's precision: to generate, and to be scored."""
-        with gathered(self.model) as model, self.accelerator.autocast():
+        with unsharded(self.model) as model, self.accelerator.autocast():
             yield model
 
     def begin_step(self, batches: Sequence[MicroBatch], device: torch.device) -> Tensor:

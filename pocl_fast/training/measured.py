@@ -21,14 +21,15 @@ from pocl_fast.curriculum.measurer import TEACHER_SCHEMA, TEACHER_TOKENS, Answer
 from pocl_fast.curriculum.scores import SignalScores, read_scores
 from pocl_fast.curriculum.signals import TEACHER_COLUMNS, TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, StageSettings, make_curriculum
-from pocl_fast.data.packed import pack, supervised_hidden, token_budget_batches
-from pocl_fast.data.records import EncodedSample, SampleEncoder, SampleSet
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
+from pocl_fast.data.packed import pack, token_budget_batches
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
+from pocl_fast.models.fingerprints import weights_fingerprint
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.lm_head import LmHead, causal_lm, lm_head
-from pocl_fast.models.loading import weights_fingerprint
+from pocl_fast.models.packed_forward import supervised_hidden
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say, shared_progress
 from pocl_fast.system.errors import InputError

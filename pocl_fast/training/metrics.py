@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import PackedBatch
-from pocl_fast.data.records import EncodedSample
 from pocl_fast.loss.dense import STATS, LossOutput
 from pocl_fast.system.files import write_text
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pocl_fast.curriculum.schedule import Place, Schedule
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import PackedBatch, pack
-from pocl_fast.data.records import EncodedSample
 
 
 @dataclass(frozen=True, eq=False)

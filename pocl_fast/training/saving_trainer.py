@@ -18,6 +18,7 @@ from transformers import Trainer
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
+from pocl_fast.system.seal import damage, disk_trouble, seal
 from pocl_fast.training import checkpoints
 
 
@@ -51,7 +52,7 @@ class SavingTrainer(Trainer):
             return None
         if chosen is True:
             return ranks.from_first(lambda: checkpoints.newest_whole(self.folder, say))
-        if wrong := checkpoints.damage(Path(chosen)):
+        if wrong := damage(Path(chosen)):
             raise InputError(f"cannot go on from checkpoint {chosen}: {wrong}")
         checkpoints.check_none_after(self.folder, checkpoints.step_of(Path(chosen)))
         return Path(chosen)
@@ -94,9 +95,9 @@ class SavingTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if writes:
                 self.write_state(partial / target.name)
-                checkpoints.seal(partial / target.name, target)
+                seal(partial / target.name, target)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if (trouble := checkpoints.disk_trouble(error)) is None:
+            if (trouble := disk_trouble(error)) is None:
                 raise
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(

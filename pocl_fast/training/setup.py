@@ -19,11 +19,13 @@ from transformers import get_scheduler
 from pocl_fast.answers.answerer import Answerer
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.packed import packing_ready
-from pocl_fast.data.records import EncodedSample, SampleEncoder, SampleSet, encode_all, read_samples, samples_from
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import causal_lm
+from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -42,7 +44,7 @@ class Prepared:
     encoder: SampleEncoder
     samples: SampleSet
     dev: SampleSet | None
-    precision: loading.Precision
+    precision: Precision
     packed: bool  # whether packed rows hold for the student
     teacher: Teacher
 
@@ -68,7 +70,7 @@ def prepare(
     With `data_source` "teacher" the teacher answers the training prompts here. Every rank must call. Raises
     `InputError` for what does not fit.
     """
-    precision = loading.choose_precision("fp32" if args.fp16 else args.precision, args.device)
+    precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
     student, tokenizer = student_of(student, tokenizer, peft_config, args)
     encoder = SampleEncoder(tokenizer, args.template)  # type: ignore[arg-type]  # checked by PoclConfig
     samples = sample_set(training, encoder, args, "train_dataset")
@@ -144,9 +146,7 @@ def sharded_later(args: PoclConfig) -> bool:
     return bool(args.fsdp) or by_launcher or args.deepspeed is not None
 
 
-def teacher_of(
-    teacher: Any, tokenizer: Any, args: PoclConfig, precision: loading.Precision, samples: SampleSet
-) -> Teacher:
+def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precision, samples: SampleSet) -> Teacher:
     """The teacher with its cache in the output folder."""
     if isinstance(teacher, Teacher):
         return teacher

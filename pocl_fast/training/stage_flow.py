@@ -79,10 +79,7 @@ class StageFlow(TrainerCallback):
         state.max_steps = min(args.max_steps, total) if args.max_steps > 0 else total
         self._say(lines.legend(args.divergence))
         if state.is_world_process_zero:
-            self.bar = progress_bar(state.max_steps, "train", "steps")
-            if state.global_step:  # done before, which is not this process's speed
-                self.bar.n = self.bar.initial = self.bar.last_print_n = state.global_step
-                self.bar.refresh()
+            self.bar = progress_bar(state.max_steps, "train", "steps", done=state.global_step)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.check_step()

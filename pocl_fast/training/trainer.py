@@ -27,7 +27,7 @@ from pocl_fast.curriculum.stages import Curriculum, stages_over
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, Interrupted
-from pocl_fast.system.stop_signals import Signals
+from pocl_fast.system.stop_signals import StopSignals
 from pocl_fast.training import checkpoints, lines, measured
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.distilling_trainer import DistillingTrainer
@@ -88,7 +88,7 @@ class PoclTrainer(DistillingTrainer):
         self.rollouts: Rollouts | None = None
         self.progress = TrainingState()
         self._by_index = {sample.index: sample for sample in made.samples.encoded}
-        self._signals = Signals()
+        self._signals = StopSignals()
         super().__init__(made, args, optimizers)
         self.remove_callback(PrinterCallback)  # what these print is in the lines and the bar of StageFlow
         self.remove_callback(ProgressCallback)

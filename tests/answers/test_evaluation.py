@@ -7,7 +7,7 @@ from tiny_training import encoded_samples, student_model, transformers_loss
 
 from pocl_fast.answers import evaluation
 from pocl_fast.answers.evaluation import evaluate, exact_match, mean_token_cross_entropy
-from pocl_fast.data.records import SampleEncoder
+from pocl_fast.data.encoding import SampleEncoder
 
 
 def test_cross_entropy_of_a_set_weighs_every_token_alike(tmp_path):

@@ -11,7 +11,7 @@ from pocl_fast.answers.evaluation import answer_all
 from pocl_fast.answers.likelihood import LoadedModel, cross_entropy, response_scores
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.curriculum.measurer import measure, measure_teacher, rows_of
-from pocl_fast.data.records import SampleEncoder
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.options import GenerationOptions
 

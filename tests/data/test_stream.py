@@ -7,7 +7,8 @@ import pytest
 from tiny import arithmetic, tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, refusal, run, select
 
-from pocl_fast.data.records import SampleEncoder, encode_all, read_samples
+from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.records import read_samples
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.run import context as run_module
 from pocl_fast.system import resumable_table

@@ -1,29 +1,19 @@
-"""Loading models: where from, in what precision, quantised; and telling one from another."""
+"""Loading models and tokenizers: from where, and quantised."""
 
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_run import make_inputs, options, read_json, run
 from tiny_training import encoded_samples
 
-from pocl_fast.data.packed import pack, supervised_logits
-from pocl_fast.models.loading import (
-    Precision,
-    check_same_vocabulary,
-    choose_device,
-    choose_precision,
-    exact_products,
-    hub_revision,
-    load_model,
-    load_tokenizer,
-    resolve,
-    source_fingerprint,
-    weights_fingerprint,
-)
+from pocl_fast.data.packed import pack
+from pocl_fast.models.fingerprints import weights_fingerprint
+from pocl_fast.models.loading import check_same_vocabulary, choose_device, load_model, load_tokenizer, resolve
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher
 
@@ -77,76 +67,6 @@ def test_devices_are_chosen_or_refused():
         assert choose_device("auto") == torch.device("cpu")
         with pytest.raises(InputError, match=r"--device cuda:1: this torch .* sees no CUDA device"):
             choose_device("cuda:1")
-
-
-def test_precision_on_a_cpu_is_what_was_asked_for_and_autocast_is_off():
-    chosen = choose_precision("fp32", torch.device("cpu"))
-    assert chosen.name == "fp32"
-    with chosen.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("rounds", [False, True])
-def test_fp32_products_on_a_cpu_are_exact_by_whichever_library_is_faster(monkeypatch, rounds):
-    if rounds:  # as with AMX
-        monkeypatch.setattr("pocl_fast.models.loading.rounds_to_bf16", lambda: True)
-    choose_precision("fp32", torch.device("cpu"))
-    a, b = torch.randn(2, 300, 300)
-    want = a.double() @ b.double()
-    assert ((a @ b).double() - want).norm() < 1e-6 * want.norm()
-    if rounds:
-        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-
-
-def test_weights_have_another_fingerprint_after_the_smallest_change():
-    model = tiny_model()
-    before = weights_fingerprint(model)
-    assert before == weights_fingerprint(tiny_model())
-    assert len(before) == 64
-    with torch.no_grad():
-        model.model.norm.weight[0] += 1e-6
-    assert weights_fingerprint(model) != before
-    assert weights_fingerprint(tiny_model().bfloat16()) != before
-
-
-@pytest.mark.parametrize("part", ["first", "middle", "last"])
-def test_a_source_has_another_fingerprint_when_a_tensor_anywhere_in_its_weights_changes(tmp_path, part):
-    folder = save_tiny(tmp_path / "model")
-    weights = {f"{i:02d}": torch.zeros(1 << 16) for i in range(20)}  # 5 MiB: more than is read whole
-    save_file(weights, folder / "model.safetensors")
-    before = source_fingerprint(str(folder))
-    assert before.startswith(f"{folder} (")
-    assert source_fingerprint(str(folder)) == before
-    weights[{"first": "00", "middle": "10", "last": "19"}[part]] += 1
-    save_file(weights, folder / "model.safetensors")
-    assert source_fingerprint(str(folder)) != before
-
-
-def test_a_source_has_another_fingerprint_when_its_settings_or_template_change_but_not_its_notes(tmp_path):
-    folder = save_tiny(tmp_path / "model")
-    prints = [source_fingerprint(str(folder))]
-    (folder / "README.md").write_text("notes")
-    assert source_fingerprint(str(folder)) == prints[0]
-    for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
-        path = folder / name
-        path.write_text(path.read_text() + " ")
-        prints.append(source_fingerprint(str(folder)))
-    assert len(set(prints)) == 4
-    assert source_fingerprint("org/model") == "org/model"
-
-
-@pytest.mark.parametrize("commit", ["a" * 40, "b" * 40])
-def test_a_hub_model_is_told_from_its_next_version_by_its_commit(tmp_path, monkeypatch, commit):
-    place = tmp_path / "models--org--tiny"
-    save_tiny(place / "snapshots" / commit)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert hub_revision("org/tiny") == commit
-    assert hub_revision(str(place / "snapshots" / commit)) is None
-    with pytest.raises(InputError, match="cannot load the model 'org/other'"):
-        hub_revision("org/other")
 
 
 def test_vocabularies_may_differ_only_by_entries_at_the_end():
@@ -217,21 +137,3 @@ def test_a_moved_gguf_file_is_found_by_its_path(tmp_path):
     shutil.copy(f"{where.path}/{where.gguf_file}", tmp_path / "mine.gguf")
     found = resolve(str(tmp_path / "mine.gguf"))
     assert (found.path, found.gguf_file) == (str(tmp_path), "mine.gguf")
-
-
-def test_a_frozen_model_computes_in_bf16_only_where_that_was_chosen_and_is_in_the_hardware(monkeypatch):
-    cpu = torch.device("cpu")
-    for supported in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
-        assert Precision("bf16", cpu).frozen_dtype == (torch.bfloat16 if supported else torch.float32)
-    assert Precision("fp32", cpu).frozen_dtype == Precision("bf16", torch.device("cuda")).frozen_dtype == torch.float32
-
-
-def test_attentions_products_are_exact_within_their_block_and_the_mode_comes_back():
-    choose_precision("bf16", torch.device("cpu"))
-    try:
-        with exact_products():
-            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    finally:
-        choose_precision("fp32", torch.device("cpu"))

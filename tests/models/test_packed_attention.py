@@ -1,37 +1,21 @@
-"""How a model attends over packed rows: which way is chosen, that each computes the same, and what it costs."""
+"""Which way a model attends over packed rows, that each way computes the same, and what it costs."""
 
 import warnings
 
 import pytest
 import torch
+from tiny_packed import FALCON, GQA, LENGTHS, MIXED_LAYERS, by_hand, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MixtralConfig,
-    OlmoeConfig,
     PhimoeConfig,
     Qwen2Config,
-    Qwen3Config,
-    StableLmConfig,
-    masking_utils,
 )
 
-from pocl_fast.data.packed import (
-    PackingErrors,
-    forward_kwargs,
-    pack,
-    packing_errors,
-    packing_holds,
-    packing_ready,
-    supervised_hidden,
-)
-from pocl_fast.data.records import EncodedSample
 from pocl_fast.models import packed_attention
 from pocl_fast.models.packed_attention import (
     BY_MASK,
@@ -42,12 +26,9 @@ from pocl_fast.models.packed_attention import (
     packed_by_sample,
     packed_varlen,
 )
+from pocl_fast.models.packing_check import packing_ready
 
-SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-GQA = {**SMALL, "num_key_value_heads": 2}
-FALCON = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-MIXED_LAYERS = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
 
 
 class Layer(torch.nn.Module):
@@ -55,61 +36,6 @@ class Layer(torch.nn.Module):
 
     num_key_value_groups = 2
     is_causal = True
-
-
-def model_of(config, dtype=torch.float32, attention="eager"):
-    torch.manual_seed(0)
-    config.initializer_range = 0.3
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
-
-
-def row(*lengths, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
-    return [EncodedSample(i, tuple(ids[:1]), tuple(ids[1:]), False) for i, ids in enumerate(tokens)]
-
-
-def each_alone(model, samples):
-    """Logits [T, V] of each sample by itself, by the attention that the model has."""
-    with torch.no_grad():
-        rows = [model(input_ids=torch.tensor([s.prompt_ids + s.response_ids]), use_cache=False) for s in samples]
-    return torch.cat([output.logits[0] for output in rows])
-
-
-def by_hand(q, k, v, lengths, scale, window=None):
-    """Attention in float64, softmax by softmax: [1, heads, T, size] -> [1, T, heads, size]."""
-    outputs = []
-    groups = q.shape[1] // k.shape[1]
-    for a, b, c in zip(*(x.double().split(lengths, dim=2) for x in (q, k, v)), strict=True):
-        b, c = b.repeat_interleave(groups, 1), c.repeat_interleave(groups, 1)
-        places = torch.arange(a.shape[2])
-        behind = places[:, None] - places[None]
-        allowed = (behind >= 0) & (behind < (window or len(places)))
-        outputs.append((a @ b.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf).softmax(-1) @ c)
-    return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def varlen_by_its_documentation(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-):
-    """What torch's documentation says of varlen_attn, in place of its CUDA kernel: [T, heads, size] -> the same."""
-    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
-    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
-    assert query.shape[-1] % 8 == 0
-    assert torch.equal(cu_seq_q, cu_seq_k)
-    lengths = cu_seq_q.diff().tolist()
-    assert max_q == max_k == max(lengths)
-    left, right = window_size
-    assert right == 0
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    window = None if left == -1 else left + 1
-    return by_hand(q, k, v, lengths, scale, window)[0].to(query.dtype)
-
-
-@pytest.fixture
-def flash_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(packed_attention, "_takes_flash", lambda value, dropout: True)
-    monkeypatch.setattr(packed_attention, "_varlen_attn", lambda: varlen_by_its_documentation)
 
 
 # ---- which way ----
@@ -190,29 +116,12 @@ def test_the_way_is_said_once_and_again_where_it_is_another():
     model, said = model_of(LlamaConfig(**GQA)), []
     for device in ("cpu", "cpu", "cuda", "cuda"):
         enable_packing(model, said.append, device=device)
-    assert said[0] == "LlamaForCausalLM attends to packed rows by one sdpa call a sample"
+    assert said[0] == "LlamaForCausalLM attends to packed rows by one sdpa call per sample"
     assert said[1].startswith(said[0] + ", which is slower than flash attention: that takes bf16")
     assert len(said) == 2
 
 
-def test_a_family_whose_scores_are_capped_keeps_its_own_attention_and_says_so():
-    config = Gemma2Config(**GQA, attn_logit_softcapping=2.0)
-    model, samples = model_of(config, attention=None), row(*LENGTHS)  # as transformers would load it
-    want = each_alone(model_of(config), samples)
-    said = []
-    assert packing_ready(model, said.append)
-    assert said == [
-        "Gemma2ForCausalLM attends to packed rows by its own attention, over a mask of the whole row: sdpa does not cap"
-        " its scores"
-    ]
-    with torch.no_grad():
-        got = model(**forward_kwargs(model, pack(samples))).logits[0]
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
 # ---- what is computed ----
-
-LENGTHS = (5, 1, 12, 9)  # one token alone; longer and shorter than the windows of 4 and 9
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
@@ -226,43 +135,6 @@ def test_output_and_gradients_of_each_sample_are_those_of_float64(seed, window):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     for ours, exact in zip(*gradients, strict=True):
         assert (ours - exact).norm() <= 1e-5 * max(exact.norm(), upstream.norm())  # a window of 1 has none
-
-
-ATTENDING = pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**GQA),
-        MistralConfig(**GQA, sliding_window=4),
-        Qwen2Config(**GQA, **MIXED_LAYERS, sliding_window=4),
-        Qwen3Config(**GQA, head_dim=12),  # padded to 16 for the kernel
-    ],
-    ids=["full", "windows", "both", "head of 12"],
-)
-
-
-@ATTENDING
-def test_by_flash_attention_the_logits_are_those_of_each_sample_alone(flash_on_a_cpu, config):
-    model, samples = model_of(config, torch.bfloat16), row(*LENGTHS)
-    want = each_alone(model.float(), samples)
-    model.to(torch.bfloat16).config._attn_implementation = VARLEN
-    packed_attention.register()
-    with torch.no_grad():
-        got = model(**forward_kwargs(model, pack(samples))).logits[0].float()
-    assert (got - want).norm() <= 2e-2 * want.norm()  # of bf16; a window off by one moves it by 0.3
-
-
-@pytest.mark.gpu
-@ATTENDING
-def test_on_a_gpu_the_logits_are_those_of_each_sample_alone(config):
-    samples = row(*LENGTHS)
-    exact, model = model_of(config, torch.bfloat16).float(), model_of(config, torch.bfloat16).to("cuda")
-    said = []
-    assert packing_ready(model, said.append)
-    assert "flash" in said[0]
-    with torch.no_grad():
-        got = model(**forward_kwargs(model, pack(samples).to("cuda"))).logits[0].float().cpu()
-    want = each_alone(exact, samples)
-    assert (got - want).norm() <= 3e-2 * want.norm()
 
 
 @pytest.mark.gpu
@@ -355,6 +227,14 @@ def test_rows_that_are_not_packed_keep_their_mask(seed):
         torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[0, 3:], want[0, 3:])
 
 
+def test_a_cpu_which_has_no_other_way_is_not_warned():
+    q, k, v = (torch.randn(1, heads, 27, 8) for heads in (4, 2, 2))
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed_varlen(Layer(), q, k, v, None, LENGTHS, cu_seq_lens_q=ends)
+
+
 # ---- what it costs ----
 
 
@@ -381,135 +261,3 @@ def test_the_backward_of_a_row_twice_as_long_writes_twice_as_much():
             output.sum().backward()
         written.append(mode.numbers)
     assert written[1] <= 2.1 * written[0]
-
-
-@pytest.mark.parametrize("name", [BY_SAMPLE, VARLEN])
-@pytest.mark.parametrize(
-    "config", [LlamaConfig(**GQA), MistralConfig(**GQA, sliding_window=4)], ids=["full", "windows"]
-)
-def test_no_mask_of_the_whole_row_is_made_nor_positions_looked_at(monkeypatch, config, name):
-    model, samples = model_of(config), row(*LENGTHS)
-    want = each_alone(model, samples)
-
-    def never(*args, **kwargs):
-        raise AssertionError("transformers was asked for a mask")
-
-    enable_packing(model)
-    model.config._attn_implementation = name
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", never)
-    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, never)
-    with torch.no_grad():
-        torch.testing.assert_close(model(**forward_kwargs(model, pack(samples))).logits[0], want, rtol=1e-4, atol=1e-4)
-        supervised_hidden(model.get_decoder(), pack(samples), packed=True)
-        with pytest.raises(AssertionError, match="asked for a mask"):  # and is where rows are padded
-            model(input_ids=torch.ones(1, 3, dtype=torch.int64), attention_mask=torch.ones(1, 3))
-
-
-# ---- families that need transformers' masks ----
-
-
-@pytest.mark.parametrize(
-    ("config", "implementation"),
-    [
-        (StableLmConfig(**GQA), BY_MASK),  # its layers drop what they do not know
-        (PhimoeConfig(**GQA, sliding_window=4, num_local_experts=2), BY_SAMPLE),  # its windows are in masks alone
-        ("llama4", BY_SAMPLE),  # chunks
-    ],
-    ids=["lengths lost", "windows unnamed", "chunks"],
-)
-def test_a_family_that_needs_masks_gets_them(config, implementation):
-    if config == "llama4":
-        from transformers import Llama4TextConfig
-
-        config = Llama4TextConfig(
-            **GQA, head_dim=8, attention_chunk_size=4, intermediate_size_mlp=48, num_local_experts=2
-        )
-    model, samples = model_of(config), row(*LENGTHS)
-    want = each_alone(model, samples)
-    said = []
-    if packed_attention.why_never_packed(model):  # before transformers 5.18
-        pytest.skip("its masks count chunks from the row's begin")
-    assert packing_ready(model, said.append)
-    assert model.config._attn_implementation == implementation
-    with torch.no_grad():
-        got = model(**forward_kwargs(model, pack(samples))).logits[0]
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert ("over a mask of the whole row, which is slow" in said[-1]) == (implementation == BY_MASK)
-
-
-@pytest.mark.parametrize("config_class", [MixtralConfig, OlmoeConfig])
-def test_a_model_with_the_loss_of_its_router_packs(config_class):
-    experts = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
-    model = model_of(config_class(**GQA, **experts, output_router_logits=True))
-    assert packing_ready(model, lambda _: None)
-
-
-def test_packing_holds_where_its_kernel_rounds_as_a_deep_model_in_bf16_does(flash_on_a_cpu):
-    """Eight layers in bf16, whose logits by flash attention and by sdpa are a hundredth apart or so."""
-    config = Qwen3Config(**GQA | {"hidden_size": 256, "num_hidden_layers": 8}, head_dim=64)
-    model = model_of(config, torch.bfloat16)
-    packed_attention.register()
-    model.config._attn_implementation = VARLEN
-    errors = packing_errors(model, 97)
-    assert errors.leak == 0
-    assert errors.alone > 1e-3  # else this shows nothing
-    assert errors.hold
-
-
-@pytest.mark.parametrize("errors", [(0.02, 0.001, 0.001), (0, 0.2, 0.01), (0, 0.15, 0.15), (0, float("nan"), 0.001)])
-def test_packing_does_not_hold_where_samples_leak_or_move_or_the_kernel_is_wrong(errors):
-    assert PackingErrors(0, 1e-6, 1e-6).hold
-    assert not PackingErrors(*errors).hold
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("config", [StableLmConfig(**GQA), LlamaConfig(**GQA)], ids=["lengths lost", "plain"])
-def test_the_check_leaves_a_model_in_the_mode_it_was_in(config, training):
-    model = model_of(config).train(training)
-    assert packing_ready(model, lambda _: None)
-    assert model.training is training
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (FalconConfig(**FALCON, alibi=True), "its biases (ALiBi) lose digits along a row"),
-        (LlamaConfig(**GQA, index_topk=4), "its indexer chooses among all tokens of a row"),
-    ],
-)
-def test_a_model_whose_long_rows_would_leak_is_padded_with_the_reason(config, reason):
-    model, said = model_of(config), []
-    assert not packing_ready(model, said.append)
-    assert said == [
-        f"{type(model).__name__} does not support packed batches ({reason}): they are padded instead, which is slower"
-    ]
-    assert model.config._attn_implementation == "eager"
-
-
-def test_a_model_that_refuses_packed_rows_is_padded_in_its_own_words(monkeypatch):
-    model, said, forward = model_of(LlamaConfig(**GQA)), [], LlamaForCausalLM.forward
-
-    def refuses(self, *args, packed_lengths=None, **kwargs):
-        if packed_lengths:
-            raise ValueError("cannot keep packed sequences apart\nwithout a kernel")
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", refuses)
-    assert not packing_ready(model, said.append)
-    assert "(cannot keep packed sequences apart): they are padded instead" in said[-1]
-
-
-def test_a_model_that_loses_the_lengths_computes_nothing_wrong():
-    model = model_of(StableLmConfig(**GQA))
-    enable_packing(model)
-    with pytest.raises(packed_attention.LengthsLost, match="StableLmAttention is given no lengths"):
-        model(**forward_kwargs(model, pack(row(3, 4))))
-    assert packing_holds(model)
-
-
-def test_a_cpu_which_has_no_other_way_is_not_warned():
-    q, k, v = (torch.randn(1, heads, 27, 8) for heads in (4, 2, 2))
-    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        packed_varlen(Layer(), q, k, v, None, LENGTHS, cu_seq_lens_q=ends)

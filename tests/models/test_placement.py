@@ -10,13 +10,15 @@ from tiny import save_tiny, tiny_model
 from tiny_cache import samples
 from tiny_teacher import ready
 
-from pocl_fast.data.packed import pack, supervised_logits
+from pocl_fast.data.packed import pack
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
+from pocl_fast.models.fingerprints import weights_fingerprint
 from pocl_fast.models.frozen import freeze_linears
 from pocl_fast.models.lm_head import check_head, lm_head
-from pocl_fast.models.loading import load_model, weights_fingerprint
+from pocl_fast.models.loading import load_model
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.placement import Placement, input_device, resident
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher, teacher_fingerprint

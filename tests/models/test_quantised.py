@@ -1,4 +1,4 @@
-"""Quantised teachers kept on disk: the second load is the first one's model without the full weights."""
+"""Quantised models kept on disk: a second load gives the first one's model, and reads no full weights."""
 
 import fcntl
 import gc
@@ -15,10 +15,12 @@ from tiny import save_tiny, tiny_model
 from tiny_cache import samples
 from torch.nn.functional import kl_div
 
-from pocl_fast.data.packed import pack, supervised_logits
+from pocl_fast.data.packed import pack
 from pocl_fast.models import quantised
-from pocl_fast.models.loading import load_model, weights_fingerprint
+from pocl_fast.models.fingerprints import weights_fingerprint
+from pocl_fast.models.loading import load_model
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.quantised import load_quantised
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -74,7 +76,7 @@ def test_the_second_load_is_the_same_model_bit_for_bit_and_reads_no_full_weights
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_the_divergence_that_is_said_is_that_of_the_two_models(tmp_path, source, quantization):
+def test_the_fidelity_that_is_said_is_that_of_the_two_models(tmp_path, source, quantization):
     said = []
     for _ in range(2):
         model = load_quantised(source, quantization, tmp_path / "kept", probe_samples=samples(), say=said.append)
@@ -91,10 +93,10 @@ def test_the_divergence_that_is_said_is_that_of_the_two_models(tmp_path, source,
     agreement = 100 * (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     assert 1e-6 < kl < 1
     record = json.loads((kept(tmp_path / "kept")[0] / "quantised.json").read_text())
-    assert record["divergence"]["kl"] == pytest.approx(kl, rel=1e-2)
-    assert record["divergence"]["agreement"] == pytest.approx(agreement / 100)
+    assert record["fidelity"]["kl"] == pytest.approx(kl, rel=1e-2)
+    assert record["fidelity"]["agreement"] == pytest.approx(agreement / 100)
     told = f"the same first choice at {agreement:.1f} % of 33 tokens"
-    assert all(f"KL {record['divergence']['kl']:.2g} nats a token to the full model, {told}" in line for line in said)
+    assert all(f"KL {record['fidelity']['kl']:.2g} nats a token to the full model, {told}" in line for line in said)
 
 
 def test_the_full_model_has_left_memory_when_the_quantised_one_is_loaded(tmp_path, source, monkeypatch):
@@ -116,7 +118,7 @@ def test_no_more_logits_are_kept_than_so_many_tokens(tmp_path, source, monkeypat
     monkeypatch.setattr(quantised, "PROBE_TOKENS", 10)
     load_quantised(source, "8bit", tmp_path / "kept", probe_samples=samples(), say=lambda _: None)
     record = json.loads((kept(tmp_path / "kept")[0] / "quantised.json").read_text())
-    assert record["divergence"]["tokens"] == 10
+    assert record["fidelity"]["tokens"] == 10
 
 
 def test_a_gguf_models_weights_are_read_once(tmp_path, loads, monkeypatch):

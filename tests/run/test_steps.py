@@ -234,8 +234,8 @@ def test_skipped_and_cut_samples_are_counted_and_left_out_or_kept(finished, tmp_
     output = tmp_path / "out"
     assert run("distill", output, *options(inputs, train=train, long_prompts="skip", stages=2)) == 0
     said = capsys.readouterr().out
-    assert f"{train}: 11 samples; 1 skipped, their prompt is over the limit (line 4);" in said
-    assert "1 responses cut to the length limit (line 6)" in said
+    assert f"{train}: 11 samples; 1 skipped for a prompt over the limit (line 4);" in said
+    assert "1 response cut to the length limit (line 6)" in said
     index = pq.read_table(output / "difficulty.parquet")["index"].to_pylist()
     assert index == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11]
     assert sorted(Curriculum.load(output / "curriculum.json").order.tolist()) == index

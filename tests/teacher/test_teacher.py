@@ -12,10 +12,11 @@ from tiny_teacher import lengths_of_calls, ready
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
-from pocl_fast.data.packed import pack, supervised_logits
+from pocl_fast.data.packed import pack
 from pocl_fast.loss.teacher_output import LinearTeacher, TopKTeacher
 from pocl_fast.models.lm_head import lm_head
 from pocl_fast.models.loading import load_model
+from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.shards import HiddenEntries
 from pocl_fast.teacher.teacher import Teacher, most_likely, rounding_loss, teacher_fingerprint

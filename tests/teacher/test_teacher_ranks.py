@@ -12,7 +12,8 @@ from tiny import tiny_model
 from tiny_cache import FP32, TEACHER, cache, filled, flip, hidden_of, only_shard, put_each, samples, shards
 from tiny_teacher import lengths_of_calls, ready
 
-from pocl_fast.data.packed import pack, supervised_logits
+from pocl_fast.data.packed import pack
+from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.writer_lock import Writers

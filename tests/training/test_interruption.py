@@ -15,8 +15,8 @@ from tiny_training import before_each_batch, curriculum_of, same_bits, train, tr
 
 from pocl_fast.curriculum import measurer
 from pocl_fast.system.errors import InputError, Interrupted
-from pocl_fast.training import checkpoints
-from pocl_fast.training.checkpoints import SEAL
+from pocl_fast.system.seal import SEAL, damage, seal
+from pocl_fast.training import checkpoints, saving_trainer
 from pocl_fast.training.metrics import read_metrics
 from pocl_fast.training.state import TrainingState
 from pocl_fast.training.trainer import PoclTrainer
@@ -124,15 +124,13 @@ def test_a_crash_while_a_stage_begins_loses_nothing(tmp_path, uninterrupted, met
 
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, uninterrupted):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pocl_fast.training.checkpoints.seal", power_cut)
+        patch.setattr(saving_trainer, "seal", power_cut)
         with pytest.raises(RuntimeError, match="power cut"):
             train(tmp_path, **TWO_STAGES)
     assert not list(tmp_path.glob("checkpoint-*"))
     with pytest.MonkeyPatch.context() as patch:
-        seal, count = checkpoints.seal, []
-        patch.setattr(
-            "pocl_fast.training.checkpoints.seal", lambda *a: power_cut() if count else count.append(seal(*a))
-        )
+        count = []
+        patch.setattr(saving_trainer, "seal", lambda *a: power_cut() if count else count.append(seal(*a)))
         with pytest.raises(RuntimeError, match="power cut"):
             train(tmp_path, **TWO_STAGES)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -262,7 +260,7 @@ def test_a_signalled_command_leaves_a_whole_checkpoint_and_goes_on_to_the_same_s
     assert f"stopped by {signal_number.name}; the same command goes on from here" in said
     assert "Traceback" not in said
     newest = checkpoints.checkpoints(output / "checkpoints")[-1]
-    assert checkpoints.damage(newest) is None
+    assert damage(newest) is None
     state = json.loads((newest / "trainer_state.json").read_text())
     assert 1 <= state["global_step"] == checkpoints.step_of(newest) < 45
     assert not (output / "student").exists()

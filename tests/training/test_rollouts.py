@@ -12,11 +12,12 @@ from tiny_cache import samples
 
 from pocl_fast.answers.answerer import Answerer, AnswerLimits, answered
 from pocl_fast.answers.decoding import generate
-from pocl_fast.data.packed import pack, supervised_hidden
-from pocl_fast.data.records import EncodedSample
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.packed import pack
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.packed_forward import supervised_hidden
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher

@@ -15,7 +15,7 @@ import torch
 from tiny_training import before_each_batch, curriculum_of, same_bits, student_model, train, trainer_of, weights_of
 
 from pocl_fast.system.errors import InputError
-from pocl_fast.training import checkpoints
+from pocl_fast.system.seal import damage
 from pocl_fast.training.metrics import read_metrics
 from pocl_fast.training.trainer import PoclTrainer
 
@@ -153,7 +153,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_clear_error_and_the_one_before_stays
             train(tmp_path, **ONE_STAGE, epochs_per_stage=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert checkpoints.damage(tmp_path / "checkpoint-4") is None
+    assert damage(tmp_path / "checkpoint-4") is None
     assert not (tmp_path / "checkpoint-8").exists()
     assert not (tmp_path / "checkpoint.partial").exists()
 
