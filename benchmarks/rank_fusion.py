@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pocl_fast.curriculum.stages import reciprocal_rank_fusion
+from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 
 
 def ranks(order: np.ndarray) -> np.ndarray:

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pocl_fast.answers.rouge import RougeL, rouge_l
-    from pocl_fast.curriculum.stages import (
-        Curriculum,
-        RankFusion,
-        Stage,
-        baby_steps,
-        no_curriculum,
-        reciprocal_rank_fusion,
-    )
+    from pocl_fast.curriculum.fusion import RankFusion, reciprocal_rank_fusion
+    from pocl_fast.curriculum.stages import Curriculum, Stage, baby_steps, no_curriculum
     from pocl_fast.data.encoding import SampleEncoder, SampleSet
     from pocl_fast.data.records import read_samples
     from pocl_fast.loss.dense import DistillationLoss, LossOutput, distillation_loss, shift_labels
@@ -68,7 +62,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "curriculum.stages": ("Curriculum", "RankFusion", "Stage", "baby_steps", "no_curriculum", "reciprocal_rank_fusion"),
+    "curriculum.fusion": ("RankFusion", "reciprocal_rank_fusion"),
+    "curriculum.stages": ("Curriculum", "Stage", "baby_steps", "no_curriculum"),
     "system.errors": ("InputError", "Interrupted"),
     "loss.linear": ("linear_distillation_loss",),
     "loss.dense": ("DistillationLoss", "LossOutput", "distillation_loss", "shift_labels"),

@@ -17,8 +17,8 @@ from tiny_run import make_inputs, read_json
 from tiny_training import before_each_batch, curriculum_of, trainer_of
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from pocl_fast.curriculum.stages import Curriculum, reciprocal_rank_fusion
-from pocl_fast.models import loading
+from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
+from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.options import ModelNames, RunConfig, RunModels, TrainerArguments, option_name
 from pocl_fast.run import train_step
 from pocl_fast.run.configuration import from_options
@@ -211,7 +211,7 @@ def test_models_are_loaded_to_the_device_and_a_trainer_trains_on_it(changed, run
 @reaches("precision")
 def test_models_run_in_the_precision(changed, run_of, monkeypatch):
     modes = []
-    monkeypatch.setattr(loading, "set_fp32_products", modes.append)
+    monkeypatch.setattr("pocl_fast.models.precision.set_fp32_products", modes.append)
     for precision in ("fp32", changed["precision"]):
         assert run_of(precision, precision=precision).context.precision.name == precision
     if modes:  # a CPU

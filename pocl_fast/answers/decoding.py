@@ -1,6 +1,7 @@
-"""Answers to prompts: batched decoding of prompts of similar length, in which finished answers leave the batch.
+"""Answers to prompts with torch: batched decoding of prompts of similar length; finished answers leave their batch.
 
-What all prompts begin with (a template's head) is computed once. Knows nothing of what the answers are for.
+The prefix that all prompts have in common (a template's beginning) is computed once. Knows tokens, models and ranks.
+Does not know what the answers are for.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,11 @@ from torch import Tensor
 
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.system import ranks
+from pocl_fast.system.console import Report
 
-Progress: TypeAlias = Callable[
-    [int], object
-]  # called with how many prompts all ranks have answered since the last call
-BLOCK = 256  # tokens that are chosen among at once when sampling
-CPU_STEP_ROWS = 16  # rows below which a decoding step takes a CPU no less time: what one batch more costs
-SHORTEST_HEAD = 8  # tokens; below it a common head is not worth a run of its own
+BLOCK = 256  # tokens of the vocabulary in a block of `choose`
+CPU_STEP_ROWS = 16  # a CPU takes as long for a decoding step of fewer rows: so much does one batch more cost
+SHORTEST_PREFIX = 8  # tokens; a shorter common prefix is not worth a pass of its own
 
 
 def generation_batches(
@@ -67,7 +66,7 @@ def generate(
     batch_size: int = 64,
     batch_tokens: int | None = None,
     shared: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> list[list[int]]:
     """The model's answer to each prompt, as token ids without the end token.
 
@@ -108,12 +107,12 @@ def generate(
 
 
 def answering_work(prompts: Sequence[Sequence[int]], batch: Sequence[int], max_new_tokens: int) -> float:
-    """How much work a batch of these prompts may be, in tokens, to share batches out."""
+    """How much work a batch of these prompts may be, in tokens, so that ranks get equal shares."""
     return float(sum(len(prompts[i]) + max_new_tokens for i in batch))
 
 
 class _Decoder:
-    """Decodes batch after batch of prompts, whose common head runs once."""
+    """Decodes batch after batch of prompts, whose common prefix is computed once."""
 
     def __init__(
         self,
@@ -127,18 +126,18 @@ class _Decoder:
         self.model, self.max_new_tokens, self.end_ids = model, max_new_tokens, end_ids
         self.pad_id, self.temperature = pad_id, temperature
         self.device = next(model.parameters()).device
-        head = _common_head(prompts) if self._sees_all_tokens() else []
-        self.head = list(head) if len(prompts) > 1 and len(head) >= SHORTEST_HEAD else []
-        self._head_cache: Any = None
+        prefix = _common_prefix(prompts) if self._sees_all_tokens() else []
+        self.prefix = list(prefix) if len(prompts) > 1 and len(prefix) >= SHORTEST_PREFIX else []
+        self._prefix_cache: Any = None
         # transformers renamed the argument `past_key_values` to `cache` within version 5
         named = inspect.signature(type(model).forward).parameters
         self.cache_argument = "cache" if "cache" in named else "past_key_values"
 
     def decode(self, prompts: Sequence[Sequence[int]], noise: _Noise | None) -> list[list[int]]:
         """The answer to each of B prompts; `noise` chooses its tokens where it is sampled."""
-        cache = self._cache_of_the_head(len(prompts))
+        cache = self._cache_of_the_prefix(len(prompts))
         tokens, mask = self._padded(prompts)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, len(self.head) :]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, len(self.prefix) :]
         answers: list[list[int]] = [[] for _ in prompts]
         active = torch.arange(len(prompts), device=self.device)  # the rows that are still in the batch
         for _ in range(self.max_new_tokens):
@@ -162,7 +161,7 @@ class _Decoder:
         return answers
 
     def _sees_all_tokens(self) -> bool:
-        """Whether every layer attends to all tokens; in a window the padding between head and rest would count too."""
+        """Whether every layer attends to all tokens: in a window the padding between prefix and rest would count."""
         from pocl_fast.answers.kv_cache import RoomyLayer, roomy_cache  # imports transformers, which takes seconds
 
         return all(isinstance(layer, RoomyLayer) for layer in roomy_cache(self.model.config, 0).layers)
@@ -179,37 +178,37 @@ class _Decoder:
         )
         return output.logits[:, -1]
 
-    def _cache_of_the_head(self, rows: int) -> Any:
-        """A cache of its own for a batch, which holds the head in each of its rows."""
+    def _cache_of_the_prefix(self, rows: int) -> Any:
+        """A new cache for a batch, which holds the prefix in each of its rows."""
         from pocl_fast.answers.kv_cache import roomy_cache  # imports transformers, which takes seconds
 
-        if not self.head:
+        if not self.prefix:
             return roomy_cache(self.model.config, self.max_new_tokens)
-        if self._head_cache is None:
-            self._head_cache = roomy_cache(self.model.config, self.max_new_tokens)
-            tokens = torch.tensor([self.head], device=self.device)
-            places = torch.arange(len(self.head), device=self.device)[None]
-            self._forward(tokens, torch.ones_like(tokens), places, self._head_cache)
-        cache = copy.deepcopy(self._head_cache)
+        if self._prefix_cache is None:
+            self._prefix_cache = roomy_cache(self.model.config, self.max_new_tokens)
+            tokens = torch.tensor([self.prefix], device=self.device)
+            places = torch.arange(len(self.prefix), device=self.device)[None]
+            self._forward(tokens, torch.ones_like(tokens), places, self._prefix_cache)
+        cache = copy.deepcopy(self._prefix_cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """What follows the head, padded on its left to [B, longest]; and the mask of head and rest."""
-        rests = [list(prompt[len(self.head) :]) for prompt in prompts]
+        """The tokens after the prefix, padded on their left to [B, longest]; and the mask of prefix and rest."""
+        rests = [list(prompt[len(self.prefix) :]) for prompt in prompts]
         longest = max(map(len, rests))
         gaps = [longest - len(rest) for rest in rests]
         tokens = [[self.pad_id] * gap + rest for gap, rest in zip(gaps, rests, strict=True)]
-        mask = [[1] * len(self.head) + [0] * gap + [1] * (longest - gap) for gap in gaps]
+        mask = [[1] * len(self.prefix) + [0] * gap + [1] * (longest - gap) for gap in gaps]
         return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
 
 
 def choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
-    """The next token [B] by logits [B, V]: the likeliest, or sampled, with `noise` [B, `numbers_a_token`] of Gumbel's
-    distribution: first one of the blocks of `BLOCK` tokens by their probabilities, then one of its tokens.
+    """The next token [B] by logits [B, V]: the most likely, or with `noise` [B, `numbers_a_token`] of Gumbel's
+    distribution a sampled one: first a block of `BLOCK` tokens by the blocks' probabilities, then one of its tokens.
 
-    The largest of log-probability + noise is chosen, which is sampling from these probabilities. Rounding changes it
-    only where the two largest are as close as that, not where a cumulated probability is.
+    The largest of log-probability + noise is chosen, which samples from these probabilities. Rounding changes the
+    choice only where the two largest sums are as close as rounding; a cumulated probability would add its own error.
     """
     if noise is None:
         return logits.argmax(-1)
@@ -238,8 +237,8 @@ class _Noise:
         return torch.from_numpy(np.stack([self._streams[row].gumbel(size=count) for row in rows]).astype(np.float32))
 
 
-def _common_head(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
-    """What all prompts begin with, short of a whole prompt: at least one token is left to each."""
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The tokens that all prompts begin with, but never a whole prompt: each keeps at least one token after them."""
     if not prompts:
         return []
     low, high = min(map(tuple, prompts)), max(map(tuple, prompts))  # in between, all agree where these two do

@@ -1,6 +1,7 @@
 """How good a model's answers are: ROUGE-L and exact match of sampled answers over several seeds, and cross-entropy.
 
-The paper's evaluation (arXiv 2506.05695, section 4.1): temperature 1, top-p 1, the best over a sample's references.
+This is the paper's evaluation (arXiv 2506.05695, section 4.1): temperature 1, top-p 1, the best over a sample's
+references. Knows samples, engines and scores. Does not know training, nor where results are written.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pocl_fast.answers.decoding import Progress, generate
+from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
 from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
-from pocl_fast.answers.vllm import VllmEngine
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
 from pocl_fast.data.records import Sample
 from pocl_fast.system import ranks
-from pocl_fast.system.console import shared_progress
+from pocl_fast.system.console import Report, shared_progress
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -40,43 +40,27 @@ class Scores:
 
 
 def answer_all(
-    model: Any,
+    engine: Engine,
     encoded: Sequence[EncodedSample],
     encoder: SampleEncoder,
     *,
     max_new_tokens: int,
-    batch_size: int,
     temperature: float,
     seed: int,
-    batch_tokens: int | None = None,
-    engine: VllmEngine | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> list[str]:
-    """The model's answer to each sample's prompt, as text; by `engine` where one is given. Every rank must call,
-    answers its share, and has all answers at the end."""
-    prompts, indices = [sample.prompt_ids for sample in encoded], [sample.index for sample in encoded]
-    common: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "end_ids": encoder.end_ids,
-        "temperature": temperature,
-        "seed": seed,
-        "sample_ids": indices,
-    }
-    if engine:
-        answers = engine.generate(prompts, **common)
-        if progress:
-            progress(len(prompts))
-    else:
-        answers = generate(
-            model,
-            prompts,
-            pad_id=encoder.tokenizer.pad_token_id,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
-            shared=True,
-            progress=progress,
-            **common,
-        )
+    """The engine's answer to each sample's prompt, as text. Every rank must call, answers its share, and has all
+    answers at the end."""
+    answers = engine.generate(
+        [sample.prompt_ids for sample in encoded],
+        sample_ids=[sample.index for sample in encoded],
+        end_ids=encoder.end_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        shared=True,
+        progress=progress,
+    )
     return [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
@@ -86,16 +70,15 @@ def evaluate(
     encoded: Sequence[EncodedSample],
     encoder: SampleEncoder,
     *,
+    engine: Engine,
     seeds: Sequence[int],
     max_new_tokens: int,
-    batch_size: int,
     packed: bool,
-    batch_tokens: int | None = None,
-    engine: VllmEngine | None = None,
     name: str = "evaluate",
 ) -> tuple[Scores, list[str]]:
-    """Scores of `model`, and its answers under the first seed; `samples` are the file's, `encoded` those that fit.
-    Every rank must call, works on its share, and has the same result."""
+    """Scores of `model`, and its answers under the first seed. `engine` generates the answers by the same model;
+    `samples` are all of the file, `encoded` those that fit. Every rank must call, works on its share, and has the same
+    result."""
     references = [list(samples[sample.index].references) for sample in encoded]
     rouge: list[float] = []
     exact: list[float] = []
@@ -103,15 +86,12 @@ def evaluate(
     with shared_progress(len(seeds) * len(encoded), name, "answers") as progress:
         for seed in seeds:
             answers = answer_all(
-                model,
+                engine,
                 encoded,
                 encoder,
                 max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
                 temperature=1.0,
                 seed=seed,
-                batch_tokens=batch_tokens,
-                engine=engine,
                 progress=progress,
             )
             rouge.append(100 * float(np.mean(rouge_l(answers, references).fmeasure)))
@@ -129,20 +109,12 @@ def evaluate(
 
 
 def dev_scores(
-    model: Any, dev: SampleSet, encoder: SampleEncoder, options: Any, *, packed: bool
+    model: Any, dev: SampleSet, encoder: SampleEncoder, options: AnswerOptions, *, packed: bool
 ) -> tuple[dict[str, float], list[str]]:
-    """What is looked at while training, and the answers: greedy `rouge_l` in percent, `cross_entropy` in nats a token.
-    `options` has `max_new_tokens`, `generation_batch_size` and `generation_batch_tokens`. Every rank must call."""
-    answers = answer_all(
-        model,
-        dev.encoded,
-        encoder,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.generation_batch_size,
-        batch_tokens=options.generation_batch_tokens,
-        temperature=0.0,
-        seed=0,
-    )
+    """The scores that training watches, and the answers they are of: `rouge_l` of greedy answers in percent, and
+    `cross_entropy` of the references in nats a token. Torch generates the answers. Every rank must call."""
+    engine = TorchEngine.of(model, encoder, options)
+    answers = answer_all(engine, dev.encoded, encoder, max_new_tokens=options.max_new_tokens, temperature=0.0, seed=0)
     rouge = rouge_l(answers, [list(dev.samples[sample.index].references) for sample in dev.encoded]).fmeasure
     loss = mean_token_cross_entropy(model, dev.encoded, packed=packed)
     return {"rouge_l": 100 * float(np.mean(rouge)), "cross_entropy": loss}, answers

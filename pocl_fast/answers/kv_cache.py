@@ -1,4 +1,4 @@
-"""A cache of keys and values with room for the tokens to come. Knows nothing of prompts and answers."""
+"""A cache of keys and values with room for the tokens to come. Does not know prompts and answers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class RoomyLayer(DynamicLayer):
         self._memory: tuple[Tensor, Tensor] | None = None  # of keys and values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds tokens; all keys and values."""
+        """Adds tokens. Returns the keys and values of all tokens so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
         if not self._has_room(new):
-            self._memory = self._taken(self.keys, key_states, new), self._taken(self.values, value_states, new)
+            self._memory = self._with_room(self.keys, key_states, new), self._with_room(self.values, value_states, new)
         assert self._memory is not None
         keys, values = self._memory
         keys[..., old:new, :] = key_states
@@ -44,19 +44,20 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, length: int) -> bool:
-        """Whether what is held lies in the memory, as it does not after a method of `DynamicLayer`, and fits there."""
+        """Whether `length` tokens fit, and the keys still lie in the memory: methods of `DynamicLayer` replace them."""
         if self._memory is None or self.keys is None or self._memory[0].shape[-2] < length:
             return False
         return self.keys.data_ptr() == self._memory[0].data_ptr() and len(self.keys) == len(self._memory[0])
 
-    def _taken(self, held: Tensor | None, states: Tensor, length: int) -> Tensor:
+    def _with_room(self, held: Tensor | None, states: Tensor, length: int) -> Tensor:
+        """New memory for `length` tokens and the room, with what is held at its beginning."""
         memory = states.new_empty((*states.shape[:-2], length + self.room, states.shape[-1]))
         if held is not None and held.numel():
             memory[..., : held.shape[-2], :] = held
         return memory
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows, and their room."""
+        """Keeps these rows of the batch, and their room."""
         length = self.get_seq_length()
         if not self._has_room(length):
             return super().batch_select_indices(indices)

@@ -1,19 +1,19 @@
-"""How likely the models find a sample's response: cross-entropies and the divergence of student and teacher, a sample.
+"""How likely student and teacher find each sample's response: means over its tokens of what the fused loss computes.
 
-Knows models and packed rows. Does not know answers, files or the curriculum.
+Knows models, packed rows and the names of these means, which are columns of the difficulty tables. Does not know
+answers, files or the curriculum.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from pocl_fast.curriculum.signals import TEACHER_COLUMNS
 from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import PackedBatch, pack, token_budget_batches
 from pocl_fast.loss.dense import distillation_loss
@@ -22,8 +22,21 @@ from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.lm_head import LmHead, lm_head
 from pocl_fast.models.packed_forward import supervised_hidden
 
-TOKENS_A_BATCH = 4096  # of the packed cross-entropy pass
+TOKENS_A_BATCH = 4096  # of a packed batch
 ROWS_OF_LOGITS = 256  # at a time
+
+TokenValues: TypeAlias = Mapping[str, torch.Tensor]  # `LossOutput.per_token`: name -> [N]
+
+# Column -> the value of each token that it is the mean of. `student` compares the student with the teacher, or with
+# itself where there is no teacher.
+STUDENT_COLUMNS: dict[str, Callable[[TokenValues], torch.Tensor]] = {
+    "cross_entropy": lambda student: student["ce"],
+}
+# The same of columns that need a teacher; `teacher` compares the teacher with itself.
+TEACHER_COLUMNS: dict[str, Callable[[TokenValues, TokenValues], torch.Tensor]] = {
+    "teacher_cross_entropy": lambda student, teacher: teacher["ce"],
+    "mean_kl": lambda student, teacher: student["divergence"],
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +56,13 @@ def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: bool)
 def response_scores(
     student: LoadedModel, samples: Sequence[EncodedSample], teacher: LoadedModel | None = None
 ) -> dict[str, np.ndarray]:
-    """What the models say of each sample's response: means over its tokens, in nats. Name -> [samples] float64.
+    """Means over the tokens of each sample's response, in nats. Column -> [samples] float64.
 
-    `cross_entropy` is the student's; with a teacher there are `teacher_cross_entropy` and `mean_kl`, the divergence
-    KL(teacher || student) at temperature 1.
+    The columns are `STUDENT_COLUMNS`: `cross_entropy` is the student's; and with a teacher `TEACHER_COLUMNS`:
+    `teacher_cross_entropy`, and `mean_kl`, which is KL(teacher || student) at temperature 1.
     """
     device = next(student.model.parameters()).device
-    names = ("cross_entropy",) if teacher is None else ("cross_entropy", *TEACHER_COLUMNS)
+    names = (*STUDENT_COLUMNS, *(TEACHER_COLUMNS if teacher else ()))
     means = {name: np.empty(len(samples)) for name in names}
     frozen_teacher = frozen_linears(teacher.model) if teacher else contextlib.nullcontext()
     with frozen_linears(student.model), frozen_teacher:
@@ -61,8 +74,8 @@ def response_scores(
 
 
 def _token_scores(student: LoadedModel, teacher: LoadedModel | None, batch: PackedBatch) -> list[torch.Tensor]:
-    """[N] cross-entropy, and with a teacher its cross-entropy and the divergence, at the supervised positions of a
-    batch; a few rows of logits at a time."""
+    """[N] each, in the order of the columns: their values at the supervised positions of a batch. A few rows of logits
+    are in memory at a time."""
     sides = [student] if teacher is None else [student, teacher]
     heads = [(lm_head(side.model), side.model.get_output_embeddings()) for side in sides]
     hidden = [supervised_hidden(side.model.get_decoder(), batch, packed=side.packed) for side in sides]
@@ -70,16 +83,20 @@ def _token_scores(student: LoadedModel, teacher: LoadedModel | None, batch: Pack
     for rows in torch.arange(len(batch.labels), device=batch.labels.device).split(ROWS_OF_LOGITS):
         labels = batch.labels[rows]
         logits = [(project(states[rows]), head) for states, (head, project) in zip(hidden, heads, strict=True)]
-        # a side alone is compared with itself, for its cross-entropy
-        outs = [_compared(logits[0], logits[-1], labels), *(_compared(x, x, labels) for x in logits[1:])]
-        pieces.append([out["ce"] for out in outs] + [out["divergence"] for out in outs[:-1]])
+        of_student = _compared(logits[0], logits[-1], labels)
+        values = [value(of_student) for value in STUDENT_COLUMNS.values()]
+        if teacher:
+            of_teacher = _compared(logits[1], logits[1], labels)
+            values += [value(of_student, of_teacher) for value in TEACHER_COLUMNS.values()]
+        pieces.append(values)
     return [torch.cat(values) for values in zip(*pieces, strict=True)]
 
 
 def _compared(
     student: tuple[torch.Tensor, LmHead], teacher: tuple[torch.Tensor, LmHead], labels: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """[N] values of the fused loss of logits, each with the head that says how they are scaled."""
+) -> TokenValues:
+    """The fused loss's values of each token, for two sides' logits [N, V], each with the head that says how they are
+    scaled."""
     return distillation_loss(
         student[0],
         teacher[0],

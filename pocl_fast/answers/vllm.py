@@ -1,6 +1,6 @@
-"""Answers to prompts by vLLM, on a CUDA GPU, where the extra `vllm` is installed.
+"""The engine that answers with vLLM, on a CUDA GPU, where the extra `vllm` is installed.
 
-Gives what `generation.generate` gives: token ids in, token ids out. Does not know what the answers are for.
+Knows when vLLM can answer, and how a model gets into it. Does not know samples, nor what the answers are for.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from pocl_fast.system import ranks
+from pocl_fast.system.console import Report
 from pocl_fast.system.errors import InputError
 
-FREE_MEMORY = 0.8  # of what the models leave of the GPU is vLLM's: its weights, keys and values
+FREE_MEMORY = 0.8  # vLLM's share of the GPU memory that the models leave free: for its weights, keys and values
+BATCH = 1024  # prompts that vLLM gets at once; it puts them into batches of its own
 
 
 def chosen(engine: Literal["auto", "torch", "vllm"], device: torch.device) -> bool:
@@ -36,44 +38,49 @@ def chosen(engine: Literal["auto", "torch", "vllm"], device: torch.device) -> bo
 
 
 class VllmEngine:
-    """A model in vLLM's memory."""
+    """An `Engine` by a model in vLLM's memory."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
 
     def release(self) -> None:
-        """Lets go of vLLM, whose memory is free once nothing refers to it."""
+        """Drops the reference to vLLM: its memory is free once nothing refers to it."""
         self._llm = None
+
+    def batches(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        every = range(len(prompts))
+        return [list(every[start : start + BATCH]) for start in range(0, len(prompts), BATCH)]
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        max_new_tokens: int,
+        sample_ids: Sequence[int],
         end_ids: Collection[int],
-        temperature: float = 0.0,
-        seed: int = 0,
-        sample_ids: Sequence[int] | None = None,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        shared: bool = False,  # changes nothing: vLLM answers where there is one rank
+        progress: Report | None = None,
     ) -> list[list[int]]:
-        """The answer to each prompt, as token ids without the end token: greedy at `temperature` 0, else sampled from
-        the whole distribution, each answer from a seed made of `seed` and its entry in `sample_ids`."""
         from vllm import SamplingParams, TokensPrompt
 
-        ids = range(len(prompts)) if sample_ids is None else sample_ids
         settings = [
             SamplingParams(
                 temperature=temperature,
                 seed=_seed_of(seed, i) if temperature > 0 else None,
                 max_tokens=max_new_tokens,
                 stop_token_ids=sorted(end_ids),
-                ignore_eos=True,  # `end_ids` say it
+                ignore_eos=True,  # `end_ids` are the end tokens
                 detokenize=False,
             )
-            for i in ids
+            for i in sample_ids
         ]
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts], settings, use_tqdm=False
         )
+        if progress:
+            progress(len(prompts))
         return [_before_the_end(output.outputs[0].token_ids, end_ids) for output in outputs]
 
 

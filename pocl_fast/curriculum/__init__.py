@@ -1,3 +1,3 @@
-"""From measured difficulty to an order of the samples to the steps of a training.
+"""From measured difficulty to an order of the samples, and from that order to the steps of a training.
 
-Does not know how a step is trained."""
+Knows engines and likelihoods, but not how a step is trained."""

@@ -1,4 +1,4 @@
-"""The steps of a whole training: which samples each step has on each rank, and what the loss is weighed by there.
+"""The steps of a whole training: which samples each step has on each rank, and its temperature and alpha.
 
 Knows the curriculum, lengths and seeds. Does not know models. A step's place follows from its number alone, so that
 every rank and every restart sees the same order.
@@ -105,8 +105,8 @@ class Schedule:
         return self.total_steps
 
     def identity(self) -> dict[str, Any]:
-        """What a step's number stands on. Ranks and accumulation count by their product: the samples of a step are the
-        same for the same product."""
+        """All that decides which samples a step number has. Ranks and accumulation count by their product: a step has
+        the same samples for the same product."""
         return {
             "samples of a micro-batch": self.size.samples if self.size.tokens is None else None,
             "tokens of a micro-batch": self.size.tokens,
@@ -119,7 +119,7 @@ class Schedule:
         }
 
     def end_stage(self, stage: int, steps: int) -> None:
-        """Ends a stage after so many of its steps."""
+        """Ends a stage after this many of its steps."""
         self.ended[stage] = steps
 
     def reorder(self, stage: int, order: np.ndarray) -> None:
@@ -129,7 +129,7 @@ class Schedule:
         self._shuffled.clear()
 
     def place(self, step: int) -> Place:
-        """Of optimizer step number `step`, from 0. Raises IndexError past the last."""
+        """Where optimizer step number `step` stands, from 0. Raises IndexError past the last."""
         within, passes = step, 0.0
         for stage in self.stages:
             if within < self.steps(stage.index):
@@ -158,14 +158,15 @@ class Schedule:
         return epoch + (steps - first) / count
 
     def _epoch_of(self, stage: int, within: int) -> tuple[int, int, int]:
-        """Of a step of a stage: its epoch, and that one's first step and number of steps."""
+        """The epoch that a step of a stage belongs to, that epoch's first step, and its number of steps."""
         ends = self._ends(stage, at_least=within + 1)
         epoch = int(np.searchsorted(ends, within, side="right"))
         first = int(ends[epoch - 1]) if epoch else 0
         return epoch, first, int(ends[epoch]) - first
 
     def _ends(self, stage: int, at_least: int = 0) -> np.ndarray:
-        """The number of steps at each epoch's end: of `epochs` epochs, or of as many as `at_least` steps take."""
+        """The stage's number of steps at each epoch's end, for `epochs` epochs or for as many as `at_least` steps
+        take."""
         if self.size.tokens is None:
             count = -(-self.stages[stage].size // (self.size.samples * self.size.parts))
             epochs = max(self.epochs, -(-at_least // count)) if self.stage_steps is not None else self.epochs

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pocl_fast.curriculum.signals import TEACHER_COLUMNS, TEACHER_SCORES, Weighted, columns_read
-from pocl_fast.curriculum.stages import RankFusion, reciprocal_rank_fusion
+from pocl_fast.curriculum.fusion import RankFusion, reciprocal_rank_fusion
+from pocl_fast.curriculum.signals import TEACHER_SCORES, Weighted, columns_read
 from pocl_fast.system.errors import InputError
 
 ROWS = 1 << 16  # of the table in memory at a time
@@ -60,12 +60,13 @@ def read_scores(path: Path, chosen: Sequence[Weighted]) -> SignalScores:
     table, beside = open_difficulty(path), path.with_name(TEACHER_SCORES)
     read = columns_read(list(chosen))
     own = table.schema_arrow.names
-    added = list(TEACHER_COLUMNS) if beside.exists() else []
+    needs_more = read is None or not set(read) <= set(own)
+    added = open_table(beside).schema_arrow.names if needs_more and beside.exists() else []
     columns = list(dict.fromkeys((*own, *added) if read is None else ("index", *read)))
     if missing := [name for name in columns if name not in own and name not in added]:
         raise InputError(
             f"{path} lacks the columns {missing}, which --signals {','.join(one.signal.name for one in chosen)} reads:"
-            " give `pocl-fast measure` the same --signals"
+            " give `pocl-fast measure` the same --signals; if an older version measured, delete the table first"
         )
     pieces = _batches(path, [name for name in columns if name in own])
     if from_teacher := [name for name in columns if name not in own]:

@@ -1,6 +1,7 @@
-"""Difficulty signals: each makes of a sample's record a score, and says which end of the scores is easy.
+"""Difficulty signals: each computes a score from a sample's record, and says which end of the scores is easy.
 
-Knows the columns of a difficulty table and the option `--signals`. Does not know models, nor how rankings are fused.
+Knows the columns of the difficulty tables and the option `--signals`. Does not know how columns are measured, nor how
+rankings are fused. docs/adding-a-signal.md says how to add one.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from pocl_fast.answers.likelihood import TEACHER_COLUMNS
 from pocl_fast.system.errors import InputError
 
 Record: TypeAlias = Mapping[str, Any]  # column -> a sample's value, or all samples' values as an array
-TEACHER_COLUMNS = ("teacher_cross_entropy", "mean_kl")  # which `measure` computes only where a signal reads them,
-TEACHER_SCORES = "teacher_scores.parquet"  # into this table beside the other
+TEACHER_SCORES = "teacher_scores.parquet"  # the file of `TEACHER_COLUMNS`, which lies beside the difficulty table
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ class Weighted:
 
 
 def chosen_signals(given: str) -> list[Weighted]:
-    """The signals of `--signals`: names with commas between, each with `=WEIGHT` behind it or not.
+    """The signals of `--signals`: names separated by commas, each with `=WEIGHT` behind it or not.
 
     A name is one of `BUILT_IN` or `package.module:function`: a function from a sample's record (a dict of the
-    difficulty table's columns) to a number. Its attributes may say more: `easy` which scores are easy samples' ("low"
-    without it, or "high"), `columns` which columns it reads (a tuple; without it, all that there are).
+    difficulty tables' columns) to a number. The function may have two attributes: `easy`, the end of its scores that
+    is easy ("low" without it, or "high"), and `columns`, the columns it reads (a tuple; without it, all columns).
 
     Raises `InputError` for an unknown or repeated name, a function that cannot be imported and a weight that is not
     a positive number.

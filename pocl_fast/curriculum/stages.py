@@ -1,4 +1,4 @@
-"""The curriculum: rankings fused into one order, easy first, and the stages that bring the samples in.
+"""The curriculum: an order of the samples, easy first, and the stages that bring them in.
 
 Knows scores and sample indices. Does not know models, texts or training.
 """
@@ -6,15 +6,13 @@ Knows scores and sample indices. Does not know models, texts or training.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-import pocl_fast._C as _C
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 
@@ -22,63 +20,6 @@ if TYPE_CHECKING:
     from pocl_fast.curriculum.scores import SignalScores
 
 WRITTEN_AT_ONCE = 1 << 13  # samples
-
-
-@dataclass(frozen=True)
-class RankFusion:
-    """Several rankings of the same samples fused into one."""
-
-    score: np.ndarray  # [samples] float64, by sample; high is easy
-    rank: np.ndarray  # [samples] int64, by sample; the easiest has 1
-    order: np.ndarray  # [samples] int64: the samples, easiest first
-
-
-def reciprocal_rank_fusion(
-    scores: Sequence[np.ndarray],
-    *,
-    descending: Sequence[bool],
-    k: float = 60.0,
-    weights: Sequence[float] | None = None,
-    threads: int | None = None,
-) -> RankFusion:
-    """Fuses rankings: score = Σ weight / (k + rank), rank from 1; the highest score is the easiest sample.
-
-    `scores` are 1-D arrays of one length; `descending` says for each whether its high values are easy (ROUGE-L: True)
-    or its low ones (cross-entropy: False). Ties keep the earlier sample first and NaN ranks last, with a warning that
-    counts them: the order is a function of the scores alone. `threads` is by default one for each processor that the
-    process may use; the result does not depend on it.
-
-    Raises ValueError for no arrays, arrays that are not 1-D numbers of one length, a number of flags or weights other
-    than that of the arrays, negative weights, k that is not positive and `threads` below 1.
-    (Cormack, Clarke and Büttcher 2009; arXiv 2506.05695, equation 5, with k = 60.)
-    """
-    arrays = [_checked_scores(position, array) for position, array in enumerate(scores)]
-    if not arrays:
-        raise ValueError("reciprocal_rank_fusion needs at least one array of scores")
-    if len({len(array) for array in arrays}) > 1:
-        raise ValueError(f"all scores must be of one length, got {[len(array) for array in arrays]}")
-    flags = [bool(flag) for flag in descending]
-    if len(flags) != len(arrays):
-        raise ValueError(f"descending needs one flag for each array of scores: {len(arrays)}, not {len(flags)}")
-    chosen = [1.0] * len(arrays) if weights is None else [float(weight) for weight in weights]
-    if len(chosen) != len(arrays):
-        raise ValueError(f"weights needs one number for each array of scores: {len(arrays)}, not {len(chosen)}")
-    if not all(0 <= weight < np.inf for weight in chosen):
-        raise ValueError(f"weights must be finite and not negative, got {chosen}")
-    if not 0 < k < np.inf:
-        raise ValueError(f"k must be positive and finite, got {k}")
-    for position, array in enumerate(arrays):
-        if missing := np.count_nonzero(np.isnan(array)):
-            warnings.warn(f"scores[{position}]: {missing} of {len(array)} are NaN; they rank last in it", stacklevel=2)
-    return RankFusion(*_C.rank_fusion(arrays, flags, chosen, float(k), threads))
-
-
-def _checked_scores(position: int, given: Any) -> np.ndarray:
-    """One array of scores, contiguous, float32 or float64."""
-    array = np.asarray(given)
-    if array.ndim != 1 or array.dtype.kind not in "fiub":
-        raise ValueError(f"scores[{position}] must be a 1-D array of numbers, got shape {array.shape} of {array.dtype}")
-    return np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float32 else np.float64)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pocl_fast.answers import vllm
+from pocl_fast.answers.engine import Engine, TorchEngine
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all
 from pocl_fast.data.records import read_samples
@@ -29,7 +30,6 @@ from pocl_fast.system.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pocl_fast.answers.vllm import VllmEngine
     from pocl_fast.teacher.teacher import Teacher
 
 Say = Callable[[str], None]
@@ -228,10 +228,10 @@ class RunContext:
         """Whether vLLM answers. Raises `InputError` where it is asked for and cannot."""
         return vllm.chosen(self.config.generation.generation_engine, self.device)
 
-    def engine(self, model: Any) -> contextlib.AbstractContextManager[VllmEngine | None]:
-        """What generates the model's answers: vLLM with the model in it, or None for torch."""
+    def engine(self, model: Any) -> contextlib.AbstractContextManager[Engine]:
+        """What generates the model's answers: vLLM with the model in it where vLLM answers, else torch."""
         if not self.check_engine():
-            return contextlib.nullcontext()
+            return contextlib.nullcontext(TorchEngine.of(model, self.encoder, self.config.generation))
         max_length = self.config.data.max_prompt_length + self.config.generation.max_new_tokens
         dtype: Literal["bfloat16", "float32"] = "bfloat16" if self.precision.name == "bf16" else "float32"
         return vllm.loaded(model, max_length=max_length, dtype=dtype)

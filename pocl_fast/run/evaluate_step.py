@@ -33,8 +33,6 @@ def evaluate_step(context: RunContext, when: When) -> None:
                 context.encoder,
                 seeds=context.config.evaluation.eval_seeds,
                 max_new_tokens=generation.max_new_tokens,
-                batch_size=generation.generation_batch_size,
-                batch_tokens=generation.generation_batch_tokens,
                 packed=student.packed,
                 engine=engine,
                 name=step,

@@ -44,10 +44,10 @@ def _measure_student(context: RunContext, pieces: Pieces) -> None:
                 count,
                 context.encoder,
                 output,
-                generation=context.config.generation,
+                engine=engine,
+                max_new_tokens=context.config.generation.max_new_tokens,
                 temperature=difficulty.measure_temperature,
                 seed=difficulty.measure_seed,
-                engine=engine,
             )
         facts["samples"] = count
     rouge, loss = _means(output, "rouge_l,cross_entropy")

@@ -1,3 +1,3 @@
-"""A frozen model, and what of it is kept on disk.
+"""A frozen model, and the cache on disk of what it computes.
 
 Knows the losses' teacher outputs, but no curriculum."""

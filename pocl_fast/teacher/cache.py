@@ -1,4 +1,4 @@
-"""What a frozen teacher says about each sample, kept on disk: computed once, read in any order and batch.
+"""A frozen teacher's outputs for each sample, kept on disk: computed once, read in any order and batch.
 
 Knows keys, shards, space and locks. Does not know how a teacher computes its hidden states.
 """
@@ -21,13 +21,14 @@ from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.system import console
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.writer_lock import Writers, lock_folder, unlock
+from pocl_fast.teacher.sample_index import SampleIndex, keys_of
 from pocl_fast.teacher.shards import (
     KEY_BYTES,
+    CacheShard,
     Columns,
     DamagedShard,
     Entries,
     HiddenEntries,
-    Shard,
     TopK,
     TopKEntries,
     as_bytes,
@@ -50,7 +51,7 @@ class TeacherCache:
     A sample is found by the teacher's fingerprint and its own tokens (`EncodedSample.fingerprint`), so that a changed
     teacher, tokenizer, template or length limit never finds an old entry. A shard is complete or absent. One process
     writes at a time, or all ranks of one run; any number read; opening and reading write nothing. Used as a context
-    manager it writes what is pending and lets the next writer in.
+    manager it writes what is pending at the end of the block and releases the folder's lock.
     """
 
     def __init__(
@@ -63,17 +64,17 @@ class TeacherCache:
         writers: Writers = Writers(),  # noqa: B008 (immutable)
         say: Callable[[str], object] = console.say,
     ) -> None:
-        """`teacher` identifies the teacher, `entries` says what is kept of a token; `shard_bytes` are collected in
+        """`teacher` identifies the teacher, `entries` is what is kept of a token; `shard_bytes` are collected in
         memory before a shard is written; `writers` are the ranks that may write together, and which of them this is;
-        `say` is told sizes (by rank 0) and damages."""
+        `say` gets a line for sizes (on rank 0) and for damages."""
         self.folder = Path(folder) / f"{teacher[:16]}-{entries.name}"
         self.entries = entries
         self._teacher, self._shard_bytes, self._writers, self._say = teacher, shard_bytes, writers, say
-        self._shards: dict[int, Shard] = {}
-        self._seen: set[tuple[str, int]] = set()  # names and times of the files looked at
+        self._shards: dict[int, CacheShard] = {}
+        self._seen: set[tuple[str, int]] = set()  # names and times of the files seen so far
         self._looked_at = 0  # the folder's time then
         self._damaged: set[tuple[Path, int]] = set()  # to be deleted once this process is the writer, and their times
-        self._index = _Index()
+        self._index = SampleIndex()
         self._pending: dict[bytes, Columns] = {}
         self._pending_bytes = 0
         self._write_failed = False
@@ -115,8 +116,9 @@ class TeacherCache:
         return TopK(columns["log_probs"].to(device), columns["indices"].to(device))
 
     def verify(self, samples: Sequence[EncodedSample]) -> list[EncodedSample]:
-        """Compares with its checksum what this process has not read yet; the samples that are missing after that."""
-        places = self._index.find(_keys(samples))
+        """Checks the checksum of each sample that this process has not read yet; returns the samples that are missing
+        then."""
+        places = self._index.find(keys_of(samples))
         for place in np.sort(places[places >= 0]).tolist():  # in the order of the files
             number, i = divmod(place, 1 << 32)
             if number in self._shards:
@@ -149,7 +151,7 @@ class TeacherCache:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def reserve(self, samples: Sequence[EncodedSample]) -> None:
-        """Says what the samples that are missing will take, and becomes the writer if any are.
+        """Reports the space that the missing samples will take, and becomes the writer if there are any.
 
         Raises `InputError` where that does not fit on the disk, the folder is read-only, or another process is writing.
         """
@@ -211,7 +213,7 @@ class TeacherCache:
         self.refresh()
 
     def close(self) -> None:
-        """Writes what is pending and lets the next writer in."""
+        """Writes what is pending and releases the folder's lock."""
         try:
             if not self._write_failed:
                 self.flush()
@@ -237,7 +239,7 @@ class TeacherCache:
         return self._writers.world_size > 1 and _time(self.folder) != self._looked_at  # a look costs more than this
 
     def _absent(self, samples: Sequence[EncodedSample]) -> list[EncodedSample]:
-        outside = np.flatnonzero(self._index.find(_keys(samples)) < 0).tolist()
+        outside = np.flatnonzero(self._index.find(keys_of(samples)) < 0).tolist()
         return [samples[i] for i in outside if samples[i].fingerprint not in self._pending]
 
     def _read(self, samples: Sequence[EncodedSample]) -> Columns:
@@ -246,7 +248,7 @@ class TeacherCache:
         counts = [len(sample.response_ids) for sample in samples]
         out = {name: np.empty((sum(counts), c.row_bytes), np.uint8) for name, c in self.entries.columns.items()}
         at = 0
-        for sample, count, place in zip(samples, counts, self._index.find(_keys(samples)).tolist(), strict=True):
+        for sample, count, place in zip(samples, counts, self._index.find(keys_of(samples)).tolist(), strict=True):
             if place < 0:
                 for name, rows in self._pending[sample.fingerprint].items():
                     out[name][at : at + count] = rows
@@ -264,7 +266,7 @@ class TeacherCache:
         if self._shards.pop(number, None):  # another writer gave a damaged shard's number to a new one
             self._index.remove(number << 32, (number + 1) << 32)
         try:
-            shard = Shard(path, self._teacher, self.entries)
+            shard = CacheShard(path, self._teacher, self.entries)
         except DamagedShard as error:
             self._discard(path, f"{path} is damaged ({error}): its samples are computed again")
             return
@@ -272,7 +274,7 @@ class TeacherCache:
         self._index.add(shard.keys, (number << 32) + np.arange(len(shard)))
 
     def _drop(self, number: int, error: DamagedShard) -> str:
-        """Forgets a damaged shard; what was said about it."""
+        """Forgets a damaged shard. Returns the message about it."""
         shard = self._shards.pop(number)
         self._index.remove(number << 32, (number + 1) << 32)
         message = f"{shard.path} is damaged ({error}): its {len(shard)} samples are computed again"
@@ -306,44 +308,6 @@ class TeacherCache:
     def _clear_partial_shards(self) -> None:
         for partial in self.folder.glob("shard-*.partial-*"):  # of a writer that died
             partial.unlink(missing_ok=True)
-
-
-class _Index:
-    """Keys -> places (shard number << 32 | position in it), 24 bytes a sample. In sorted runs, each more than twice as
-    long as the next, so that adding a shard seldom sorts much."""
-
-    def __init__(self) -> None:
-        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add(self, keys: np.ndarray, places: np.ndarray) -> None:
-        self._runs.append(_sorted(keys, places))
-        while len(self._runs) > 1 and len(self._runs[-2][0]) <= 2 * len(self._runs[-1][0]):
-            (a, b), (c, d) = self._runs.pop(), self._runs.pop()
-            self._runs.append(_sorted(np.concatenate([a, c]), np.concatenate([b, d])))
-
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """The place of each key, -1 where it is not there."""
-        places = np.full(len(keys), -1, np.int64)
-        for known, where in self._runs:
-            at = np.searchsorted(known, keys)
-            at[at == len(known)] = 0
-            places = np.where(known[at] == keys, where[at], places)
-        return places
-
-    def remove(self, first: int, last: int) -> None:
-        """Forgets the places from `first` to before `last`."""
-        kept = [(where < first) | (where >= last) for _, where in self._runs]
-        runs = [(known[keep], where[keep]) for (known, where), keep in zip(self._runs, kept, strict=True)]
-        self._runs = [run for run in runs if len(run[0])]
-
-
-def _sorted(keys: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(keys)
-    return keys[order], places[order]
-
-
-def _keys(samples: Sequence[EncodedSample]) -> np.ndarray:
-    return np.frombuffer(b"".join([sample.fingerprint for sample in samples]), f"S{KEY_BYTES}")
 
 
 def _number(shard: Path) -> int:

@@ -1,11 +1,13 @@
-"""A teacher from its name to what training asks: loaded where and as the options say, its layers laid out, its cache
-opened."""
+"""From a teacher's name to the `Teacher` of a training: loads the model, lays out its layers and opens its cache.
+
+Knows devices, quantisation and the options of the cache. Does not know what the teacher computes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
@@ -24,6 +26,17 @@ from pocl_fast.teacher.teacher import Teacher
 WITH_STUDENT, SPREAD = "student", "spread"  # places of a teacher that are no device's name
 
 
+class CacheOptions(Protocol):
+    """What is kept on disk of the teacher: a run's options, a trainer's arguments."""
+
+    @property
+    def cache_mode(self) -> str: ...
+    @property
+    def cache_dtype(self) -> str: ...
+    @property
+    def cache_top_k(self) -> int: ...
+
+
 def load_teacher(
     source: str,
     folder: Path,
@@ -35,10 +48,11 @@ def load_teacher(
     trust_remote_code: bool = False,
     say: Callable[[str], object] = print,
 ) -> Any:
-    """The teacher behind a name. A quantised one is kept in `folder`, and its divergence from the full model said.
+    """Loads the teacher of this name. A quantised one is kept in `folder`, and its divergence from the full model is
+    reported.
 
     `where` is "student" (the student's device), "spread" (over the GPUs, main memory and the disk, as far as each has
-    room) or a device. Every rank must call. Raises `InputError` for what cannot be loaded, or not so.
+    room) or a device. Every rank must call. Raises `InputError` for what cannot be loaded, or not in this way.
     """
     on_gpu = precision.device.type == "cuda" and precision.name == "bf16"
     common: dict[str, Any] = {
@@ -61,7 +75,7 @@ def load_teacher(
 def cached_teacher(
     model: Any,
     folder: Path,
-    options: Any,
+    options: CacheOptions,
     *,
     precision: Precision,
     device: torch.device,
@@ -69,13 +83,12 @@ def cached_teacher(
     owned: bool,
     say: Callable[[str], object] = print,
 ) -> Teacher:
-    """The teacher with its cache. `options` has `cache_mode`, `cache_dtype` and `cache_top_k`; what a loss is given
-    lies on `device`. Where the model is `owned`, nobody else looks at its weights, and those that were laid out for the
-    CPU are dropped."""
+    """The teacher with its cache in `folder`. Its outputs lie on `device`. With `owned` nobody else reads the model's
+    weights, and those that were laid out anew for a CPU are dropped."""
     with precision.autocast():
         enable_packing(model, say)
     frozen = freeze_linears(model.get_decoder(), precision.frozen_dtype)  # the lm_head's products stay fp32
-    mode: Literal["hidden", "topk"] = options.cache_mode
+    mode = cast(Literal["hidden", "topk"], options.cache_mode)  # the options' own checks allow no other
     with precision.autocast():
         teacher = Teacher(
             model,

@@ -28,8 +28,8 @@ def teacher_answers(
     seed: int = 0,
     say: Callable[[str], object] = console.say,
 ) -> list[EncodedSample]:
-    """The samples with the teacher's answers as their responses; those that are not in the folder yet are generated,
-    and written batch by batch, so that a run that was killed goes on where it was.
+    """The samples with the teacher's answers as their responses. Answers that are not in the folder are generated and
+    written batch by batch, so that a killed run resumes after its last batch.
 
     `teacher` identifies the teacher (`teacher_fingerprint`). An answer is found by it, the answerer's settings, the
     seed and the prompt's tokens, and no other is read; equal prompts have one answer. The ranks share the work, and
@@ -110,5 +110,5 @@ def _read(folder: Path, say: Callable[[str], object]) -> dict[str, list[int]]:
             except (ValueError, TypeError, KeyError):
                 damaged += 1
         if damaged:
-            say(f"{path}: {damaged} damaged line{'s' * (damaged > 1)}, what it lacks is generated again")
+            say(f"{path}: {damaged} damaged line{'s' * (damaged > 1)}; the answers lost are generated again")
     return known

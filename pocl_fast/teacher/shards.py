@@ -1,4 +1,4 @@
-"""The files of a teacher cache: what is kept of a supervised token, and shards that are whole or say that they are not.
+"""The files of a teacher cache: what is kept of a supervised token, and shards whose checksums show any damage.
 
 A shard is a safetensors file: the columns of `HiddenEntries` or `TopKEntries`, N tokens long, and an index of its n
 samples: `keys` [n, 16], `offsets` [n + 1] into the N rows, `crc32` [n] over each sample's rows. The index has a
@@ -137,7 +137,7 @@ def write_shard(path: Path, teacher: str, entries: Entries, samples: Mapping[byt
     """Writes samples (key -> rows) under another name, then renames. Raises `OSError` where that fails, and leaves
     nothing.
 
-    Not flushed to the device: after a loss of power the checksums tell a shard that did not get there.
+    Not flushed to the device: a shard that a loss of power has cut off does not match its checksums.
     """
     counts = [len(next(iter(rows.values()))) for rows in samples.values()]
     index = {
@@ -184,7 +184,7 @@ def _metadata(teacher: str, entries: Entries, index: Mapping[str, np.ndarray]) -
     return {"format": FORMAT, "teacher": teacher, "entries": entries.name, "index_crc32": str(crc)}
 
 
-class Shard:
+class CacheShard:
     """A shard mapped into memory: its index checked when it is opened, the rows of a sample when first read."""
 
     def __init__(self, path: Path, teacher: str, entries: Entries) -> None:

@@ -1,9 +1,9 @@
-"""The teacher as training sees it: what it says at the supervised positions of a batch, from a body that runs once a
-sample.
+"""The teacher as training uses it: its outputs at the supervised positions of a batch, each sample computed once.
 
-A frozen teacher gives the same hidden states on each of the recipe's 20 passes, so they are kept on disk (see
-`TeacherCache`): 2·H bytes a supervised token in bf16 instead of 2·V, and with the lm_head they give back the whole
-distribution.
+A model is a body and an lm_head; the body is its embeddings and layers. A frozen teacher's body computes the same
+hidden states on each of the recipe's 20 passes, so they are kept on disk (see `TeacherCache`): 2·H bytes a supervised
+token in bf16 instead of 2·V, and with the lm_head they give back the whole distribution. Knows models, samples and the
+cache. Does not know how a teacher is loaded, nor what a step of training is.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from pocl_fast.system.writer_lock import Writers
 from pocl_fast.teacher.cache import MissingSamples, TeacherCache
 from pocl_fast.teacher.shards import HiddenEntries, TopK, TopKEntries
 
-CHUNK = 256  # rows whose logits are held at once, where logits are needed
+CHUNK = 256  # rows whose logits are in memory at once, where logits are needed
 FILL_TOKENS = 8192  # of a batch when the cache is filled ahead of training
 
 
 class Teacher:
-    """A frozen language model and its cache, giving what it says at the supervised positions of packed samples.
+    """A frozen language model and its cache: gives the model's outputs at the supervised positions of packed samples.
 
     The ranks of a run share one cache: each must make its `Teacher`, once the group of ranks is there.
     """
@@ -59,8 +59,8 @@ class Teacher:
         """`model` is a transformers causal language model whose packing is enabled.
 
         In mode "hidden" the cache keeps hidden states in `cache_dtype` (bfloat16, float32, or int8 with a scale a
-        token), in mode "topk" the `top_k` largest log-probabilities; `say` is told what that loses. What was computed
-        in another `precision` is not read. What a loss is given lies on `device`, the teacher's own where left out.
+        token), in mode "topk" the `top_k` largest log-probabilities; `say` gets a line with what that loses. What was
+        computed in another `precision` is not read. Outputs lie on `device`, the teacher's own where left out.
         `keep_body` keeps the body in memory for samples that come up while training (see `live`). Raises `InputError`
         where the model's logits are not its lm_head applied to its last hidden states.
         """
@@ -89,14 +89,14 @@ class Teacher:
 
     @property
     def lm_head(self) -> LmHead:
-        """Raises RuntimeError once a top-k teacher has let go of it."""
+        """Raises RuntimeError where a teacher with a top-k cache has released it with its body."""
         if self._head is None:
             raise RuntimeError("the lm_head of a teacher with a top-k cache was released with its body")
         return self._head
 
     @property
     def has_body(self) -> bool:
-        """Whether the whole model is still here."""
+        """Whether the body is still in memory."""
         return self._model is not None
 
     @property
@@ -161,8 +161,9 @@ class Teacher:
             self._exchange()
 
     def release_body_if_cached(self, samples: Sequence[EncodedSample]) -> bool:
-        """Frees all but the lm_head (that too in mode "topk") once every one of the samples is in the cache and on
-        disk as it was computed; says whether the body is gone. Every rank must call it, and all let go together."""
+        """Releases the body, in mode "topk" the lm_head too, once all of the samples are in the cache and on disk as
+        they were computed. Returns whether the body is released. Every rank must call it; the body goes on all ranks
+        or on none."""
         if self._model is None:
             return True
         self._exchange()
@@ -173,7 +174,7 @@ class Teacher:
         return True
 
     def _on_disk(self, samples: Sequence[EncodedSample]) -> bool:
-        """Whether no sample is missing and this rank's share of them is as it was written."""
+        """Whether no sample is missing, and the checksums of this rank's share of them hold."""
         if self.cache.missing(samples):
             return False
         self.cache.flush()
@@ -196,16 +197,16 @@ class Teacher:
             if missing := self.cache.missing(samples):
                 if damage is not None and self._model is None:
                     raise InputError(
-                        f"{damage} by the same command, run again: the teacher has left memory"
+                        f"{damage} by the same command, run again: the teacher's body is no longer in memory"
                     ) from damage
                 self._compute(missing)
             try:
                 return read()
-            except MissingSamples as error:  # of one shard, which the cache has forgotten: every turn has one less
+            except MissingSamples as error:  # the cache has forgotten the damaged shard: each turn has one less
                 damage = error
 
     def _run(self, samples: Sequence[EncodedSample]) -> Tensor:
-        """[N, H] final hidden states at the supervised positions, where the body left them."""
+        """[N, H] final hidden states at the supervised positions, on the body's last device."""
         body = self.model.get_decoder()
         batch = pack(samples).to(self._input_device)
         return supervised_hidden(body, batch, packed=self._packed)
@@ -265,8 +266,8 @@ def most_likely(head: LmHead, hidden: Tensor, k: int) -> TopK:
 
 
 def teacher_fingerprint(model: Any, precision: str = "") -> str:
-    """Identifies what a teacher says: its weights, its configuration but for the names of folders and versions, and the
-    precision it runs in."""
+    """Identifies a teacher's outputs: by its weights, the precision it runs in, and its configuration without names of
+    folders and versions."""
     settings = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
     return hashlib.sha256(f"{weights_fingerprint(model)} {settings} {precision}".encode()).hexdigest()
 

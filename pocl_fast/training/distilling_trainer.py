@@ -200,7 +200,7 @@ class DistillingTrainer(SavingTrainer):
         self.model.eval()  # type: ignore[union-attr]
         with (
             self.whole_student() as model,
-            student_engine(model, self.args, bf16=self.precision.name == "bf16") as engine,
+            student_engine(model, self.encoder, self.args, bf16=self.precision.name == "bf16") as engine,
         ):
             return evaluation.evaluate(
                 model,
@@ -209,8 +209,6 @@ class DistillingTrainer(SavingTrainer):
                 self.encoder,
                 seeds=self.args.eval_seeds,
                 max_new_tokens=self.args.max_new_tokens,
-                batch_size=self.args.generation_batch_size,
-                batch_tokens=self.args.generation_batch_tokens,
                 packed=self.packed,
                 engine=engine,
             )

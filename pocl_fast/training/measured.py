@@ -9,17 +9,15 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from pocl_fast.answers import vllm
-from pocl_fast.answers.likelihood import TOKENS_A_BATCH, LoadedModel
-from pocl_fast.curriculum.measurer import TEACHER_SCHEMA, TEACHER_TOKENS, AnswerOptions, measure, rows_of
-from pocl_fast.curriculum.scores import SignalScores, read_scores
-from pocl_fast.curriculum.signals import TEACHER_COLUMNS, TEACHER_SCORES, chosen_signals, teacher_columns
+from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
+from pocl_fast.answers.likelihood import TEACHER_COLUMNS, TOKENS_A_BATCH, LoadedModel
+from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, StageSettings, make_curriculum
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
 from pocl_fast.data.packed import pack, token_budget_batches
@@ -34,24 +32,24 @@ from pocl_fast.system import ranks
 from pocl_fast.system.console import say, shared_progress
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
-from pocl_fast.system.resumable_table import Job, make_table, pieces_of
 from pocl_fast.teacher.shards import HiddenEntries
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import top_k_lacks
 
+if TYPE_CHECKING:
+    from pocl_fast.curriculum.scores import SignalScores
 
-class EngineOptions(Protocol):
+
+class EngineOptions(AnswerOptions, Protocol):
     """What generates answers, and how long prompts and answers may be."""
 
     @property
     def generation_engine(self) -> Literal["auto", "torch", "vllm"]: ...
     @property
-    def max_new_tokens(self) -> int: ...
-    @property
     def max_prompt_length(self) -> int: ...
 
 
-class MeasureOptions(AnswerOptions, EngineOptions, StageSettings, Protocol):
+class MeasureOptions(EngineOptions, StageSettings, Protocol):
     """How difficulty is measured, and how stages are made of it."""
 
     @property
@@ -91,19 +89,23 @@ def measured_curriculum(
     if made_from is not None and ranks.is_first():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(key, made_from)
+    # these need pyarrow, which a trainer with a curriculum does without
+    from pocl_fast.curriculum.measurer import measure, rows_of
+    from pocl_fast.curriculum.scores import read_scores
+
     table = folder / "difficulty.parquet"
     with student as loaded:
-        with student_engine(loaded.model, options, bf16=bf16) as engine:
+        with student_engine(loaded.model, encoder, options, bf16=bf16) as engine:
             measure(
                 loaded,
                 rows_of(samples.samples, samples.encoded),
                 len(samples.encoded),
                 encoder,
                 table,
-                generation=options,
+                engine=engine,
+                max_new_tokens=options.max_new_tokens,
                 temperature=options.measure_temperature,
                 seed=options.measure_seed,
-                engine=engine,
             )
         if teacher_columns(options.signals):
             measure_cached_teacher(loaded, teacher, samples.encoded, folder / TEACHER_SCORES)
@@ -118,7 +120,7 @@ def measured_curriculum(
 
 def measured_from(student: Any, samples: Sequence[EncodedSample], options: MeasureOptions) -> str:
     """Identifies what a student's difficulty is measured on: its weights, the samples and the options."""
-    named = {*_properties(MeasureOptions), *_properties(EngineOptions), *_properties(StageSettings)}
+    named = {"max_new_tokens", *(n for one in (MeasureOptions, EngineOptions, StageSettings) for n in _properties(one))}
     settings = [(name, getattr(options, name)) for name in sorted(named)]
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(weights_fingerprint(causal_lm(student)).encode())
@@ -170,11 +172,11 @@ def vllm_answers(student: Any, options: EngineOptions, device: torch.device) -> 
 
 
 def student_engine(
-    student: Any, options: EngineOptions, *, bf16: bool
-) -> contextlib.AbstractContextManager[vllm.VllmEngine | None]:
-    """vLLM with the student in it, in bf16 or fp32; None where torch answers."""
+    student: Any, encoder: SampleEncoder, options: EngineOptions, *, bf16: bool
+) -> contextlib.AbstractContextManager[Engine]:
+    """What generates the student's answers: vLLM with the student in it, in bf16 or fp32, or torch."""
     if not vllm_answers(student, options, next(student.parameters()).device):
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(TorchEngine.of(student, encoder, options))
     longest = options.max_prompt_length + options.max_new_tokens
     return vllm.loaded(student, max_length=longest, dtype="bfloat16" if bf16 else "float32")
 
@@ -190,6 +192,11 @@ def measure_cached_teacher(
     The cache is filled first, so that the teacher's layers, which may have left memory, still run once a sample. Its
     rounding of the hidden states is in the result. Ranks and interruptions are as in `make_table`.
     """
+    import pyarrow as pa
+
+    from pocl_fast.curriculum.measurer import TEACHER_TOKENS
+    from pocl_fast.system.resumable_table import Job, make_table, pieces_of
+
     if teacher.has_body:
         teacher.fill(encoded)
 
@@ -203,7 +210,8 @@ def measure_cached_teacher(
         for batch in token_budget_batches([len(one) for one in samples], max_tokens=TOKENS_A_BATCH):
             for name, means in _cached_scores(student, teacher, [samples[i] for i in batch]).items():
                 columns[name][batch] = means
-        return pa.table({"index": [one.index for one in samples], **columns}, schema=TEACHER_SCHEMA)
+        index = pa.array([one.index for one in samples], pa.int64())
+        return pa.table({"index": index, **{name: pa.array(values) for name, values in columns.items()}})
 
     with (
         frozen_linears(student.model),
@@ -234,10 +242,8 @@ def _cached_scores(student: LoadedModel, teacher: Teacher, samples: Sequence[Enc
             logit_softcap=head.logit_softcap,
         ).per_token
 
-    values = {
-        "teacher_cross_entropy": compared(cached, theirs)["ce"],  # of the teacher in the student's place
-        "mean_kl": compared(hidden, lm_head(student.model))["divergence"],
-    }
+    of_student, of_teacher = compared(hidden, lm_head(student.model)), compared(cached, theirs)
+    values = {name: value(of_student, of_teacher) for name, value in TEACHER_COLUMNS.items()}
     return {
         name: [part.double().mean().item() for part in tokens.cpu().split(batch.counts)]
         for name, tokens in values.items()

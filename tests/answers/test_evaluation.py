@@ -6,6 +6,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_training import encoded_samples, student_model, transformers_loss
 
 from pocl_fast.answers import evaluation
+from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.answers.evaluation import evaluate, exact_match, mean_token_cross_entropy
 from pocl_fast.data.encoding import SampleEncoder
 
@@ -30,13 +31,14 @@ def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tm
     answers = {10: ["0", "1 1", "2 2 2", "no"], 20: ["no", "1", "no", "no"]}
     asked = []
 
-    def scripted(model, encoded, encoder, *, seed, temperature, **_):
+    def scripted(engine, encoded, encoder, *, seed, temperature, **_):
         asked.append((seed, temperature))
         return answers[seed]
 
     monkeypatch.setattr(evaluation, "answer_all", scripted)
-    settings = {"seeds": (10, 20), "max_new_tokens": 4, "batch_size": 2, "packed": True}
-    scores, first = evaluate(student_model(), samples, encoded, SampleEncoder(tiny_tokenizer()), **settings)
+    student, encoder = student_model(), SampleEncoder(tiny_tokenizer())
+    settings = {"engine": TorchEngine(student, 256), "seeds": (10, 20), "max_new_tokens": 4, "packed": True}
+    scores, first = evaluate(student, samples, encoded, encoder, **settings)
     assert asked == [(10, 1.0), (20, 1.0)]
     assert first == answers[10]
     by_seed = [75.0, 100 * (2 / 3) / 4]  # "1" for "1 1": precision 1, recall 1/2
@@ -50,10 +52,10 @@ def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tm
 
 def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tmp_path):
     samples, encoded = encoded_samples(6)
-    encoder = SampleEncoder(tiny_tokenizer())
-    settings = {"max_new_tokens": 6, "batch_size": 4, "packed": True}
+    student, encoder = student_model(), SampleEncoder(tiny_tokenizer())
+    settings = {"engine": TorchEngine(student, 256, batch_size=4), "max_new_tokens": 6, "packed": True}
     one, two, three = (
-        evaluate(student_model(), samples, encoded, encoder, seeds=[seed], **settings)[1] for seed in (10, 10, 20)
+        evaluate(student, samples, encoded, encoder, seeds=[seed], **settings)[1] for seed in (10, 10, 20)
     )
     assert one == two
     assert one != three

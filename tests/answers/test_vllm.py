@@ -23,6 +23,7 @@ from pocl_fast.models.cut import cut_layers
 from pocl_fast.system.errors import InputError
 
 GPU = torch.device("cuda")
+GREEDY = {"temperature": 0.0, "seed": 0}
 
 
 @dataclass(kw_only=True)
@@ -127,7 +128,10 @@ def test_answers_are_those_of_torch_for_a_student_that_was_cut_in_memory(vllm):
     with vllm_engine.loaded(student, max_length=99, dtype="float32") as engine:
         (llm,) = LLM.made
         assert llm.folder.is_dir()
-        assert engine.generate(prompts, max_new_tokens=12, end_ids=ends) == want
+        done = []
+        settings = {"max_new_tokens": 12, "end_ids": ends, "progress": done.append}
+        assert engine.generate(prompts, sample_ids=range(3), **GREEDY, **settings) == want
+    assert done == [3]
     assert len(want[0]) < 12
     assert llm.settings == ("float32", 99, pytest.approx(0.8 * 0.75))
     assert all((how.temperature, how.seed, how.max_tokens) == (0.0, None, 12) for how in llm.asked[0])
@@ -164,7 +168,7 @@ def test_measure_and_evaluate_ask_vllm_and_give_what_torch_gives(vllm, tmp_path,
     assert run("measure", tmp_path / "torch", *select(words, "measure")) == 0
     assert LLM.made == []
     monkeypatch.setattr(vllm_engine, "chosen", lambda engine, device: engine != "torch")  # as on a GPU
-    monkeypatch.setattr("pocl_fast.curriculum.measurer.ENGINE_ROWS", 10)
+    monkeypatch.setattr(vllm_engine, "BATCH", 10)
     assert run("measure", tmp_path / "vllm", *select(words, "measure")) == 0
     (llm,) = LLM.made
     assert [len(asked) for asked in llm.asked] == [10, 10, 4]

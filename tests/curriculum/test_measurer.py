@@ -7,45 +7,24 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from tiny_training import encoded_samples, student_model, teacher_model, transformers_loss
 
+from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.answers.evaluation import answer_all
-from pocl_fast.answers.likelihood import LoadedModel, cross_entropy, response_scores
+from pocl_fast.answers.likelihood import LoadedModel, response_scores
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.curriculum.measurer import measure, measure_teacher, rows_of
+from pocl_fast.curriculum.scores import read_scores
+from pocl_fast.curriculum.signals import BUILT_IN, TEACHER_SCORES, chosen_signals
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.models.packed_attention import enable_packing
-from pocl_fast.options import GenerationOptions
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_cross_entropy_is_transformers_own_loss_of_each_sample(tmp_path, monkeypatch, packed):
-    monkeypatch.setattr("pocl_fast.answers.likelihood.TOKENS_A_BATCH", 100)  # several batches
-    monkeypatch.setattr("pocl_fast.answers.likelihood.ROWS_OF_LOGITS", 3)  # each of several parts
-    _, encoded = encoded_samples(9)
-    want = [transformers_loss(tiny_model(), sample) for sample in encoded]
-    assert cross_entropy(student_model(), encoded, packed=packed) == pytest.approx(want, rel=1e-5)
-    assert np.ptp(want) > 0.3  # so that an exchanged order would be seen
-
-
-def test_cross_entropy_is_of_the_scaled_and_capped_logits_of_such_families(tmp_path):
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = GraniteConfig(**sizes, **heads, logits_scaling=4.0, initializer_range=0.4, pad_token_id=256)
-    model = GraniteForCausalLM(config).eval()
-    _, encoded = encoded_samples(4)
-    want = [transformers_loss(model, sample) for sample in encoded]
-    assert cross_entropy(model, encoded, packed=False) == pytest.approx(want, rel=1e-5)
-
-
-def measured(folder, samples, encoded, *, model=None, generation=None, **options):
+def measured(folder, samples, encoded, *, model=None, batch_size=3, **sampling):
     """The table that `measure` writes."""
-    encoder, generation = SampleEncoder(tiny_tokenizer()), generation or GenerationOptions(5, generation_batch_size=3)
-    output = folder / "d.parquet"
+    encoder, output = SampleEncoder(tiny_tokenizer()), folder / "d.parquet"
     student = LoadedModel(model or student_model(), True)
+    engine = TorchEngine(student.model, 256, batch_size)
     rows = rows_of(samples, encoded)
-    measure(student, rows, len(encoded), encoder, output, generation=generation, **options)
+    measure(student, rows, len(encoded), encoder, output, engine=engine, max_new_tokens=5, **sampling)
     assert [path.name for path in folder.iterdir() if path.name.startswith("d.")] == ["d.parquet"]
     return pq.read_table(output)
 
@@ -81,25 +60,6 @@ def test_one_sample_and_an_empty_answer_are_measured(tmp_path):
     assert table["cross_entropy"].to_pylist() == pytest.approx([transformers_loss(silent, encoded[0])], rel=1e-5)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_the_teacher_s_scores_are_those_of_its_logits(tmp_path, monkeypatch, packed):
-    monkeypatch.setattr("pocl_fast.answers.likelihood.TOKENS_A_BATCH", 100)  # several batches
-    monkeypatch.setattr("pocl_fast.answers.likelihood.ROWS_OF_LOGITS", 3)  # each of several parts
-    _, encoded = encoded_samples(7)
-    student, teacher = student_model(), teacher_model()
-    scores = response_scores(LoadedModel(student, packed), encoded, LoadedModel(teacher, packed))
-    assert scores["cross_entropy"] == pytest.approx([transformers_loss(tiny_model(), s) for s in encoded], rel=1e-5)
-    # plain models: the others' attention is packed by now
-    plain = tiny_model(layers=4, seed=1)
-    assert scores["teacher_cross_entropy"] == pytest.approx([transformers_loss(plain, s) for s in encoded], rel=1e-5)
-    for sample, mean_kl in zip(encoded, scores["mean_kl"], strict=True):
-        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
-        rows = slice(len(sample.prompt_ids) - 1, -1)
-        with torch.no_grad():
-            q, p = (model(ids).logits[0, rows].double().log_softmax(-1) for model in (tiny_model(), plain))
-        assert mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
-
-
 def test_the_teacher_s_columns_are_a_table_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("pocl_fast.curriculum.measurer.TEACHER_TOKENS", 150)  # several parts
     samples, encoded = encoded_samples(5)
@@ -117,20 +77,28 @@ def test_sampled_answers_are_those_of_their_seed_and_sample(tmp_path):
     tables = {}
     for name, seed, batch in (("one", 1, 3), ("other batches", 1, 2), ("two", 2, 3)):
         (folder := tmp_path / name).mkdir()
-        generation = GenerationOptions(5, generation_batch_size=batch)
-        tables[name] = measured(folder, samples, encoded, generation=generation, temperature=1.0, seed=seed)
+        tables[name] = measured(folder, samples, encoded, batch_size=batch, temperature=1.0, seed=seed)
     assert tables["one"]["answer"].equals(tables["other batches"]["answer"])
     assert not tables["one"]["answer"].equals(tables["two"]["answer"])
     losses = [table["cross_entropy"].to_numpy() for table in tables.values()]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
     np.testing.assert_array_equal(losses[2], losses[0])
     wanted = answer_all(
-        student_model(),
+        TorchEngine(student_model(), 256, batch_size=9),
         encoded,
         SampleEncoder(tiny_tokenizer()),
         max_new_tokens=5,
-        batch_size=9,
         temperature=1.0,
         seed=2,
     )
     assert tables["two"]["answer"].to_pylist() == wanted
+
+
+def test_every_built_in_signal_reads_what_is_measured(tmp_path):
+    samples, encoded = encoded_samples(6)
+    measured(tmp_path, samples, encoded)
+    student, teacher = LoadedModel(student_model(), True), LoadedModel(teacher_model(), True)
+    measure_teacher(student, teacher, rows_of(samples, encoded), 6, tmp_path / TEACHER_SCORES)
+    known = read_scores(tmp_path / "d.parquet", chosen_signals(",".join(BUILT_IN)))
+    assert len(known.scores) == len(BUILT_IN)
+    assert all(np.isfinite(scores).all() for scores in known.scores)

@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pocl_fast.curriculum import scores
+from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import chosen_signals
-from pocl_fast.curriculum.stages import reciprocal_rank_fusion
 from pocl_fast.system.errors import InputError
 
 
@@ -57,6 +57,12 @@ def test_a_column_that_was_not_measured_is_one_clear_error(tmp_path):
     write_table(tmp_path / "d.parquet")
     message = r"lacks the columns \['teacher_cross_entropy'\], which --signals rouge_l,cross_entropy_gap reads"
     with pytest.raises(InputError, match=message):
+        read_scores(tmp_path / "d.parquet", chosen_signals("rouge_l,cross_entropy_gap"))
+    made = pq.read_table(tmp_path / "d.parquet")
+    pq.write_table(
+        made.select(["index"]).append_column("mean_kl", made["rouge_l"]), tmp_path / "teacher_scores.parquet"
+    )
+    with pytest.raises(InputError, match=message):  # nor has the teacher's table the column
         read_scores(tmp_path / "d.parquet", chosen_signals("rouge_l,cross_entropy_gap"))
 
 

@@ -12,7 +12,7 @@ import pytest
 from ranks import gloo
 from tiny_run import make_inputs, options, read_json, refusal, run, select
 
-from pocl_fast.curriculum import measurer
+from pocl_fast.answers import engine
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.system import ranks
 
@@ -22,10 +22,10 @@ QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 SLOWED = """
 import os, sys, time
 from pocl_fast import cli
-from pocl_fast.curriculum import measurer
+from pocl_fast.answers import engine
 from pocl_fast.system.errors import InputError
 
-generate = measurer.generate
+generate = engine.generate
 
 def slowed(*arguments, **options):
     time.sleep(float(os.environ.get("SECONDS", 0)))
@@ -33,7 +33,7 @@ def slowed(*arguments, **options):
         raise InputError("this rank's samples are wrong")
     return generate(*arguments, **options)
 
-measurer.generate = slowed
+engine.generate = slowed
 sys.exit(cli.main())
 """
 
@@ -122,7 +122,7 @@ def test_a_signal_of_the_teacher_s_is_added_without_asking_the_student_again(wor
     def no_answers(*_, **__):
         raise AssertionError("the student answered again")
 
-    monkeypatch.setattr(measurer, "generate", no_answers)
+    monkeypatch.setattr(engine, "generate", no_answers)
     signals = ("--signals", "mean_kl")
     assert run("measure", output, *words, *signals) == 0
     assert "measure-teacher: cross-entropy " in capsys.readouterr().out

@@ -12,8 +12,9 @@ from tiny import arithmetic, tiny_model, write_jsonl
 from tiny_run import OUTPUTS, options, read_json, refusal, run, select, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pocl_fast.curriculum import measurer
-from pocl_fast.curriculum.stages import Curriculum, reciprocal_rank_fusion
+from pocl_fast.answers import engine
+from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
+from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.run.configuration import read_yaml
 
 
@@ -180,7 +181,7 @@ def test_a_deleted_result_is_made_again_with_the_same_bits(copied):
 
 def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, tmp_path, monkeypatch, capsys):
     inputs, whole = finished
-    output, generate, asked = tmp_path / "out", measurer.generate, []
+    output, generate, asked = tmp_path / "out", engine.generate, []
 
     def interrupted(model, prompts, **kwargs):
         if len(asked) == 1:
@@ -188,7 +189,7 @@ def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, t
         asked.append(len(prompts))
         return generate(model, prompts, **kwargs)
 
-    monkeypatch.setattr(measurer, "generate", interrupted)
+    monkeypatch.setattr(engine, "generate", interrupted)
     words = select(options(inputs), "measure")
     assert run("measure", output, *words) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
@@ -199,7 +200,7 @@ def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, t
         asked.append(len(prompts))
         return generate(model, prompts, **kwargs)
 
-    monkeypatch.setattr(measurer, "generate", counted)
+    monkeypatch.setattr(engine, "generate", counted)
     assert run("measure", output, *words) == 0
     assert asked == [8, 8, 8]
     assert (output / "difficulty.parquet").read_bytes() == (whole / "difficulty.parquet").read_bytes()

@@ -12,6 +12,7 @@ from tiny_cache import samples
 
 from pocl_fast.answers.answerer import Answerer, AnswerLimits
 from pocl_fast.answers.decoding import generate
+from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -22,9 +23,9 @@ END = 258
 LIMITS = AnswerLimits(max_new_tokens=5, max_length=64, end_id=END)
 
 
-def asking(model=None, **changes):
-    options = {"limits": LIMITS, "end_ids": {END}, "pad_id": 256, "temperature": 0.0, "batch_size": 4}
-    return Answerer(model or tiny_model(), **(options | changes))
+def asking(model=None, *, batch_size=4, batch_tokens=None, **changes):
+    options = {"limits": LIMITS, "end_ids": {END}, "temperature": 0.0}
+    return Answerer(TorchEngine(model or tiny_model(), 256, batch_size, batch_tokens), **(options | changes))
 
 
 def answers(folder, many, answerer=None, teacher="t", **options):
@@ -118,7 +119,7 @@ def test_a_line_that_is_not_whole_does_not_count_and_spoils_no_other(tmp_path, c
     capsys.readouterr()
     assert answers(tmp_path, samples(10)) == made
     said = capsys.readouterr().out
-    assert f"{file}: 1 damaged line, what it lacks is generated again" in said
+    assert f"{file}: 1 damaged line; the answers lost are generated again" in said
     assert "the teacher answers 2 of 10 prompts" in said
     assert answers(tmp_path, samples(10), Never(asking())) == made
 
@@ -180,7 +181,7 @@ def _of_a_rank(folder):
             return super().__call__(prompts, sample_ids, seed)
 
     like = asking()
-    made = answers(folder, samples(20), Counting(like.model, LIMITS, like.end_ids, 256, 0.0, 4), say=lambda _: None)
+    made = answers(folder, samples(20), Counting(like.engine, LIMITS, like.end_ids, 0.0), say=lambda _: None)
     return ranks.rank(), len(asked), made
 
 

@@ -11,8 +11,9 @@ from tiny_cache import FP32, TEACHER, H, cache, filled, flip, hidden_of, only_sh
 
 from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.system.errors import InputError
-from pocl_fast.teacher.cache import MissingSamples, TeacherCache, _Index
-from pocl_fast.teacher.shards import DamagedShard, HiddenEntries, Shard, TopK, TopKEntries, write_shard
+from pocl_fast.teacher.cache import MissingSamples, TeacherCache
+from pocl_fast.teacher.sample_index import SampleIndex
+from pocl_fast.teacher.shards import CacheShard, DamagedShard, HiddenEntries, TopK, TopKEntries, write_shard
 
 # -- what is read ---------------------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ def test_two_hundred_thousand_samples_take_24_bytes_each_of_memory(tmp_path):
 
 
 def test_the_index_finds_what_a_dict_finds():
-    generator, known, index = np.random.default_rng(0), {}, _Index()
+    generator, known, index = np.random.default_rng(0), {}, SampleIndex()
     for number in range(40):
         # few values, so that keys come again, and zero bytes, which numpy drops from the end of its strings
         keys = np.unique(generator.integers(0, 3, (generator.integers(1, 30), 16), dtype=np.uint8), axis=0)
@@ -176,7 +177,7 @@ def test_a_flipped_bit_in_any_byte_of_a_shard_is_noticed_or_changes_nothing(tmp_
         path.unlink()
         path.write_bytes(data)
         try:
-            shard = Shard(path, TEACHER, entries)
+            shard = CacheShard(path, TEACHER, entries)
             order = [shard.keys.tolist().index(sample.fingerprint.rstrip(b"\0")) for sample in many]
             got = {name: np.empty_like(part) for name, part in want.items()}
             for i, at in zip(order, [0, 3, 7, 12], strict=True):
@@ -192,7 +193,7 @@ def test_only_the_samples_of_a_damaged_shard_are_lost_and_the_shard_is_named(tmp
     many = samples(12)
     filled(tmp_path, many, shard_bytes=700)
     paths = shards(tmp_path)
-    kept = [sample for sample in many if sample.fingerprint not in Shard(paths[1], TEACHER, FP32).keys.tolist()]
+    kept = [sample for sample in many if sample.fingerprint not in CacheShard(paths[1], TEACHER, FP32).keys.tolist()]
     assert len(paths) > 3
     assert len(many) - 4 < len(kept) < len(many)
     flip(paths[1], "hidden", byte=13)

@@ -13,7 +13,7 @@ import pytest
 from tiny_run import options, run, weights
 from tiny_training import before_each_batch, curriculum_of, same_bits, train, trainer_of, weights_of
 
-from pocl_fast.curriculum import measurer
+from pocl_fast.answers import engine
 from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.system.seal import SEAL, damage, seal
 from pocl_fast.training import checkpoints, saving_trainer
@@ -279,7 +279,7 @@ def test_a_signal_outside_of_training_stops_with_a_message(
         os.kill(os.getpid(), signal_number)
         time.sleep(1)
 
-    monkeypatch.setattr(measurer, "generate", signalled)
+    monkeypatch.setattr(engine, "generate", signalled)
     assert run("distill", tmp_path / "out", *options(finished[0])) == status
     assert "stopped; the same command goes on from here" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "steps.json").read_text())["measure"]["done"] is False

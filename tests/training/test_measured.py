@@ -24,11 +24,12 @@ from tiny_training import (
 
 from pocl_fast.answers import vllm
 from pocl_fast.answers.decoding import generate
+from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.answers.likelihood import LoadedModel, response_scores
+from pocl_fast.curriculum import measurer
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.teacher.teacher import Teacher
-from pocl_fast.training import measured
 
 TWO_STAGES = {"curriculum": curriculum_of(8, stages=2), "learning_rate": 5e-2, "remeasure": True}
 
@@ -116,6 +117,9 @@ class Engine:
     def __init__(self):
         self.asked = []
 
+    def batches(self, prompts, max_new_tokens):
+        return [list(range(len(prompts)))]
+
     def generate(self, prompts, **how):
         self.asked.append((len(prompts), how["temperature"], how["seed"]))
         return [[55] for _ in prompts]
@@ -164,18 +168,18 @@ def test_a_student_with_adapters_is_answered_for_by_torch(tmp_path, monkeypatch)
 
 def test_distill_measures_again_by_the_options_of_its_command_line(finished, tmp_path, monkeypatch):
     inputs, _ = finished
-    seen, measure = [], measured.measure
+    seen, measure = [], measurer.measure
 
     def watched(*args, **how):
-        seen.append((how["temperature"], how["seed"], how["engine"]))
+        seen.append((how["temperature"], how["seed"], type(how["engine"])))
         return measure(*args, **how)
 
-    monkeypatch.setattr(measured, "measure", watched)
+    monkeypatch.setattr(measurer, "measure", watched)  # the run's own measurement has its name already
     sampling = {"measure_temperature": 0.7, "measure_seed": 5, "generation_engine": "torch"}
     signals = {"signals": "teacher_cross_entropy,cross_entropy_gap,mean_kl", "stages": 2}
     words = [*options(inputs, **sampling, **signals), "--remeasure"]
     assert run("distill", tmp_path / "out", *words) == 0
-    assert seen == [(0.7, 5, None)]
+    assert seen == [(0.7, 5, TorchEngine)]
     stage = tmp_path / "out" / "checkpoints" / "stage-2"
     first = pq.read_table(tmp_path / "out" / "teacher_scores.parquet")
     again = pq.read_table(stage / "teacher_scores.parquet")

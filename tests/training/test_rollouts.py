@@ -12,6 +12,7 @@ from tiny_cache import samples
 
 from pocl_fast.answers.answerer import Answerer, AnswerLimits, answered
 from pocl_fast.answers.decoding import generate
+from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import pack
 from pocl_fast.loss.linear import linear_distillation_loss
@@ -288,7 +289,7 @@ def test_an_answer_ends_with_the_end_token_unless_it_was_cut(answer, prompt, res
 
 def test_a_models_answers_are_sampled_by_seed_and_id_and_its_mode_comes_back():
     model = tiny_model().train()
-    ask = Answerer(model, LIMITS, {END}, 256, temperature=1.0, batch_size=2)
+    ask = Answerer(TorchEngine(model, 256, batch_size=2), LIMITS, {END}, temperature=1.0)
     prompts = [sample.prompt_ids for sample in samples(5)]
     answers = ask(prompts, [3, 1, 4, 1, 5], 17)
     assert model.training
@@ -307,13 +308,13 @@ def test_a_models_answers_are_sampled_by_seed_and_id_and_its_mode_comes_back():
     )
     assert answers == want
     assert not model.training
-    greedy = Answerer(model, LIMITS, {END}, 256, temperature=0.0)
+    greedy = Answerer(TorchEngine(model, 256), LIMITS, {END}, temperature=0.0)
     assert greedy(prompts, range(5), 1) == greedy(prompts, range(5), 2)
 
 
 def test_the_students_own_answers_are_trained_on_as_they_were_sampled():
     model = tiny_model()
-    ask = Answerer(model, LIMITS, {END}, 256)
+    ask = Answerer(TorchEngine(model, 256), LIMITS, {END})
     made = rollouts("gkd", student=ask, lmbda=1.0).batch(samples(3), 0).samples
     assert all(0 < len(m.response_ids) <= 6 for m in made)
     assert [m.truncated for m in made] == [m.response_ids[-1] != END for m in made]
@@ -324,7 +325,7 @@ def test_a_student_trained_on_its_own_answers_comes_closer_to_the_teacher_on_the
     enable_packing(student)
     enable_packing(teacher_model)
     teacher = Teacher(teacher_model, tmp_path, keep_body=True)
-    one = rollouts("gkd", student=Answerer(student, LIMITS, {END}, 256), lmbda=1.0)
+    one = rollouts("gkd", student=Answerer(TorchEngine(student, 256), LIMITS, {END}), lmbda=1.0)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     losses = []
     for step in range(40):

@@ -1,0 +1,111 @@
+"""What answers prompts: the interface of an engine, and the engine that decodes with torch.
+
+Knows models and how prompts are put into batches. Does not know samples, nor what the answers are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pocl_fast.answers.decoding import generate, generation_batches
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.system.console import Report
+
+
+class Engine(Protocol):
+    """A model that answers prompts. Prompts and answers are token ids; an answer is without its end token."""
+
+    def batches(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Indices of the prompts that are answered together, for callers that keep the answers batch by batch."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sample_ids: Sequence[int],
+        end_ids: Collection[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        shared: bool = False,
+        progress: Report | None = None,
+    ) -> list[list[int]]:
+        """The answer to each prompt, of at most `max_new_tokens` tokens.
+
+        `temperature` 0 is greedy; otherwise an answer is sampled from the whole distribution, with random numbers made
+        from `seed` and the prompt's entry in `sample_ids`. With `shared` every rank calls with the same arguments,
+        answers its share of the prompts, and has all answers at the end.
+        """
+        ...
+
+
+class BatchOptions(Protocol):
+    """How many prompts torch answers at once: a run's options, a trainer's arguments."""
+
+    @property
+    def generation_batch_size(self) -> int: ...
+    @property
+    def generation_batch_tokens(self) -> int: ...
+
+
+class AnswerOptions(BatchOptions, Protocol):
+    """The same, and how long an answer may be."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TorchEngine:
+    """An `Engine` by a transformers model, whose mode (training or not) is as before after each call."""
+
+    model: Any  # without what wraps it for several devices
+    pad_id: int
+    batch_size: int = 64  # the most prompts that are answered at once,
+    batch_tokens: int | None = None  # and the most tokens of these prompts and their answers
+
+    @classmethod
+    def of(cls, model: Any, encoder: SampleEncoder, options: BatchOptions) -> TorchEngine:
+        """The engine of a model with the encoder's tokenizer."""
+        pad_id: int = encoder.tokenizer.pad_token_id
+        return cls(model, pad_id, options.generation_batch_size, options.generation_batch_tokens)
+
+    def batches(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        return generation_batches(
+            prompts, batch_size=self.batch_size, max_new_tokens=max_new_tokens, batch_tokens=self.batch_tokens
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sample_ids: Sequence[int],
+        end_ids: Collection[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        shared: bool = False,
+        progress: Report | None = None,
+    ) -> list[list[int]]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return generate(
+                self.model,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                end_ids=end_ids,
+                pad_id=self.pad_id,
+                temperature=temperature,
+                seed=seed,
+                sample_ids=sample_ids,
+                batch_size=self.batch_size,
+                batch_tokens=self.batch_tokens,
+                shared=shared,
+                progress=progress,
+            )
+        finally:
+            self.model.train(was_training)

@@ -1,0 +1,66 @@
+"""The engine of torch: which prompts it answers together, what it answers, and what it leaves of the model."""
+
+from types import SimpleNamespace
+
+import pytest
+from ranks import gloo
+from tiny import tiny_model, tiny_tokenizer
+
+from pocl_fast.answers.decoding import generate
+from pocl_fast.answers.engine import TorchEngine
+from pocl_fast.data.encoding import SampleEncoder
+
+PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8], [40, 41], [90, 91, 92, 93]]
+SETTINGS = {"max_new_tokens": 6, "end_ids": {258}, "temperature": 1.0, "seed": 3}
+
+
+def test_answers_are_those_of_the_sample_and_the_seed_in_whatever_batches():
+    model = tiny_model()
+    ids = [4, 0, 3, 1, 2]
+    want = generate(model, PROMPTS, sample_ids=ids, pad_id=256, batch_size=1, **SETTINGS)
+    for engine in (TorchEngine(model, 256, batch_size=2), TorchEngine(model, 256, batch_tokens=20)):
+        assert engine.generate(PROMPTS, sample_ids=ids, **SETTINGS) == want
+        for batch in engine.batches(PROMPTS, 6):  # as a caller does that keeps each batch's answers
+            some = engine.generate(
+                [PROMPTS[i] for i in batch], sample_ids=[[4, 0, 3, 1, 2][i] for i in batch], **SETTINGS
+            )
+            assert some == [want[i] for i in batch]
+
+
+def test_batches_are_as_large_as_the_options_say():
+    options = SimpleNamespace(generation_batch_size=3, generation_batch_tokens=18)
+    engine = TorchEngine.of(tiny_model(), SampleEncoder(tiny_tokenizer()), options)
+    assert engine.pad_id == 256
+    assert engine.batches(PROMPTS, 5) == [[2], [4, 0], [3, 1]]  # of 13, 9 and 7 tokens a row
+    assert engine.batches(PROMPTS, 1) == [[2, 4], [0, 3, 1]]  # of 9 and 4: the most rows
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_s_mode_comes_back_even_after_an_error(training):
+    model = tiny_model().train(training)
+    engine = TorchEngine(model, 256)
+    engine.generate(PROMPTS, sample_ids=range(5), **SETTINGS)
+    assert model.training == training
+
+    def full(done):
+        assert not model.training
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        engine.generate(PROMPTS, sample_ids=range(5), progress=full, **SETTINGS)
+    assert model.training == training
+
+
+def _shared():
+    done = []
+    engine = TorchEngine(tiny_model(), 256, batch_size=1)
+    answers = engine.generate(PROMPTS, sample_ids=range(5), shared=True, progress=done.append, **SETTINGS)
+    return answers, done
+
+
+@gloo
+def test_ranks_that_share_have_all_the_answers(two_ranks):
+    want = TorchEngine(tiny_model(), 256, batch_size=1).generate(PROMPTS, sample_ids=range(5), **SETTINGS)
+    (one, done), (two, also) = two_ranks(_shared)
+    assert one == two == want
+    assert sorted([done, also]) == [[2, 2], [2, 2, 2]]  # prompts, for both ranks at once

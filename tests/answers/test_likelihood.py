@@ -1,0 +1,51 @@
+"""Cross-entropies and divergences of responses against those of transformers' own logits."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from tiny_training import encoded_samples, student_model, teacher_model, transformers_loss
+
+from pocl_fast.answers.likelihood import LoadedModel, cross_entropy, response_scores
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cross_entropy_is_transformers_own_loss_of_each_sample(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr("pocl_fast.answers.likelihood.TOKENS_A_BATCH", 100)  # several batches
+    monkeypatch.setattr("pocl_fast.answers.likelihood.ROWS_OF_LOGITS", 3)  # each of several parts
+    _, encoded = encoded_samples(9)
+    want = [transformers_loss(tiny_model(), sample) for sample in encoded]
+    assert cross_entropy(student_model(), encoded, packed=packed) == pytest.approx(want, rel=1e-5)
+    assert np.ptp(want) > 0.3  # so that an exchanged order would be seen
+
+
+def test_cross_entropy_is_of_the_scaled_and_capped_logits_of_such_families(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GraniteConfig(**sizes, **heads, logits_scaling=4.0, initializer_range=0.4, pad_token_id=256)
+    model = GraniteForCausalLM(config).eval()
+    _, encoded = encoded_samples(4)
+    want = [transformers_loss(model, sample) for sample in encoded]
+    assert cross_entropy(model, encoded, packed=False) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_teacher_s_scores_are_those_of_its_logits(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr("pocl_fast.answers.likelihood.TOKENS_A_BATCH", 100)  # several batches
+    monkeypatch.setattr("pocl_fast.answers.likelihood.ROWS_OF_LOGITS", 3)  # each of several parts
+    _, encoded = encoded_samples(7)
+    student, teacher = student_model(), teacher_model()
+    scores = response_scores(LoadedModel(student, packed), encoded, LoadedModel(teacher, packed))
+    assert scores["cross_entropy"] == pytest.approx([transformers_loss(tiny_model(), s) for s in encoded], rel=1e-5)
+    # plain models: the others' attention is packed by now
+    plain = tiny_model(layers=4, seed=1)
+    assert scores["teacher_cross_entropy"] == pytest.approx([transformers_loss(plain, s) for s in encoded], rel=1e-5)
+    for sample, mean_kl in zip(encoded, scores["mean_kl"], strict=True):
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        rows = slice(len(sample.prompt_ids) - 1, -1)
+        with torch.no_grad():
+            q, p = (model(ids).logits[0, rows].double().log_softmax(-1) for model in (tiny_model(), plain))
+        assert mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
