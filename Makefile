@@ -2,6 +2,7 @@
 # make test   set up, build, and run the tests
 # make test-wheel   build the wheel, install it into a fresh environment, and distil there
 # make lint   ruff, mypy, and import-linter: the rooms' imports point one way
+# make docs   write docs/options.md from the declarations of the options
 # make gpu-versions   the environment of the GPU machine that benchmarks/gpu.sh was made for, in .venv-gpu (Python 3.12)
 #
 # PYTHON picks the interpreter (3.10 to 3.13), VENV the environment's folder, TEST_PROCESSES how many processes run the
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-wheel test-gpu lint env gpu-versions clean
+.PHONY: demo test test-wheel test-gpu lint docs env gpu-versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.core
@@ -38,6 +39,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/options_page.py
 
 env: $(VENV)/.dev
 

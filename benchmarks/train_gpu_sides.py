@@ -251,7 +251,7 @@ def train_ours(run: Run, step_done: Callable[[], None]) -> tuple[list[float], in
         def noted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
             loss = training_step(model, inputs, *args, **kwargs)
             losses.append(loss.detach().clone())  # to be read at the end: reading waits for the GPU
-            seen.append(inputs["samples"])
+            seen.append(inputs.samples)
             return loss
 
         trainer.training_step = noted

@@ -1,4 +1,4 @@
-"""The command line: `pocl-fast COMMAND`, generated from the configuration's dataclasses."""
+"""The command line: `pocl-fast COMMAND`. A command is a step and the groups of options that the step reads."""
 
 from __future__ import annotations
 
@@ -9,25 +9,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from copy import copy
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pocl_fast.options import (
-    Cache,
-    Data,
-    Difficulty,
-    Evaluation,
-    Generation,
-    Models,
-    Rollouts,
-    RunConfig,
-    Schedule,
-    Training,
-    read_yaml,
-    recorded_config,
-)
+from pocl_fast.options import RunConfig, option_name
+from pocl_fast.run.configuration import from_options, read_yaml, recorded_config
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
+from pocl_fast.system.typed_values import hints_of
 
 
 @dataclass(frozen=True)
@@ -49,77 +40,8 @@ class Step(Output):
 
 
 @dataclass(frozen=True)
-class Distill(Step):
-    """Distil a teacher into a student: measure, rank, train, evaluate, report; stops and resumes at any point."""
-
-    models: Models = field(default_factory=Models)
-    data: Data = field(default_factory=Data)
-    generation: Generation = field(default_factory=Generation)
-    difficulty: Difficulty = field(default_factory=Difficulty)
-    schedule: Schedule = field(default_factory=Schedule)
-    training: Training = field(default_factory=Training)
-    rollouts: Rollouts = field(default_factory=Rollouts)
-    cache: Cache = field(default_factory=Cache)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-
-
-@dataclass(frozen=True)
-class Measure(Step):
-    """Measure how hard each training sample is for the student -> difficulty.parquet, teacher_scores.parquet."""
-
-    models: Models = field(default_factory=Models)
-    data: Data = field(default_factory=Data)
-    generation: Generation = field(default_factory=Generation)
-    difficulty: Difficulty = field(default_factory=Difficulty)
-
-
-@dataclass(frozen=True)
-class Rank(Step):
-    """Rank the samples easy to hard and cut them into stages: difficulty.parquet -> curriculum.json."""
-
-    difficulty: Difficulty = field(default_factory=Difficulty)
-    schedule: Schedule = field(default_factory=Schedule)
-
-
-@dataclass(frozen=True)
-class FillCache(Step):
-    """Run the teacher over the training samples ahead of training, which does it otherwise -> teacher_cache/."""
-
-    models: Models = field(default_factory=Models)
-    data: Data = field(default_factory=Data)
-    cache: Cache = field(default_factory=Cache)
-
-
-@dataclass(frozen=True)
-class Train(Step):
-    """Train the student along curriculum.json -> checkpoints, metrics.jsonl, student/."""
-
-    models: Models = field(default_factory=Models)
-    data: Data = field(default_factory=Data)
-    generation: Generation = field(default_factory=Generation)
-    training: Training = field(default_factory=Training)
-    rollouts: Rollouts = field(default_factory=Rollouts)
-    cache: Cache = field(default_factory=Cache)
-
-
-@dataclass(frozen=True)
-class Evaluate(Step):
-    """Evaluate the student before and after training on the held-out samples -> evaluation.json, answers-*.jsonl."""
-
-    models: Models = field(default_factory=Models)
-    data: Data = field(default_factory=Data)
-    generation: Generation = field(default_factory=Generation)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-
-
-@dataclass(frozen=True)
-class Report(Output):
-    """Write report.html from what the run directory holds."""
-
-
-@dataclass(frozen=True)
-class Demo(Output):
-    """Distil the bundled teacher into six of its layers on the bundled samples: minutes on two cores."""
+class DemoOutput(Output):
+    """Where the run lives."""
 
     output: Path = Path("runs/demo")
     """The run directory: made if it is not there, continued if it holds this run."""
@@ -140,15 +62,55 @@ def _evaluate(run: Any) -> None:
         run.evaluate("after")
 
 
-COMMANDS: dict[str, tuple[type[Output], Callable[[Any], Any]]] = {
-    "distill": (Distill, _distill),
-    "measure": (Measure, lambda run: run.measure()),
-    "rank": (Rank, lambda run: run.rank()),
-    "cache": (FillCache, lambda run: run.cache()),
-    "train": (Train, lambda run: run.train()),
-    "evaluate": (Evaluate, _evaluate),
-    "report": (Report, lambda run: run.report()),
-    "demo": (Demo, _distill),
+@dataclass(frozen=True)
+class Command:
+    """What a command does with a run, and which groups of `RunConfig` it reads."""
+
+    help: str
+    work: Callable[[Any], Any]
+    groups: tuple[str, ...] = ()
+    step: type[Output] = Step
+
+
+_DATA = ("models", "data")
+_TRAINING = ("loss", "stages", "optimisation", "logging", "trainer", "rollouts", "cache")
+COMMANDS: dict[str, Command] = {
+    "distill": Command(
+        "Distil a teacher into a student: measure, rank, train, evaluate, report; stops and resumes at any point.",
+        _distill,
+        tuple(group.name for group in fields(RunConfig)),
+    ),
+    "measure": Command(
+        "Measure how hard each training sample is for the student -> difficulty.parquet, teacher_scores.parquet.",
+        lambda run: run.measure(),
+        (*_DATA, "generation", "difficulty"),
+    ),
+    "rank": Command(
+        "Rank the samples easy to hard and cut them into stages: difficulty.parquet -> curriculum.json.",
+        lambda run: run.rank(),
+        ("difficulty", "schedule"),
+    ),
+    "cache": Command(
+        "Run the teacher over the training samples ahead of training, which does it otherwise -> teacher_cache/.",
+        lambda run: run.cache(),
+        (*_DATA, "cache"),
+    ),
+    "train": Command(
+        "Train the student along curriculum.json -> checkpoints, metrics.jsonl, student/.",
+        lambda run: run.train(),
+        (*_DATA, "generation", *_TRAINING),
+    ),
+    "evaluate": Command(
+        "Evaluate the student before and after training on the held-out samples -> evaluation.json, answers-*.jsonl.",
+        _evaluate,
+        (*_DATA, "generation", "evaluation"),
+    ),
+    "report": Command("Write report.html from what the run directory holds.", lambda run: run.report(), step=Output),
+    "demo": Command(
+        "Distil the bundled teacher into six of its layers on the bundled samples: minutes on two cores.",
+        _distill,
+        step=DemoOutput,
+    ),
 }
 NEED_A_RUN = ("rank", "train", "report")  # of what an earlier step left
 
@@ -188,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> None:
-    command, work = COMMANDS[name]
-    given, options = _parse(name, command, arguments)
+    command = COMMANDS[name]
+    given, config = _parse(name, command, arguments)
     if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     _quiet_libraries()
@@ -197,32 +159,64 @@ def _run(name: str, arguments: list[str]) -> None:
     from pocl_fast.system import ranks
 
     joined = ranks.start()
+    options = config.flat()
     if name == "demo":
         from pocl_fast.run.demo import demo_options
 
         options = demo_options()
-    work(open_run(given.output, options, restart=getattr(given, "restart", False)))
+    command.work(open_run(given.output, options, restart=getattr(given, "restart", False)))
     if joined:
         ranks.stop()
 
 
-def _parse(name: str, command: type[Output], arguments: list[str]) -> tuple[Any, dict[str, Any]]:
+def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunConfig]:
     """What was given to the command, and all options of the run: the defaults, over them what the run recorded, then
     the YAML file, then the command line."""
     import tyro
 
     base = recorded_config(output) if (output := _value_of(arguments, "--output")) else RunConfig()
-    if issubclass(command, Step) and (yaml_file := _value_of(arguments, "--config")):
+    if issubclass(command.step, Step) and (yaml_file := _value_of(arguments, "--config")):
         base = read_yaml(yaml_file, base)
-    groups = {f.name: getattr(base, f.name) for f in fields(command) if hasattr(base, f.name)}
-    default = command() if command is Demo else command(output=tyro.MISSING, **groups)  # type: ignore[call-arg]
-    shown: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
-    given = tyro.cli(shown, prog=f"pocl-fast {name}", description=command.__doc__, args=arguments, default=default)
-    options = base.flat()
-    for group in groups:
-        value = getattr(given, group)
-        options |= {f.name: getattr(value, f.name) for f in fields(value)}
-    return given, options
+    groups = {group: _command_line_group(getattr(base, group)) for group in command.groups}
+    shown: list[tuple[str, Any, Any]] = [(name, group, field(default_factory=group)) for name, group in groups.items()]
+    made: Any = make_dataclass(name, shown, bases=(command.step,), frozen=True)
+    read: Any = Annotated[made, tyro.conf.OmitArgPrefixes]
+    given: Any = tyro.cli(read, prog=f"pocl-fast {name}", description=command.help, args=_with_one_set(arguments))
+    options = {option: value for group in groups for option, value in vars(getattr(given, group)).items()}
+    return given, from_options(options, base)
+
+
+def _command_line_group(group: Any) -> type:
+    """A group for the command line's parser: its options under their own names, with the group's values as defaults;
+    --set as words."""
+    import tyro
+
+    options: list[tuple[str, Any, Any]] = []
+    for option in fields(group):
+        kind, value = hints_of(type(group))[option.name], getattr(group, option.name)
+        said: dict[str, Any] = {"help": option.metadata["help"]}
+        if option.name == "set":
+            kind, value = list[str], []
+            said |= {"metavar": "NAME=VALUE ...", "help_behavior_hint": "(default: none)"}
+        options.append(
+            (option_name(option), Annotated[kind, tyro.conf.arg(**said)], field(default_factory=partial(copy, value)))
+        )
+    return make_dataclass(type(group).__name__, options, namespace={"__doc__": type(group).__doc__})
+
+
+def _with_one_set(arguments: list[str]) -> list[str]:
+    """The words with those of all --set behind one: the parser would take the last --set alone."""
+    others: list[str] = []
+    words: list[str] = []
+    into = others
+    for argument in arguments:
+        if argument == "--set" or argument.startswith("--set="):
+            into = words
+            words += [argument.removeprefix("--set=")] if argument != "--set" else []
+            continue
+        into = others if argument.startswith("--") else into
+        into.append(argument)
+    return [*others, "--set", *words] if words else others
 
 
 def _value_of(arguments: list[str], option: str) -> Path | None:
@@ -236,7 +230,7 @@ def _value_of(arguments: list[str], option: str) -> Path | None:
 
 def _overview() -> str:
     lines = ["usage: pocl-fast COMMAND [options]      (pocl-fast COMMAND --help shows a command's options)", ""]
-    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, (command, _) in COMMANDS.items()]
+    lines += [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
 

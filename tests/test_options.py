@@ -1,17 +1,16 @@
 """Options: names, types, ranges, and what wins over what."""
 
+import importlib.util
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from tiny_run import make_inputs, options, read_json, refusal, run
 
-from pocl_fast.options import RunConfig, from_options, read_yaml, recorded_config, to_yaml
+from pocl_fast.options import LossOptions, RunConfig
+from pocl_fast.run.configuration import from_options, read_yaml, recorded_config, to_yaml
 from pocl_fast.system.errors import InputError
-
-
-def every_option():
-    return [option.name for group in fields(RunConfig) for option in fields(getattr(RunConfig(), group.name))]
+from pocl_fast.training.arguments import PoclConfig
 
 
 def test_yaml_holds_every_option_and_reads_back_as_the_same_configuration(tmp_path):
@@ -28,45 +27,56 @@ def test_yaml_holds_every_option_and_reads_back_as_the_same_configuration(tmp_pa
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     lines = path.read_text().splitlines()
-    for name in every_option():
+    for name in RunConfig().flat():
         assert sum(line.startswith(f"{name}: ") for line in lines) == 1
     assert read_yaml(path) == config
     assert config.data.train == Path("a folder/with: odd #name.jsonl")
-    assert config.schedule.temperature == (1.0, 1.5, 3.0)
-    assert (config.training.batch_size, config.training.learning_rate) == (3, 5e-5)
+    assert config.schedule.temperature == [1.0, 1.5, 3.0]
+    assert config.optimisation.per_device_train_batch_size == 3
+    assert config.optimisation.learning_rate == 5e-5
 
 
 def test_the_defaults_are_the_papers():
-    training, schedule, data = RunConfig().training, RunConfig().schedule, RunConfig().data
-    assert (training.epochs_per_stage, training.batch_size, training.learning_rate) == (8, 16, 1e-4)
+    config = RunConfig()
+    training, schedule, data = config.optimisation, config.schedule, config.data
+    assert config.stages.epochs_per_stage == 8
+    assert (training.per_device_train_batch_size, training.learning_rate) == (16, 1e-4)
     assert (training.weight_decay, training.max_grad_norm) == (0.01, 1.0)
-    assert (schedule.stages, schedule.rrf_k, schedule.temperature, schedule.alpha) == (4, 60.0, (1, 2), (0.3, 0))
+    assert (schedule.stages, schedule.rrf_k, schedule.temperature, schedule.alpha) == (4, 60.0, [1, 2], [0.3, 0])
     assert (data.max_length, data.max_prompt_length) == (512, 256)
-    assert RunConfig().evaluation.eval_seeds == (10, 20, 30, 40, 50)
+    assert config.evaluation.eval_seeds == [10, 20, 30, 40, 50]
+
+
+# name and value of an option, and what the message says after its name
+WRONG = [
+    ("batch_size", 0, " must be at least 1, got 0"),
+    ("batch_size", "many", " must be an integer, got 'many'"),
+    ("batch_size", 1.5, " must be an integer, got 1.5"),
+    ("batch_size", True, " must be an integer, got True"),
+    ("learning_rate", -1, " must be above 0, got -1"),
+    ("learning_rate", float("nan"), " must be above 0, got nan"),
+    ("weight_decay", -0.1, " must be at least 0, got -0.1"),
+    ("stages", 0, " must be at least 1, got 0"),
+    ("rrf_k", 0, " must be above 0, got 0"),
+    ("seed", -1, " must be at least 0 and below 2147483648, got -1"),
+    ("skew", 1, " must be above 0 and below 1, got 1"),
+    ("lmbda", 1.5, " must be at least 0 and at most 1, got 1.5"),
+    ("eval_seeds", [], " must have at least one value, got none"),
+    ("eval_seeds", [1, "two"], ", value 2, must be an integer, got 'two'"),
+    ("temperature", 1.0, " must be a list, got 1.0"),
+    ("temperature", [], " must have at least one value, got none"),
+    ("temperature", ["hot"], ", value 1, must be a number, got 'hot'"),
+    ("report_to", [3], ", value 1, must be text, got 3"),
+    ("divergence", "kl", " must be one of forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd;"),
+    ("divergence", "foward_kl", "got 'foward_kl' (did you mean forward_kl"),
+    ("long_prompts", "cut", " must be one of error, skip; got 'cut'"),
+    ("trust_remote_code", "perhaps", " must be true or false, got 'perhaps'"),
+    ("patience", "never", " must be an integer, got 'never'"),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
-    [
-        ("batch_size", 0, "greater than 0, got 0"),
-        ("batch_size", "many", "valid integer"),
-        ("batch_size", 1.5, "valid integer"),
-        ("learning_rate", -1, "greater than 0, got -1"),
-        ("learning_rate", float("nan"), "greater than 0"),
-        ("weight_decay", -0.1, "greater than or equal to 0"),
-        ("stages", 0, "greater than 0"),
-        ("rrf_k", 0, "greater than 0"),
-        ("seed", -1, "greater than or equal to 0, got -1"),
-        ("eval_seeds", [], "at least 1 item"),
-        ("eval_seeds", [1, "two"], "--eval-seeds, value 2: Input should be a valid integer"),
-        ("temperature", 1.0, "valid tuple"),
-        ("temperature", ["hot"], "--temperature, value 1"),
-        ("teacher", 3, "valid string"),
-        ("train", 3, "not a valid path"),
-        ("divergence", "kl", "'forward_kl'"),
-        ("long_prompts", "cut", "'error' or 'skip'"),
-        ("trust_remote_code", "perhaps", "valid boolean"),
-    ],
+    ("name", "value", "says"), [*WRONG, ("teacher", 3, "text, got 3"), ("train", 3, "a path, got 3")]
 )
 def test_a_value_of_the_wrong_type_or_out_of_range_is_named(name, value, says):
     with pytest.raises(InputError) as error:
@@ -75,9 +85,26 @@ def test_a_value_of_the_wrong_type_or_out_of_range_is_named(name, value, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "value", "says"), WRONG)
+def test_the_trainers_arguments_refuse_the_same_values_with_the_same_words(tmp_path, name, value, says):
+    name = "per_device_train_batch_size" if name == "batch_size" else name
+    with pytest.raises(InputError) as error:
+        PoclConfig(output_dir=str(tmp_path), **{name: value})
+    assert str(error.value).startswith(name)
+    assert says in str(error.value)
+
+
 def test_every_unknown_option_is_named_at_once_with_the_known_ones():
-    with pytest.raises(InputError, match=r"unknown options batchsize, lr; known are teacher, student, "):
+    with pytest.raises(
+        InputError, match=r"options batchsize \(did you mean .*\bbatch_size\b.*\), lr; known are teacher, "
+    ):
         from_options({"lr": 1, "batchsize": 2, "stages": 3})
+
+
+def test_an_unknown_name_among_the_trainers_arguments_is_named_with_its_neighbours(tmp_path):
+    said = r"unknown arguments batch_size \(it is per_device_train_batch_size here\), epochs_per_stge \(did you mean"
+    with pytest.raises(InputError, match=said):
+        PoclConfig(output_dir=str(tmp_path), batch_size=2, epochs_per_stge=1)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +112,8 @@ def test_every_unknown_option_is_named_at_once_with_the_known_ones():
     [
         ("stages: [1", "is not YAML"),
         ("- stages", "expected options as `name: value` lines, got a list"),
-        ("stage: 4", "unknown option stage;"),
-        ("stages: four", "--stages: Input should be a valid integer"),
+        ("stage: 4", "unknown option stage (did you mean stages"),
+        ("stages: four", "--stages must be an integer"),
     ],
 )
 def test_a_wrong_yaml_file_is_named_in_the_message(tmp_path, capsys, text, says):
@@ -115,8 +142,29 @@ def test_the_command_line_wins_over_yaml_over_what_was_recorded_over_the_default
     config = recorded_config(output)
     assert config.schedule.stages == 2  # command line
     assert config.schedule.rrf_k == 20  # YAML
-    assert config.training.batch_size == 5  # YAML, kept for the step that it is of
+    assert config.optimisation.per_device_train_batch_size == 5  # YAML, kept for the step that it is of
     assert config.generation.max_new_tokens == 4  # recorded by measure
-    assert config.training.weight_decay == 0.01  # default
+    assert config.optimisation.weight_decay == 0.01  # default
     stages = read_json(output / "curriculum.json")["stages"]
     assert [stage["size"] for stage in stages] == [12, 24]
+
+
+def test_the_page_of_options_is_what_is_declared():
+    place = Path(__file__).parents[1] / "docs" / "options_page.py"
+    spec = importlib.util.spec_from_file_location("options_page", place)
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "write it again: make docs"
+    text = generator.page()
+    for name in RunConfig().flat():
+        assert text.count(f"| `--{name.replace('_', '-')}` |") == 1
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert max(map(len, prose)) <= 100
+
+
+def test_a_fields_docstring_is_its_help():
+    for group in fields(RunConfig):
+        for option in fields(getattr(RunConfig(), group.name)):
+            assert len(option.metadata["help"].split()) > 3, option.name
+            assert "%" not in option.metadata["help"]  # argparse formats it
+    assert LossOptions.__dataclass_fields__["beta"].metadata["help"] == "The teacher's weight in jsd."

@@ -51,11 +51,10 @@ def select(words: list[str], command: str) -> list[str]:
     from dataclasses import fields
 
     from pocl_fast.cli import COMMANDS
-    from pocl_fast.options import RunConfig
+    from pocl_fast.options import RunConfig, flag
 
-    base = RunConfig()
-    groups = [getattr(base, f.name) for f in fields(COMMANDS[command][0]) if hasattr(base, f.name)]
-    known = {"--" + f.name.replace("_", "-") for group in groups for f in fields(group)}
+    groups = [getattr(RunConfig(), group) for group in COMMANDS[command].groups]
+    known = {flag(option) for group in groups for option in fields(group)}
     kept: list[str] = []
     keep = False
     for word in words:

@@ -96,7 +96,7 @@ def before_each_batch(monkeypatch: Any, do: Any) -> None:
 
     def wrapped(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         count[0] += 1
-        do(count[0], self, inputs["samples"])
+        do(count[0], self, inputs.samples)
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(PoclTrainer, "compute_loss", wrapped)

@@ -9,39 +9,67 @@ import contextlib
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
 from pocl_fast.models.fingerprints import source_fingerprint
-from pocl_fast.options import RunConfig, to_yaml
+from pocl_fast.options import RunConfig, option_name
+from pocl_fast.run.configuration import to_yaml
 from pocl_fast.system import ranks
 from pocl_fast.system.console import measured
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json, write_text
 from pocl_fast.system.fingerprint import file_fingerprint
 
-_STUDENT = ("student", "student_layers", "precision", "trust_remote_code")
-_LENGTHS = ("template", "max_length", "max_prompt_length", "long_prompts")
-_TRAIN = ("train", "data_source", "teacher answers")
-_GENERATION = ("max_new_tokens", "generation_batch_size", "generation_batch_tokens", "generation_engine")
-_ANSWERS = (*_GENERATION, "eval_seeds")
-# What each step is made from: options, and files by their content.
+
+@dataclass(frozen=True)
+class Reads:
+    """What a step is made from: every option of these groups but those named, and files by their content."""
+
+    groups: tuple[str, ...]
+    but: tuple[str, ...]  # options that do not change the step's result
+    files: tuple[str, ...] = ()
+
+    def options(self, config: RunConfig) -> dict[str, Any]:
+        """The values of these options, by name; an argument of --set under its own."""
+        values: dict[str, Any] = {}
+        for group in (getattr(config, name) for name in self.groups):
+            values |= {option_name(f): getattr(group, f.name) for f in fields(group)}
+        others = values.pop("set", {})
+        values |= {f"--set {name}": value for name, value in others.items() if not name.startswith(_AROUND)}
+        return {name: value for name, value in values.items() if name not in self.but}
+
+
+_DEVICES = ("device", "teacher_device")
+_TEACHER = ("teacher", "teacher_quantization")
+# beginnings of the names of transformers' arguments that do not change what is learnt
+_AROUND = ("log", "save_", "run_name", "project", "trackio_", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
+_TRAINING = ("loss", "stages", "optimisation", "logging", "trainer", "rollouts", "cache")
 READS = {
-    "measure": (*_STUDENT, *_LENGTHS, *_GENERATION, "measure_temperature", "measure_seed", *_TRAIN),
-    "measure-teacher": (*_STUDENT, *_LENGTHS, *_TRAIN, "teacher columns"),
-    "rank": ("curriculum", "signals", "stages", "rrf_k", "temperature", "alpha", "difficulty.parquet", TEACHER_SCORES),
-    "train": (
-        *_STUDENT, *_LENGTHS, "teacher", "teacher_quantization", *_TRAIN, "dev", "max_new_tokens",
-        "divergence", "beta", "skew", "temperature_scaling", "within_stage", "epochs_per_stage", "steps_per_stage",
-        "patience", "fresh_optimizer", "fresh_learning_rate", "stage_weights", "remeasure", "batch_size",
-        "tokens_per_batch", "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm",
-        "on_nonfinite", "rollouts", "lmbda", "mixed_alpha", "loss_eps", "replay_ratio",
-        "replay_capacity", "cache_mode", "cache_dtype", "cache_top_k", "seed", "curriculum", "curriculum.json",
+    "measure": Reads(("models", "data", "generation", "difficulty"), (*_DEVICES, *_TEACHER, "dev", "signals")),
+    "measure-teacher": Reads(("models", "data"), (*_DEVICES, "dev")),
+    "rank": Reads(
+        ("difficulty", "schedule"), ("measure_temperature", "measure_seed"), ("difficulty.parquet", TEACHER_SCORES)
     ),
-    "evaluate-before": (*_STUDENT, *_LENGTHS, *_ANSWERS, "dev"),
-    "evaluate-after": (*_LENGTHS, *_ANSWERS, "precision", "dev", "student/model.safetensors"),
+    "train": Reads(
+        ("models", "data", "generation", "difficulty", "schedule", *_TRAINING),
+        (
+            *_DEVICES, "generation_batch_size", "generation_batch_tokens", "activation_checkpointing",
+            "logging_steps", "report_to", "save_minutes",
+        ),
+        ("curriculum.json",),
+    ),
+    "evaluate-before": Reads(
+        ("models", "data", "generation", "evaluation"), (*_DEVICES, *_TEACHER, "train", "data_source")
+    ),
+    "evaluate-after": Reads(
+        ("models", "data", "generation", "evaluation"),
+        (*_DEVICES, *_TEACHER, "train", "data_source", "student", "student_layers", "trust_remote_code"),
+        ("student/model.safetensors",),
+    ),
 }  # fmt: skip
 # Whose result a step builds on without reading the data behind it: what both are made from must agree.
 BUILDS_ON = {"train": "measure"}
@@ -150,32 +178,34 @@ class RunDirectory:
                 self._save_stamps()
 
     def _made_from(self, step: str, config: RunConfig) -> dict[str, Any]:
-        options = config.flat()
+        reads, every = READS[step], config.flat()
         made_from: dict[str, Any] = {}
-        for name in READS[step]:
+        for name, value in reads.options(config).items():
             if name in ("train", "dev"):
-                made_from[f"{name} data"] = file_fingerprint(required(options[name], f"--{name}"))
-            elif name == "teacher" or (name == "student" and options["student"]):
-                made_from[name] = source_fingerprint(required(options[name], f"--{name}"))
+                made_from[f"{name} data"] = file_fingerprint(required(every[name], f"--{name}"))
+            elif name == "teacher":
+                made_from[name] = source_fingerprint(required(value, _teacher_flag(step, every)))
             elif name == "student":
-                made_from[name] = "cut from " + source_fingerprint(required(options["teacher"], "--teacher"))
-            elif name == "teacher answers":
-                if options["data_source"] == "teacher":
-                    made_from[name] = _teacher_made_from(options, "--data-source teacher")
-            elif name == "teacher columns":
-                asked = next(iter(teacher_columns(options["signals"])), "")
-                made_from[name] = _teacher_made_from(options, f"--signals {asked}")
-            elif name == TEACHER_SCORES:
-                if may_read_teacher(options["signals"]) and (self.path / name).exists():
-                    made_from[name] = file_fingerprint(self.path / name)
-            elif name in options:
-                made_from[name] = options[name]
-            elif not (self.path / name).exists():
+                source = source_fingerprint(required(value or every["teacher"], "--teacher"))
+                made_from[name] = source if value else f"cut from {source}"
+            else:
+                made_from[name] = value
+            if name == "data_source" and value == "teacher":
+                made_from["teacher answers"] = _answers_of(every)
+        return made_from | self._files(reads.files, every)
+
+    def _files(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, str]:
+        """The fingerprints of files of this folder. Raises `InputError` for one that is not there yet."""
+        fingerprints = {}
+        for name in names:
+            there = (self.path / name).exists()
+            if name == TEACHER_SCORES and not (there and may_read_teacher(options["signals"])):
+                continue
+            if not there:
                 maker = next(s for s, outputs in WRITES.items() if name.split("/")[0] == outputs[0])
                 raise InputError(f"{self.path / name} is not there: run `pocl-fast {maker} --output {self.path}` first")
-            else:
-                made_from[name] = file_fingerprint(self.path / name)
-        return made_from
+            fingerprints[name] = file_fingerprint(self.path / name)
+        return fingerprints
 
     def _check_earlier(self, step: str, made_from: dict[str, Any]) -> None:
         """Raises `InputError` where the step that this one builds on was made from other options or data."""
@@ -217,16 +247,23 @@ def required(value: Any, option: str) -> Any:
     return value
 
 
-def _teacher_made_from(options: dict[str, Any], asked: str) -> str:
-    """The teacher that an option asks for."""
-    source = source_fingerprint(required(options["teacher"], f"--teacher (for {asked})"))
+def _teacher_flag(step: str, options: dict[str, Any]) -> str:
+    """The option that names the teacher, and for a step that measures, what asks for a teacher."""
+    asked = next(iter(teacher_columns(options["signals"])), "") if step == "measure-teacher" else ""
+    return f"--teacher (for --signals {asked})" if asked else "--teacher"
+
+
+def _answers_of(options: dict[str, Any]) -> str:
+    """Identifies the teacher whose answers are trained on."""
+    source = source_fingerprint(required(options["teacher"], "--teacher (for --data-source teacher)"))
     return f"of {source} in {options['teacher_quantization']}"
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Which values differ, old and new, for a message."""
     changed = [name for name in now if before.get(name) != now[name]]
-    return "; ".join(f"{name}: was {_short(before.get(name))}, now {_short(now[name])}" for name in changed)
+    changed += [name for name in before if name.startswith("--set ") and name not in now]
+    return "; ".join(f"{name}: was {_short(before.get(name))}, now {_short(now.get(name))}" for name in changed)
 
 
 def _short(value: Any) -> str:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.models.cut import as_trainable, num_parameters
 from pocl_fast.models.unsharded import unsharded
-from pocl_fast.options import RunConfig
 from pocl_fast.run.context import RunContext
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -27,6 +23,7 @@ if TYPE_CHECKING:
 
 def train_step(context: RunContext) -> None:
     """Trains the student along curriculum.json -> student/, metrics.jsonl; resumes from the newest checkpoint."""
+    trainer_arguments(context)  # what is wrong with them is raised before the step begins
     if not context.begins("train", "student"):
         return
     context.check_vocabularies()
@@ -68,7 +65,7 @@ def make_trainer(context: RunContext, curriculum: Curriculum) -> PoclTrainer:
     return PoclTrainer(
         as_trainable(student),
         context.take_cached_teacher(),
-        trainer_arguments(context.config, context.path / "checkpoints", context.device),
+        trainer_arguments(context),
         context.train_set,
         context.dev_set,
         context.tokenizer,
@@ -77,23 +74,11 @@ def make_trainer(context: RunContext, curriculum: Curriculum) -> PoclTrainer:
     )
 
 
-def trainer_arguments(config: RunConfig, folder: Path, device: torch.device) -> PoclConfig:
-    """The trainer's arguments out of a run's options."""
+def trainer_arguments(context: RunContext) -> PoclConfig:
+    """The trainer's arguments out of a run's options. Raises `InputError` for options that do not go together."""
     from pocl_fast.training.arguments import PoclConfig
 
-    groups = ("training", "schedule", "data", "generation", "difficulty", "rollouts", "cache")
-    options = {name: value for group in groups for name, value in asdict(getattr(config, group)).items()}
-    options["data_source"] = "data"  # the samples have them
-    options["per_device_train_batch_size"] = options.pop("batch_size")
-    options["temperature"], options["alpha"] = list(config.schedule.temperature), list(config.schedule.alpha)
-    known = {field.name for field in fields(PoclConfig)}
-    return PoclConfig(
-        output_dir=str(folder),
-        precision=config.models.precision,
-        use_cpu=device.type == "cpu",
-        disable_tqdm=True,
-        **{name: value for name, value in options.items() if name in known},
-    )
+    return PoclConfig.of_run(context.config, context.path / "checkpoints")
 
 
 def save_student(student: Any, tokenizer: Any, run: Path) -> None:

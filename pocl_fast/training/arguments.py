@@ -1,14 +1,43 @@
-"""`PoclConfig`: a transformers `TrainingArguments` with what distillation along a curriculum needs besides."""
+"""`PoclConfig`: transformers' `TrainingArguments` with the options of distillation along a curriculum.
+
+Knows which arguments go together. Does not declare options: `pocl_fast.options` does.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from pocl_fast.loss.objective import DIVERGENCES, SCALINGS, Objective
+from pocl_fast.curriculum.signals import teacher_columns
+from pocl_fast.loss.objective import Objective
+from pocl_fast.models import loading
+from pocl_fast.options import (
+    TRAINER_GROUPS,
+    CacheOptions,
+    DataOptions,
+    DifficultyOptions,
+    EvaluationOptions,
+    GenerationOptions,
+    LoggingOptions,
+    LossOptions,
+    ModelOptions,
+    OptimisationOptions,
+    RolloutOptions,
+    RunConfig,
+    ScheduleOptions,
+    StageOptions,
+    option_name,
+)
+from pocl_fast.system.errors import InputError
+from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
 
 COMPILED_ANEW = "each packed batch has lengths of its own, for which it would be compiled again"
 # arguments of transformers that would do nothing here, or harm
@@ -25,168 +54,150 @@ NOT_HERE = {
     "bf16_full_eval": "evaluation is in the training's precision",
     "fp16_full_eval": "evaluation is in the training's precision",
 }
+WHOLE_SCHEDULE = "num_train_epochs counts the whole schedule and must stay 1: give epochs_per_stage"
+UNLISTED = ("azure_ml", "flyte")  # integrations that transformers does not look for
 PAPER = "paper"  # as a temperature scaling: what the published code does for each divergence
 
 
 @dataclass
-class PoclConfig(TrainingArguments):
-    """Arguments of `PoclTrainer`. The defaults are the paper's recipe (arXiv 2506.05695), with the scaling of each
-    divergence that keeps its gradient's size.
+class PoclConfig(  # type: ignore[misc]  # two options are narrower than transformers' arguments of these names
+    ModelOptions,
+    DataOptions,
+    GenerationOptions,
+    DifficultyOptions,
+    ScheduleOptions,
+    LossOptions,
+    StageOptions,
+    OptimisationOptions,
+    LoggingOptions,
+    RolloutOptions,
+    CacheOptions,
+    EvaluationOptions,
+    TrainingArguments,
+):
+    """Arguments of `PoclTrainer`: those of transformers' `TrainingArguments` and the options of `pocl_fast.options`.
+    The defaults are the paper's recipe (arXiv 2506.05695), with the scaling of each divergence that keeps its
+    gradient's size.
 
     `num_train_epochs` counts the whole schedule and stays 1: give `epochs_per_stage`. `eval_strategy` and
-    `save_strategy` "epoch" mean each pass over a stage's samples. `max_steps` ends training early. Raises
-    ValueError for values out of range.
+    `save_strategy` "epoch" mean each pass over a stage's samples. `max_steps` ends training early. `device` is given as
+    text ("auto", "cpu", "cuda:1") and read as a torch.device. Raises `InputError`, a ValueError, for unknown names, for
+    values of the wrong type or out of range, and for arguments that do not go together.
     """
 
-    # the loss
-    divergence: str = field(default="forward_kl", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
-    beta: float = field(default=0.5, metadata={"help": "The teacher's weight in jsd."})
-    skew: float = field(default=0.1, metadata={"help": "The other distribution's share in a skew divergence."})
-    temperature_scaling: str = field(
-        default="auto", metadata={"help": f"Factor on the divergence: {', '.join(SCALINGS)}, or {PAPER}."}
-    )
-    # the curriculum
-    curriculum: str = field(default="pocl", metadata={"help": "pocl: easy to hard in stages; none: all at once."})
-    stages: int = field(default=4, metadata={"help": "Stage i trains on the easiest i/n of the samples."})
-    signals: str = field(default="rouge_l,cross_entropy", metadata={"help": "What samples are ranked by."})
-    rrf_k: float = field(default=60.0, metadata={"help": "The constant k of reciprocal rank fusion."})
-    temperature: list[float] = field(
-        default_factory=lambda: [1.0, 2.0],
-        metadata={"help": "First and last stage's, linear between; or each one's."},
-    )
-    alpha: list[float] = field(
-        default_factory=lambda: [0.3, 0.0], metadata={"help": "Weight of cross-entropy, given as temperature is."}
-    )
-    within_stage: str = field(
-        default="constant", metadata={"help": "constant, or linear: temperature and alpha move in each step."}
-    )
-    epochs_per_stage: int = field(default=8, metadata={"help": "Passes over a stage's samples."})
-    steps_per_stage: int | None = field(default=None, metadata={"help": "Steps of a stage, instead of passes."})
-    patience: int | None = field(
-        default=None, metadata={"help": "End a stage after so many evaluations without a better score."}
-    )
-    fresh_optimizer: bool = field(default=True, metadata={"help": "A fresh optimizer state in each stage."})
-    fresh_learning_rate: bool = field(
-        default=True, metadata={"help": "The learning rate's schedule begins anew in each stage."}
-    )
-    stage_weights: str = field(
-        default="auto", metadata={"help": "A stage starts from the one before's best weights, its last, or auto."}
-    )
-    remeasure: bool = field(
-        default=False, metadata={"help": "Measure the difficulty again, by the student as it is, before each stage."}
-    )
-    # batches
-    tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Tokens of a batch on each device, instead of per_device_train_batch_size."}
-    )
-    template: str = field(default="auto", metadata={"help": "auto, chat or alpaca."})
-    max_length: int = field(default=512, metadata={"help": "Most tokens of prompt and response together."})
-    max_prompt_length: int = field(default=256, metadata={"help": "Most tokens of a prompt."})
-    long_prompts: str = field(default="error", metadata={"help": "error, or skip the sample and say so."})
-    # the teacher
-    teacher_quantization: str = field(default="none", metadata={"help": "none, 8bit or 4bit, of a teacher by name."})
-    teacher_device: str = field(
-        default="student",
-        metadata={"help": "student: its device; spread: over GPUs, main memory and disk; or a device's name."},
-    )
-    cache_mode: str = field(default="hidden", metadata={"help": "hidden states, or topk, are kept of the teacher."})
-    cache_dtype: str = field(default="bf16", metadata={"help": "bf16, fp32 or int8, of the kept hidden states."})
-    cache_top_k: int = field(default=64, metadata={"help": "Tokens that topk keeps."})
-    precision: str = field(
-        default="auto",
-        metadata={"help": "fp32 or bf16, of products. On a GPU bf16 is autocast; on a CPU oneDNN's, results in fp32."},
-    )
-    # the student's own answers, and the teacher's
-    rollouts: str = field(
-        default="none",
-        metadata={"help": "none, gkd, mixed or adaptive: when a batch's responses are the student's own."},
-    )
-    lmbda: float = field(default=0.5, metadata={"help": "gkd: the probability of that."})
-    mixed_alpha: float = field(default=0.5, metadata={"help": "mixed: the same."})
-    loss_eps: float = field(default=0.1, metadata={"help": "adaptive: rise of the dev loss, in nats, that counts."})
-    replay_ratio: str = field(
-        default="decreasing", metadata={"help": "adaptive: decreasing, increasing or constant share of fresh answers."}
-    )
-    replay_capacity: int = field(default=1000, metadata={"help": "mixed and adaptive: answers kept to come again."})
-    data_source: str = field(
-        default="data", metadata={"help": "data, or teacher: its answers are generated and take the references' place."}
-    )
-    # answers
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest generated answer, in tokens."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Most prompts that are answered at once."})
-    generation_batch_tokens: int = field(
-        default=32_768, metadata={"help": "Most tokens of prompts and answers whose keys and values are in memory."}
-    )
-    # faults
-    on_nonfinite: str = field(
-        default="stop", metadata={"help": "stop, or skip a step whose loss or gradient is not finite."}
-    )
-    save_minutes: float = field(
-        default=10.0, metadata={"help": "A checkpoint at least this often, besides save_strategy's."}
-    )
-
-    # defaults of TrainingArguments that differ here
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
+    # defaults of TrainingArguments that differ here and are no option
     lr_scheduler_type: str = "cosine"
-    per_device_train_batch_size: int = 16
     num_train_epochs: float = 1.0
     optim: str = "adamw_torch_fused"
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
-    logging_steps: float = 5
     logging_first_step: bool = True
     logging_nan_inf_filter: bool = False  # transformers would log an average in a NaN's place, and train on
     metric_for_best_model: str | None = "eval_rouge_l"
     greater_is_better: bool | None = True
     remove_unused_columns: bool = False
-    report_to: None | str | list[str] = "none"  # noqa: RUF036 (the order that HfArgumentParser reads)
     ddp_find_unused_parameters: bool | None = False  # none are, and looking for them takes time
 
+    def __new__(cls, *_: Any, **given: Any) -> PoclConfig:
+        known = [argument.name for argument in fields(cls)]
+        if unknown := sorted(given.keys() - known):
+            what = "unknown arguments" if len(unknown) > 1 else "unknown argument"
+            raise InputError(f"PoclConfig: {what} {', '.join(name + _near(name, known) for name in unknown)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        self._check_options()
+        check_report_to(self.report_to)
         for name, instead in NOT_HERE.items():
             if getattr(self, name) not in (None, False, 0, "no"):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not for this trainer: {instead}")
-        if not self.use_cpu and not self.fp16 and torch.cuda.is_available():  # transformers settles its autocast here
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-            self.bf16 |= self.precision == "bf16" or (self.precision == "auto" and fast)
-        super().__post_init__()
-        choices = {
-            "divergence": DIVERGENCES,
-            "temperature_scaling": (*SCALINGS, PAPER),
-            "curriculum": ("pocl", "none"),
-            "within_stage": ("constant", "linear"),
-            "stage_weights": ("auto", "best", "last"),
-            "template": ("auto", "chat", "alpaca"),
-            "long_prompts": ("error", "skip"),
-            "teacher_quantization": ("none", "8bit", "4bit"),
-            "cache_mode": ("hidden", "topk"),
-            "cache_dtype": ("bf16", "fp32", "int8"),
-            "precision": ("auto", "fp32", "bf16"),
-            "on_nonfinite": ("stop", "skip"),
-            "data_source": ("data", "teacher"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        for name in ("stages", "epochs_per_stage", "steps_per_stage", "patience", "tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.num_train_epochs != 1:
-            raise ValueError("num_train_epochs counts the whole schedule and must stay 1: give epochs_per_stage")
-        if self.save_strategy == "best":
-            raise ValueError('save_strategy="best" would not save what a stop leaves: the best weights are kept anyway')
-        if str(self.optim).startswith("schedule_free"):
-            raise ValueError(f"optim={str(self.optim)!r} has no state of its own stages: take adamw_torch_fused")
-        if self.remeasure and self.dataloader_num_workers:
-            raise ValueError("remeasure changes the order, and workers have the old one: dataloader_num_workers=0")
-        if self.deepspeed and self.on_nonfinite == "skip":
-            raise ValueError('DeepSpeed steps before a gradient can be looked at: give on_nonfinite="stop"')
-        if self.patience is not None and self.eval_strategy == "no":
-            raise ValueError('patience needs evaluations: give eval_strategy "epoch" or "steps"')
+                raise InputError(f"{name}={getattr(self, name)!r} is not for this trainer: {instead}")
+        if self.gradient_checkpointing:  # the older name
+            self.activation_checkpointing = True
+        self.gradient_checkpointing = self.activation_checkpointing  # transformers before 5.24 reads this one alone
+        with self._chosen_device():
+            if not self.use_cpu and not self.fp16 and torch.cuda.is_available():  # transformers settles its autocast
+                fast = torch.cuda.is_bf16_supported(including_emulation=False)
+                self.bf16 |= self.precision == "bf16" or (self.precision == "auto" and fast)
+            super().__post_init__()
+        asked = vars(self)["device"]
+        if asked != "auto" and self.device.type != torch.device(asked).type:
+            raise InputError(f"device {asked!r}: transformers trains on {self.device} here")
+        self._check_together()
         self.objective()
+
+    def _check_options(self) -> None:
+        """Raises `InputError` for an option's value that is of the wrong type or out of range."""
+        values = vars(self)  # `self.device` is what transformers makes of the option
+        for group in TRAINER_GROUPS:
+            for name, kind in hints_of(group).items():
+                try:
+                    values[name] = typed(values[name], kind)
+                except ValueError as error:
+                    raise InputError(f"{name}{', ' if str(error).startswith('value ') else ' '}{error}") from error
+
+    def _check_together(self) -> None:
+        """Raises `InputError` for arguments that do not go together."""
+        if self.num_train_epochs != 1:
+            raise InputError(WHOLE_SCHEDULE)
+        if self.save_strategy == "best":
+            raise InputError('save_strategy="best" would not save what a stop leaves: the best weights are kept anyway')
+        if str(self.optim).startswith("schedule_free"):
+            raise InputError(f"optim={str(self.optim)!r} has no state of its own stages: take adamw_torch_fused")
+        if self.remeasure and self.dataloader_num_workers:
+            raise InputError("remeasure changes the order, and workers have the old one: dataloader_num_workers=0")
+        if self.deepspeed and self.on_nonfinite == "skip":
+            raise InputError('DeepSpeed steps before a gradient can be looked at: give on_nonfinite="stop"')
+        columns = teacher_columns(self.signals)
+        if columns and self.remeasure and self.cache_mode == "topk":
+            raise InputError(top_k_lacks(columns))
+        if self.patience is not None and self.eval_strategy == "no":
+            raise InputError('patience needs evaluations: give eval_strategy "epoch" or "steps"')
+
+    @property  # type: ignore[misc, override]  # the option is given as text
+    def device(self) -> torch.device:
+        """Where this process trains."""
+        return self._setup_devices
+
+    @device.setter
+    def device(self, asked: str | torch.device) -> None:
+        vars(self)["device"] = str(asked)
+
+    @contextlib.contextmanager
+    def _chosen_device(self) -> Iterator[None]:
+        """Within the block transformers chooses the device that the option asks for.
+
+        Raises `InputError` for a device that is not there, that use_cpu contradicts, or that is one rank's of several.
+        """
+        asked: str = vars(self)["device"]
+        device = loading.choose_device(asked)
+        if device.type == "cpu" and asked != "auto":
+            self.use_cpu = True
+        if self.use_cpu and device.type != "cpu" and asked != "auto":
+            raise InputError(f"device {asked!r} and use_cpu=True contradict each other: give one of them")
+        if self.use_cpu or device.index is None:
+            yield
+            return
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if device.index == int(os.environ.get("LOCAL_RANK", "0")):
+                yield
+                return
+            raise InputError(f'device {asked!r}: torchrun gives each process a GPU of its own; give device="cuda"')
+        before = os.environ.get("ACCELERATE_TORCH_DEVICE")
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # accelerate's choice; transformers takes the first GPU
+        try:
+            yield
+        finally:
+            os.environ.pop("ACCELERATE_TORCH_DEVICE")
+            if before is not None:
+                os.environ["ACCELERATE_TORCH_DEVICE"] = before
+        vars(self)["_setup_devices"], self._n_gpu = device, 1
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' own, with `device` as it was given."""
+        return super().to_dict() | {"device": vars(self)["device"]}
 
     def objective(self) -> Objective:
         """The loss of the first stage."""
@@ -202,6 +213,20 @@ class PoclConfig(TrainingArguments):
         if self.curriculum == "pocl":
             return self.epochs_per_stage
         return max(1, round(self.epochs_per_stage * (self.stages + 1) / 2))
+
+    @classmethod
+    def of_run(cls, config: RunConfig, output_dir: Path) -> PoclConfig:
+        """The arguments of a run's training: all its options but models and files, which a trainer is given besides.
+
+        Raises `InputError` for what transformers refuses, too.
+        """
+        options = config.trainer_options() | {"data_source": "data"}  # the samples have the teacher's answers already
+        try:
+            return cls(output_dir=str(output_dir), **({"disable_tqdm": True} | options | config.trainer.set))
+        except InputError:
+            raise
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise InputError(f"--set {' '.join(config.trainer.set)}: {error}") from error
 
     @classmethod
     def preset(cls, name: str, output_dir: str, **changes: Any) -> PoclConfig:
@@ -220,3 +245,28 @@ class PoclConfig(TrainingArguments):
             "fresh_optimizer": True, "fresh_learning_rate": True, "signals": "rouge_l,cross_entropy", "rrf_k": 60.0,
         }  # fmt: skip
         return cls(output_dir=output_dir, **(recipe | changes))
+
+
+def top_k_lacks(columns: Sequence[str]) -> str:
+    """What is wrong with a top-k cache where these columns are to be measured from it."""
+    return (
+        f"a trainer measures {', '.join(columns)} from the teacher's cache, and cache_mode=topk keeps only the most"
+        " likely tokens: give cache_mode=hidden, or signals that do not read the teacher"
+    )
+
+
+def check_report_to(names: str | Sequence[str] | None) -> None:
+    """Raises `InputError` where a name is none of transformers' integrations, or where its package is missing."""
+    available = get_available_reporting_integrations()
+    for name in [names] if isinstance(names, str) else names or ():
+        if name in ("none", "all", *UNLISTED) or name in available:
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]
+            raise InputError(f"report_to must be among {', '.join(known)}; got {name!r}{did_you_mean(name, known)}")
+        raise InputError(f"report_to {name!r}: the package that it needs is not installed; here are {available}")
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    aliases = {option_name(option): option.name for group in TRAINER_GROUPS for option in fields(group)}
+    return f" (it is {aliases[name]} here)" if name in aliases else did_you_mean(name, known)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside their place, sealed with checksums, then renamed.
+"""Checkpoints that are complete or absent: written under another name, sealed with checksums, then renamed.
 
 Knows files. Does not know what a trainer puts into them.
 """
@@ -24,7 +24,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
-    """The newest checkpoint of a folder that is whole. Damaged ones are named, and renamed to *.damaged."""
+    """The newest undamaged checkpoint of a folder. Damaged ones are renamed to *.damaged, and `say` is told which."""
     for checkpoint in reversed(checkpoints(folder)):
         if (wrong := damage(checkpoint)) is None:
             return checkpoint
@@ -47,7 +47,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_none_after(folder: Path, step: int) -> None:
-    """Raises `InputError` where a folder holds checkpoints of later steps: they are another training's, and going on
+    """Raises `InputError` where a folder holds checkpoints of later steps: they are of another training, and resuming
     from the newest would mix the two."""
     if later := [checkpoint.name for checkpoint in checkpoints(folder) if step_of(checkpoint) > step]:
         raise InputError(
@@ -68,7 +68,7 @@ def remove_old(folder: Path, limit: int | None) -> None:
 
 
 def remove_other_weights(folder: Path, best: set[Path]) -> None:
-    """Deletes weights of evaluations that no longer are their stage's best."""
+    """Deletes the weights of evaluations that are no longer the best of their stage."""
     for path in set(folder.glob("stage-*-best-*.safetensors")) - best:
         path.unlink(missing_ok=True)
 

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
-from pocl_fast.training.micro_batches import MicroBatch, pieces
+from pocl_fast.training.micro_batches import MicroBatch
 
 ADVICE = "give a smaller per_device_train_batch_size (with more gradient_accumulation_steps) or max_length"
 
 
 class Halving:
-    """Runs micro-batches in as many pieces as fit; where one does not, in twice as many from there on."""
+    """Runs micro-batches in pieces that fit into memory: where a piece does not, in twice as many from there on."""
 
     def __init__(self) -> None:
         self.count = 1  # pieces of a micro-batch
-        self.repeating = False  # earlier micro-batches of a step, whose gradient was lost
+        self.repeating = False  # computing the step's earlier micro-batches again, whose gradient was lost
 
     def run(
         self,
@@ -31,8 +31,11 @@ class Halving:
         *,
         ranks: int = 1,
     ) -> Tensor:
-        """The loss of a micro-batch. Raises `InputError` where a single sample does not fit, or with several ranks,
-        which must agree on how often they exchange gradients."""
+        """The loss of a micro-batch.
+
+        Raises `InputError` where a single sample does not fit, and wherever memory runs out with several ranks: they
+        must agree on how often they exchange gradients.
+        """
         while True:
             try:
                 return self._in_pieces(compute, batch)
@@ -51,10 +54,10 @@ class Halving:
                 self.repeating = False
 
     def _in_pieces(self, compute: Callable[[MicroBatch], Tensor], batch: MicroBatch) -> Tensor:
-        return torch.stack([compute(piece) for piece in pieces(batch, self.count)]).sum()
+        return torch.stack([compute(piece) for piece in batch.pieces(self.count)]).sum()
 
     def _halve(self, batch: MicroBatch, error: BaseException, ranks: int) -> None:
-        samples = batch["samples"]
+        samples = batch.samples
         if ranks > 1:
             raise InputError(f"out of memory with {len(samples)} samples on one rank: {ADVICE}") from error
         if self.count >= len(samples):

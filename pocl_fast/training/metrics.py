@@ -1,5 +1,7 @@
-"""What training measures: its sums between two logs, and metrics.jsonl, a line a log or evaluation, in the order of the
-steps."""
+"""What training measures: the sums between two logs, and metrics.jsonl, a line for each log and each evaluation.
+
+Knows losses and files. Does not know when either is asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocl_fast.loss.dense import STATS
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.packed import PackedBatch
+from pocl_fast.loss.dense import STATS, LossOutput
 from pocl_fast.system.files import write_text
-
-if TYPE_CHECKING:
-    from pocl_fast.data.encoding import EncodedSample
-    from pocl_fast.data.packed import PackedBatch
-    from pocl_fast.loss.dense import LossOutput
 
 
 class MetricsLog:
@@ -33,7 +32,7 @@ class MetricsLog:
             file.write(json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops what comes after this step, which is about to be done again."""
+        """Removes the records after this step: these steps are about to be done again."""
         if self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             write_text(self.path, [json.dumps(line) + "\n" for line in kept])
@@ -51,7 +50,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class LossParts:
-    """What the kernel measures beside the loss, summed over the steps between two logs; on the device, until asked."""
+    """What the loss kernel measures besides the loss, summed over the steps between two logs.
+
+    The sums stay on the device until they are asked for.
+    """
 
     def __init__(self) -> None:
         self._reset()
@@ -87,12 +89,12 @@ class LossParts:
         self._step = []
 
     def finite(self) -> Tensor:
-        """0-d: whether every loss of the step is; on the device, where nobody waits for it."""
+        """Whether every loss of the step in progress is finite, 0-d, on the losses' device."""
         losses = [torch.isfinite(out.loss) for _, _, out in self._step]
         return torch.stack(losses).all() if losses else torch.ones((), dtype=torch.bool)
 
     def nonfinite_samples(self) -> list[EncodedSample]:
-        """The samples of the step that have a token whose loss is not finite."""
+        """The samples of the step in progress that have a token whose loss is not finite."""
         return [
             sample
             for samples, batch, out in self._step
@@ -102,7 +104,7 @@ class LossParts:
         ]
 
     def pause(self, seconds: float) -> None:
-        """Leaves time out of the speed."""
+        """Leaves these seconds out of the speed."""
         self._since += seconds
 
     def means(self, reduce: Callable[[Tensor], Tensor] | None) -> dict[str, float]:
@@ -123,5 +125,5 @@ class LossParts:
 
 
 def _finite(out: LossOutput) -> Tensor:
-    """[N] whether a token's parts are."""
+    """Whether a token's cross-entropy and divergence are finite, [N]."""
     return torch.isfinite(out.per_token["ce"]) & torch.isfinite(out.per_token["divergence"])

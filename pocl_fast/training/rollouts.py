@@ -1,17 +1,19 @@
-"""On-policy data: when a batch's responses are the student's own, when earlier ones of them come again.
+"""On-policy data: when a batch's responses are the student's own, and when earlier ones come again.
 
 - "gkd": GKD (arXiv 2306.13649, algorithm 1; TRL's GKDTrainer): with probability `lmbda` a batch's responses are sampled
   from the student at temperature 1, from the batch's prompts; else they are the data's.
 - "mixed": the mixed policy of DistiLLM's code (github.com/jongwooko/distillm, finetune.py): with probability
   `mixed_alpha` the student answers the batch's prompts, the answers go into the replay buffer, and as many are drawn
-  from it to train on. (MiniLLM's teacher-mixed sampling, arXiv 2306.08543, is another thing: it mixes the two models'
+  from it to train on. (MiniLLM's teacher-mixed sampling, arXiv 2306.08543, is another method: it mixes the two models'
   distributions token by token.)
 - "adaptive": DistiLLM (arXiv 2402.03898, section 3.2; the same file): a threshold φ, from 0, grows by 0.1 up to 1 when
-  the dev loss is `loss_eps` or more above the loss at its last growth (the first one told at the start). With
+  the dev loss is `loss_eps` or more above the loss at its last growth (at first: above the loss before training). With
   probability 1 − φ a batch is the data; with φ (1 − step / total steps) ("decreasing"), and with φ until the buffer is
   full, the student answers and the answers go into the buffer; else the batch is drawn from the buffer.
 
-Knows samples and chances. Does not know models or losses: it is given what generates.
+Where a batch is the student's its loss is the divergence alone, as in GKD and DistiLLM: a student's cross-entropy on
+its own samples teaches nothing. Knows samples and chances. Does not know models or losses: it is given a function that
+generates.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,20 +32,20 @@ from pocl_fast.answers.answerer import AnswerLimits, Generate, answered
 from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
+from pocl_fast.training.micro_batches import MicroBatch
 
 Source = Literal["data", "student", "replay"]
+THRESHOLD_STEP = 0.1  # by what φ grows, as in DistiLLM's code
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which policy, and its numbers; see the module. Raises `InputError` for values out of range."""
+    """The options of on-policy data; see the module. Raises `InputError` for values out of range."""
 
     rollouts: Literal["none", "gkd", "mixed", "adaptive"] = "none"
     lmbda: float = 0.5  # gkd: the probability of the student's own answers
     mixed_alpha: float = 0.5  # mixed: the same
     loss_eps: float = 0.1  # adaptive: nats the dev loss must have risen by
-    threshold: float = 0.0  # adaptive: φ at the start
-    threshold_step: float = 0.1  # adaptive: by what φ grows
     replay_ratio: Literal["decreasing", "increasing", "constant"] = "decreasing"  # adaptive: of φ's fresh answers
     replay_capacity: int = 1000  # mixed and adaptive: samples
 
@@ -52,13 +54,18 @@ class Policy:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
-        for name in ("lmbda", "mixed_alpha", "threshold", "threshold_step"):
+        for name in ("lmbda", "mixed_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} {getattr(self, name)}: a probability is within 0 and 1")
         if not self.loss_eps >= 0:
             raise InputError(f"loss_eps {self.loss_eps}: must not be negative")
         if self.replay_capacity < 1:
             raise InputError(f"replay_capacity {self.replay_capacity}: must be at least 1 sample")
+
+    @classmethod
+    def of(cls, options: object) -> Policy:
+        """The policy in options that have these fields."""
+        return cls(**{one.name: getattr(options, one.name) for one in fields(cls)})
 
 
 # of the batches that φ gives to the student's answers, the share of fresh ones by how much of the training is done
@@ -84,11 +91,25 @@ class Rollouts:
     ) -> None:
         self.policy, self.limits = policy, limits
         self._generate, self._total_steps, self._seed = generate, total_steps, seed
-        self.threshold = policy.threshold
+        self.threshold = 0.0  # φ
         self._accepted_loss: float | None = None
         self._buffer: deque[EncodedSample] = deque(maxlen=policy.replay_capacity)
         self.generated = self.replayed = 0  # samples, of all ranks
         self.seconds = 0.0  # this rank has generated
+        self._logged = (0.0, time.perf_counter())  # seconds generated at the last `logs`, and when that was
+
+    @property
+    def wants_first_loss(self) -> bool:
+        """Whether `dev_loss` is to be told the loss before training."""
+        return self.policy.rollouts == "adaptive"
+
+    def micro_batches(self, batches: Sequence[MicroBatch], step: int) -> list[MicroBatch]:
+        """The micro-batches of a step as they are trained on; every rank must call, once a step."""
+        made = self.batch([sample for batch in batches for sample in batch.samples], step)
+        if made.source == "data":
+            return list(batches)
+        given = iter(made.samples)
+        return [batch.with_samples([next(given) for _ in batch.samples], live=True) for batch in batches]
 
     def batch(self, samples: Sequence[EncodedSample], step: int) -> Batch:
         """What step `step` (from 0) trains on in place of its samples; to be called once a step, by every rank with its
@@ -108,15 +129,25 @@ class Rollouts:
         return Batch(self._replay(made, step), "replay")
 
     def dev_loss(self, value: float) -> None:
-        """Tells the mean dev loss in nats, once before training and after each evaluation. Raises ValueError where it
-        is not finite."""
+        """To be told the mean dev loss in nats: once before training, and after each evaluation. Raises ValueError
+        where it is not finite."""
         if not math.isfinite(value):
             raise ValueError(f"a dev loss of {value}")
         if self._accepted_loss is None:
             self._accepted_loss = value
         elif self.policy.rollouts == "adaptive" and value >= self._accepted_loss + self.policy.loss_eps:
-            self.threshold = min(1.0, round(self.threshold + self.policy.threshold_step, 9))
+            self.threshold = min(1.0, round(self.threshold + THRESHOLD_STEP, 9))
             self._accepted_loss = value
+
+    def logs(self) -> dict[str, float]:
+        """What happened since the last call: the share of the time spent generating, and the counts."""
+        before, since = self._logged
+        self._logged = (self.seconds, time.perf_counter())
+        share = (self.seconds - before) / max(self._logged[1] - since, 1e-9)
+        logs = {"generation_share": share, "generated": float(self.generated)}
+        if self.policy.rollouts == "adaptive":
+            logs["rollout_threshold"] = self.threshold
+        return logs
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, for JSON."""
@@ -134,6 +165,7 @@ class Rollouts:
         self.threshold, self._accepted_loss = float(state["threshold"]), state["accepted_loss"]
         self.generated, self.replayed = int(state["generated"]), int(state["replayed"])
         self.seconds = float(state["seconds"])
+        self._logged = (self.seconds, time.perf_counter())
         self._buffer = deque(map(_sample, state["buffer"]), maxlen=self.policy.replay_capacity)
 
     # -- inside -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""A transformers trainer whose checkpoints are whole or not there.
+"""A transformers trainer whose checkpoints are complete or absent.
 
-Knows when a trainer saves and goes on. Does not know what it trains.
+Knows when a trainer saves and resumes. Does not know what it trains.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pocl_fast.training import checkpoints
 
 
 class SavingTrainer(Trainer):
-    """Writes each checkpoint beside its place and seals it there (see `checkpoints`)."""
+    """Writes each checkpoint under another name, seals it and renames it (see `checkpoints`)."""
 
     _saving_to: str | None = None
 
@@ -36,16 +36,16 @@ class SavingTrainer(Trainer):
         """Called on every rank before a checkpoint is written."""
 
     def write_state(self, checkpoint: Path) -> None:
-        """Adds to a checkpoint what only a subclass knows; on the first rank."""
+        """Called on the first rank to add a subclass's own state to a checkpoint."""
 
     def remove_old(self) -> None:
-        """Called on the first rank when a checkpoint is there."""
+        """Called on the first rank after a checkpoint was written."""
         checkpoints.remove_old(self.folder, self.args.save_total_limit)
 
     def found_checkpoint(self, chosen: str | bool | None) -> Path | None:
-        """The checkpoint to go on from: the newest whole one (True, where there is one), a chosen one, or none.
+        """The checkpoint to resume from: a chosen folder, or with True the newest undamaged one; None for none.
 
-        Raises `InputError` for a chosen one that is damaged.
+        Raises `InputError` for a chosen one that is damaged, and where the folder holds checkpoints of later steps.
         """
         if not chosen:
             checkpoints.check_none_after(self.folder, -1)
@@ -61,13 +61,16 @@ class SavingTrainer(Trainer):
         """Nothing: transformers calls it before the checkpoint is in its place."""
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.push_to_hub`; of the output folder only the model goes there, from its folder `hub`."""
+        """As `Trainer.push_to_hub`, but only the model is uploaded, from the output folder's `hub`."""
         with self._uploading_alone():
             return super().push_to_hub(*args, **kwargs)
 
     @contextlib.contextmanager
     def _uploading_alone(self) -> Iterator[None]:
-        """transformers uploads the whole output folder: the teacher's cache and the training prompts would be in it."""
+        """Within it the output folder is its subfolder `hub`.
+
+        transformers uploads the whole output folder, which holds the teacher's cache and the training prompts.
+        """
         before, folder = self.args.output_dir, self.folder / "hub"
         folder.mkdir(parents=True, exist_ok=True)
         self.args.output_dir = str(folder)

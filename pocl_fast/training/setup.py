@@ -1,52 +1,106 @@
-"""What a `PoclTrainer` is made from, out of what a user gives: models by name, records, and a measured difficulty."""
+"""What a `PoclTrainer` is made from, out of what a user gives: models or their names, paths or records, options.
+
+Does not know how difficulty is measured, nor how a step is computed.
+"""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from pocl_fast.answers.answerer import Answerer
-from pocl_fast.answers.engine import TorchEngine
-from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
-from pocl_fast.curriculum.signals import chosen_signals, teacher_columns
-from pocl_fast.curriculum.stages import Curriculum, make_curriculum, stages_over
+from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.models import loading
-from pocl_fast.models.cut import as_trainable
-from pocl_fast.models.fingerprints import weights_fingerprint
+from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import causal_lm
-from pocl_fast.models.precision import Precision
-from pocl_fast.models.unsharded import unsharded
+from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
-from pocl_fast.system.files import write_text
 from pocl_fast.teacher.loading import cached_teacher, load_teacher
 from pocl_fast.teacher.references import teacher_answers
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig
 
-if TYPE_CHECKING:
-    from pocl_fast.training.trainer import PoclTrainer
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The models and data of a training."""
+
+    student: Any  # with its adapters
+    tokenizer: Any
+    encoder: SampleEncoder
+    samples: SampleSet
+    dev: SampleSet | None
+    precision: Precision
+    packed: bool  # whether packed rows hold for the student
+    teacher: Teacher
+
+
+class AnsweringOptions(Protocol):
+    """How answers are generated, and how long prompt and answer may be."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def generation_batch_size(self) -> int: ...
+    @property
+    def generation_batch_tokens(self) -> int: ...
+
+
+def prepare(
+    student: Any, teacher: Any, args: PoclConfig, training: Any, dev: Any, tokenizer: Any, peft_config: Any
+) -> Prepared:
+    """Loads what is given by name, reads what is given as a path or as records, and checks that all fits together.
+
+    With `data_source` "teacher" the teacher answers the training prompts here. Every rank must call. Raises
+    `InputError` for what does not fit.
+    """
+    precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
+    student, tokenizer = student_of(student, tokenizer, peft_config, args)
+    encoder = SampleEncoder(tokenizer, args.template)  # type: ignore[arg-type]  # checked by PoclConfig
+    samples = sample_set(training, encoder, args, "train_dataset")
+    held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset")
+    half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
+    with half:
+        packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
+    kept = teacher_of(teacher, tokenizer, args, precision, samples)
+    check_lengths(student, kept, args, samples, held_out)
+    if args.data_source == "teacher":
+        folder = Path(str(args.output_dir)) / "teacher_answers"
+        samples = answered_by_teacher(samples, kept.model, encoder, folder, fingerprint=kept.fingerprint, options=args)
+    return Prepared(student, tokenizer, encoder, samples, held_out, precision, packed, kept)
+
+
+def _first_says(text: str) -> None:
+    if ranks.is_first():
+        say(text)
 
 
 def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -> tuple[Any, Any]:
-    """The student to train, and its tokenizer; fp32 where it is given by name."""
+    """The student to train, and its tokenizer. One that is given by name is loaded in fp32, and cut to
+    `student_layers`."""
     if isinstance(model, str):
-        tokenizer = tokenizer or loading.load_tokenizer(model)
-        model = as_trainable(loading.load_model(model, device=args.device))
+        trust = args.trust_remote_code
+        tokenizer = tokenizer or loading.load_tokenizer(model, trust_remote_code=trust)
+        model = loading.load_model(model, device=args.device, trust_remote_code=trust)
+        if args.student_layers is not None:
+            model = cut_layers(model, args.student_layers)
+        model = as_trainable(model)
     if tokenizer is None:
         raise InputError("processing_class is missing: give the student's tokenizer")
     if tokenizer.pad_token_id is None:
@@ -65,6 +119,16 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
     if args.device.type == "cuda" and not sharded_later(args) and placeable(model):
         model = model.to(args.device)  # how it attends is chosen by where it is
     return model, tokenizer
+
+
+def check_evaluations(args: PoclConfig) -> None:
+    """Raises `InputError` where options need evaluations and there are none."""
+    if args.eval_strategy != "no":
+        return
+    if args.rollouts == "adaptive":
+        raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
+    if args.stage_weights == "best":
+        raise InputError('stage_weights="best" needs evaluations: give eval_dataset and eval_strategy')
 
 
 def check_lengths(student: Any, teacher: Teacher, args: PoclConfig, training: SampleSet, dev: SampleSet | None) -> None:
@@ -89,9 +153,9 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precis
     if teacher is None:
         raise InputError("teacher is missing: give a model, its name, or a Teacher")
     folder, by_name = Path(str(args.output_dir)), isinstance(teacher, str)
-    first_says = say if ranks.is_first() else lambda _: None
     if by_name:
-        loading.check_same_vocabulary(tokenizer, loading.load_tokenizer(teacher))
+        trust = args.trust_remote_code
+        loading.check_same_vocabulary(tokenizer, loading.load_tokenizer(teacher, trust_remote_code=trust))
         teacher = load_teacher(
             teacher,
             folder / "teacher",
@@ -99,7 +163,8 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precis
             quantization=args.teacher_quantization,  # type: ignore[arg-type]  # checked by PoclConfig
             where=args.teacher_device,
             probe_samples=samples.encoded,
-            say=first_says,
+            trust_remote_code=trust,
+            say=_first_says,
         )
     elif placeable(teacher) and args.teacher_device == "student":
         teacher = teacher.to(args.device)
@@ -111,12 +176,12 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precis
         device=args.device,
         keep_body=args.rollouts != "none",
         owned=by_name,
-        say=first_says,
+        say=_first_says,
     )
 
 
 def placeable(model: Any) -> bool:
-    """Whether a model's place is ours to choose: nobody has spread, quantised or sharded it."""
+    """Whether a model may be moved to another device: it is not spread, quantised or sharded."""
     chosen = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
     return not chosen and not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
 
@@ -145,12 +210,17 @@ def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -
 
 
 def answered_by_teacher(
-    samples: SampleSet, teacher: Any, encoder: SampleEncoder, folder: Path, *, fingerprint: str, options: Any
+    samples: SampleSet,
+    teacher: Any,
+    encoder: SampleEncoder,
+    folder: Path,
+    *,
+    fingerprint: str,
+    options: AnsweringOptions,
 ) -> SampleSet:
     """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
 
-    `options` has `max_new_tokens`, `max_length`, `generation_batch_size` and `generation_batch_tokens`. Every rank must
-    call.
+    `fingerprint` identifies the teacher. Every rank must call.
     """
     tokenizer: Any = encoder.tokenizer
     ask = Answerer.of(teacher, encoder, options, temperature=0.0)
@@ -159,73 +229,6 @@ def answered_by_teacher(
     answers = {one.index: text.strip() for one, text in zip(encoded, texts, strict=True)}
     known = [replace(s, references=(answers[s.index],)) if s.index in answers else s for s in samples.samples]
     return SampleSet(known, encoded)
-
-
-def measured_curriculum(trainer: PoclTrainer, folder: Path, *, made_from: str | None = None) -> Curriculum:
-    """The curriculum by the difficulty of the samples for the student as it is; measured once, and kept in `folder`.
-
-    `made_from` identifies what it is measured on; None trusts what is there. Raises `InputError` where the folder holds
-    that of something else.
-    """
-    args, samples = trainer.args, trainer.samples
-    known, key = folder / "curriculum.json", folder / "measured_from.txt"
-    if made_from is not None and ranks.from_first(lambda: key.is_file() and key.read_text() != made_from):
-        raise InputError(
-            f"{folder} holds the difficulty of other samples or of another student: give another output_dir, or delete"
-            " that folder"
-        )
-    if args.curriculum == "none":
-        index = np.array([sample.index for sample in samples.encoded])
-        return stages_over(index, np.zeros(len(index)), args)
-    if known.is_file():
-        return Curriculum.load(known)
-    from pocl_fast.curriculum.measurer import (  # these need pyarrow, and a curriculum that is given does not
-        measure,
-        rows_of,
-    )
-    from pocl_fast.curriculum.scores import read_scores
-
-    if teacher_columns(args.signals):
-        raise InputError("signals that need the teacher are measured by `pocl-fast measure`: give its curriculum")
-    if made_from is not None and ranks.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(key, made_from)
-    model: Any = trainer.model
-    was_training, home = model.training, next(model.parameters()).device
-    moves = home.type == "cpu" and args.device.type == "cuda" and placeable(model)  # sharded only when it trains
-    model.eval()
-    if moves:
-        model.to(args.device)
-    table = folder / "difficulty.parquet"
-    with unsharded(trainer.model) as student, trainer.accelerator.autocast():
-        measure(
-            LoadedModel(student, trainer.packed),
-            rows_of(samples.samples, samples.encoded),
-            len(samples.encoded),
-            trainer.encoder,
-            table,
-            engine=TorchEngine.of(student, trainer.encoder, args),
-            max_new_tokens=args.max_new_tokens,
-        )
-    model.train(was_training)
-    if moves:
-        model.to(home)
-    curriculum = make_curriculum(read_scores(table, chosen_signals(args.signals)), args)
-    if ranks.is_first():
-        curriculum.save(known)
-    ranks.barrier()
-    return curriculum
-
-
-def measured_from(trainer: PoclTrainer) -> str:
-    """Identifies what a student's difficulty is measured on: its weights, the samples and the settings."""
-    args = trainer.args
-    settings = (args.signals, args.stages, args.rrf_k, args.temperature, args.alpha, args.max_new_tokens)
-    digest = hashlib.sha256(repr(settings).encode())
-    digest.update(weights_fingerprint(causal_lm(trainer.model)).encode())
-    for sample in trainer.samples.encoded:
-        digest.update(sample.fingerprint)
-    return digest.hexdigest()
 
 
 def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[EncodedSample]) -> Schedule:

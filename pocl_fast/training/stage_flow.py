@@ -1,81 +1,72 @@
 """What happens around the steps of a training in stages: evaluation and checkpoints at the ends of passes, the stage's
-best weights, its end on convergence, orderly stops, and what a person sees of all that."""
+best weights, its end on convergence, orderly stops; and when which line of all that is printed.
+
+Knows when. Does not know how a step is computed, nor the texts (see `lines`).
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from pocl_fast.curriculum.schedule import Place, Schedule
+from pocl_fast.system import ranks
 from pocl_fast.system.console import progress_bar, say
 from pocl_fast.system.errors import InputError
-from pocl_fast.system.files import write_json
+from pocl_fast.training import lines
+from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.metrics import MetricsLog
-
-if TYPE_CHECKING:
-    from pocl_fast.training.trainer import PoclTrainer
-
-SHOWN_ANSWERS = 3
-LONGEST_SHOWN = 100  # characters of an answer
+from pocl_fast.training.state import TrainingState
 
 
-@dataclass
-class Best:
-    """A stage's best evaluation."""
+class StagedTrainer(Protocol):
+    """What the flow needs of a trainer."""
 
-    score: float
-    step: int  # optimizer steps done
+    args: PoclConfig
+    progress: TrainingState
 
+    @property
+    def scoring(self) -> bool:
+        """Whether the evaluation in progress is one of the dev set in training, for choosing and stopping."""
+        ...
 
-@dataclass
-class Progress:
-    """How far a training is, beyond what a transformers trainer knows: part of each checkpoint."""
+    @property
+    def dev_answers(self) -> Sequence[tuple[str, str]]:
+        """Some prompts of the dev set, and the answers of the last evaluation."""
+        ...
 
-    stage: int = -1  # the running one
-    best: dict[int, Best] = field(default_factory=dict)  # by stage
-    ended: dict[int, int] = field(default_factory=dict)  # stage -> steps after which it was ended early
-    evaluations_since_best: int = 0
-    skipped_steps: int = 0  # whose loss or gradient was not finite
-    seconds: dict[int, float] = field(default_factory=dict)  # of training and evaluation, by stage
-    losses: dict[int, float] = field(default_factory=dict)  # the last logged, by stage
-    rollouts: dict[str, Any] = field(default_factory=dict)  # of the student's own answers
-    plan: dict[str, Any] = field(default_factory=dict)  # `Schedule.identity` of what a step's number means
+    def planned(self) -> Schedule:
+        """The steps of the training."""
+        ...
 
-    def begin(self, stage: int) -> None:
-        self.stage, self.evaluations_since_best = stage, 0
+    def check_step(self) -> None:
+        """Called before the optimizer steps."""
+        ...
 
-    def check_plan(self, plan: dict[str, Any], checkpoint: Path) -> None:
-        """Raises `InputError` where a step's number means something else than it did at the checkpoint."""
-        for name, value in plan.items():
-            if (before := self.plan.get(name)) != value:
-                raise InputError(
-                    f"checkpoint {checkpoint} is of another schedule ({name}: {before} there, {value} here): give the"
-                    " settings it was made with, or another output_dir"
-                )
+    def end_step(self, place: Place) -> None:
+        """Called after each step."""
+        ...
 
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+    def stop_asked(self) -> bool:
+        """Whether a signal asked for a stop."""
+        ...
 
-    @classmethod
-    def read(cls, path: Path) -> Progress:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("best", "ended", "seconds", "losses"):
-            record[name] = {int(stage): value for stage, value in record[name].items()}
-        record["best"] = {stage: Best(**best) for stage, best in record["best"].items()}
-        return cls(**record)
+    def dev_scored(self, cross_entropy: float, *, is_best: bool) -> None:
+        """Called after an evaluation on the dev set; `is_best` of its stage."""
+        ...
 
 
 class StageFlow(TrainerCallback):
     """Follows a `PoclTrainer`; see the module."""
 
-    def __init__(self, trainer: PoclTrainer) -> None:
+    def __init__(self, trainer: StagedTrainer) -> None:
         self.trainer = trainer
         self.saved = self.since = time.monotonic()
         self.bar: tqdm | None = None
@@ -86,18 +77,19 @@ class StageFlow(TrainerCallback):
         self.saved = self.since = time.monotonic()
         total = self.trainer.planned().total_steps
         state.max_steps = min(args.max_steps, total) if args.max_steps > 0 else total
+        self._say(lines.legend(args.divergence))
         if state.is_world_process_zero:
             self.bar = progress_bar(state.max_steps, "train", "steps", done=state.global_step)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.trainer.finite_steps.check()
+        self.trainer.check_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         place = trainer.planned().place(state.global_step - 1)
         trainer.end_step(place)
         state.epoch = place.passes
-        self._count_time(place.stage)
+        self._count_time()
         if self.bar is not None:
             self.bar.update(1)
         if place.ends_epoch and args.eval_strategy == "epoch":
@@ -112,23 +104,18 @@ class StageFlow(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         trainer, progress = self.trainer, self.trainer.progress
-        if not trainer.is_in_train or progress.stage < 0 or not trainer.scoring:
+        if not trainer.scoring:
             return
-        self._count_time(progress.stage)
-        if trainer.on_policy is not None:
-            trainer.on_policy.rollouts.dev_loss(given["metrics"]["eval_cross_entropy"])
-        score, sign = given["metrics"][_full(args.metric_for_best_model)], 1 if args.greater_is_better else -1
-        best = progress.best.get(progress.stage)
-        if best is None or sign * score > sign * best.score:
-            progress.best[progress.stage] = Best(score, state.global_step)
-            progress.evaluations_since_best = 0
-            if trainer.weights_choice == "best":
-                trainer.keep_best()
-        else:
-            progress.evaluations_since_best += 1
+        self._count_time()
+        metrics = given["metrics"]
+        is_best = progress.evaluated(
+            metrics[_full(args.metric_for_best_model)], state.global_step, greater_is_better=args.greater_is_better
+        )
+        trainer.dev_scored(metrics["eval_cross_entropy"], is_best=is_best)
+        for prompt, answer in trainer.dev_answers:
+            self._say(lines.answer_line(prompt, answer))
         if args.patience is not None and progress.evaluations_since_best >= args.patience:
             self._end_stage(state, control)
-        self._say_answers()
 
     def _end_stage(self, state: Any, control: Any) -> None:
         """Ends the running stage on convergence."""
@@ -142,7 +129,7 @@ class StageFlow(TrainerCallback):
         control.should_save |= self.trainer.args.save_strategy != "no"
         if self.bar is not None:
             self.bar.total = state.max_steps
-        self._say(f"stage {stage + 1} has converged: no better score in {self.trainer.args.patience} evaluations")
+        self._say(lines.converged_line(schedule, stage, self.trainer.progress.evaluations_since_best))
 
     def on_save(self, *_: Any, **__: Any) -> None:
         self.saved = time.monotonic()
@@ -152,77 +139,56 @@ class StageFlow(TrainerCallback):
         control.should_evaluate = control.should_save = control.should_log = False
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.say_stages()
+        self._say(lines.training_table(self.trainer.planned(), self.trainer.progress))
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
-    def _count_time(self, stage: int) -> None:
+    def _count_time(self) -> None:
         now = time.monotonic()
-        seconds = self.trainer.progress.seconds
-        seconds[stage] = seconds.get(stage, 0.0) + now - self.since
+        self.trainer.progress.add_seconds(now - self.since)
         self.since = now
 
     # -- what a person sees -----------------------------------------------------------------------------------------
 
+    def stage_done(self) -> None:
+        """Says what came out of the running stage."""
+        metric = _full(self.trainer.args.metric_for_best_model)
+        self._say(lines.stage_done_line(self.trainer.planned(), self.trainer.progress, metric))
+
+    def stage_begins(self, weights: str, *, max_steps: int) -> None:
+        """Says that the running stage begins from these weights; the training has `max_steps` from here on."""
+        if self.bar is not None:
+            self.bar.total = max_steps
+        self._say(lines.stage_begins_line(self.trainer.planned(), self.trainer.progress.stage, weights=weights))
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
+        if "stage" not in logs:
+            return
         progress = self.trainer.progress
-        if "loss" in logs and "stage" in logs:
+        place = lines.where(self.trainer.planned(), state.global_step, state.max_steps)
+        if "loss" in logs:
             progress.losses[progress.stage] = logs["loss"]
-            self._say(self._line(state, logs))
+            self._say(lines.training_line(place, logs))
             if self.bar is not None:
                 self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=sys.stderr.isatty())
-        elif "eval_cross_entropy" in logs and "stage" in logs:
+        elif "eval_cross_entropy" in logs:
             if not math.isfinite(logs["eval_cross_entropy"]):
                 raise InputError(
                     f"the dev cross-entropy is {logs['eval_cross_entropy']} at stage {progress.stage + 1}, step"
                     f" {state.global_step}: look for damaged weights in the models, or give a lower learning rate"
                     f" (now {args.learning_rate}) and start again"
                 )
-            self._say(
-                f"{self._where(state)} | dev ROUGE-L {logs['eval_rouge_l']:.2f}, dev CE"
-                f" {logs['eval_cross_entropy']:.3f} | {logs['eval_seconds']:.1f} s"
-            )
-
-    def _where(self, state: Any) -> str:
-        schedule = self.trainer.planned()
-        place = schedule.place(max(state.global_step - 1, 0))
-        epoch = place.epoch + (place.step + 1) / place.epoch_steps
-        return f"stage {place.stage + 1}/{len(schedule.stages)} epoch {epoch:.2f} step {state.global_step}"
-
-    def _line(self, state: Any, logs: dict[str, Any]) -> str:
-        if "ce" not in logs:
-            return f"{self._where(state)} | every step since the last line was skipped"
-        parts = [
-            self._where(state),
-            f"loss {logs['loss']:.3f} CE {logs['ce']:.3f} KD {logs['divergence']:.3f}",
-            f"τ {logs['temperature']:.3g} α {logs['alpha']:.3g}",
-            f"agreement {100 * logs['agreement']:.0f} %",
-            f"{logs['tokens_per_second']:,.0f} tok/s, {logs['supervised_tokens_per_second']:,.0f} supervised",
-            f"{logs['memory_gib']:.2f} GiB",
-        ]
-        if "generation_share" in logs:
-            parts.append(f"{100 * logs['generation_share']:.0f} % of the time generating")
-        return " | ".join(parts)
-
-    def _say_answers(self) -> None:
-        trainer = self.trainer
-        for sample, answer in zip(trainer.dev.encoded if trainer.dev else (), trainer.dev_answers, strict=False):
-            prompt = trainer.dev.samples[sample.index].messages[-1]["content"]  # type: ignore[union-attr]
-            self._say(f"    {_short(prompt, LONGEST_SHOWN // 2)} -> {_short(answer, LONGEST_SHOWN)}")
-
-    def say_stages(self) -> None:
-        """The table of the stages so far."""
-        self._say(stage_table(self.trainer))
+            self._say(lines.evaluation_line(place, logs))
 
     def _say(self, text: str) -> None:
-        if self.trainer.is_world_process_zero():
+        if ranks.is_first():
             say(text)
 
 
 class MetricsFile(TrainerCallback):
-    """Keeps metrics.jsonl."""
+    """Writes metrics.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self.log = MetricsLog(path)
@@ -236,29 +202,6 @@ class MetricsFile(TrainerCallback):
             self.log.write({"step": state.global_step, **logs})
 
 
-def stage_table(trainer: PoclTrainer) -> str:
-    """A row for each stage that was begun."""
-    schedule, progress = trainer.planned(), trainer.progress
-    lines = [
-        f"{'stage':>5}{'samples':>9}{'steps':>7}{'τ':>6}{'α':>6}{'loss':>9}{'best dev':>10}{'at step':>9}{'time':>8}"
-    ]
-    for stage in schedule.stages[: progress.stage + 1]:
-        best = progress.best.get(stage.index)
-        score, step = ("-", "-") if best is None else (f"{best.score:.2f}", str(best.step))
-        loss = f"{progress.losses[stage.index]:.3f}" if stage.index in progress.losses else "-"
-        seconds = round(progress.seconds.get(stage.index, 0.0))
-        lines.append(
-            f"{stage.index + 1:>5}{stage.size:>9}{schedule.steps(stage.index):>7}{stage.temperature:>6.3g}"
-            f"{stage.alpha:>6.3g}{loss:>9}{score:>10}{step:>9}{seconds // 60:>5}:{seconds % 60:02}"
-        )
-    return "\n".join(lines)
-
-
 def _full(metric: str | None) -> str:
     name = metric or "eval_rouge_l"
     return name if name.startswith("eval_") else f"eval_{name}"
-
-
-def _short(text: str, most: int) -> str:
-    one_line = " ".join(text.split())
-    return one_line if len(one_line) <= most else one_line[: most - 3] + "..."

@@ -10,7 +10,8 @@ import pytest
 from pocl_fast.curriculum.scores import SignalScores
 from pocl_fast.curriculum.signals import Weighted, chosen_signals
 from pocl_fast.curriculum.stages import baby_steps
-from pocl_fast.options import RunConfig, to_yaml
+from pocl_fast.options import RunConfig
+from pocl_fast.run.configuration import to_yaml
 from pocl_fast.run.difficulty_report import (
     Ranked,
     average_ranks,

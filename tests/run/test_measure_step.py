@@ -133,7 +133,7 @@ def test_a_signal_of_the_teacher_s_is_added_without_asking_the_student_again(wor
     assert run("measure", output, *words, "--signals", "cross_entropy_gap") == 0  # which the table has
     assert (output / "teacher_scores.parquet").stat().st_mtime_ns == written
     said = refusal(capsys, "measure", output, *words, *signals, "--teacher-quantization", "8bit")
-    assert "its step 'measure-teacher' was made with other input (teacher columns: was of " in said
+    assert "its step 'measure-teacher' was made with other input (teacher_quantization: was none, now 8bit)" in said
     monkeypatch.undo()
     assert run("measure", output, *words, "--signals", "rouge_l", "--student-layers", "3", "--restart") == 0
     assert not (output / "teacher_scores.parquet").exists()  # of another student

@@ -18,7 +18,7 @@ from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.system.seal import SEAL, damage, seal
 from pocl_fast.training import checkpoints, saving_trainer
 from pocl_fast.training.metrics import read_metrics
-from pocl_fast.training.stage_flow import Progress
+from pocl_fast.training.state import TrainingState
 from pocl_fast.training.trainer import PoclTrainer
 
 TWO_STAGES = {"curriculum": curriculum_of(24, stages=2), "epochs_per_stage": 2, "learning_rate": 1e-3}  # 6 + 12 steps
@@ -229,7 +229,7 @@ def test_the_best_weights_that_an_older_checkpoint_names_stay_with_it(tmp_path, 
         "pocl_fast.answers.evaluation.rouge_l", lambda *_: type("RougeL", (), {"fmeasure": np.array([next(given)])})
     )
     train(tmp_path, **TWO_STAGES)
-    older = Progress.read(tmp_path / "checkpoint-12" / "pocl_state.json")
+    older = TrainingState.read(tmp_path / "checkpoint-12" / "pocl_state.json")
     assert {checkpoints.best_path(tmp_path, stage, best.step).name for stage, best in older.best.items()} <= {
         path.name for path in tmp_path.iterdir()
     }

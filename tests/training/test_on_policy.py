@@ -52,10 +52,10 @@ def test_gkd_trains_on_the_students_own_samples_with_the_divergence_alone(tmp_pa
     before = student_model()
     trainer.train()
     [batch] = seen
-    assert batch["live"]
+    assert batch.live
     data = {sample.index: sample for sample in trainer.samples.encoded}
     total, tokens = 0.0, 0
-    for sample in batch["samples"]:
+    for sample in batch.samples:
         assert sample.prompt_ids == data[sample.index].prompt_ids
         assert sample.response_ids != data[sample.index].response_ids
         assert 1 <= len(sample.response_ids) <= 4
@@ -86,8 +86,8 @@ def test_the_answers_are_the_students_of_that_step_and_the_same_in_any_batch(tmp
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(models[3][name])
-    ask = trainer.on_policy.rollouts
-    one = seen[3]["samples"][0]
+    ask = trainer.rollouts
+    one = seen[3].samples[0]
     ask._generate = lambda prompts, ids, seed: generate(
         student,
         prompts,
@@ -132,7 +132,7 @@ def test_the_teachers_body_stays_and_its_cache_holds_no_rollouts(tmp_path):
     setting = {**SETTING, "rollouts": "gkd", "lmbda": 0.5, "epochs_per_stage": 3}
     trainer = trainer_of(tmp_path, curriculum=curriculum(), teacher=teacher_model(), **setting)
     trainer.train()
-    assert trainer.on_policy.rollouts.generated > 0
+    assert trainer.rollouts.generated > 0
     assert trainer.teacher.model is not None
     cached = sum(len(shard) for shard in trainer.teacher.cache._shards.values())
     assert cached <= 16

@@ -41,9 +41,11 @@ class Student:
         return [np.random.default_rng([prompt[-1], i, seed]).integers(0, 250, 4).tolist() for prompt, i in keys]
 
 
-def rollouts(policy, *, student=None, seed=0, total_steps=STEPS, limits=LIMITS, **numbers):
+def rollouts(policy, *, student=None, seed=0, total_steps=STEPS, limits=LIMITS, threshold=0.0, **numbers):
     student = student or Student()
-    return Rollouts(Policy(policy, **numbers), student, limits, total_steps=total_steps, seed=seed)
+    one = Rollouts(Policy(policy, **numbers), student, limits, total_steps=total_steps, seed=seed)
+    one.threshold = threshold
+    return one
 
 
 def sources(one, steps=STEPS, many=None):

@@ -12,15 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import (
-    before_each_batch,
-    curriculum_of,
-    same_bits,
-    student_model,
-    train,
-    trainer_of,
-    weights_of,
-)
+from tiny_training import before_each_batch, curriculum_of, same_bits, student_model, train, trainer_of, weights_of
 
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.seal import damage
@@ -99,8 +91,8 @@ def no_room_for(monkeypatch, samples):
     failed = []
 
     def limited(self, model, inputs, *args, **kwargs):
-        if len(inputs["samples"]) > samples:
-            failed.append(len(inputs["samples"]))
+        if len(inputs.samples) > samples:
+            failed.append(len(inputs.samples))
             next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return compute_loss(self, model, inputs, *args, **kwargs)

@@ -1,0 +1,119 @@
+"""A run's options from a mapping or a YAML file, and back to YAML.
+
+Knows which options there are and how their values are checked. Does not know what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pocl_fast.options import RunConfig, flag, option_name
+from pocl_fast.system.errors import InputError
+from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
+
+
+def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, where: str = "") -> RunConfig:
+    """A configuration from flat options over `base`. Names may have dashes or underscores; `where` the options are from
+    begins every message.
+
+    Raises `InputError` naming every unknown option, and every value of the wrong type or out of range.
+    """
+    base = base or RunConfig()
+    where = where and f"{where}: "
+    given = {str(name).replace("-", "_"): value for name, value in options.items()}
+    _check_names(given, base, where)
+    groups, problems = {}, []
+    for group in fields(base):
+        current = getattr(base, group.name)
+        values = vars(current).copy()
+        for option in fields(current):
+            for name in {option_name(option), option.name} & given.keys():
+                try:
+                    values[option.name] = _value(option.name, given[name], current)
+                except ValueError as error:
+                    problems.append(flag(option) + _after_name(flag(option), error))
+        groups[group.name] = type(current)(**values)
+    if problems:
+        raise InputError(where + "; ".join(problems))
+    return RunConfig(**groups)
+
+
+def _check_names(given: Mapping[str, Any], base: RunConfig, where: str) -> None:
+    options = [option for group in fields(base) for option in fields(getattr(base, group.name))]
+    known = [option_name(option) for option in options]
+    unknown = sorted(set(given) - {*known, *(option.name for option in options)})
+    if not unknown:
+        return
+    what = "unknown options" if len(unknown) > 1 else "unknown option"
+    raise InputError(
+        f"{where}{what} {', '.join(name + did_you_mean(name, known) for name in unknown)}; known are {', '.join(known)}"
+    )
+
+
+def _value(name: str, given: Any, group: Any) -> Any:
+    if name != "set":
+        return typed(given, hints_of(type(group))[name])
+    if given and not isinstance(given, (dict, list)):
+        raise ValueError(f"must be a dict, or NAME=VALUE words, got {given!r}")
+    if isinstance(given, list):
+        given = dict(_pair(word) for word in given)
+    if not given:
+        return dict(group.set)
+    from pocl_fast.run.other_arguments import other_arguments  # loads transformers
+
+    return group.set | other_arguments(given)
+
+
+def _pair(word: Any) -> tuple[str, str]:
+    name, equals, value = str(word).partition("=")
+    if not equals:
+        raise ValueError(f"must be NAME=VALUE, got {word!r}")
+    return name.strip().replace("-", "_"), value
+
+
+def _after_name(option: str, error: ValueError) -> str:
+    """What is wrong with an option's value: "--stages must be ...", "--eval-seeds, value 2, must be ...", "--set:
+    optim must be ..."."""
+    text = str(error)
+    if option == "--set":
+        return f": {text}"
+    return f", {text}" if text.startswith("value ") else f" {text}"
+
+
+def read_yaml(path: str | Path, base: RunConfig | None = None) -> RunConfig:
+    """The configuration in a YAML file of flat options, over `base`."""
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if options is not None and not isinstance(options, dict):
+        raise InputError(f"{path}: expected options as `name: value` lines, got a {type(options).__name__}")
+    return from_options(options or {}, base, where=str(path))
+
+
+def recorded_config(run: Path) -> RunConfig:
+    """The configuration recorded in a run directory, or the defaults where there is none."""
+    known = run / "config.yaml"
+    return read_yaml(known) if known.is_file() else RunConfig()
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML, every option with its value, grouped and headed as in the help."""
+    lines = ["# Every option of this run. `pocl-fast distill --config THIS_FILE --output NEW_FOLDER` runs it again."]
+    options = config.flat()
+    for group in fields(config):
+        value = getattr(config, group.name)
+        lines.append(f"\n# {(type(value).__doc__ or '').splitlines()[0]}")
+        for option in map(option_name, fields(value)):
+            given = options[option]
+            in_one_line = None if isinstance(given, list) else False  # PyYAML's None: [lists] in one line
+            text = yaml.safe_dump({option: given}, default_flow_style=in_one_line, allow_unicode=True, width=1000)
+            lines.append(text.rstrip())
+    return "\n".join(lines) + "\n"

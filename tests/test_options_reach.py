@@ -1,0 +1,547 @@
+"""Every option, set to a value that is not its default, reaches what it is for: the model that is loaded, the batch
+that is trained on, the optimizer, the file that is written. An option without such a test fails the last one."""
+
+import json
+from dataclasses import fields
+from types import SimpleNamespace
+
+import accelerate
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from tiny import arithmetic, tiny_model, write_jsonl
+from tiny_run import make_inputs, read_json
+from tiny_training import before_each_batch, curriculum_of, trainer_of
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
+from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.options import ModelNames, RunConfig, RunModels, TrainerArguments, option_name
+from pocl_fast.run import train_step
+from pocl_fast.run.configuration import from_options
+from pocl_fast.run.steps import open_run
+from pocl_fast.system.errors import InputError
+from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.training.rollouts import Rollouts
+from pocl_fast.training.trainer import PoclTrainer
+
+# each option's value in the test that shows it; none is the default
+CHANGED = {
+    "teacher": "the/teacher",
+    "student": "the/student",
+    "student_layers": 3,
+    "teacher_quantization": "8bit",
+    "teacher_device": "meta",
+    "precision": "bf16",
+    "device": "meta",
+    "trust_remote_code": True,
+    "train": "three.jsonl",
+    "dev": "two.jsonl",
+    "template": "alpaca",
+    "max_length": 60,
+    "max_prompt_length": 50,
+    "long_prompts": "skip",
+    "data_source": "teacher",
+    "max_new_tokens": 2,
+    "generation_batch_size": 3,
+    "generation_batch_tokens": 40,
+    "generation_engine": "vllm",
+    "signals": "answer_length=2,cross_entropy",
+    "measure_temperature": 0.7,
+    "measure_seed": 3,
+    "curriculum": "none",
+    "stages": 3,
+    "rrf_k": 7.0,
+    "temperature": [3.0, 4.0],
+    "alpha": [0.5, 0.25],
+    "divergence": "jsd",
+    "beta": 0.3,
+    "skew": 0.2,
+    "temperature_scaling": "tau",
+    "within_stage": "linear",
+    "epochs_per_stage": 3,
+    "steps_per_stage": 5,
+    "patience": 1,
+    "fresh_optimizer": False,
+    "fresh_learning_rate": False,
+    "stage_weights": "last",
+    "remeasure": True,
+    "batch_size": 2,
+    "tokens_per_batch": 50,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.2,
+    "max_grad_norm": 0.5,
+    "activation_checkpointing": True,
+    "on_nonfinite": "skip",
+    "seed": 5,
+    "logging_steps": 1.0,
+    "report_to": ["tensorboard"],
+    "save_minutes": 1e-9,
+    "set": {"optim": "sgd", "lr_scheduler_type": "linear"},
+    "rollouts": "adaptive",
+    "lmbda": 0.25,
+    "mixed_alpha": 0.75,
+    "loss_eps": 0.3,
+    "replay_ratio": "constant",
+    "replay_capacity": 7,
+    "cache_mode": "topk",
+    "cache_dtype": "int8",
+    "cache_top_k": 5,
+    "eval_seeds": [3, 4],
+}
+SHOWN = set()
+
+
+def reaches(*names):
+    """Marks a test that shows these options, and gives it their values as `changed`."""
+    SHOWN.update(names)
+    return pytest.mark.parametrize("changed", [{name: CHANGED[name] for name in names}], ids=[",".join(names)])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"), train=6, dev=2)
+    write_jsonl(folder / "three.jsonl", arithmetic(3))
+    write_jsonl(folder / "two.jsonl", arithmetic(2, start=50))
+    return folder
+
+
+@pytest.fixture
+def run_of(inputs, tmp_path):
+    """Opens a tiny run with these options over a few defaults."""
+
+    def opened(folder="out", **options):
+        given = {
+            "teacher": str(inputs / "teacher"), "student_layers": 2, "train": inputs / "train.jsonl",
+            "dev": inputs / "dev.jsonl", "max_length": 96, "max_prompt_length": 80, "max_new_tokens": 2,
+            "generation_batch_size": 8, "precision": "fp32", "device": "cpu", "eval_seeds": [1],
+        }  # fmt: skip
+        return open_run(tmp_path / folder, given | options)
+
+    return opened
+
+
+@pytest.fixture
+def trainer_with(tmp_path):
+    """A trainer whose arguments have these options, on samples in file order."""
+
+    def made(changed, *, folder="out", count=8, stages=1, given=True, **settings):
+        config = from_options(changed)
+        options = {name: value for name, value in config.trainer_options().items() if name in named(changed)}
+        curriculum = curriculum_of(count, stages=stages) if given else None
+        if "curriculum" in options:
+            options["kind"] = options.pop("curriculum")  # as `trainer_of` calls it
+        return trainer_of(
+            tmp_path / folder, curriculum=curriculum, count=count, **(settings | options | config.trainer.set)
+        )
+
+    return made
+
+
+def named(changed):
+    """The fields of these options."""
+    every = {option_name(f): f.name for group in fields(RunConfig) for f in fields(getattr(RunConfig(), group.name))}
+    return {every[name] for name in changed}
+
+
+class Loaded(Exception):
+    pass
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Collects what transformers is asked to load, and loads a tiny model."""
+    asked = []
+
+    def from_pretrained(source, **settings):
+        asked.append(SimpleNamespace(source=str(source), **settings))
+        if "quantization_config" in settings:
+            raise Loaded
+        return tiny_model(layers=4)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    return asked
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@reaches("teacher", "student", "trust_remote_code")
+def test_the_two_models_are_loaded_by_their_names_with_their_code(changed, run_of, loads):
+    context = run_of(**changed).context
+    context.teacher_model()
+    context.student()
+    assert [(one.source, one.trust_remote_code) for one in loads] == [("the/teacher", True), ("the/student", True)]
+
+
+@reaches("student_layers")
+def test_the_student_has_as_many_layers_as_are_kept(changed, run_of):
+    assert len(run_of(**changed).context.student().model.model.layers) == 3
+
+
+@reaches("teacher_quantization")
+def test_the_teacher_is_loaded_in_8_bits(changed, run_of, loads):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(Loaded):
+        run_of(**changed).context.teacher_model()
+    assert loads[-1].quantization_config.load_in_8bit
+
+
+@reaches("teacher_device")
+def test_the_teacher_is_on_its_own_device(changed, run_of):
+    context = run_of(**changed).context
+    assert (context.device.type, context.teacher_model().device.type) == ("cpu", "meta")
+
+
+@reaches("device")
+def test_models_are_loaded_to_the_device_and_a_trainer_trains_on_it(changed, run_of, tmp_path):
+    assert run_of(**changed).context.teacher_model().device.type == "meta"
+    with pytest.raises(InputError, match="device 'meta': transformers trains on "):
+        PoclConfig(str(tmp_path), **changed)
+    on_cpu = PoclConfig(str(tmp_path), device="cpu")
+    assert (on_cpu.device, on_cpu.use_cpu, on_cpu.to_dict()["device"]) == (torch.device("cpu"), True, "cpu")
+    with pytest.raises(InputError, match="device 'meta' and use_cpu=True contradict each other"):
+        PoclConfig(str(tmp_path), use_cpu=True, **changed)
+
+
+@reaches("precision")
+def test_models_run_in_the_precision(changed, run_of, monkeypatch):
+    modes = []
+    monkeypatch.setattr("pocl_fast.models.precision.set_fp32_products", modes.append)
+    for precision in ("fp32", changed["precision"]):
+        assert run_of(precision, precision=precision).context.precision.name == precision
+    if modes:  # a CPU
+        assert modes[-1] == "bf16"
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+@reaches("train", "dev")
+def test_samples_are_read_from_the_files(changed, run_of, inputs):
+    context = run_of(**{name: inputs / file for name, file in changed.items()}).context
+    assert [s.references[0] for s in context.train_set.samples] == ["0", "1 1", "2 2 2"]
+    assert [s.references[0] for s in context.dev_set.samples] == ["50 50 50", "51 51 51 51"]
+
+
+@reaches("template")
+def test_prompts_are_in_the_template(changed, run_of):
+    context = run_of(max_length=400, max_prompt_length=300, **changed).context
+    assert "### Instruction" in context.tokenizer.decode(context.train_set.encoded[0].prompt_ids)
+
+
+@reaches("max_length", "max_prompt_length", "long_prompts")
+def test_long_responses_are_cut_and_long_prompts_left_out(changed, run_of, tmp_path):
+    records = arithmetic(3)
+    records[0]["output"] = "b" * 100
+    records[1]["instruction"] = "long " * 20
+    train = write_jsonl(tmp_path / "long.jsonl", records)
+    encoded = run_of(train=train, **changed).context.train_set.encoded
+    assert [sample.index for sample in encoded] == [0, 2]
+    assert len(encoded[0]) == 60
+    with pytest.raises(InputError, match="over --max-prompt-length 50 tokens"):
+        _ = run_of("strict", train=train, **(changed | {"long_prompts": "error"})).context.train_set
+
+
+@reaches("data_source")
+def test_the_teachers_answers_replace_the_references(changed, run_of):
+    context = run_of(**changed).context
+    assert all(len(sample.response_ids) <= 3 for sample in context.train_set.encoded)  # two tokens and the end
+    assert (context.path / "teacher_answers").is_dir()
+
+
+# -- answers and difficulty --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(run_of, monkeypatch):
+    """Measures with these options; gives the answers, and the rows of each batch that was answered."""
+    rows = []
+    forward = transformers.LlamaForCausalLM.forward
+
+    def counted(self, input_ids=None, **kwargs):
+        rows.append(input_ids.shape[0])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", counted)
+
+    def measure(folder, **options):
+        rows.clear()
+        run = run_of(folder, **options)
+        run.measure()
+        table = pq.read_table(run.path / "difficulty.parquet")
+        return table["answer"].to_pylist(), list(rows)
+
+    return measure
+
+
+@reaches("max_new_tokens", "generation_batch_size")
+def test_answers_are_as_long_and_batches_as_large_as_they_may_be(changed, measured, monkeypatch):
+    _, rows = measured("out", **changed)
+    steps, length = len(rows), CHANGED["max_new_tokens"]
+    assert max(rows) == 3
+    _, longer = measured("longer", **(changed | {"max_new_tokens": length + 3}))
+    assert len(longer) > steps  # each token of an answer is a forward
+
+
+@reaches("generation_batch_tokens")
+def test_batches_of_answers_have_as_many_tokens_as_they_may_have(changed, measured):
+    _, rows = measured("out", **changed)
+    _, wider = measured("wider")
+    assert max(rows) == 1 < max(wider)  # two prompts and answers are over 40 tokens
+
+
+@reaches("measure_temperature", "measure_seed")
+def test_answers_are_sampled_at_the_temperature_from_the_seed(changed, measured):
+    greedy, _ = measured("greedy")
+    sampled, _ = measured("sampled", **changed)
+    other, _ = measured("other", **(changed | {"measure_seed": 0}))
+    assert len({tuple(greedy), tuple(sampled), tuple(other)}) == 3
+
+
+@reaches("generation_engine")
+def test_vllm_answers_where_it_is_asked_for(changed, run_of):
+    with pytest.raises(InputError, match="--generation-engine vllm"):
+        run_of(**changed).measure()
+
+
+@reaches("signals", "stages", "rrf_k", "temperature", "alpha")
+def test_samples_are_ranked_by_the_signals_into_the_stages(changed, run_of):
+    lengths, loss = np.array([5, 1, 4, 2, 3, 6]), np.array([1.0, 4.0, 2.0, 9.0, 3.0, 8.0])
+    run = run_of(**changed)
+    texts = [""] * 6
+    table = {"index": range(6), "rouge_l": [0.0] * 6, "cross_entropy": loss, "answer_length": lengths}
+    columns = table | {"prompt": texts, "reference": texts, "answer": texts}
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), run.path / "difficulty.parquet")
+    run.rank()
+    made = Curriculum.load(run.path / "curriculum.json")
+    fused = reciprocal_rank_fusion([lengths * 1.0, loss], descending=[False, False], k=7.0, weights=[2.0, 1.0])
+    assert made.order.tolist() == fused.order.tolist()
+    np.testing.assert_array_equal(made.score, fused.score[fused.order])
+    assert [(s.size, s.temperature, s.alpha) for s in made.stages] == [(2, 3.0, 0.5), (4, 3.5, 0.38), (6, 4.0, 0.25)]
+
+
+@reaches("curriculum")
+def test_without_a_curriculum_there_is_one_stage_of_all_samples(changed, trainer_with):
+    schedule = trainer_with(changed, given=False).planned()
+    assert [stage.size for stage in schedule.stages] == [8]
+
+
+@reaches("eval_seeds")
+def test_the_evaluation_samples_answers_from_each_seed(changed, run_of, trainer_with):
+    run = run_of(**changed)
+    run.evaluate("before")
+    assert read_json(run.path / "evaluation.json")["before"]["seeds"] == [3, 4]
+    scores, answers = trainer_with(changed).final_scores()
+    assert (scores.seeds, scores.samples, len(answers)) == ((3, 4), 4, 4)
+
+
+# -- the plan of a training --------------------------------------------------------------------------------------------
+
+
+@reaches("epochs_per_stage")
+def test_a_stage_has_its_passes(changed, trainer_with):
+    assert trainer_with(changed).planned().total_steps == 3 * 2
+
+
+@reaches("steps_per_stage")
+def test_a_stage_has_its_steps(changed, trainer_with):
+    assert trainer_with(changed).planned().total_steps == 5
+
+
+@reaches("batch_size", "gradient_accumulation_steps")
+def test_a_step_has_batches_of_so_many_samples(changed, trainer_with):
+    schedule = trainer_with(changed).planned()
+    assert [len(schedule.batch(0, part)) for part in range(2)] == [2, 2]
+    assert schedule.total_steps == 2
+
+
+@reaches("tokens_per_batch")
+def test_a_batch_has_so_many_tokens(changed, trainer_with):
+    trainer = trainer_with(changed)
+    lengths = {sample.index: len(sample) for sample in trainer.samples.encoded}
+    batches = [trainer.planned().batch(step, 0) for step in range(trainer.planned().total_steps)]
+    assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= 50 for batch in batches)
+    assert len(batches) > 2
+
+
+@reaches("within_stage")
+def test_temperature_moves_within_a_stage(changed, trainer_with):
+    schedule = trainer_with(changed, stages=2, per_device_train_batch_size=2).planned()
+    settings = [schedule.setting(schedule.place(step)) for step in range(schedule.total_steps)]
+    assert settings[0] != settings[1]
+    assert len(set(settings)) == 3  # two steps of the first stage; the last stage moves no further
+
+
+@reaches("seed")
+def test_the_order_of_samples_follows_the_seed(changed, trainer_with):
+    def order(trainer):
+        return [trainer.planned().batch(step, 0) for step in range(2)]
+
+    assert order(trainer_with(changed)) != order(trainer_with({}, folder="other"))
+
+
+# -- a training --------------------------------------------------------------------------------------------------------
+
+
+@reaches("divergence", "beta", "skew", "temperature_scaling")
+def test_the_loss_is_the_chosen_one(changed, trainer_with, monkeypatch):
+    seen = []
+    before_each_batch(monkeypatch, lambda _number, trainer, _samples: seen.append(trainer.objective))
+    trainer_with(changed, dev=False, per_device_train_batch_size=8).train()
+    assert {name: getattr(seen[0], name) for name in changed} == changed
+
+
+@reaches("learning_rate", "weight_decay")
+def test_the_optimizer_has_the_learning_rate_and_the_decay(changed, trainer_with):
+    [first, *_] = trainer_with(changed).create_optimizer().param_groups
+    assert (first["lr"], first["weight_decay"]) == (3e-3, 0.2)
+
+
+@reaches("set")
+def test_any_argument_of_transformers_is_the_trainers(changed, trainer_with):
+    trainer = trainer_with(changed)
+    assert isinstance(trainer.create_optimizer(), torch.optim.SGD)
+    trainer.create_scheduler(2)
+    assert [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(3)] == [1.0, 0.5, 0.0]  # linear, and no cosine
+
+
+@reaches(
+    "fresh_optimizer",
+    "fresh_learning_rate",
+    "stage_weights",
+    "max_grad_norm",
+    "activation_checkpointing",
+    "logging_steps",
+    "report_to",
+)
+def test_a_training_goes_on_over_its_stages_as_it_is_told(changed, trainer_with, monkeypatch, tmp_path):
+    rates, states, layers, norms = [], [], [], []
+    clip, forward = accelerate.Accelerator.clip_grad_norm_, LlamaMLP.forward
+
+    def clipped(self, parameters, max_norm, *args, **kwargs):
+        norms.append(max_norm)
+        return clip(self, parameters, max_norm, *args, **kwargs)
+
+    def look(_number, trainer, _samples):
+        optimizer = trainer.optimizer
+        rates.append(optimizer.param_groups[0]["lr"])
+        states.append({int(state["step"]) for state in optimizer.state.values()})
+
+    def counted(self, hidden):
+        layers.extend([self] if self.training else [])
+        return forward(self, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", clipped)
+    before_each_batch(monkeypatch, look)
+    trainer = trainer_with(changed, stages=2, save_strategy="no")
+    trainer.train()
+    assert states == [set(), {1}, {2}]  # the second stage has the first's state
+    assert rates == pytest.approx([1e-4, 0.75e-4, 0.25e-4])  # one cosine over three steps
+    assert norms == [0.5] * 3
+    assert len(layers) == 3 * 2 * 2  # batches, layers, and each of them again in backward
+    assert not list((tmp_path / "out").glob("*best*"))  # no stage starts from the best weights of another
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+
+
+@reaches("patience", "remeasure", "on_nonfinite", "save_minutes")
+def test_a_stage_ends_and_begins_as_it_is_told(changed, trainer_with, monkeypatch, tmp_path):
+    compute_loss, count, saved = PoclTrainer.compute_loss, [0], []
+
+    def poisoned(self, *args, **kwargs):
+        count[0] += 1
+        loss = compute_loss(self, *args, **kwargs)
+        return loss * float("nan") if count[0] == 1 else loss
+
+    class Saves(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            saved.append(state.global_step)
+
+    monkeypatch.setattr(PoclTrainer, "compute_loss", poisoned)
+    settings = {
+        "epochs_per_stage": 4,
+        "per_device_train_batch_size": 2,
+        "callbacks": [Saves()],
+        "signals": "cross_entropy",
+    }
+    monkeypatch.setattr(PoclTrainer, "evaluate", constant_scores)
+    trainer = trainer_with(changed, count=4, given=False, stages=2, **settings)
+    trainer.args.stages = 2
+    trainer.train()
+    assert trainer.state.global_step == 2 + 4  # two passes of one step, two of two: the second brought nothing
+    assert saved == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "out" / "stage-2" / "difficulty.parquet").is_file()
+    assert trainer.progress.skipped_steps == 1
+
+
+def constant_scores(self, *_, **__):
+    metrics = {"eval_rouge_l": 1.0, "eval_cross_entropy": 1.0, "eval_seconds": 0.0}
+    self.log(dict(metrics))
+    self.evaluates_dev = True
+    self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+    return metrics
+
+
+@reaches("rollouts", "lmbda", "mixed_alpha", "loss_eps", "replay_ratio", "replay_capacity")
+def test_the_students_own_answers_follow_the_policy(changed, trainer_with, monkeypatch):
+    policies, begin = [], Rollouts.__init__
+
+    def init(self, policy, *args, **kwargs):
+        policies.append(policy)
+        begin(self, policy, *args, **kwargs)
+
+    monkeypatch.setattr(Rollouts, "__init__", init)
+    trainer_with(changed).planned()
+    assert {name: getattr(policies[0], name) for name in changed} == changed
+
+
+@reaches("cache_mode", "cache_top_k")
+def test_the_cache_keeps_the_teachers_best_tokens(changed, run_of):
+    context = run_of(**changed).context
+    sample = context.train_set.encoded[0]
+    assert context.take_cached_teacher().top_k([sample]).indices.shape == (len(sample.response_ids), 5)
+
+
+@reaches("cache_dtype")
+def test_the_cache_keeps_hidden_states_in_8_bits(changed, run_of):
+    run = run_of(**changed)
+    run.cache()
+    assert [folder.name.split("-", 1)[1] for folder in (run.path / "teacher_cache").iterdir()] == ["hidden-int8"]
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_gives_its_trainer_every_option(run_of, monkeypatch, tmp_path):
+    given = {name: value for name, value in CHANGED.items() if name not in ("device", "precision", "patience")}
+    config = from_options(given | {"device": "cpu", "precision": "fp32"})
+    args = PoclConfig.of_run(config, tmp_path)
+    expected = config.trainer_options() | {"data_source": "data", "device": torch.device("cpu")}
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert (args.optim, args.lr_scheduler_type, args.gradient_checkpointing) == ("sgd", "linear", True)
+    made = []
+    monkeypatch.setattr("pocl_fast.training.trainer.PoclTrainer", lambda *given, **_: made.append(given[2]))
+    run = run_of(learning_rate=3e-3, set={"optim": "sgd"})
+    train_step.make_trainer(run.context, curriculum_of(6, stages=1))
+    assert (made[0].learning_rate, made[0].optim, made[0].output_dir) == (3e-3, "sgd", str(run.path / "checkpoints"))
+
+
+def test_every_option_is_shown_to_reach_what_it_is_for():
+    defaults = RunConfig().flat()
+    assert set(CHANGED) == SHOWN == set(defaults)
+    assert not [name for name, value in CHANGED.items() if value == defaults[name]]
+
+
+def test_a_trainer_has_every_option_but_those_that_it_is_given_as_arguments():
+    own = {f.name for f in fields(PoclConfig)}
+    lacks = {name for name in RunConfig().flat() if name not in own} - {"batch_size"}
+    assert lacks == {"teacher", "student", "train", "dev", "set"}
+    assert {f.name for f in fields(ModelNames)} <= {f.name for f in fields(RunModels)}
+    assert [f.name for f in fields(TrainerArguments)] == ["set"]
