@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from tiny import arithmetic, tiny_model, write_jsonl
+from tiny_options import CHANGED
 from tiny_run import make_inputs, read_json
 from tiny_training import before_each_batch, curriculum_of, trainer_of
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -28,71 +29,6 @@ from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.rollouts import Rollouts
 from pocl_fast.training.trainer import PoclTrainer
 
-# each option's value in the test that shows it; none is the default
-CHANGED = {
-    "teacher": "the/teacher",
-    "student": "the/student",
-    "student_layers": 3,
-    "teacher_quantization": "8bit",
-    "teacher_device": "meta",
-    "precision": "bf16",
-    "device": "meta",
-    "trust_remote_code": True,
-    "train": "three.jsonl",
-    "dev": "two.jsonl",
-    "template": "alpaca",
-    "max_length": 60,
-    "max_prompt_length": 50,
-    "long_prompts": "skip",
-    "data_source": "teacher",
-    "max_new_tokens": 2,
-    "generation_batch_size": 3,
-    "generation_batch_tokens": 40,
-    "generation_engine": "vllm",
-    "signals": "answer_length=2,cross_entropy",
-    "measure_temperature": 0.7,
-    "measure_seed": 3,
-    "curriculum": "none",
-    "stages": 3,
-    "rrf_k": 7.0,
-    "temperature": [3.0, 4.0],
-    "alpha": [0.5, 0.25],
-    "divergence": "jsd",
-    "beta": 0.3,
-    "skew": 0.2,
-    "temperature_scaling": "tau",
-    "within_stage": "linear",
-    "epochs_per_stage": 3,
-    "steps_per_stage": 5,
-    "patience": 1,
-    "fresh_optimizer": False,
-    "fresh_learning_rate": False,
-    "stage_weights": "last",
-    "remeasure": True,
-    "batch_size": 2,
-    "tokens_per_batch": 50,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 3e-3,
-    "weight_decay": 0.2,
-    "max_grad_norm": 0.5,
-    "activation_checkpointing": True,
-    "on_nonfinite": "skip",
-    "seed": 5,
-    "logging_steps": 1.0,
-    "report_to": ["tensorboard"],
-    "save_minutes": 1e-9,
-    "set": {"optim": "sgd", "lr_scheduler_type": "linear"},
-    "rollouts": "adaptive",
-    "lmbda": 0.25,
-    "mixed_alpha": 0.75,
-    "loss_eps": 0.3,
-    "replay_ratio": "constant",
-    "replay_capacity": 7,
-    "cache_mode": "topk",
-    "cache_dtype": "int8",
-    "cache_top_k": 5,
-    "eval_seeds": [3, 4],
-}
 SHOWN = set()
 
 
