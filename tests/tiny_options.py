@@ -1,4 +1,12 @@
-"""Every option of a run with a value that is not its default."""
+"""Every option of a run with a value that is not its default, and what the tests that show them share."""
+
+from dataclasses import fields
+
+import pytest
+from tiny_training import curriculum_of, trainer_of
+
+from pocl_fast.options import RunConfig, option_name
+from pocl_fast.run.configuration import from_options
 
 CHANGED = {
     "teacher": "the/teacher",
@@ -64,3 +72,27 @@ CHANGED = {
     "cache_top_k": 5,
     "eval_seeds": [3, 4],
 }
+SHOWN = set()
+
+
+def reaches(*names):
+    """Marks a test that shows these options, and gives it their values as `changed`."""
+    SHOWN.update(names)
+    return pytest.mark.parametrize("changed", [{name: CHANGED[name] for name in names}], ids=[",".join(names)])
+
+
+def trainer_with_options(parent, changed, *, folder="out", count=8, stages=1, given=True, **settings):
+    """A tiny trainer below `parent` whose arguments have these options. Its curriculum is the samples in file order, or
+    none where not `given`."""
+    config = from_options(changed)
+    options = {name: value for name, value in config.trainer_options().items() if name in _fields(changed)}
+    curriculum = curriculum_of(count, stages=stages) if given else None
+    if "curriculum" in options:
+        options["kind"] = options.pop("curriculum")  # as `trainer_of` calls it
+    return trainer_of(parent / folder, curriculum=curriculum, count=count, **(settings | options | config.trainer.set))
+
+
+def _fields(changed):
+    """The fields of these options."""
+    every = {option_name(f): f.name for group in fields(RunConfig) for f in fields(getattr(RunConfig(), group.name))}
+    return {every[name] for name in changed}
