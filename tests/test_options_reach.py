@@ -1,6 +1,6 @@
 """Every option, set to a value that is not its default, reaches what it is for: the model that is loaded, the samples
-that are read, the file that is written. An option without such a test fails the last ones. What only a training shows is
-in test_options_reach_training.py."""
+that are read, the file that is written. An option without such a test fails the last ones. What only a training shows
+is in test_options_reach_training.py."""
 
 import importlib
 from dataclasses import fields
