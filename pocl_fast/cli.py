@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
+    _prepare_environment()  # before --set loads transformers
     given, config = _parse(name, command, arguments)
     if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
@@ -234,13 +235,17 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _quiet_libraries() -> None:
-    """Keeps libraries' notes and bars out of ours; their warnings of substance stay errors or are ours to say."""
+def _prepare_environment() -> None:
+    """Sets what libraries read of the environment when they are imported."""
     # threads that wait sleep: spinning, as is the default, they slow everything down many times on a machine that does
     # something else besides; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _quiet_libraries() -> None:
+    """Keeps libraries' notes and progress bars out of the output; the run's own checks replace their warnings."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each 8-bit product otherwise
     import transformers

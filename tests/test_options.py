@@ -3,14 +3,19 @@
 import importlib.util
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 from tiny_run import make_inputs, options, read_json, refusal, run
+from transformers import HfArgumentParser
 
+from pocl_fast.loss.objective import DIVERGENCES, SCALINGS
 from pocl_fast.options import LossOptions, RunConfig
 from pocl_fast.run.configuration import from_options, read_yaml, recorded_config, to_yaml
 from pocl_fast.system.errors import InputError
-from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.system.typed_values import hints_of
+from pocl_fast.training.arguments import PAPER, PoclConfig
 
 
 def test_yaml_holds_every_option_and_reads_back_as_the_same_configuration(tmp_path):
@@ -168,3 +173,35 @@ def test_a_fields_docstring_is_its_help():
             assert len(option.metadata["help"].split()) > 3, option.name
             assert "%" not in option.metadata["help"]  # argparse formats it
     assert LossOptions.__dataclass_fields__["beta"].metadata["help"] == "The teacher's weight in jsd."
+
+
+def test_the_four_readers_have_the_same_defaults(tmp_path):
+    expected = RunConfig().trainer_options()
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(RunConfig()), encoding="utf-8")
+    assert read_yaml(path).trainer_options() == expected
+    [parsed] = HfArgumentParser(PoclConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu"])
+    [from_dict] = HfArgumentParser(PoclConfig).parse_dict({"output_dir": str(tmp_path), "use_cpu": True})
+    for args in (parsed, from_dict, PoclConfig(str(tmp_path), use_cpu=True)):
+        settled = {"device": torch.device("cpu"), "report_to": []}  # what transformers makes of "auto" and ["none"]
+        assert {name: getattr(args, name) for name in expected} == expected | settled
+
+
+def test_the_command_lines_parser_of_transformers_reads_lists_choices_and_the_short_name(tmp_path):
+    words = "--use_cpu --divergence jsd --temperature 1 3 --eval_seeds 1 2 --batch-size 3 --activation_checkpointing"
+    [args] = HfArgumentParser(PoclConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *words.split()])
+    assert (args.divergence, args.temperature, args.eval_seeds) == ("jsd", [1.0, 3.0], [1, 2])
+    assert (args.per_device_train_batch_size, args.activation_checkpointing) == (3, True)
+
+
+@pytest.mark.parametrize("name", ["wandbb", "wandb"])
+def test_a_place_to_report_to_must_be_known_and_installed(tmp_path, name):
+    if name == "wandb" and importlib.util.find_spec("wandb"):
+        pytest.skip("it is installed")
+    with pytest.raises(InputError, match=r"report_to .*'wandb"):
+        PoclConfig(str(tmp_path), report_to=name)
+
+
+def test_the_divergences_are_those_of_the_loss():
+    assert get_args(hints_of(LossOptions)["divergence"]) == DIVERGENCES
+    assert set(get_args(hints_of(LossOptions)["temperature_scaling"])) == {*SCALINGS, PAPER}

@@ -1,7 +1,7 @@
 """Values and the types that a dataclass declares for them: reads a value, refuses a wrong one, and names a type.
 
-Knows Python's types and ranges of numbers. Does not know which options there are. It needs no other package, so that
-the command line, YAML files and the trainer check values by the same rules, on a machine without pydantic too.
+Knows Python's types and ranges of numbers. Does not know which options there are. The command line, YAML files and the
+trainer check values by these rules.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def test_a_damaged_cache_is_repaired_by_the_next_training(inputs, tmp_path, caps
             {"cache_mode": "topk", "cache_top_k": 260},
             "a top-k of 260: must be within 1 and the vocabulary's 259 tokens",
         ),
-        ({"cache_top_k": 0}, "--cache-top-k: Input should be greater than 0"),
+        ({"cache_top_k": 0}, "--cache-top-k must be at least 1, got 0"),
         ({"teacher": None}, "--teacher"),
         ({"train": None}, "--train is missing"),
     ],

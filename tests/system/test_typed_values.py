@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -28,7 +28,7 @@ class Order(Enum):
         ("on", bool, True),
         ("12", str, "12"),
         ("a/b", Path, Path("a/b")),
-        ("null", Optional[int], None),
+        ("null", int | None, None),
         ("NULL", str | None, None),
         ("none", str | None, "none"),
         ("7", int | str, 7),

@@ -1,0 +1,98 @@
+"""Every option of a run with a value that is not its default, and what the tests that show them share."""
+
+from dataclasses import fields
+
+import pytest
+from tiny_training import curriculum_of, trainer_of
+
+from pocl_fast.options import RunConfig, option_name
+from pocl_fast.run.configuration import from_options
+
+CHANGED = {
+    "teacher": "the/teacher",
+    "student": "the/student",
+    "student_layers": 3,
+    "teacher_quantization": "8bit",
+    "teacher_device": "meta",
+    "precision": "bf16",
+    "device": "meta",
+    "trust_remote_code": True,
+    "train": "three.jsonl",
+    "dev": "two.jsonl",
+    "template": "alpaca",
+    "max_length": 60,
+    "max_prompt_length": 50,
+    "long_prompts": "skip",
+    "data_source": "teacher",
+    "max_new_tokens": 2,
+    "generation_batch_size": 3,
+    "generation_batch_tokens": 40,
+    "generation_engine": "vllm",
+    "signals": "answer_length=2,cross_entropy",
+    "measure_temperature": 0.7,
+    "measure_seed": 3,
+    "curriculum": "none",
+    "stages": 3,
+    "rrf_k": 7.0,
+    "temperature": [3.0, 4.0],
+    "alpha": [0.5, 0.25],
+    "divergence": "jsd",
+    "beta": 0.3,
+    "skew": 0.2,
+    "temperature_scaling": "tau",
+    "within_stage": "linear",
+    "epochs_per_stage": 3,
+    "steps_per_stage": 5,
+    "patience": 1,
+    "fresh_optimizer": False,
+    "fresh_learning_rate": False,
+    "stage_weights": "last",
+    "remeasure": True,
+    "batch_size": 2,
+    "tokens_per_batch": 50,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.2,
+    "max_grad_norm": 0.5,
+    "activation_checkpointing": True,
+    "on_nonfinite": "skip",
+    "seed": 5,
+    "logging_steps": 1.0,
+    "report_to": ["tensorboard"],
+    "save_minutes": 1e-9,
+    "set": {"optim": "sgd", "lr_scheduler_type": "linear"},
+    "rollouts": "adaptive",
+    "lmbda": 0.25,
+    "mixed_alpha": 0.75,
+    "loss_eps": 0.3,
+    "replay_ratio": "constant",
+    "replay_capacity": 7,
+    "cache_mode": "topk",
+    "cache_dtype": "int8",
+    "cache_top_k": 5,
+    "eval_seeds": [3, 4],
+}
+SHOWN = set()
+
+
+def reaches(*names):
+    """Marks a test that shows these options, and gives it their values as `changed`."""
+    SHOWN.update(names)
+    return pytest.mark.parametrize("changed", [{name: CHANGED[name] for name in names}], ids=[",".join(names)])
+
+
+def trainer_with_options(parent, changed, *, folder="out", count=8, stages=1, given=True, **settings):
+    """A tiny trainer below `parent` whose arguments have these options. Its curriculum is the samples in file order, or
+    none where not `given`."""
+    config = from_options(changed)
+    options = {name: value for name, value in config.trainer_options().items() if name in _fields(changed)}
+    curriculum = curriculum_of(count, stages=stages) if given else None
+    if "curriculum" in options:
+        options["kind"] = options.pop("curriculum")  # as `trainer_of` calls it
+    return trainer_of(parent / folder, curriculum=curriculum, count=count, **(settings | options | config.trainer.set))
+
+
+def _fields(changed):
+    """The fields of these options."""
+    every = {option_name(f): f.name for group in fields(RunConfig) for f in fields(getattr(RunConfig(), group.name))}
+    return {every[name] for name in changed}
