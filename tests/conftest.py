@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
     if not config.getoption("full"):
-        leave_out(config, items, [item for item in items if "full" in item.keywords], "tests marked full")
+        leave_out(config, items, [item for item in items if item.get_closest_marker("full")], "tests marked full")
         leave_out(config, items, beyond_pairs(items), "cases of grids whose pairs of values all run")
 
 
