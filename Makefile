@@ -1,5 +1,7 @@
 # make demo   set up, build, and distil the bundled teacher into a small student
-# make test   set up, build, and run the tests
+# make test   set up, build, and run the tests: of large grids each pair of values, of the GPU's kernels those for one
+#             architecture; its last lines count what is left out
+# make test-all   the same with whole grids, slow tests, and the kernels for every architecture
 # make test-wheel   build the wheel, install it into a fresh environment, and distil there
 # make lint   ruff, mypy, and import-linter: the rooms' imports point one way
 # make docs   write docs/options.md from the declarations of the options
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-wheel test-gpu lint docs env gpu-versions clean
+.PHONY: demo test test-all test-wheel test-gpu lint docs env gpu-versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.core
@@ -28,11 +30,14 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not wheel'
 
+test-all: $(VENV)/.dev
+	$(BIN)/pytest --full -n $(TEST_PROCESSES) --dist worksteal -m 'not wheel'
+
 test-wheel: $(VENV)/.dev
 	$(BIN)/pytest -m wheel
 
 test-gpu: $(VENV)/.dev
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest --full -m gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ case " $chosen " in
         limit=$((SECONDS + 200))
         processes=$(($(nproc) > 12 ? 12 : $(nproc))) # most of the time goes into compiling some 450 kernels
         export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-        section tests 190 "$python" -m pytest -p xdist -n "$processes" --dist worksteal -q -m gpu -c "$root/pyproject.toml" \
+        section tests 190 "$python" -m pytest -p xdist -n "$processes" --dist worksteal -q --full -m gpu -c "$root/pyproject.toml" \
             --rootdir "$root" "$root/tests/loss/reference" "$root/tests/kernels" "$root"/tests/models/test_packed_{attention,forward}.py
         ;;
 esac

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import traceback
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked import CONTEXT
 
 gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 START, CALL = 120, 120  # seconds: a machine may be busy
@@ -24,12 +24,11 @@ class Ranks:
     """`ranks(function, ...)` is the list of what function(...) gives on each rank. Function and values are pickled."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
         self.world = world
         self.processes, self.pipes = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, str(folder / "store"), theirs), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, world, str(folder / "store"), theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -1,9 +1,10 @@
 """Compiles the dense kernel for GPUs that need not be there, and prints as JSON what the machine code holds.
 
 Run as a script, in a process where Triton's interpreter is off: `python tests/kernels/compile_report.py`; with `0 2`
-and `1 2` each half of the grid. One line a kernel: registers, spilled and stack bytes, global accesses by width in
-bits (LDGSTS: asynchronous copies into shared memory), of each loop its instructions and what it asks of the
-special-function units, bytes of shared memory, and the messages of its assertions.
+and `1 2` each half of the grid, with `0 2 few` half of what every run of the tests takes. One line a kernel: registers,
+spilled and stack bytes, global accesses by width in bits (LDGSTS: asynchronous copies into shared memory), of each loop
+its instructions and what it asks of the special-function units, bytes of shared memory, and the messages of its
+assertions.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ ALIGNED = ("student_ptr", "teacher_ptr", "grad_ptr", "student_stride_n", "teache
 FLOATS = ("share", "s_scale", "s_softcap", "t_scale", "t_softcap")
 
 
-def cases() -> list[dict[str, object]]:
+def cases(few: bool = False) -> list[dict[str, object]]:
     """With gradient: on sm_90 every family in bf16, fp16, fp32, and fp32 with a teacher in bf16; on sm_80 and sm_100
     every family in bf16, and of fp16 and fp32 one that puts most into registers. Of the rest, in bf16 on sm_90, every
     family ragged, and every one transformed; two on a short row, and with a teacher in fp32; and without gradient every
     one, fp32 with bf16 too. The last case is compiled for debugging.
+
+    `few`: for sm_90 alone. With gradient every family in bf16, and each once more in another dtype; without, in bf16 a
+    KL, a mixture and total variation; of the changes one or two families.
 
     To keep it short: a kernel takes 3 seconds. (Every family in every dtype on each of the three, and with a teacher in
     fp32, passed, too, when these were chosen.)"""
@@ -43,6 +47,12 @@ def cases() -> list[dict[str, object]]:
     dtypes = [("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32"), ("fp16", "fp16")]
     grid = [plain | {"student": s, "teacher": t, "family": f} for (s, t), f in itertools.product(dtypes, FAMILIES)]
     bf16 = grid[: len(FAMILIES)]
+    if few:
+        return [
+            *bf16,
+            *_few(plain, {str(case["family"]): case for case in bf16}),
+            bf16[0] | {"grad": False, "debug": True},
+        ]
     most = [("fp16", "skew_forward_kl"), ("fp32", "jsd")]
     others = [plain | {"student": dtype, "teacher": dtype, "family": family} for dtype, family in most]
     grid += [case | {"grad": False} for case in grid[: 2 * len(FAMILIES)]]
@@ -52,6 +62,25 @@ def cases() -> list[dict[str, object]]:
     for case in (case for case in bf16 if case["family"] in ("forward_kl", "skew_reverse_kl")):
         grid += [case | {"V": 32000}, case | {"teacher": "fp32"}]
     return [*grid, bf16[0] | {"grad": False, "debug": True}]
+
+
+def _few(plain: dict[str, object], bf16: dict[str, dict[str, object]]) -> list[dict[str, object]]:
+    once_more = [
+        ("fp32", "bf16", "jsd"), ("fp32", "bf16", "forward_kl"), ("fp32", "fp32", "skew_reverse_kl"),
+        ("fp32", "fp32", "reverse_kl"), ("fp16", "fp16", "skew_forward_kl"), ("fp16", "fp16", "tvd"),
+    ]  # fmt: skip
+    changes: dict[str, list[dict[str, object]]] = {
+        "forward_kl": [{"grad": False}, {"V": 50257, "ragged": True}, {"teacher": "fp32"}],
+        "reverse_kl": [{"transform": True}],
+        "jsd": [{"V": 50257, "ragged": True}],
+        "skew_forward_kl": [{"transform": True}],
+        "skew_reverse_kl": [{"grad": False}, {"V": 32000}],
+        "tvd": [{"grad": False}],
+    }
+    return [
+        *(plain | {"student": s, "teacher": t, "family": family} for s, t, family in once_more),
+        *(bf16[family] | change for family, these in changes.items() for change in these),
+    ]
 
 
 def source(case: dict, stages: int | None = None) -> tuple[ASTSource, tiles.Tile]:
@@ -166,17 +195,19 @@ def _assertions(ptx: str) -> list[str]:
     return [bytes(map(int, message.split(","))).decode().rstrip("\0") for message in messages]
 
 
-def report(cases: list[dict], source: Callable[[dict], tuple[ASTSource, tiles.Tile]]) -> None:
+def report(cases: Callable[[bool], list[dict]], source: Callable[[dict], tuple[ASTSource, tiles.Tile]]) -> None:
     """Compiles and prints the part of the cases that the command line names: the first word of how many the second."""
     part, parts = (int(word) for word in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
-    for case in cases[part::parts]:
+    chosen = cases("few" in sys.argv)
+    left_out = len(cases(False)) - len(chosen)
+    for case in chosen[part::parts]:
         src, tile = source(case)
         options = {"num_warps": tile.num_warps, "enable_fp_fusion": True, "debug": case["debug"]}
         compiled = triton.compile(src, target=GPUTarget("cuda", case["arch"], 32), options=options)
         facts = cubin_facts(compiled.asm["cubin"]) | {"assertions": _assertions(compiled.asm["ptx"])}
-        facts["shared"] = compiled.metadata.shared
+        facts |= {"shared": compiled.metadata.shared, "left_out": left_out}
         print(json.dumps(case | {"warps": tile.num_warps, "vec": tile.vec} | facts), flush=True)
 
 
 if __name__ == "__main__":
-    report(cases(), source)
+    report(cases, source)

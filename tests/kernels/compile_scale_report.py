@@ -10,7 +10,7 @@ from pocl_fast.kernels import dense, tiles
 BLOCK_V = 4096  # as `scale_rows_` launches it for rows of 4096 and more
 
 
-def cases() -> list[dict[str, object]]:
+def cases(few: bool = False) -> list[dict[str, object]]:
     """Every dtype, on sm_90."""
     return [{"arch": 90, "dtype": dtype, "debug": False} for dtype in ITEMSIZE]
 
@@ -27,4 +27,4 @@ def source(case: dict) -> tuple[ASTSource, tiles.Tile]:
 
 
 if __name__ == "__main__":
-    report(cases(), source)
+    report(cases, source)

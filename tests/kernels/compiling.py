@@ -22,6 +22,6 @@ def finish(process: subprocess.Popen) -> list[dict]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def in_halves(script: str, folder: Path) -> list[dict]:
-    halves = [start(script, folder, part, "2") for part in "01"]
+def in_halves(script: str, folder: Path, *words: str) -> list[dict]:
+    halves = [start(script, folder, part, "2", *words) for part in "01"]
     return [kernel for half in halves for kernel in finish(half)]

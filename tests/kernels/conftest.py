@@ -5,8 +5,11 @@ from compiling import in_halves
 
 
 @pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory):
-    return in_halves(request.module.REPORT, tmp_path_factory.mktemp("triton"))
+def compiled(request, tmp_path_factory, left_out, full):
+    kernels = in_halves(request.module.REPORT, tmp_path_factory.mktemp("triton"), *([] if full else ["few"]))
+    if not full:
+        left_out[f"kernels of {request.module.REPORT}"] = kernels[0]["left_out"]
+    return kernels
 
 
 @pytest.fixture

@@ -148,6 +148,7 @@ def zero3_step(student: Student, batch: Batch, way: str) -> tuple[Tensor, list[T
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes a minute to compile
     rank, world = dist.get_rank(), dist.get_world_size()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
@@ -178,6 +179,6 @@ def test_a_student_sharded_by_deepspeed_has_the_loss_and_gradients_of_one_proces
     pytest.importorskip("deepspeed")
     student, batch = Student(), Batch(2)
     want, exact = one_process(student, batch)
-    for loss, gradients in two_ranks(zero3_step, student, batch, way, seconds=300):  # it compiles, once
+    for loss, gradients in two_ranks(zero3_step, student, batch, way):
         torch.testing.assert_close(loss, want)
         torch.testing.assert_close(gradients, exact)

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from forked import Forked
 from ranks import gloo
 from tiny_run import make_inputs, options, refusal, run, select
 
@@ -93,14 +94,10 @@ def test_an_error_of_one_rank_ends_all_and_is_said_and_one_process_goes_on(words
     assert same(tmp_path / "run", whole)
 
 
-def test_a_command_killed_again_and_again_ends_in_the_same_table(words, whole, slowed, tmp_path):
+def test_a_command_killed_again_and_again_ends_in_the_same_table(words, whole, tmp_path):
     output, seen = tmp_path / "run", 0
     while seen < 9:
-        process = subprocess.Popen(
-            [sys.executable, slowed, "measure", "--output", str(output), *words],
-            env=os.environ | {"SECONDS": "0.05"},
-            stderr=subprocess.DEVNULL,
-        )
+        process = Forked(SLOWED, "measure", "--output", str(output), *words, environment={"SECONDS": "0.05"})
         before, seen = seen, 0
         while seen < before + 3:
             assert process.poll() is None

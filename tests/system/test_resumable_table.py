@@ -1,13 +1,12 @@
 """Tables made in jobs by one process, by several, and by processes that were killed."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import Forked
 from ranks import gloo
 
 from pocl_fast.system import ranks
@@ -127,7 +126,7 @@ else:
 def test_a_process_that_is_killed_leaves_what_another_ends_to_the_same_table(tmp_path, where, at):
     here = Path(__file__).parent
     code = KILLED.format(tests=[str(here), str(here.parent)], at=at, where=where, folder=str(tmp_path))
-    status = subprocess.run([sys.executable, "-c", code], timeout=60).returncode
+    status = Forked(code).wait(60)
     assert status == -(signal.SIGKILL if where == "job" else signal.SIGXFSZ)
     if where == "part":
         (partial,) = tmp_path.rglob("*.partial")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from tiny_cache import H, cache, filled, flip, hidden_of, only_shard, put_each, samples, shards
 
 from pocl_fast.system.errors import InputError
 
 
-def python(code, folder, wrap=(), **options):
+def python(code, folder, wrap=()):
     """A process that runs `code` with `folder`, `many` (60 samples) and this file's names."""
     prelude = (
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]}\n"
@@ -22,13 +23,10 @@ def python(code, folder, wrap=(), **options):
         "from test_teacher_cache_processes import *\n"
         f"folder, many = Path({str(folder)!r}), samples(60)\n"
     )
-    return subprocess.Popen(
-        [*wrap, sys.executable, "-c", prelude + code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    if not wrap:
+        return Forked(prelude + code)
+    command = [*wrap, sys.executable, "-c", prelude + code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def output_of(process):

@@ -17,7 +17,7 @@ from pocl_fast.answers import engine
 from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.system.seal import SEAL, damage, seal
 from pocl_fast.training import checkpoints, saving_trainer
-from pocl_fast.training.metrics import read_metrics
+from pocl_fast.training.metrics import MetricsLog, read_metrics
 from pocl_fast.training.state import TrainingState
 from pocl_fast.training.trainer import PoclTrainer
 
@@ -233,6 +233,14 @@ def test_the_best_weights_that_an_older_checkpoint_names_stay_with_it(tmp_path, 
     assert {checkpoints.best_path(tmp_path, stage, best.step).name for stage, best in older.best.items()} <= {
         path.name for path in tmp_path.iterdir()
     }
+
+
+def test_metrics_are_rewound_to_the_very_step(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 2, 3, 4):
+        log.write({"step": step})
+    log.rewind(2)
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2, 2]
 
 
 def test_checkpoints_are_also_written_by_the_clock(tmp_path):

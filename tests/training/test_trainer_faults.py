@@ -5,13 +5,12 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from tiny_training import before_each_batch, curriculum_of, same_bits, student_model, train, trainer_of, weights_of
 
 from pocl_fast.system.errors import InputError
@@ -194,28 +193,34 @@ save_file(weights_of(student), {folder!r} + "/final.safetensors")
 """
 
 
-def script(folder):
-    return [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent.parent), folder=str(folder))]
+def process_of(folder):
+    return Forked(SCRIPT.format(tests=str(Path(__file__).parent.parent), folder=str(folder)))
+
+
+def trained(folder):
+    process = process_of(folder)
+    _, said = process.communicate(120)
+    assert process.returncode == 0, said
 
 
 def test_a_process_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, seed):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     start = time.monotonic()
-    subprocess.run(script(whole), check=True, capture_output=True)
+    trained(whole)
     seconds = time.monotonic() - start
     chance = random.Random(seed)
     kills = 0
     while not (killed / "final.safetensors").exists() and kills < 3:  # wherever that is: a step, a checkpoint, a shard
-        process = subprocess.Popen(script(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = process_of(killed)
         while process.poll() is None and not (killed / "metrics.jsonl").exists():
             time.sleep(0.01)
         try:
             process.wait(chance.uniform(0.05, 0.4) * seconds if kills else 0.3)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             process.kill()
         process.wait()
         kills += 1
-    subprocess.run(script(killed), check=True, capture_output=True)
+    trained(killed)
     assert (killed / "final.safetensors").read_bytes() == (whole / "final.safetensors").read_bytes()
     assert compared(killed) == compared(whole)
 

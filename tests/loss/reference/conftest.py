@@ -1,10 +1,10 @@
 """Fresh random numbers in every test (`seed` in tests/conftest.py), and the backends that are held to the reference."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from pairwise import rows_of
 
 from pocl_fast import _C
 
@@ -12,18 +12,23 @@ from pocl_fast import _C
 @pytest.hookimpl(tryfirst=True)  # ahead of pytest's own choice by `-m`
 def pytest_collection_modifyitems(config, items):
     """On a GPU machine what runs Triton kernels carries the `gpu` mark. Without a GPU they are interpreted, which takes
-    a hundred times as long: a third of each large grid, in which every value and nearly every pair of values is still
-    there, runs."""
+    a hundred times as long: of each large grid that is not cut to its pairs of values (tests/conftest.py) a third runs,
+    in which every value and nearly every pair of values is still there."""
     if torch.cuda.is_available():
         for item in items:
             if _runs_triton(item):
                 item.add_marker(pytest.mark.gpu)
         return
-    thinned = {id(item) for item in items if _takes_triton(item) and sum(item.callspec.indices.values()) % 3}
-    large = Counter(item.originalname for item in items if id(item) in thinned)
-    left_out = [item for item in items if id(item) in thinned and large[item.originalname] > 12]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    grids = {}
+    for item in items:
+        if _takes_triton(item) and (config.getoption("full") or not item.get_closest_marker("pairwise")):
+            grids.setdefault((item.path, item.originalname), []).append(item)
+    left_out = set()
+    for grid in grids.values():
+        beyond = [item for item, row in zip(grid, rows_of(grid), strict=True) if sum(row.values()) % 3]
+        left_out |= set(beyond if len(beyond) > 12 else [])
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _takes_triton(item):

@@ -1,6 +1,7 @@
 """The fused linear loss against the float64 reference, and the reference against whole logits and `distillation_loss`.
 
-The Triton row kernel runs on the GPU with one, under Triton's interpreter without.
+The Triton row kernel runs on the GPU with one, under Triton's interpreter without. The kernel of each divergence and
+dtype is that of test_dense.py, so that most grids here are of pairs of values.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ def test_the_references_gradient_is_that_of_its_loss(kind, divergence):
 
 # 31: less than a slice of the weight; 4097: past one (see projection.SLICE). 0, 1 and 7 tokens; chunks of one token, of
 # tokens that leave a rest, and larger than all. Odd hidden sizes, which no vector of any build divides.
+@pytest.mark.pairwise("divergence", "dtype")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,6 +154,7 @@ def test_cpp_matches_at_every_size(divergence, dtype, kind, N, V, H, chunk_token
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(
     ("dtype", "kind"), [(torch.float32, "linear"), (torch.bfloat16, "dense"), (torch.float16, "none")]
@@ -183,6 +186,7 @@ def test_triton_matches_past_a_slice_of_the_weight():
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("teacher_dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["dense", "linear"])
@@ -200,6 +204,7 @@ def test_the_teacher_has_a_dtype_a_hidden_size_and_a_bias_of_its_own(dtype, teac
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("kind", ["dense", "linear"])
 @pytest.mark.parametrize(("V_s", "V_t"), [(130, 128), (128, 131), (64, 4097), (4097, 64)])
@@ -215,6 +220,7 @@ def test_unequal_vocabularies_match(divergence, kind, V_s, V_t):
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transforms", [(0.25, 3.0, 1.0, None), (1.0, 30.0, 0.5, 30.0), (2.0, None, 0.1, None)])
@@ -236,6 +242,7 @@ def test_scales_and_softcaps_match(divergence, kind, transforms):
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(

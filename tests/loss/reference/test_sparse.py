@@ -1,4 +1,8 @@
-"""The sparse teacher: its kernels against the float64 reference, and the reference against the dense one."""
+"""The sparse teacher: its kernels against the float64 reference, and the reference against the dense one.
+
+Each backend compiles a kernel a divergence, and Triton one a tail: grids marked `pairwise` keep every combination of
+those where terms of D go wrong, and every pair of all other values.
+"""
 
 import math
 
@@ -29,6 +33,7 @@ def tiles_of_128_logits(request):
 SIZES = [(301, 7), (31, 31), (1, 1), (4097, 64), (4097, 1), (1500, 1000)]
 
 
+@pytest.mark.pairwise("backend", "divergence", "tail")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,6 +44,7 @@ def test_loss_metrics_and_gradient_match(backend, divergence, tail, dtype, tempe
         assert_matches(backend, case(3, V, K, dtype, temperature, alpha), divergence, tail)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 def test_many_entries_match(backend, divergence, tail):
@@ -76,6 +82,7 @@ def test_renormalised_entries_are_a_dense_teacher_that_is_minus_infinity_elsewhe
     assert relative_error(gradient, dense_gradient) <= 1e-12
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 def test_all_entries_are_the_dense_teacher(backend, divergence, tail):
@@ -110,6 +117,7 @@ def test_the_bucket_is_the_sum_of_entries_that_share_the_teachers_rest(tail_temp
 # ---- entries that are not there --------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 def test_entries_that_are_all_masked_by_minus_1e30_are_compared_with_each_other(backend, divergence, tail):
@@ -152,6 +160,7 @@ def test_minus_infinity_on_either_side_matches(backend, divergence, tail, temper
     assert gradient[7].count_nonzero() == 0
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("listed", [1.0, 1.01])
 def test_a_teacher_with_no_mass_left_has_an_empty_bucket(backend, divergence, listed):
@@ -167,6 +176,7 @@ def test_a_teacher_with_no_mass_left_has_an_empty_bucket(backend, divergence, li
         assert torch.equal(stats[2], run(backend, arguments, divergence, "renormalise")[0][2])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("gap", [10.0, 30.0, 300.0])
 def test_the_rest_of_a_confident_student_keeps_its_digits(backend, divergence, gap):
@@ -177,6 +187,7 @@ def test_the_rest_of_a_confident_student_keeps_its_digits(backend, divergence, g
     assert_matches(backend, arguments, divergence, "bucket")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("gap", [30.0, 300.0])
@@ -189,6 +200,7 @@ def test_entries_that_the_student_thinks_impossible_match(backend, divergence, t
 # ---- values, layouts, transforms -------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("log_prob_dtype", DTYPES)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -203,6 +215,7 @@ def test_entries_and_labels_of_every_dtype_match(backend, tail, log_prob_dtype, 
     assert_matches(backend, arguments, "jsd", tail)
 
 
+@pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("transform", [(0.25, 0.0), (1.0, 5.0), (2.0, 30.0)])
@@ -245,6 +258,7 @@ def test_strided_rows_match_and_no_gradient_is_the_same_loss(backend, dtype):
         assert torch.equal(stats, run(backend, arguments, "jsd", tail)[0])
 
 
+@pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,6 +294,7 @@ def test_ignored_rows_cost_nothing_and_are_not_read(backend, tail):
     assert_matches(backend, arguments, "jsd", tail)
 
 
+@pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -301,6 +316,7 @@ def test_a_nan_or_infinity_makes_its_row_nan_and_no_other(backend, divergence, t
     assert torch.equal(got[:, [0, 2, 3]], stats[:, [0, 2, 3]])
 
 
+@pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 def test_a_small_divergence_keeps_its_digits(backend, divergence, distance):
