@@ -1,6 +1,6 @@
 // What lies between the two sweeps of a sparse row: the outcomes of D, which are the listed entries and the rest, compared in double.
 #pragma once
-#include "divergence/sparse.h"
+#include "sparse/sparse.h"
 
 namespace pocl {
 

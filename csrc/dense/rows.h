@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "divergence/divergence.h"
+#include "dense/dense.h"
 
 namespace pocl {
 

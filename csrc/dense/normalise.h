@@ -6,8 +6,8 @@
 #pragma once
 #include <math.h>
 
-#include "divergence/pieces.h"
-#include "divergence/vector_math.h"
+#include "simd/pieces.h"
+#include "simd/vector_math.h"
 
 namespace pocl {
 namespace {
@@ -95,7 +95,7 @@ struct BlockSums {
     bool finite() const { return ::isfinite(q + p + ce + x + y + gap); }
 };
 
-/// Where no gradient waits for a sweep: see `Gradient` in sweeps.h.
+/// Where no gradient waits for a sweep: see `Gradient` in gradient.h.
 struct NoGradient {
     struct Block {
         template <bool Some>

@@ -1,5 +1,5 @@
 #define POCL_VECTOR_BYTES 16
-#include "divergence/rows_impl.h"
+#include "dense/rows_impl.h"
 
 namespace pocl {
 void rows_plain(const Task& task, std::int64_t begin, std::int64_t end, float* scratch) { rows(task, begin, end, scratch); }

@@ -1,6 +1,6 @@
 // A row cut into blocks, and blocks into vectors: the order in which every sweep goes over a row.
 #pragma once
-#include "divergence/vector.h"
+#include "simd/vector.h"
 
 namespace pocl {
 namespace {

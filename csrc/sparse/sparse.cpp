@@ -1,12 +1,12 @@
-#include "divergence/sparse.h"
+#include "sparse/sparse.h"
 
 #include <algorithm>
 #include <limits>
 #include <memory>
 #include <vector>
 
-#include "divergence/rows.h"
-#include "divergence/sparse_rows.h"
+#include "dense/rows.h"
+#include "sparse/sparse_rows.h"
 #include "parallel/parallel.h"
 
 namespace pocl {

@@ -1,7 +1,7 @@
 // The sparse row kernel's builds: rows [begin, end) of a task on the calling thread. Each is sparse_impl.h compiled for one
 // instruction set.
 #pragma once
-#include "divergence/outcomes.h"
+#include "sparse/outcomes.h"
 
 namespace pocl {
 

@@ -1,12 +1,14 @@
 // The row kernel. Included once by each rows_*.cpp, which says how wide a vector is.
 //
-// A row is read once from memory; the exponentials that its gradient takes stay in scratch, which the caches hold: normalise.h, then
-// sweeps.h. There they wait for the next row, in whose first sweep the gradient is written. Rows of one dtype without -inf are swept
-// where they lie. Any others (two dtypes, transforms, -inf) are first copied to fp32 in the caller's scratch, where an entry that is out
-// of D has a logit low enough for its probabilities to be 0.
+// A row is read once from memory (normalise.h). The exponentials that its gradient takes stay in scratch, which the caches hold. kl.h or
+// mixtures.h takes D from them. They wait there for the next row, in whose first sweep the gradient is written (gradient.h).
+// Rows of one dtype without -inf are swept where they lie. Any others (two dtypes, transforms, -inf) are first copied to fp32 in the
+// caller's scratch, where an entry that is out of D has a logit low enough for its probabilities to be 0.
 #pragma once
-#include "divergence/rows.h"
-#include "divergence/sweeps.h"
+#include <utility>
+
+#include "dense/gradient.h"
+#include "dense/rows.h"
 
 namespace pocl {
 namespace {
@@ -23,24 +25,6 @@ struct Row {
     const Task* task;
     float* scratch;
 };
-
-constexpr bool is_kl(Family family) { return family == Family::forward_kl || family == Family::reverse_kl; }
-
-/// The label's entry of tau dD/ds, in double. `known`: D of a KL, else the mean of u under q.
-inline double label_gradient(Family family, double log_q, double log_p, double a, double known) {
-    const double q = ::exp(log_q), p = ::exp(log_p), b = 1 - a;
-    const double log_m = ::log(a * p + b * q), difference = p - q;
-    const double ratio = a * p + b * q > 0 ? b * difference / (a * p + b * q) : 0;
-    switch (family) {
-        case Family::forward_kl: return q - p;
-        case Family::reverse_kl: return q * (log_q - log_p - known);
-        case Family::jsd: return q > 0 ? b * q * (log_q - log_m - known) : 0;
-        case Family::skew_forward_kl: return -b * q * (ratio - known);
-        case Family::skew_reverse_kl: return q > 0 ? q * (log_q - log_m + a * ratio - known) : 0;
-        case Family::tvd: return -0.5 * q * ((difference > 0 ? 1.0 : difference < 0 ? -1.0 : 0) - known);
-    }
-    return 0;
-}
 
 template <Family family, class S, class T>
 inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pieces, const Kept& kept, const RowFacts& f, float s_label) {
@@ -88,13 +72,9 @@ inline void put_stats(const Row& row, const RowFacts& f, const Values& values, f
     const double weighted_ce = f.alpha == 0.0f && values.ce == values.ce ? 0.0 : f.alpha * values.ce;
     const double loss = weighted_ce + (1.0 - f.alpha) * row.c * values.D;
     const bool any_in = !f.all_out;
-    const double stats[7] = {loss, values.ce, values.D, any_in ? f.q.entropy() : 0, any_in ? f.p.entropy() : 0,
+    const double stats[kStats] = {loss, values.ce, values.D, any_in ? f.q.entropy() : 0, any_in ? f.p.entropy() : 0,
                              !values.no_softmax && s_label == f.ce.max ? 1.0 : 0.0, any_in && f.agree ? 1.0 : 0.0};
-    for (int k = 0; k < 7; ++k) task.stats[k * task.student.rows + row.n] = static_cast<float>(stats[k]);
-}
-
-constexpr Moment moment_of(Family family) {
-    return family == Family::forward_kl ? Moment::of_p : family == Family::reverse_kl ? Moment::of_q : Moment::none;
+    for (int k = 0; k < kStats; ++k) task.stats[k * task.student.rows + row.n] = static_cast<float>(stats[k]);
 }
 
 inline RowFacts begin_row(const Task& task, std::int64_t n) {
@@ -283,7 +263,7 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
             task.gradient.data == nullptr ? nullptr : static_cast<Storage*>(task.gradient.data) + n * task.gradient.row_stride;
         const std::int64_t label = task.labels[n];
         if (label == task.ignore_index) {
-            for (int k = 0; k < 7; ++k) task.stats[k * N + n] = 0.0f;
+            for (int k = 0; k < kStats; ++k) task.stats[k * N + n] = 0.0f;
             if (g_row != nullptr) std::memset(g_row, 0, static_cast<std::size_t>(row_bytes));
             continue;
         }
@@ -307,15 +287,14 @@ void rows_by_student(const Task& task, std::int64_t begin, std::int64_t end, flo
     }
 }
 
+/// Compiles a row kernel for each family, and calls the task's.
+template <int... known>
+inline void rows_by_family(const Task& task, std::int64_t begin, std::int64_t end, float* scratch, std::integer_sequence<int, known...>) {
+    ((task.family == kFamilies[known].family ? rows_by_student<kFamilies[known].family>(task, begin, end, scratch) : void()), ...);
+}
+
 inline void rows(const Task& task, std::int64_t begin, std::int64_t end, float* scratch) {
-    switch (task.family) {
-        case Family::forward_kl: return rows_by_student<Family::forward_kl>(task, begin, end, scratch);
-        case Family::reverse_kl: return rows_by_student<Family::reverse_kl>(task, begin, end, scratch);
-        case Family::jsd: return rows_by_student<Family::jsd>(task, begin, end, scratch);
-        case Family::skew_forward_kl: return rows_by_student<Family::skew_forward_kl>(task, begin, end, scratch);
-        case Family::skew_reverse_kl: return rows_by_student<Family::skew_reverse_kl>(task, begin, end, scratch);
-        case Family::tvd: return rows_by_student<Family::tvd>(task, begin, end, scratch);
-    }
+    rows_by_family(task, begin, end, scratch, std::make_integer_sequence<int, kFamilyCount>{});
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
-#include "divergence/divergence.h"
+#include "dense/dense.h"
 
 #include <algorithm>
 #include <memory>
 #include <new>
 
-#include "divergence/rows.h"
+#include "dense/rows.h"
 #include "parallel/parallel.h"
 
 namespace pocl {
@@ -27,21 +27,6 @@ float* thread_scratch(std::int64_t size) {
 }
 
 }  // namespace
-
-bool supports(Isa isa) noexcept {
-    if (isa == Isa::plain) return true;
-#if defined(__x86_64__)
-    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#else
-    return false;
-#endif
-}
-
-Isa best_isa() noexcept {
-    return supports(Isa::avx512) ? Isa::avx512 : supports(Isa::avx2) ? Isa::avx2 : Isa::plain;
-}
 
 void scaled_losses(const float* stats, const std::int64_t* labels, std::int64_t N, std::int64_t ignore_index, PerRow row_scale, bool reduced,
                    float* loss) {

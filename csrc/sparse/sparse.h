@@ -1,7 +1,7 @@
 // The fused distillation loss against a teacher of which K entries a token are known: reads K numbers of it, not V.
 // What is computed is `sparse_distillation_rows` of pocl_fast/loss/reference.py.
 #pragma once
-#include "divergence/divergence.h"
+#include "dense/dense.h"
 
 namespace pocl {
 
@@ -17,7 +17,7 @@ struct SparseTask {
     const std::int64_t* labels;     // [N]
     PerRow temperature, alpha;
     PerRow row_scale;               // multiplied onto the gradient
-    float* stats;                   // [7, N], as Task's
+    float* stats;                   // [kStats, N]
     Family family;
     double teacher_share;
     int temperature_power;

@@ -3,12 +3,11 @@
 #pragma once
 #include <cstdint>
 
+#include "dense/family.h"
 #include "matrix/matrix.h"
+#include "simd/isa.h"
 
 namespace pocl {
-
-enum class Family { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd };
-enum class Isa { plain, avx2, avx512 };  // instruction set that the kernel was compiled for
 
 /// One value a row (stride 1) or one for all (stride 0).
 struct PerRow {
@@ -31,7 +30,7 @@ struct Task {
     const std::int64_t* labels;    // [N]
     PerRow temperature, alpha;
     PerRow row_scale;              // multiplied onto the gradient
-    float* stats;                  // [7, N]: loss, ce, divergence, student and teacher entropy, correct, agree
+    float* stats;                  // [kStats, N]
     Family family;
     double teacher_share;          // of the mixture of p and q, in families that have one
     int temperature_power;         // c(tau) = tau^power
@@ -48,11 +47,5 @@ void scaled_losses(const float* stats, const std::int64_t* labels, std::int64_t 
 
 /// The kernel's own functions on fp32 numbers, for their tests; which, see rows.h.
 void vector_math(int function, const float* in, float* out, std::int64_t count, Isa isa);
-
-/// Whether this processor, and this build, can run the kernel of an instruction set.
-bool supports(Isa isa) noexcept;
-
-/// The widest instruction set that it can.
-Isa best_isa() noexcept;
 
 }  // namespace pocl

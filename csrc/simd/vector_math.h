@@ -1,7 +1,7 @@
 // Exponentials and logarithms on vectors, in base 2 where that saves work: every e^x of a softmax is 2^(x log2 e).
 // Polynomials are minimax for the relative error; tests/loss/reference/test_vector_math.py measures what is left after rounding.
 #pragma once
-#include "divergence/vector.h"
+#include "simd/vector.h"
 
 namespace pocl {
 namespace {

@@ -4,8 +4,8 @@
 // are taken out of the first, so that the mass of the rest is a sum of its own and not a difference, in which a confident student's
 // would drown. What lies between the sweeps is outcomes.h, in double.
 #pragma once
-#include "divergence/sparse_rows.h"
-#include "divergence/sweeps.h"
+#include "sparse/sparse_rows.h"
+#include "dense/gradient.h"
 
 namespace pocl {
 namespace {
@@ -185,9 +185,9 @@ inline void sparse_row(const SparseTask& task, std::int64_t n, const SparseScrat
     const double ce = no_softmax || f.s_label == -kInf ? kInf : sums.log_z_ce - f.s_label;
     const float c = ::powf(tau, static_cast<float>(task.temperature_power));
     const double weighted_ce = alpha == 0.0f && ce == ce ? 0.0 : alpha * ce;
-    const double stats[7] = {weighted_ce + (1.0 - alpha) * c * sums.D, ce, sums.D, sums.student_entropy,
+    const double stats[kStats] = {weighted_ce + (1.0 - alpha) * c * sums.D, ce, sums.D, sums.student_entropy,
                              sums.teacher_entropy, !no_softmax && f.s_label == sums.largest ? 1.0 : 0.0, sums.agree ? 1.0 : 0.0};
-    for (int k = 0; k < 7; ++k) task.stats[k * N + n] = static_cast<float>(stats[k]);
+    for (int k = 0; k < kStats; ++k) task.stats[k * N + n] = static_cast<float>(stats[k]);
     if (out.row == nullptr) return;
 
     const double weight_d = static_cast<double>(task.row_scale[n]) * (1.0 - alpha) * c / tau;
@@ -233,7 +233,7 @@ void sparse_rows_of(const SparseTask& task, std::int64_t begin, std::int64_t end
         Storage* const g_row =
             task.gradient.data == nullptr ? nullptr : static_cast<Storage*>(task.gradient.data) + n * task.gradient.row_stride;
         if (task.labels[n] == task.ignore_index) {
-            for (int k = 0; k < 7; ++k) task.stats[k * N + n] = 0.0f;
+            for (int k = 0; k < kStats; ++k) task.stats[k * N + n] = 0.0f;
             if (g_row != nullptr) std::memset(g_row, 0, static_cast<std::size_t>(row_bytes));
             continue;
         }

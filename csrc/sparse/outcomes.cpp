@@ -1,4 +1,4 @@
-#include "divergence/outcomes.h"
+#include "sparse/outcomes.h"
 
 #include <algorithm>
 #include <cmath>
