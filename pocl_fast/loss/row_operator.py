@@ -1,8 +1,9 @@
-"""The torch operators behind the losses: custom ops that give losses and gradient together, by a backend.
+"""The torch operators behind the losses of logits: each gives losses and gradient together, computed by a backend.
 
 CPU tensors go to C++ (`pocl_fast._C`), CUDA and ROCm tensors to Triton (`pocl_fast.kernels`). Autograd lives here: the
-gradient is computed with the loss, and backward only multiplies it by what comes in. Checks nothing that `losses.py`
-has checked.
+gradient is computed with the loss, and backward only multiplies it by what comes in. Nothing is checked twice: see
+`checks.py`. The C++ binding checks the indices of a teacher of K entries a token; on a GPU nobody does, for that would
+wait for it: a kernel run with TRITON_DEBUG=1 stops at an index outside the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NUM_STATS = 7  # the fields of reference.Rows
+from pocl_fast.loss.arguments import Settings, Tokens
+from pocl_fast.loss.reference import Rows
+
+NUM_STATS = len(Rows._fields)
 ONCE = (
     "the fused distillation loss can be differentiated once: its gradient is computed with it and is not itself"
     " differentiable. For create_graph=True use backend='reference'"
@@ -27,46 +31,36 @@ SECOND_BACKWARD = (
 @torch.library.custom_op("pocl_fast::distillation_rows", mutates_args=())
 def distillation_rows(
     student: Tensor,  # [N, V_s], last dimension contiguous
-    teacher: Tensor,  # [N, V_t], the same
-    labels: Tensor,  # [N] int32 or int64
-    temperature: Tensor,  # [1] or [N] fp32
-    alpha: Tensor,  # [1] or [N] fp32
-    row_scale: Tensor,  # [1] or [N] fp32: token weight over the divisor, folded into loss and gradient
-    divergence: str,
+    teacher: Tensor,  # [N, V_t] logits, the same; or [N, K] log-probabilities at temperature 1, −inf for no entry
+    indices: Tensor | None,  # [N, K] int32 or int64, distinct in a row; not looked at where `teacher` is −inf
+    labels: Tensor,  # from here on the fields of Tokens
+    temperature: Tensor,
+    alpha: Tensor,
+    row_scale: Tensor,
+    divergence: str,  # from here on the fields of Settings
     teacher_share: float,
     temperature_power: int,
     ignore_index: int,
-    transforms: list[float],  # scale and softcap (0: none) of the student, then of the teacher
+    transforms: list[float],
+    tail: str,
     needs_grad: bool,
     reduced: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the scaled losses, [] fp32, or where not `reduced` each token's, [N]; the rows of `reference.Rows`,
     unscaled, [7, N] fp32; and the gradient of the sum [N, V_s], empty unless `needs_grad`."""
-    return backend_module(backend).distillation_rows(
-        student,
-        teacher,
-        labels,
-        temperature,
-        alpha,
-        row_scale,
-        divergence=divergence,
-        teacher_share=teacher_share,
-        temperature_power=temperature_power,
-        ignore_index=ignore_index,
-        transforms=transforms,
-        needs_grad=needs_grad,
-        reduced=reduced,
-    )
+    tokens = Tokens(labels, temperature, alpha, row_scale)
+    settings = Settings(divergence, teacher_share, temperature_power, ignore_index, transforms, tail)
+    return rows_of(backend, student, teacher, indices, tokens, settings, needs_grad=needs_grad, reduced=reduced)
 
 
 @distillation_rows.register_fake
 def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, needs_grad, reduced, _backend = others
-    return empty_outputs(student, needs_grad, reduced)
+    return _empty_outputs(student, needs_grad, reduced)
 
 
-def empty_outputs(student: Tensor, needs_grad: bool, reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(student: Tensor, needs_grad: bool, reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What a rows operator gives for student logits [N, V], without values."""
     N, V = student.shape
     loss = student.new_empty(() if reduced else (N,), dtype=torch.float32)
@@ -78,6 +72,7 @@ def empty_outputs(student: Tensor, needs_grad: bool, reduced: bool) -> tuple[Ten
 def distillation_rows_(
     student: Tensor,
     teacher: Tensor,
+    indices: Tensor | None,
     labels: Tensor,
     temperature: Tensor,
     alpha: Tensor,
@@ -87,33 +82,22 @@ def distillation_rows_(
     temperature_power: int,
     ignore_index: int,
     transforms: list[float],
+    tail: str,
     reduced: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The first two of `distillation_rows`; the gradient takes the place of the logits in `student`. Autograd learns of
     it by `with_gradient`: an operator that writes over an argument cannot have a derivative itself."""
-    loss, stats, _ = backend_module(backend).distillation_rows(
-        student,
-        teacher,
-        labels,
-        temperature,
-        alpha,
-        row_scale,
-        divergence=divergence,
-        teacher_share=teacher_share,
-        temperature_power=temperature_power,
-        ignore_index=ignore_index,
-        transforms=transforms,
-        needs_grad=True,
-        reduced=reduced,
-        grad=student,
-    )
-    return loss, stats
+    tokens = Tokens(labels, temperature, alpha, row_scale)
+    settings = Settings(divergence, teacher_share, temperature_power, ignore_index, transforms, tail)
+    return rows_of(
+        backend, student, teacher, indices, tokens, settings, needs_grad=True, reduced=reduced, grad=student
+    )[:2]
 
 
 @distillation_rows_.register_fake
 def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return empty_outputs(student, False, others[-2])[:2]
+    return _empty_outputs(student, False, others[-2])[:2]
 
 
 @torch.library.custom_op("pocl_fast::with_gradient", mutates_args=())
@@ -148,7 +132,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 13
+    nothing = (None,) * 15
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     if ctx.grad is None:
@@ -191,12 +175,24 @@ distillation_rows.register_autograd(_backward, setup_context=_setup_context)
 with_gradient.register_autograd(_backward_of_saved, setup_context=_save_gradient)
 
 
-def check_labels(labels: Tensor, counted: Tensor, V: int) -> None:
-    """Raises ValueError for a counted label outside the vocabulary; looks into the tensor, so for a CPU's alone."""
-    wrong = counted & ((labels < 0) | (labels >= V))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
-        raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
+# ---- backends ----
+
+
+def rows_of(
+    backend: str,
+    student: Tensor,
+    teacher: Tensor,
+    indices: Tensor | None,
+    tokens: Tokens,
+    settings: Settings,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A backend's `sparse_distillation_rows` where there are indices, else its `distillation_rows`. Their options:
+    needs_grad, reduced, and `grad`, where the gradient is to be written."""
+    if indices is None:
+        return backend_module(backend).distillation_rows(student, teacher, tokens, settings, **options)
+    rows = backend_module(backend, "sparse").sparse_distillation_rows
+    return rows(student, teacher, indices, tokens, settings, **options)
 
 
 def backend_module(backend: str, kernel: str = "dense") -> Any:

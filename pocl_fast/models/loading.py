@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pocl_fast.loss.lm_head_products import fp32_products, rounds_to_bf16, set_fp32_products
 from pocl_fast.models.placement import Placement, resident
 from pocl_fast.system.errors import InputError
+from pocl_fast.system.fp32_products import fp32_products, rounds_to_bf16, set_fp32_products
 
 Quantization = Literal["none", "8bit", "4bit"]
 BUNDLED = "bundled"

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pocl_fast.loss.dense import STATS
+from pocl_fast.loss.output import STATS
 from pocl_fast.system.files import write_text
 
 if TYPE_CHECKING:
     from pocl_fast.data.packed import PackedBatch
     from pocl_fast.data.records import EncodedSample
-    from pocl_fast.loss.dense import LossOutput
+    from pocl_fast.loss.output import LossOutput
 
 
 class MetricsLog:

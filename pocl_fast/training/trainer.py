@@ -23,9 +23,9 @@ from pocl_fast.curriculum.schedule import Place, Schedule
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.packed import PackedBatch, packing_ready
 from pocl_fast.data.records import SampleEncoder
-from pocl_fast.loss.dense import LossOutput
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.output import LossOutput
 from pocl_fast.models import loading
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import LmHead, causal_lm, loss_within_forward
