@@ -68,6 +68,7 @@ inline MixtureSums near_mixture(const Rows<S, T>& rows, const Pieces& pieces, co
                 u = m.log_q_m + a * m.ratio;
                 terms += divergence_term(m.q, -a * m.difference, m.log_q_m);
             } else {
+                static_assert(family == Family::tvd);
                 u = select(m.difference == 0.0f, Float{}, with_sign_of(m.difference, broadcast(1.0f)));
                 terms += 0.5f * magnitude(m.difference);
             }
@@ -143,6 +144,7 @@ inline MixtureSums mixture(const Rows<S, T>& rows, const Pieces& pieces, const R
                     sum += kept_p * min(most, fma(t - s, factor, constant) + log_ratio);
                     product = kept_q * log_ratio;
                 } else {
+                    static_assert(of_p || family == Family::skew_reverse_kl);
                     const Float rest = ratio - 1.0f;
                     sum += (of_p ? kept_p : kept_q) * log_ratio;
                     linear_sum += m * rest;

@@ -70,9 +70,13 @@ Term term(Family family, double a, double p, double q, double gap) {
     const double log_p_m = (gap < 0 ? gap : 0) - log_m, log_q_m = (gap > 0 ? -gap : 0) - log_m;
     const double ratio = (gap > 0 ? -b : b) * e / (1 + w);                // p/m - 1
     const double of_p = kl_term(p, log_p_m, b * difference), of_q = kl_term(q, log_q_m, -a * difference);
-    if (family == Family::jsd) return {a * of_p + b * of_q, b * log_q_m};
-    if (family == Family::skew_forward_kl) return {of_p, -b * ratio};
-    return {of_q, log_q_m + a * ratio};
+    switch (family) {
+        case Family::jsd: return {a * of_p + b * of_q, b * log_q_m};
+        case Family::skew_forward_kl: return {of_p, -b * ratio};
+        case Family::skew_reverse_kl: return {of_q, log_q_m + a * ratio};
+        case Family::forward_kl: case Family::reverse_kl: case Family::tvd: break;  // returned above
+    }
+    return {};
 }
 
 /// D of the outcomes whose q is not 0, and scratch.gradient = q (u - mean of u).
