@@ -31,4 +31,4 @@ class Settings(NamedTuple):
     temperature_power: int  # the p of c(τ) = τ^p
     ignore_index: int
     transforms: list[float]  # scale and softcap (0: none) of the student's logits, then of the teacher's
-    tail: str  # one of TAILS; read where the teacher is K entries a token
+    tail: str = "bucket"  # one of TAILS; read where the teacher is K entries a token

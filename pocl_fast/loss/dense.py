@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -189,9 +189,13 @@ def _loss(rows: _Rows, objective: Objective, weighing: Weighing, inplace: bool, 
     if backend == "reference":
         student = student.to(tokens.temperature.dtype)
         return ready.reference_output(reference.rows_of(student, rows.teacher, rows.indices, tokens, settings))
-    given = (rows.teacher, rows.indices, *tokens, *settings)
+    rows_of, rows_over = row_operator.distillation_rows, row_operator.distillation_rows_
+    given: tuple[Any, ...] = (rows.teacher, *tokens, *settings[:-1])
+    if rows.indices is not None:
+        rows_of, rows_over = row_operator.sparse_distillation_rows, row_operator.sparse_distillation_rows_
+        given = (rows.teacher, rows.indices, *tokens, *settings)
     if inplace and needs_grad:
-        loss, stats = row_operator.distillation_rows_(student.detach(), *given, ready.reduced, backend)
+        loss, stats = rows_over(student.detach(), *given, ready.reduced, backend)
         return ready.output(row_operator.with_gradient(loss, student, backend), stats)
-    loss, stats, _ = row_operator.distillation_rows(student, *given, needs_grad, ready.reduced, backend)
+    loss, stats, _ = rows_of(student, *given, needs_grad, ready.reduced, backend)
     return ready.output(loss, stats)

@@ -6,7 +6,7 @@ reference gives into a `LossOutput`. Knows nothing of logits and hidden states.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from pocl_fast.loss.output import LossOutput
 from pocl_fast.loss.reference import Rows
 
 
-@dataclass(frozen=True, eq=False)
-class Weighing:
+class Weighing(NamedTuple):
     """How the losses of tokens become one: the options that both losses share."""
 
     token_weights: Tensor | None
@@ -28,8 +27,7 @@ class Weighing:
     ignore_index: int
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
+class Prepared(NamedTuple):
     """A call whose arguments are checked: what its kernel is given, and how its output is made."""
 
     tokens: Tokens

@@ -8,6 +8,7 @@ wait for it: a kernel run with TRITON_DEBUG=1 stops at an index outside the voca
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -28,11 +29,64 @@ SECOND_BACKWARD = (
 )
 
 
+# ---- the operators ----
+# A teacher's logits and its k best have an operator each: every argument of one costs 7 µs a call. Each has a twin,
+# named with a `_`, whose gradient takes the place of the logits in `student`. Autograd learns of that by
+# `with_gradient`: an operator that writes over an argument cannot have a derivative itself.
+
+
 @torch.library.custom_op("pocl_fast::distillation_rows", mutates_args=())
 def distillation_rows(
     student: Tensor,  # [N, V_s], last dimension contiguous
-    teacher: Tensor,  # [N, V_t] logits, the same; or [N, K] log-probabilities at temperature 1, −inf for no entry
-    indices: Tensor | None,  # [N, K] int32 or int64, distinct in a row; not looked at where `teacher` is −inf
+    teacher: Tensor,  # [N, V_t], the same
+    labels: Tensor,  # from here on the fields of Tokens
+    temperature: Tensor,
+    alpha: Tensor,
+    row_scale: Tensor,
+    divergence: str,  # from here on the fields of Settings but `tail`
+    teacher_share: float,
+    temperature_power: int,
+    ignore_index: int,
+    transforms: list[float],
+    needs_grad: bool,
+    reduced: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the scaled losses, [] fp32, or where not `reduced` each token's, [N]; the rows of `reference.Rows`,
+    unscaled, [7, N] fp32; and the gradient of the sum [N, V_s], empty unless `needs_grad`."""
+    tokens = Tokens(labels, temperature, alpha, row_scale)
+    settings = Settings(divergence, teacher_share, temperature_power, ignore_index, transforms)
+    return rows_of(backend, student, teacher, None, tokens, settings, needs_grad=needs_grad, reduced=reduced)
+
+
+@torch.library.custom_op("pocl_fast::distillation_rows_", mutates_args=("student",))
+def distillation_rows_(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    alpha: Tensor,
+    row_scale: Tensor,
+    divergence: str,
+    teacher_share: float,
+    temperature_power: int,
+    ignore_index: int,
+    transforms: list[float],
+    reduced: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The first two of `distillation_rows`."""
+    tokens = Tokens(labels, temperature, alpha, row_scale)
+    settings = Settings(divergence, teacher_share, temperature_power, ignore_index, transforms)
+    rows = rows_of(backend, student, teacher, None, tokens, settings, needs_grad=True, reduced=reduced, grad=student)
+    return rows[:2]
+
+
+@torch.library.custom_op("pocl_fast::sparse_distillation_rows", mutates_args=())
+def sparse_distillation_rows(
+    student: Tensor,  # [N, V], last dimension contiguous
+    log_probs: Tensor,  # [N, K] at temperature 1; −inf: no entry
+    indices: Tensor,  # [N, K] int32 or int64, distinct in a row; not looked at where log_probs is −inf
     labels: Tensor,  # from here on the fields of Tokens
     temperature: Tensor,
     alpha: Tensor,
@@ -47,32 +101,17 @@ def distillation_rows(
     reduced: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the scaled losses, [] fp32, or where not `reduced` each token's, [N]; the rows of `reference.Rows`,
-    unscaled, [7, N] fp32; and the gradient of the sum [N, V_s], empty unless `needs_grad`."""
+    """As `distillation_rows`, the teacher being K entries a token."""
     tokens = Tokens(labels, temperature, alpha, row_scale)
     settings = Settings(divergence, teacher_share, temperature_power, ignore_index, transforms, tail)
-    return rows_of(backend, student, teacher, indices, tokens, settings, needs_grad=needs_grad, reduced=reduced)
+    return rows_of(backend, student, log_probs, indices, tokens, settings, needs_grad=needs_grad, reduced=reduced)
 
 
-@distillation_rows.register_fake
-def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_grad, reduced, _backend = others
-    return _empty_outputs(student, needs_grad, reduced)
-
-
-def _empty_outputs(student: Tensor, needs_grad: bool, reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What a rows operator gives for student logits [N, V], without values."""
-    N, V = student.shape
-    loss = student.new_empty(() if reduced else (N,), dtype=torch.float32)
-    stats = student.new_empty((NUM_STATS, N), dtype=torch.float32)
-    return loss, stats, student.new_empty((N, V) if needs_grad else (0,))
-
-
-@torch.library.custom_op("pocl_fast::distillation_rows_", mutates_args=("student",))
-def distillation_rows_(
+@torch.library.custom_op("pocl_fast::sparse_distillation_rows_", mutates_args=("student",))
+def sparse_distillation_rows_(
     student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
+    log_probs: Tensor,
+    indices: Tensor,
     labels: Tensor,
     temperature: Tensor,
     alpha: Tensor,
@@ -86,18 +125,35 @@ def distillation_rows_(
     reduced: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The first two of `distillation_rows`; the gradient takes the place of the logits in `student`. Autograd learns of
-    it by `with_gradient`: an operator that writes over an argument cannot have a derivative itself."""
+    """The first two of `sparse_distillation_rows`."""
     tokens = Tokens(labels, temperature, alpha, row_scale)
     settings = Settings(divergence, teacher_share, temperature_power, ignore_index, transforms, tail)
-    return rows_of(
-        backend, student, teacher, indices, tokens, settings, needs_grad=True, reduced=reduced, grad=student
-    )[:2]
+    rows = rows_of(
+        backend, student, log_probs, indices, tokens, settings, needs_grad=True, reduced=reduced, grad=student
+    )
+    return rows[:2]
 
 
-@distillation_rows_.register_fake
-def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(student, False, others[-2])[:2]
+def _empty_outputs(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What a rows operator gives for student logits [N, V], without values."""
+    *_, needs_grad, reduced, _backend = others
+    N, V = student.shape
+    loss = student.new_empty(() if reduced else (N,), dtype=torch.float32)
+    stats = student.new_empty((NUM_STATS, N), dtype=torch.float32)
+    return loss, stats, student.new_empty((N, V) if needs_grad else (0,))
+
+
+def _empty_outputs_over(student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(student, False, *others[-2:])[:2]
+
+
+for _operator in (distillation_rows, sparse_distillation_rows):
+    _operator.register_fake(_empty_outputs)
+for _operator in (distillation_rows_, sparse_distillation_rows_):
+    _operator.register_fake(_empty_outputs_over)
+
+
+# ---- autograd ----
 
 
 @torch.library.custom_op("pocl_fast::with_gradient", mutates_args=())
@@ -127,12 +183,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _loss, stats, grad = output
     ctx.mark_non_differentiable(stats, grad)
     needs_grad, _reduced, ctx.backend = inputs[-3:]
+    ctx.others = len(inputs) - 1
     # not save_for_backward: handed over for good, so that autograd takes the buffer as it is instead of a copy
     ctx.grad = grad if needs_grad else None
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _stats: None, _grad: None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 15
+    nothing = (None,) * ctx.others
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     if ctx.grad is None:
@@ -171,7 +228,8 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
-distillation_rows.register_autograd(_backward, setup_context=_setup_context)
+for _operator in (distillation_rows, sparse_distillation_rows):
+    _operator.register_autograd(_backward, setup_context=_setup_context)
 with_gradient.register_autograd(_backward_of_saved, setup_context=_save_gradient)
 
 
@@ -209,6 +267,7 @@ def backend_module(backend: str, kernel: str = "dense") -> Any:
     )
 
 
+@functools.cache
 def _module(name: str, hint: str) -> Any:
     try:
         return importlib.import_module(name)

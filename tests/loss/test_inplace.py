@@ -257,8 +257,8 @@ def test_the_operators_are_registered_as_torch_wants_them(reduced):
     _, _, teacher, labels = some_step()
     one = torch.ones(1)
     tokens = Tokens(labels, one, 0.3 * one, torch.rand(N))
-    settings = Settings("jsd", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0], "bucket")
-    arguments = (torch.randn(N, V), teacher, None, *tokens, *settings, reduced, "cpp")
+    settings = Settings("jsd", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0])
+    arguments = (torch.randn(N, V), teacher, *tokens, *settings[:-1], reduced, "cpp")
     torch.library.opcheck(row_operator.distillation_rows_, arguments)
     for needs_grad in (False, True):
         memory = torch.randn(N, V, requires_grad=needs_grad)

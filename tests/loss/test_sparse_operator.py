@@ -29,13 +29,13 @@ def arguments(tail="bucket", needs_grad=True, student=None, reduced=False):
 @pytest.mark.parametrize("needs_grad", [True, False])
 @pytest.mark.parametrize("reduced", [True, False])
 def test_the_operator_is_what_torch_asks_of_one(tail, needs_grad, reduced):
-    torch.library.opcheck(row_operator.distillation_rows, arguments(tail, needs_grad, reduced=reduced))
+    torch.library.opcheck(row_operator.sparse_distillation_rows, arguments(tail, needs_grad, reduced=reduced))
 
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_backward_gives_the_gradient_of_the_weighted_sum(tail):
     student, *rest = arguments(tail)
-    loss, stats, _ = row_operator.distillation_rows(student, *rest)
+    loss, stats, _ = row_operator.sparse_distillation_rows(student, *rest)
     upstream = torch.rand(N)
     (loss * upstream).sum().backward()
     s = student.detach().double().requires_grad_(True)
@@ -51,7 +51,7 @@ def test_backward_gives_the_gradient_of_the_weighted_sum(tail):
 
 def test_a_second_backward_is_an_error_unless_the_graph_is_kept():
     given = arguments()
-    loss = row_operator.distillation_rows(*given)[0].sum()
+    loss = row_operator.sparse_distillation_rows(*given)[0].sum()
     loss.backward(retain_graph=True)
     first = given[0].grad.clone()
     loss.backward()
@@ -64,7 +64,7 @@ def test_compiled_code_takes_the_operator_without_a_graph_break():
     given = arguments()
 
     def loss(student):
-        return row_operator.distillation_rows(student, *given[1:])[0].sum()
+        return row_operator.sparse_distillation_rows(student, *given[1:])[0].sum()
 
     plain, compiled = (given[0].detach().clone().requires_grad_(True) for _ in range(2))
     loss(plain).backward()
