@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pocl_fast.loss import lm_head_products, row_operator
-from pocl_fast.loss.dense import LossOutput, distillation_loss
+from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
+from pocl_fast.loss.output import LossOutput
 from pocl_fast.loss.teacher_output import LinearTeacher, TopKTeacher
 
 TEMPERATURE, ALPHA = 1.33, 0.3
@@ -306,7 +307,7 @@ def head_products(setting: Setting, dtype: torch.dtype, given: torch.dtype) -> l
     hidden, weight, grad = matrices(setting, n, V, H, given)
     grad, bias = grad.float(), torch.randn(V, device=setting.kind)
     h, w, g = (x.to(dtype).double() for x in (hidden, weight, grad))
-    head = lm_head_products.Head(weight, bias, dtype)
+    head = lm_head_products.HeadProducts(weight, bias, dtype)
     logits = torch.full((n, V), torch.nan, device=setting.kind)
     head.logits(hidden, logits)
     figures = [Figure("logits", distance(logits, h @ w.t() + bias.double()), product_tolerance(H))]

@@ -51,6 +51,7 @@ from torch import Tensor
 
 from pocl_fast.kernels import dense, tiles
 from pocl_fast.kernels.tiles import Tile
+from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.objective import Objective
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -124,12 +125,11 @@ def run_rows(tile: Tile, x: Inputs, objective: Objective, values: list[Tensor], 
     """The loss of the first N rows; their gradient in x.grad. `values`: temperature and alpha, [1] each."""
     PLAN.tile = tile
     student, teacher, labels, grad = (tensor[:N] for tensor in x[:4])
-    loss, _, _ = dense.distillation_rows(
-        student, teacher, labels, *values, x.scale,
-        divergence=objective.family, teacher_share=objective.teacher_share,
-        temperature_power=objective.temperature_power, ignore_index=-100, transforms=[1.0, 0.0, 1.0, 0.0],
-        needs_grad=True, reduced=True, grad=grad,
-    )  # fmt: skip
+    settings = Settings(
+        objective.family, objective.teacher_share, objective.temperature_power, -100, [1.0, 0.0, 1.0, 0.0], "bucket"
+    )
+    tokens = Tokens(labels, *values, x.scale)
+    loss, _, _ = dense.distillation_rows(student, teacher, tokens, settings, needs_grad=True, reduced=True, grad=grad)
     return loss
 
 

@@ -14,6 +14,7 @@ from pocl_fast.kernels import tiles
 from pocl_fast.kernels.arithmetic import FLOOR, LN2, LOG2E, transformed
 from pocl_fast.kernels.divergence import FAMILIES, FORWARD_KL, REVERSE_KL, relative_size
 from pocl_fast.kernels.passes import gradient, measure, normalisers
+from pocl_fast.loss.arguments import IDENTITY, Settings, Tokens
 
 CLOSE = tl.constexpr(0.01)  # nats of D below which it is summed term by term
 
@@ -149,16 +150,9 @@ _scale_rows_kernel = triton.jit(
 def distillation_rows(
     student: torch.Tensor,  # [N, V_s] fp32, bf16 or fp16; rows may be strided
     teacher: torch.Tensor,  # [N, V_t], its own dtype
-    labels: torch.Tensor,  # [N] int32 or int64
-    temperature: torch.Tensor,  # [1] or [N] fp32
-    alpha: torch.Tensor,  # [1] or [N] fp32
-    row_scale: torch.Tensor,  # [1] or [N] fp32
+    tokens: Tokens,
+    settings: Settings,
     *,
-    divergence: str,
-    teacher_share: float,
-    temperature_power: int,
-    ignore_index: int,
-    transforms: list[float],
     needs_grad: bool,
     reduced: bool,
     grad: torch.Tensor | None = None,
@@ -172,15 +166,14 @@ def distillation_rows(
     if N == 0:
         return *tiles.loss_and_stats(stats, reduced), grad
     capability = tiles.capability_of(student.device)
-    tile = tiles.choose_tile(divergence, V_S, student.element_size(), teacher.element_size(), capability)
-    s_scale, s_softcap, t_scale, t_softcap = transforms
+    tile = tiles.choose_tile(settings.divergence, V_S, student.element_size(), teacher.element_size(), capability)
     _rows_kernel[(N,)](
-        student, teacher, labels, temperature, alpha, row_scale, stats, grad,
+        student, teacher, *tokens, stats, grad,
         N, V_S, V, student.stride(0), teacher.stride(0), grad.stride(0),
-        *(int(value.numel() > 1) for value in (temperature, alpha, row_scale)), ignore_index, teacher_share,
-        s_scale, s_softcap, t_scale, t_softcap,
-        FAMILY=FAMILIES[divergence], POWER=temperature_power, NEEDS_GRAD=needs_grad,
-        HAS_TRANSFORM=transforms != [1.0, 0.0, 1.0, 0.0], RAGGED=bool(V % 16 or V_S % 16),
+        *(int(value.numel() > 1) for value in tokens[1:]), settings.ignore_index, settings.teacher_share,
+        *settings.transforms,
+        FAMILY=FAMILIES[settings.divergence], POWER=settings.temperature_power, NEEDS_GRAD=needs_grad,
+        HAS_TRANSFORM=settings.transforms != IDENTITY * 2, RAGGED=bool(V % 16 or V_S % 16),
         LANES=tile.lanes, VEC=tile.vec, STAGES=tile.stages, num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return *tiles.loss_and_stats(stats, reduced), grad

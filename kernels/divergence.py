@@ -1,4 +1,6 @@
-"""The maths of each divergence on one tile. What it computes is `pocl_fast/loss/reference.py`.
+"""The maths of each divergence: on one tile in fp32, and of a few outcomes in fp64. Here, in FAMILIES, a kernel knows a
+divergence by its number. What is computed is `pocl_fast/loss/reference.py`. docs/adding-a-divergence.md lists what a
+new one needs.
 
 Everything starts from g = log2(p / q), taken from the logits themselves: near 0 it keeps the digits that p - q, or the
 difference of two logarithms, has lost. With the smaller and the larger of p and q, E = smaller / larger - 1 and the
@@ -76,6 +78,7 @@ def slope(g, e, w, log2_m, teacher_share, FAMILY: tl.constexpr):
     elif FAMILY == SKEW_REVERSE_KL:
         return log2_q_m * LN2 + teacher_share * v
     else:
+        tl.static_assert(FAMILY == TVD)
         return tl.where(g < 0, 0.5, tl.where(g > 0, -0.5, 0.0))
 
 
@@ -102,5 +105,52 @@ def terms(p, q, larger, g, e, log2_m, teacher_share, close, FAMILY: tl.constexpr
         else:
             d = q * log_q_m
     else:
+        tl.static_assert(FAMILY == TVD)
         d = larger * (e * -0.5)
     return d
+
+
+# ---- a few outcomes, in fp64: the sparse kernel ----
+
+
+@triton.jit
+def kl_term_fp64(a, gap, difference):
+    """a · log(a / b) - a + b >= 0 for gap = log(a / b) and difference = a - b; their sum is KL(a‖b)."""
+    return a * gap - difference
+
+
+@triton.jit
+def outcome(x, y, inside, teacher_share, FAMILY: tl.constexpr):
+    """In fp64, from log q and log p: q, p, p - q, the term of D, and u = ∂D/∂q up to a constant; 0 where not `inside`.
+
+    A difference of near numbers keeps enough digits in fp64: exp(-gap) - 1 has 10 of them where gap is 1e-6."""
+    x, y = tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)
+    a, b = teacher_share, 1.0 - teacher_share
+    gap = y - x
+    p_larger = gap > 0
+    larger = tl.where(inside, tl.exp(tl.where(p_larger, y, x)), 0.0)
+    e = tl.exp(-tl.abs(gap)) - 1.0  # the smaller over the larger, less 1
+    smaller = larger * (1.0 + e)
+    q, p = tl.where(p_larger, smaller, larger), tl.where(p_larger, larger, smaller)
+    difference = tl.where(p_larger, -larger * e, larger * e)
+    if FAMILY == FORWARD_KL:
+        d, u = kl_term_fp64(p, gap, difference), tl.zeros_like(gap)
+    elif FAMILY == REVERSE_KL:
+        d, u = kl_term_fp64(q, -gap, -difference), -gap
+    elif FAMILY == TVD:
+        d, u = 0.5 * tl.abs(difference), tl.where(gap < 0, 0.5, tl.where(p_larger, -0.5, gap))
+    else:
+        w = tl.where(p_larger, b, a) * e  # m over the larger, less 1
+        log_m = tl.log(1.0 + w)
+        log_p_m = tl.where(p_larger, 0.0, gap) - log_m
+        log_q_m = tl.where(p_larger, -gap, 0.0) - log_m
+        ratio = tl.where(p_larger, -b, b) * e / (1.0 + w)  # p / m - 1
+        of_p, of_q = kl_term_fp64(p, log_p_m, b * difference), kl_term_fp64(q, log_q_m, -a * difference)
+        if FAMILY == JSD:
+            d, u = a * of_p + b * of_q, b * log_q_m
+        elif FAMILY == SKEW_FORWARD_KL:
+            d, u = of_p, -b * ratio
+        else:
+            tl.static_assert(FAMILY == SKEW_REVERSE_KL)
+            d, u = of_q, log_q_m + a * ratio
+    return q, p, difference, d, u

@@ -1,4 +1,4 @@
-"""Logits and K entries of the teacher in, losses and gradient out: the Triton side of `loss/sparse_operator.py`.
+"""Logits and K entries of the teacher in, losses and gradient out: the Triton side of `pocl_fast/loss/row_operator.py`.
 
 One program a row, two passes over the student's logits in tiles: normalisers and gradient. The listed entries are left
 out of the first, so that the mass of the rest is a sum of its own and not a difference, in which a confident student's
@@ -16,6 +16,7 @@ from pocl_fast.kernels.arithmetic import FILL, FLOOR, LOG2E, transformed
 from pocl_fast.kernels.divergence import FAMILIES, REVERSE_KL
 from pocl_fast.kernels.outcomes import LOG2E64, compare, log_sum, maximum, natural_log, rest_log_weight
 from pocl_fast.kernels.passes import prepare
+from pocl_fast.loss.arguments import IDENTITY, Settings, Tokens
 
 MAX_K = 1024  # entries a row: they are one block, in registers
 
@@ -220,23 +221,15 @@ def sparse_distillation_rows(
     student: torch.Tensor,  # [N, V] fp32, bf16 or fp16; rows may be strided
     log_probs: torch.Tensor,  # [N, K], its own dtype; −inf: no entry
     indices: torch.Tensor,  # [N, K] int32 or int64, distinct in a row
-    labels: torch.Tensor,  # [N] int32 or int64
-    temperature: torch.Tensor,  # [1] or [N] fp32
-    alpha: torch.Tensor,  # [1] or [N] fp32
-    row_scale: torch.Tensor,  # [1] or [N] fp32
+    tokens: Tokens,
+    settings: Settings,
     *,
-    divergence: str,
-    teacher_share: float,
-    temperature_power: int,
-    ignore_index: int,
-    tail: str,
-    transform: list[float],
     needs_grad: bool,
     reduced: bool,
     grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `dense.distillation_rows`, the teacher being K entries a row; `tail` says what becomes of the others. Raises
-    ValueError where K is above 1024."""
+    """As `dense.distillation_rows`, the teacher being K entries a row; `settings.tail` says what becomes of the others.
+    Raises ValueError where K is above 1024."""
     N, V = student.shape
     K = log_probs.shape[1]
     if K > MAX_K:
@@ -247,15 +240,15 @@ def sparse_distillation_rows(
     log_probs, indices = log_probs.contiguous(), indices.contiguous()
     listed = torch.where(log_probs == -torch.inf, V, indices).to(torch.int32).sort(1).values
     itemsize = student.element_size()
-    tile = tiles.choose_tile(divergence, V, itemsize, itemsize, tiles.capability_of(student.device))
-    s_scale, s_softcap = transform
+    tile = tiles.choose_tile(settings.divergence, V, itemsize, itemsize, tiles.capability_of(student.device))
+    transform = settings.transforms[:2]  # log-probabilities have none
     _sparse_rows_kernel[(N,)](
-        student, log_probs, indices, listed, labels, temperature, alpha, row_scale, stats, grad,
+        student, log_probs, indices, listed, *tokens, stats, grad,
         N, V, K, student.stride(0), grad.stride(0),
-        *(int(value.numel() > 1) for value in (temperature, alpha, row_scale)), ignore_index, teacher_share,
-        s_scale, s_softcap,
-        FAMILY=FAMILIES[divergence], BUCKET=tail == "bucket", POWER=temperature_power, NEEDS_GRAD=needs_grad,
-        HAS_TRANSFORM=transform != [1.0, 0.0], RAGGED=bool(V % 16), LANES=tile.lanes, VEC=tile.vec,
+        *(int(value.numel() > 1) for value in tokens[1:]), settings.ignore_index, settings.teacher_share, *transform,
+        FAMILY=FAMILIES[settings.divergence], BUCKET=settings.tail == "bucket", POWER=settings.temperature_power,
+        NEEDS_GRAD=needs_grad, HAS_TRANSFORM=transform != IDENTITY, RAGGED=bool(V % 16),
+        LANES=tile.lanes, VEC=tile.vec,
         BLOCK_K=max(32, triton.next_power_of_2(K)), num_warps=tile.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return *tiles.loss_and_stats(stats, reduced), grad

@@ -8,6 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from pocl_fast.loss.reference import Rows
+
+STATS = tl.constexpr(len(Rows._fields))  # that a row kernel stores of each token; its scaled loss follows them
+
 
 class Tile(NamedTuple):
     """`lanes` · `vec` logits at a time; a lane is one thread's `vec` neighbours, so its sums need no other thread.
@@ -115,7 +119,7 @@ def store_zeros(
     NEEDS_GRAD: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """An ignored row: its seven stats and its scaled loss, N apart, and its gradient are 0."""
-    for j in tl.static_range(8):
+    for j in tl.static_range(STATS + 1):
         tl.store(stats_ptr + j * N, 0.0)
     if NEEDS_GRAD:
         lanes = offsets(LANES, VEC)
@@ -126,7 +130,7 @@ def store_zeros(
 def outputs(student: torch.Tensor, needs_grad: bool, grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Place for a row kernel's seven stats and the scaled losses [8, N], and for its gradient where that is not to go
     to `grad`: [N, V], or [0] if not wanted."""
-    stats = torch.empty((8, len(student)), dtype=torch.float32, device=student.device)
+    stats = torch.empty((STATS.value + 1, len(student)), dtype=torch.float32, device=student.device)
     if grad is None:
         grad = student.new_empty(student.shape if needs_grad else (0,))
     return stats, grad
@@ -134,7 +138,7 @@ def outputs(student: torch.Tensor, needs_grad: bool, grad: torch.Tensor | None) 
 
 def loss_and_stats(stats: torch.Tensor, reduced: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """What a row kernel wrote [8, N], as the loss, [] or [N], in memory of its own, and the stats [7, N]."""
-    return stats[7].sum() if reduced else stats[7].clone(), stats[:7]
+    return stats[-1].sum() if reduced else stats[-1].clone(), stats[:-1]
 
 
 def capability_of(device: torch.device) -> int:

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from pocl_fast.curriculum.stages import Curriculum, Stage, baby_steps, no_curriculum
     from pocl_fast.data.encoding import SampleEncoder, SampleSet
     from pocl_fast.data.records import read_samples
-    from pocl_fast.loss.dense import DistillationLoss, LossOutput, distillation_loss, shift_labels
+    from pocl_fast.loss.dense import DistillationLoss, distillation_loss, shift_labels
     from pocl_fast.loss.linear import linear_distillation_loss
     from pocl_fast.loss.objective import Objective
+    from pocl_fast.loss.output import LossOutput
     from pocl_fast.loss.teacher_output import DenseTeacher, LinearTeacher, TopKTeacher
     from pocl_fast.loss.vocabulary_shards import VocabularyShards
     from pocl_fast.system.errors import InputError, Interrupted
@@ -66,8 +67,9 @@ _MODULES = {
     "curriculum.stages": ("Curriculum", "Stage", "baby_steps", "no_curriculum"),
     "system.errors": ("InputError", "Interrupted"),
     "loss.linear": ("linear_distillation_loss",),
-    "loss.dense": ("DistillationLoss", "LossOutput", "distillation_loss", "shift_labels"),
+    "loss.dense": ("DistillationLoss", "distillation_loss", "shift_labels"),
     "loss.objective": ("Objective",),
+    "loss.output": ("LossOutput",),
     "answers.rouge": ("RougeL", "rouge_l"),
     "data.encoding": ("SampleEncoder", "SampleSet"),
     "data.records": ("read_samples",),

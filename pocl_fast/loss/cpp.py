@@ -1,4 +1,8 @@
-"""The C++ backend of the fused loss: tensors in, addresses to `pocl_fast._C`. The functions of kernels/dense.py."""
+"""The C++ backend of the fused losses: it gives the addresses of tensors to `pocl_fast._C`.
+
+The row functions are those of `kernels/dense.py` and `kernels/sparse.py`. Here are also the bf16 products of a linear
+loss, and the memory of large gradients.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pocl_fast import _C  # type: ignore[attr-defined]  # built from csrc/
+from pocl_fast.loss.arguments import Settings, Tokens
+from pocl_fast.loss.reference import Rows
 
 DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 
@@ -16,16 +22,9 @@ DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, to
 def distillation_rows(
     student: Tensor,  # [N, V_s] fp32, bf16 or fp16
     teacher: Tensor,  # [N, V_t], its own dtype
-    labels: Tensor,  # [N] int32 or int64
-    temperature: Tensor,  # [1] or [N] fp32
-    alpha: Tensor,  # [1] or [N] fp32
-    row_scale: Tensor,  # [1] or [N] fp32
+    tokens: Tokens,
+    settings: Settings,
     *,
-    divergence: str,
-    teacher_share: float,
-    temperature_power: int,
-    ignore_index: int,
-    transforms: list[float],
     needs_grad: bool,
     reduced: bool,
     grad: Tensor | None = None,
@@ -33,16 +32,8 @@ def distillation_rows(
     """The sum of the scaled losses, [] fp32, or where not `reduced` each row's, [N]; stats [7, N] fp32; and the
     gradient [N, V_s] in the student's dtype, or [0]. The gradient is written to `grad` where that is given: of the
     student's shape and dtype, rows may be strided; it may be `student` itself."""
-    call = _Call(student, labels, temperature, alpha, row_scale, needs_grad, reduced, grad)
-    _C.distillation_rows(
-        teacher=_matrix(teacher),
-        divergence=divergence,
-        teacher_share=teacher_share,
-        temperature_power=temperature_power,
-        ignore_index=ignore_index,
-        transforms=transforms,
-        **call.arguments(),
-    )
+    call = _Call(student, tokens, settings, needs_grad, reduced, grad)
+    _C.distillation_rows(teacher=_matrix(teacher), transforms=settings.transforms, **call.arguments())
     return call.loss, call.stats, call.grad
 
 
@@ -84,34 +75,22 @@ def sparse_distillation_rows(
     student: Tensor,  # [N, V] fp32, bf16 or fp16
     log_probs: Tensor,  # [N, K], its own dtype; −inf: no entry
     indices: Tensor,  # [N, K] int32 or int64, distinct in a row
-    labels: Tensor,  # [N] int32 or int64
-    temperature: Tensor,  # [1] or [N] fp32
-    alpha: Tensor,  # [1] or [N] fp32
-    row_scale: Tensor,  # [1] or [N] fp32
+    tokens: Tokens,
+    settings: Settings,
     *,
-    divergence: str,
-    teacher_share: float,
-    temperature_power: int,
-    ignore_index: int,
-    tail: str,
-    transform: list[float],
     needs_grad: bool,
     reduced: bool,
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `distillation_rows`, the teacher being K entries a row; `tail` says what becomes of the others."""
-    call = _Call(student, labels, temperature, alpha, row_scale, needs_grad, reduced, grad)
+    """As `distillation_rows`, the teacher being K entries a row; `settings.tail` says what becomes of the others."""
+    call = _Call(student, tokens, settings, needs_grad, reduced, grad)
     log_probs, indices = log_probs.float().contiguous(), indices.to(torch.int64).contiguous()  # exact, and small
     _C.sparse_distillation_rows(
         log_probs=log_probs.data_ptr(),
         indices=indices.data_ptr(),
         K=indices.shape[1],
-        divergence=divergence,
-        teacher_share=teacher_share,
-        temperature_power=temperature_power,
-        ignore_index=ignore_index,
-        tail=tail,
-        transform=transform,
+        tail=settings.tail,
+        transform=settings.transforms[:2],
         **call.arguments(),
     )
     return call.loss, call.stats, call.grad
@@ -123,24 +102,22 @@ class _Call:
     def __init__(
         self,
         student: Tensor,
-        labels: Tensor,
-        temperature: Tensor,
-        alpha: Tensor,
-        row_scale: Tensor,
+        tokens: Tokens,
+        settings: Settings,
         needs_grad: bool,
         reduced: bool,
         grad: Tensor | None,
     ) -> None:
         N, V = student.shape
-        self.student, self.needs_grad, self.reduced = student, needs_grad, reduced
+        self.student, self.settings, self.needs_grad, self.reduced = student, settings, needs_grad, reduced
         self.loss = torch.empty(() if reduced else (N,), dtype=torch.float32)
-        self.stats = torch.empty((7, N), dtype=torch.float32)
+        self.stats = torch.empty((len(Rows._fields), N), dtype=torch.float32)
         if grad is None:
             grad = empty_rows(N, V, student.dtype) if needs_grad else torch.empty(0, dtype=student.dtype)
         self.grad = grad
-        self.labels = labels.to(torch.int64).contiguous()
-        self.temperature, self.alpha = temperature.contiguous(), alpha.contiguous()
-        self.row_scale = row_scale.contiguous()
+        self.labels = tokens.labels.to(torch.int64).contiguous()
+        self.temperature, self.alpha = tokens.temperature.contiguous(), tokens.alpha.contiguous()
+        self.row_scale = tokens.row_scale.contiguous()
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -156,6 +133,10 @@ class _Call:
             "stats": self.stats.data_ptr(),
             "loss": self.loss.data_ptr(),
             "reduced": self.reduced,
+            "divergence": self.settings.divergence,
+            "teacher_share": self.settings.teacher_share,
+            "temperature_power": self.settings.temperature_power,
+            "ignore_index": self.settings.ignore_index,
             "threads": torch.get_num_threads(),
         }
 

@@ -1,53 +1,55 @@
 """The operator behind the fused linear loss: hidden states go through both lm_heads chunk by chunk, each chunk's logits
 through the row kernel, and on into the gradients. No more logits than a chunk's are ever in memory.
 
-Autograd lives here. Checks nothing that `linear_loss.py` has checked.
+Autograd lives here. Nothing is checked that `checks.py` has checked.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pocl_fast.loss import row_operator
-from pocl_fast.loss.lm_head_products import Head, on_cpu, weight_grad_
+from pocl_fast.loss.arguments import Settings, Tokens
+from pocl_fast.loss.checks import check_labels_within
+from pocl_fast.loss.lm_head_products import HeadProducts, on_cpu, weight_grad_
 
 if TYPE_CHECKING:
-    from pocl_fast.loss.vocabulary_shards import Shard
+    from pocl_fast.loss.vocabulary_shards import VocabularyShard
 
 CPU_BUDGET = 48 << 20  # chunks of logits (student's and teacher's), unless that is less than the least rows
 CPU_CHUNKS = (256, 1024)  # as below; 96 rows of a vocabulary of 152k took 1.4 times as long as 256
 CUDA_CHUNKS = (1024, 4096)  # fewer rows read the lm_head's gradient too often; more gain nothing
+TENSORS = ("hidden", "weight", "bias", "teacher", *Tokens._fields)  # arguments that are tensors
 
 
-@torch.library.custom_op("pocl_fast::linear_distillation", mutates_args=())
-def linear_distillation(
+def _linear_distillation(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     teacher: list[Tensor],  # dense: logits; linear: hidden, weight, maybe bias; topk: log_probs, indices; none: nothing
-    labels: Tensor,  # [N] int32 or int64
-    temperature: Tensor,  # [1] or [N] fp32
-    alpha: Tensor,  # [1] or [N] fp32
-    row_scale: Tensor,  # [N] fp32: token weight over the divisor
     teacher_kind: str,
-    tail: str,  # of a topk teacher
-    divergence: str,
+    labels: Tensor,  # from here on the fields of Tokens; each row has its own row_scale, [N]
+    temperature: Tensor,
+    alpha: Tensor,
+    row_scale: Tensor,
+    divergence: str,  # from here on the fields of Settings
     teacher_share: float,
     temperature_power: int,
     ignore_index: int,
     transforms: list[float],
+    tail: str,
     dtype: torch.dtype,  # of the products' inputs, for the student's
     chunk_tokens: int,  # 0: by the memory that is free
     max_supervised: int,  # rows that are multiplied on a GPU; 0: all
     per_token: bool,  # the loss of each token, and no gradient yet: backward is what knows each row's factor
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    needs: list[bool],  # whether gradients of hidden, weight and bias are wanted
     backend: str,
     vocabulary_group: str,  # the ranks that weight, bias and the teacher's vocabulary are cut over; "": none
     vocabulary_rows: list[int],  # of the weight, on each of these ranks
@@ -55,59 +57,39 @@ def linear_distillation(
     """The loss, [] or [N] fp32; the rows of `reference.Rows`, unscaled, [7, N] fp32; and the loss's gradients by hidden
     [N, H], weight [V, H] fp32 and bias [V] fp32, each empty unless it is needed (and where `per_token`)."""
     V = weight.shape[0]
-    needs = Needs(*(need and not per_token for need in (needs_hidden, needs_weight, needs_bias)))
+    wanted = Needs.of(needs, per_token)
     shard = _shard(vocabulary_group, vocabulary_rows) if vocabulary_group else None
-    out = _Outputs(hidden, V, needs, shard is not None, _large)
-    rows = _Rows(labels, row_scale, ignore_index, max_supervised, shard.V if shard else V)
-    head = Head(weight, bias, dtype)
+    out = _Outputs(hidden, V, wanted, shard is not None, _large)
+    tokens = Tokens(labels, temperature, alpha, row_scale)
+    settings = Settings(divergence, teacher_share, temperature_power, ignore_index, transforms, tail)
+    rows = _Rows(tokens, ignore_index, max_supervised, shard.V if shard else V)
     workspace = _Workspace(hidden.device)
-    row_kernel = _row_kernel(
-        backend,
-        shard,
-        _TeacherRows(teacher, teacher_kind, tail, rows, workspace),
-        transforms,
-        divergence=divergence,
-        teacher_share=teacher_share,
-        temperature_power=temperature_power,
-        ignore_index=ignore_index,
-        needs_grad=any(needs),
-    )
-    teacher_columns = teacher[1].shape[0] if teacher_kind == "linear" else 0
-    own_chunk = shard.chunk(hidden.device) if shard else default_chunk(hidden.device, V, teacher_columns)
-    chunk = chunk_tokens or own_chunk
-    for first in range(0, rows.count, chunk):
-        part = slice(first, min(first + chunk, rows.count))
-        chunk_hidden = rows.take(hidden, part)
-        logits = workspace.take("student", len(chunk_hidden), V)
-        head.logits(chunk_hidden, logits)
-        # a GPU multiplies gradients in the inputs' dtype; on a CPU they stay fp32, over the logits they came from
-        apart = not on_cpu(hidden) and dtype != torch.float32 and any(needs)
-        grad = workspace.take("grad", len(logits), V, dtype) if apart else logits
-        chunk_values = tuple(rows.take(value, part) if value.numel() > 1 else value for value in (temperature, alpha))
-        chunk_labels, chunk_scale = rows.labels[part], rows.row_scale[part]
-        loss, stats = row_kernel(part, logits, chunk_labels, *chunk_values, chunk_scale, grad if any(needs) else None)
-        rows.put(out.stats, stats, part, dim=1)
-        rows.put(out.loss, loss, part)
-        if needs.hidden:
-            rows.put(out.grad_hidden, head.hidden_grad(grad, out.grad_hidden.dtype), part)
-        if needs.weight:
-            weight_grad_(out.grad_weight, grad, chunk_hidden, dtype, add=first > 0)
-        if needs.bias:
-            out.grad_bias += grad.sum(0, dtype=torch.float32)
+    teacher_rows = _TeacherRows(teacher, teacher_kind, rows, workspace)
+    row_kernel = _row_kernel(backend, shard, teacher_rows, settings, any(wanted))
+    chunks = _Chunks(hidden, HeadProducts(weight, bias, dtype), wanted, rows, workspace, row_kernel, out)
+    own_size = shard.chunk(hidden.device) if shard else default_chunk(hidden.device, V, teacher_rows.columns)
+    size = chunk_tokens or own_size
+    for first in range(0, rows.count, size):
+        chunks.add(slice(first, min(first + size, rows.count)))
     if rows.count == 0:
         out.grad_weight.zero_()
-    if shard and needs.hidden:
+    if shard and wanted.hidden:
         shard.add_up_(out.grad_hidden)
-    return out.loss if per_token else out.loss.sum(), out.stats, out.grad_hidden, out.grad_weight, out.grad_bias
+    return out.as_tuple(per_token)
+
+
+ARGUMENTS = tuple(inspect.signature(_linear_distillation).parameters)
+linear_distillation = torch.library.custom_op("pocl_fast::linear_distillation", _linear_distillation, mutates_args=())
 
 
 @linear_distillation.register_fake
-def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    per_token, *needs, _backend, vocabulary_group, _rows = others[-7:]
-    out = _Outputs(
-        hidden, weight.shape[0], Needs(*(need and not per_token for need in needs)), bool(vocabulary_group), torch.empty
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = dict(zip(ARGUMENTS, inputs, strict=True))
+    wanted = Needs.of(given["needs"], given["per_token"])
+    sharded = bool(given["vocabulary_group"])
+    return _Outputs(given["hidden"], given["weight"].shape[0], wanted, sharded, torch.empty).as_tuple(
+        given["per_token"]
     )
-    return out.loss if per_token else out.loss.sum(), out.stats, out.grad_hidden, out.grad_weight, out.grad_bias
 
 
 class Needs(NamedTuple):
@@ -116,6 +98,11 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+    @classmethod
+    def of(cls, needs: list[bool], per_token: bool) -> Needs:
+        """Those that are to be computed with the loss: none where backward is to compute them."""
+        return cls(*(need and not per_token for need in needs))
 
 
 class _Outputs:
@@ -133,6 +120,10 @@ class _Outputs:
         self.grad_weight = empty(*shape, dtype=torch.float32, device=hidden.device)
         self.grad_bias = _zeros(hidden, V if needs.bias else 0)
 
+    def as_tuple(self, per_token: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        loss = self.loss if per_token else self.loss.sum()
+        return loss, self.stats, self.grad_hidden, self.grad_weight, self.grad_bias
+
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=like.device)
@@ -145,10 +136,40 @@ def _large(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device)
     return torch.empty((rows, columns), dtype=dtype, device=device)
 
 
-def _shard(group_name: str, rows: list[int]) -> Shard:
-    from pocl_fast.loss.vocabulary_shards import Shard  # not every torch has torch.distributed
+def _shard(group_name: str, rows: list[int]) -> VocabularyShard:
+    from pocl_fast.loss.vocabulary_shards import VocabularyShard  # not every torch has torch.distributed
 
-    return Shard(group_name, rows)
+    return VocabularyShard(group_name, rows)
+
+
+@dataclass
+class _Chunks:
+    """The work on one chunk of rows after another, added to the outputs."""
+
+    hidden: Tensor
+    head: HeadProducts
+    needs: Needs
+    rows: _Rows
+    workspace: _Workspace
+    row_kernel: Callable[..., tuple[Tensor, Tensor]]
+    out: _Outputs
+
+    def add(self, part: slice) -> None:
+        hidden, head, out, dtype = self.rows.take(self.hidden, part), self.head, self.out, self.head.dtype
+        logits = self.workspace.take("student", len(hidden), head.weight.shape[0])
+        head.logits(hidden, logits)
+        # a GPU multiplies gradients in the inputs' dtype; on a CPU they stay fp32, over the logits they came from
+        apart = not on_cpu(hidden) and dtype != torch.float32 and any(self.needs)
+        grad = self.workspace.take("grad", len(hidden), logits.shape[1], dtype) if apart else logits
+        loss, stats = self.row_kernel(part, logits, self.rows.tokens_of(part), grad if any(self.needs) else None)
+        self.rows.put(out.stats, stats, part, dim=1)
+        self.rows.put(out.loss, loss, part)
+        if self.needs.hidden:
+            self.rows.put(out.grad_hidden, head.hidden_grad(grad, out.grad_hidden.dtype), part)
+        if self.needs.weight:
+            weight_grad_(out.grad_weight, grad, hidden, dtype, add=part.start > 0)
+        if self.needs.bias:
+            out.grad_bias += grad.sum(0, dtype=torch.float32)
 
 
 # ---- rows and memory ----
@@ -159,11 +180,12 @@ class _Rows:
 
     On a GPU nothing is counted, which would stop it: `max_supervised` rows are taken, the supervised first, or all."""
 
-    def __init__(self, labels: Tensor, row_scale: Tensor, ignore_index: int, max_supervised: int, V: int) -> None:
+    def __init__(self, tokens: Tokens, ignore_index: int, max_supervised: int, V: int) -> None:
+        labels, row_scale = tokens.labels, tokens.row_scale
         counted = labels != ignore_index
         self.index: Tensor | None = None  # None: all, where they lie
         if on_cpu(labels):
-            row_operator.check_labels(labels, counted, V)
+            check_labels_within(labels, counted, V)
             self.index = counted.nonzero()[:, 0]
             if 0 < max_supervised < len(self.index):
                 raise ValueError(f"max_supervised is {max_supervised}, and {len(self.index)} tokens are supervised")
@@ -176,7 +198,12 @@ class _Rows:
             self.index = None
         self.labels = labels if self.index is None else labels[self.index]
         self.row_scale = row_scale if self.index is None else row_scale[self.index]
+        self.factors = tokens.temperature, tokens.alpha
         self.count = len(self.labels)
+
+    def tokens_of(self, part: slice) -> Tokens:
+        temperature, alpha = (self.take(value, part) if value.numel() > 1 else value for value in self.factors)
+        return Tokens(self.labels[part], temperature, alpha, self.row_scale[part])
 
     def take(self, x: Tensor, part: slice) -> Tensor:
         """Of a tensor with a row a token, a chunk of these rows."""
@@ -225,46 +252,38 @@ class _Workspace:
 class _TeacherRows:
     """A teacher's rows of a chunk: dense logits, made here where the teacher is linear, or its k best."""
 
-    def __init__(self, tensors: list[Tensor], kind: str, tail: str, rows: _Rows, workspace: _Workspace) -> None:
-        self.tensors, self.kind, self.tail, self.rows, self.workspace = tensors, kind, tail, rows, workspace
+    def __init__(self, tensors: list[Tensor], kind: str, rows: _Rows, workspace: _Workspace) -> None:
+        self.tensors, self.kind, self.rows, self.workspace = tensors, kind, rows, workspace
+        self.columns = 0  # of logits that are made here
         if kind == "linear":
             hidden, weight = tensors[:2]
-            self.head = Head(weight, tensors[2] if len(tensors) > 2 else None, hidden.dtype)
+            self.head = HeadProducts(weight, tensors[2] if len(tensors) > 2 else None, hidden.dtype)
+            self.columns = len(weight)
 
-    def logits(self, part: slice, student: Tensor) -> Tensor:
+    def of(self, part: slice, student: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A chunk's logits and no indices, or its log-probabilities and their indices."""
         if self.kind == "none":
-            return student  # D is 0 then, and its row is in the cache
-        rows = self.rows.take(self.tensors[0], part)
-        if self.kind == "dense":
-            return rows
-        out = self.workspace.take("teacher", len(rows), self.head.weight.shape[0])
+            return student, None  # D is 0 then, and its row is in the cache
+        rows, *indices = (self.rows.take(x, part) for x in self.tensors[: 2 if self.kind == "topk" else 1])
+        if self.kind != "linear":
+            return rows, indices[0] if indices else None
+        out = self.workspace.take("teacher", len(rows), self.columns)
         self.head.logits(rows, out)
-        return out
+        return out, None
 
 
 def _row_kernel(
-    backend: str, shard: Shard | None, teacher: _TeacherRows, transforms: list[float], **options: Any
+    backend: str, shard: VocabularyShard | None, teacher: _TeacherRows, settings: Settings, needs_grad: bool
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A function of a chunk, its student logits [n, V], labels, temperature, alpha, row_scale, and of the gradient's
-    place: the scaled losses [n] and the stats [7, n]."""
-    if teacher.kind == "topk":
-        sparse = row_operator.backend_module(backend, "sparse").sparse_distillation_rows
+    """A function of a chunk, its student logits [n, V], its tokens, and of the gradient's place: the scaled losses [n]
+    and the stats [7, n]."""
 
-        def topk(part: slice, logits: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
-            log_probs, indices = (teacher.rows.take(x, part) for x in teacher.tensors)
-            return sparse(
-                logits, log_probs, indices, *values[:-1],
-                tail=teacher.tail, transform=transforms[:2], grad=values[-1], reduced=False, **options,
-            )[:2]  # fmt: skip
-
-        return topk
-    dense = shard.distillation_rows if shard else row_operator.backend_module(backend).distillation_rows
-
-    def rows(part: slice, logits: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
-        return dense(
-            logits, teacher.logits(part, logits), *values[:-1],
-            transforms=transforms, grad=values[-1], reduced=False, **options,
-        )[:2]  # fmt: skip
+    def rows(part: slice, logits: Tensor, tokens: Tokens, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"needs_grad": needs_grad, "reduced": False, "grad": grad}
+        values, indices = teacher.of(part, logits)
+        if shard:
+            return shard.distillation_rows(logits, values, tokens, settings, **options)[:2]
+        return row_operator.rows_of(backend, logits, values, indices, tokens, settings, **options)[:2]
 
     return rows
 
@@ -275,19 +294,21 @@ def _row_kernel(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    hidden, weight, bias, teacher = inputs[:4]
-    ctx.per_token, ctx.backend = inputs[18], inputs[22]
-    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.num_teacher = len(teacher)
+    given = dict(zip(ARGUMENTS, inputs, strict=True))
+    ctx.per_token, ctx.backend = given["per_token"], given["backend"]
+    differentiated = (given["hidden"], given["weight"], given["bias"])
+    ctx.dtypes = tuple(None if x is None else x.dtype for x in differentiated)
+    ctx.num_teacher = len(given["teacher"])
     if ctx.per_token:
-        ctx.options = inputs[8:18], inputs[19:]
-        ctx.save_for_backward(hidden, weight, bias, *teacher, *inputs[4:8])
+        tokens = (given[name] for name in Tokens._fields)
+        ctx.options = {name: value for name, value in given.items() if name not in TENSORS}
+        ctx.save_for_backward(*differentiated, *tokens, *given["teacher"])
     else:
-        ctx.grads = output[2:]  # not save_for_backward: handed over for good, see ops.py
+        ctx.grads = output[2:]  # not save_for_backward: handed over for good, see row_operator.py
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_others: None) -> tuple[Any, ...]:
-    nothing = [None] * ctx.num_teacher, *(None,) * 21
+    nothing = [None] * ctx.num_teacher, *(None,) * (len(ARGUMENTS) - 4)
     if upstream is None:
         return None, None, None, *nothing
     if torch.is_grad_enabled() and type(upstream) is Tensor:
@@ -309,12 +330,12 @@ def _backward(ctx: Any, upstream: Tensor | None, *_others: None) -> tuple[Any, .
 
 
 def _recomputed(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
-    hidden, weight, bias, *rest = ctx.saved_tensors
-    teacher, (labels, temperature, alpha, row_scale) = rest[: ctx.num_teacher], rest[ctx.num_teacher :]
-    before, after = ctx.options
-    _loss, _stats, *grads = linear_distillation(
-        hidden, weight, bias, teacher, labels, temperature, alpha, row_scale * upstream, *before, False, *after
-    )
+    """The gradients of a loss a token, whose factors are known now."""
+    hidden, weight, bias, labels, temperature, alpha, row_scale, *teacher = ctx.saved_tensors
+    tokens = Tokens(labels, temperature, alpha, row_scale * upstream)
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "teacher": teacher, **tokens._asdict(), **ctx.options}
+    given["per_token"] = False
+    _loss, _stats, *grads = linear_distillation(*(given[name] for name in ARGUMENTS))
     return tuple(grads)
 
 

@@ -8,8 +8,6 @@ before: slices of the weight are converted on the way.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,11 +15,12 @@ import torch
 from torch import Tensor
 
 from pocl_fast.loss import row_operator
+from pocl_fast.system.fp32_products import matmul_inputs
 
 SLICE = 4096  # rows of the weight that are fp32 at a time: 2 to 30 MB, which stay in the caches
 
 
-class Head:
+class HeadProducts:
     """An lm_head [V, H], its bias [V] or None, and the dtype to which the inputs of products are rounded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -112,46 +111,3 @@ def _gpu_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
 def _has_out_dtype() -> bool:
     """Whether torch's matrix products take `out_dtype`: 2.8 and later."""
     return "dtype_out" in torch.ops.aten.mm.overloads()
-
-
-def matmul_inputs(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """On a CPU, within this context fp32 matrix products may round their inputs to `dtype`, where that is bf16 and the
-    processor multiplies it faster; fp16 has more digits than that and is multiplied as fp32. What the user has chosen
-    for fp32 stays for fp32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return fp32_products("bf16" if dtype == torch.bfloat16 else "ieee")
-
-
-@contextlib.contextmanager
-def fp32_products(mode: str) -> Iterator[None]:
-    """A CPU's products of fp32 tensors are computed in this mode within it: see `set_fp32_products`."""
-    before = set_fp32_products(mode)
-    try:
-        yield
-    finally:
-        set_fp32_products(before)
-
-
-@functools.cache
-def rounds_to_bf16() -> bool:
-    """Whether a CPU rounds fp32 inputs in mode "bf16". Without units that multiply bf16 matrices (AMX) oneDNN does not:
-    its products are exact then, and on AMD processors twice as fast as MKL's, which torch takes otherwise."""
-    torch_rng = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 256, 256, generator=torch_rng)
-    with fp32_products("bf16"):
-        product = (a @ b).double()
-    want = a.double() @ b.double()
-    return bool((product - want).norm() > 1e-5 * want.norm())  # rounded inputs give 2e-3, exact ones 3e-7
-
-
-def set_fp32_products(mode: str) -> str:
-    """Sets for the process how a CPU multiplies fp32 tensors: "ieee" exactly, "bf16" with inputs rounded where that is
-    faster. What was set before, which this function takes back too."""
-    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
-        before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = mode
-    else:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision({"ieee": "highest", "bf16": "medium"}.get(mode, mode))
-    return before

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 TemperatureScaling: TypeAlias = Literal["auto", "none", "tau", "tau2"]
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
-SCALINGS = ("auto", "none", "tau", "tau2")
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+SCALINGS: tuple[TemperatureScaling, ...] = get_args(TemperatureScaling)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every objective in plain, obvious torch: the specification that the kernels are tested against. Imports torch alone.
+"""Every objective in plain, obvious torch: the specification that the kernels are tested against.
 
 A −inf logit on either side leaves that vocabulary entry out of D: p and q are normalised over what remains, so that D
 stays a divergence of two distributions (0 where nothing remains). A label whose logit is −inf has infinite CE.
@@ -8,10 +8,12 @@ Differentiable by autograd, in any floating-point dtype.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pocl_fast.loss.arguments import Settings, Tokens
 
 
 class Rows(NamedTuple):
@@ -22,32 +24,25 @@ class Rows(NamedTuple):
     divergence: Tensor  # D over the shared vocabulary, without τ^power; nats
     student_entropy: Tensor  # of q, at temperature τ; nats
     teacher_entropy: Tensor  # of p
-    correct: Tensor  # 1 where no logit of the student is above the label's
-    agree: Tensor  # 1 where some entry of D's vocabulary has the largest logit of both student and teacher
+    accuracy: Tensor  # 1 where no logit of the student is above the label's
+    agreement: Tensor  # 1 where some entry of D's vocabulary has the largest logit of both student and teacher
 
 
 def distillation_rows(
     student_logits: Tensor,  # [N, V_s]
     teacher_logits: Tensor,  # [N, V_t]
-    labels: Tensor,  # [N]
-    temperature: Tensor,  # 1 or N values
-    alpha: Tensor,  # 1 or N values
-    *,
-    divergence: str,
-    teacher_share: float = 0.5,
-    temperature_power: int,
-    ignore_index: int = -100,
-    student_transform: tuple[float, float] = (1.0, 0.0),
-    teacher_transform: tuple[float, float] = (1.0, 0.0),
+    tokens: Tokens,
+    settings: Settings,
 ) -> Rows:
-    """The loss and the metrics of each token. A transform is (scale, softcap): see `transformed`."""
-    counted = labels != ignore_index
+    """The loss and the metrics of each token, not multiplied by its `row_scale`."""
+    labels, temperature, alpha, _ = tokens
+    counted = labels != settings.ignore_index
     V = min(student_logits.shape[1], teacher_logits.shape[1])
     s, t = student_logits, teacher_logits.to(student_logits.dtype)
     # ignored rows may hold anything, NaN included: replace them before any arithmetic
     s = torch.where(counted[:, None], s, torch.zeros_like(s))
     t = torch.where(counted[:, None], t, torch.zeros_like(t))
-    s, t = transformed(s, *student_transform), transformed(t, *teacher_transform)
+    s, t = transformed(s, *settings.transforms[:2]), transformed(t, *settings.transforms[2:])
     label = torch.where(counted, labels, torch.zeros_like(labels)).long()
     ce, correct = _cross_entropy(s, label)
 
@@ -56,9 +51,9 @@ def distillation_rows(
     s_shared, t_shared = _without(s[:, :V], out), _without(t[:, :V], out)
     log_q, q = _log_softmax(s_shared / tau, out)
     log_p, p = _log_softmax(t_shared / tau, out)
-    D = _divergence(divergence, log_p, p, log_q, q, teacher_share)
+    D = _divergence(settings.divergence, log_p, p, log_q, q, settings.teacher_share)
 
-    loss = _total(ce, D, tau[:, 0], alpha, temperature_power)
+    loss = _total(ce, D, tau[:, 0], alpha, settings.temperature_power)
     both_largest = (s_shared == s_shared.amax(-1, keepdim=True)) & (t_shared == t_shared.amax(-1, keepdim=True))
     metrics = (
         -(q * log_q).sum(-1),
@@ -73,42 +68,36 @@ def sparse_distillation_rows(
     student_logits: Tensor,  # [N, V]
     log_probs: Tensor,  # [N, K]: the teacher's, at temperature 1, of K entries; −inf where there are fewer
     indices: Tensor,  # [N, K]: which entries, distinct; where log_probs is −inf, anything
-    labels: Tensor,  # [N]
-    temperature: Tensor,  # 1 or N values
-    alpha: Tensor,  # 1 or N values
-    *,
-    divergence: str,
-    teacher_share: float = 0.5,
-    temperature_power: int,
-    ignore_index: int = -100,
-    tail: str,
-    student_transform: tuple[float, float] = (1.0, 0.0),
+    tokens: Tokens,
+    settings: Settings,
 ) -> Rows:
     """The loss and the metrics of each token where K entries of the teacher are known.
 
     tail "renormalise": D over those entries alone. "bucket": D over them and the rest as one more outcome, in which the
     teacher's remaining mass is spread evenly over the entries that are not listed. `student_entropy` and the student's
-    largest logit are those of its whole vocabulary; `agree` asks for an entry of D that also is the teacher's largest.
+    largest logit are those of its whole vocabulary; `agreement` asks for an entry of D that also is the teacher's
+    largest.
     """
-    counted = labels != ignore_index
+    labels, temperature, alpha, _ = tokens
+    counted = labels != settings.ignore_index
     s = torch.where(counted[:, None], student_logits, torch.zeros_like(student_logits))
     t = torch.where(counted[:, None], log_probs.to(s.dtype), torch.zeros_like(log_probs, dtype=s.dtype))
-    s = transformed(s, *student_transform)
+    s = transformed(s, *settings.transforms[:2])
     tau = temperature.to(s.dtype).reshape(-1, 1)
     absent = t == -torch.inf
     entries = torch.where(absent | ~counted[:, None], torch.zeros_like(indices), indices).long()
     s_listed = torch.where(absent, -torch.inf, s.gather(1, entries))
     out = (s_listed == -torch.inf) | absent
     x, y = s_listed / tau, t / tau
-    if tail == "bucket":
-        x_rest, y_rest, rest_out = _rest(s, t, entries, absent, tau, divergence)
+    if settings.tail == "bucket":
+        x_rest, y_rest, rest_out = _rest(s, t, entries, absent, tau, settings.divergence)
         x, y = torch.cat([x, x_rest], 1), torch.cat([y, y_rest], 1)
         out = torch.cat([out, rest_out], 1)
-    elif tail != "renormalise":
-        raise ValueError(f"unknown tail {tail!r}")
+    elif settings.tail != "renormalise":
+        raise ValueError(f"unknown tail {settings.tail!r}")
     log_q, q = _log_softmax(_without(x, out), out)
     log_p, p = _log_softmax(_without(y, out), out)
-    D = _divergence(divergence, log_p, p, log_q, q, teacher_share)
+    D = _divergence(settings.divergence, log_p, p, log_q, q, settings.teacher_share)
 
     label = torch.where(counted, labels, torch.zeros_like(labels)).long()
     ce, correct = _cross_entropy(s, label)
@@ -118,7 +107,7 @@ def sparse_distillation_rows(
     t_in = torch.where(out[:, :K], -torch.inf, t)
     both_largest = ~out[:, :K] & (t_in == t_in.amax(-1, keepdim=True)) & (s_listed == s.amax(-1, keepdim=True))
     metrics = (-(q_all * log_q_all).sum(-1), -(p * log_p).sum(-1), correct, both_largest.any(-1).to(s.dtype))
-    loss = _total(ce, D, tau[:, 0], alpha, temperature_power)
+    loss = _total(ce, D, tau[:, 0], alpha, settings.temperature_power)
     return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
 
 
@@ -142,33 +131,40 @@ def _rest(
     return x, torch.where(no_mass, torch.finfo(s.dtype).min / 4, y), out
 
 
+def rows_of(
+    student_logits: Tensor,  # [N, V_s]
+    teacher: Tensor,  # [N, V_t] logits, or [N, K] log-probabilities
+    indices: Tensor | None,  # [N, K]: of which entries those are
+    tokens: Tokens,
+    settings: Settings,
+) -> Rows:
+    """`sparse_distillation_rows` where there are indices, else `distillation_rows`."""
+    if indices is None:
+        return distillation_rows(student_logits, teacher, tokens, settings)
+    return sparse_distillation_rows(student_logits, teacher, indices, tokens, settings)
+
+
 def linear_distillation_rows(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     teacher: list[Tensor],  # dense: logits; linear: hidden, weight, maybe bias; topk: log_probs, indices; none: nothing
-    labels: Tensor,  # [N]
-    temperature: Tensor,
-    alpha: Tensor,
-    *,
     teacher_kind: str,
-    tail: str,
-    **options: Any,
+    tokens: Tokens,
+    settings: Settings,
 ) -> Rows:
-    """`distillation_rows`, or its sparse form, of lm_heads applied to hidden states; with no teacher, of CE alone."""
+    """`rows_of` lm_heads applied to hidden states; with no teacher, of CE alone."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)  # logits are not rounded
     logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     if teacher_kind == "topk":
-        options.pop("teacher_transform", None)  # log-probabilities are what they are
-        log_probs, indices = teacher
-        return sparse_distillation_rows(logits, log_probs, indices, labels, temperature, alpha, tail=tail, **options)
+        return rows_of(logits, teacher[0], teacher[1], tokens, settings)
     if teacher_kind == "none":
         teacher_logits = logits.detach()
     elif teacher_kind == "linear":
         teacher_logits = torch.nn.functional.linear(*(x.to(dtype) for x in teacher))
     else:
         (teacher_logits,) = teacher
-    return distillation_rows(logits, teacher_logits, labels, temperature, alpha, **options)
+    return rows_of(logits, teacher_logits, None, tokens, settings)
 
 
 def transformed(x: Tensor, scale: float, softcap: float) -> Tensor:

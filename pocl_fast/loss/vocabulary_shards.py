@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # by name: an operator takes no group
 
-from pocl_fast.loss.reference import transformed
+from pocl_fast.loss.arguments import Settings, Tokens
+from pocl_fast.loss.reference import Rows, transformed
 
 INF = float("inf")
 MATRICES = 13  # fp32 [n, V / ranks] that a chunk needs at a time, both sides' logits among them
@@ -28,7 +29,12 @@ class VocabularyShards:
     """Which rows of the lm_heads each rank of a process group has: contiguous ones, in the order of the ranks.
 
     Each rank makes it by `of`, once, and gives it to every `linear_distillation_loss`, with its own rows of the
-    weights, its own entries of biases and of a `DenseTeacher`'s logits, and the whole of everything else.
+    weights (of a DTensor its local part is taken), its own entries of biases and of a `DenseTeacher`'s logits, and the
+    whole of everything else: hidden states, labels (ids of the whole vocabulary) and options are the same on each rank.
+
+    Every rank calls the loss, and of a loss a token (reduction "none") every rank calls backward. The results and the
+    hidden states' gradient are the same on every rank; the gradients of weight and bias are each rank's own. A chunk's
+    logits go through torch, not a kernel, which needs thirteen matrices of the chunk's part in memory.
     """
 
     group: dist.ProcessGroup = field(repr=False)
@@ -82,7 +88,7 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return parts
 
 
-class Shard:
+class VocabularyShard:
     """This rank's part of the student's vocabulary, and the loss over its logits."""
 
     def __init__(self, group_name: str, rows: list[int]) -> None:
@@ -103,16 +109,9 @@ class Shard:
         self,
         student: Tensor,  # [n, V / ranks] fp32
         teacher: Tensor,  # [n, V_t / ranks], any dtype
-        labels: Tensor,  # [n], ids of the whole vocabulary
-        temperature: Tensor,  # [1] or [n] fp32
-        alpha: Tensor,  # [1] or [n] fp32
-        row_scale: Tensor,  # [1] or [n] fp32
+        tokens: Tokens,  # labels are ids of the whole vocabulary
+        settings: Settings,
         *,
-        divergence: str,
-        teacher_share: float,
-        temperature_power: int,
-        ignore_index: int,
-        transforms: list[float],
         needs_grad: bool,
         reduced: bool,
         grad: Tensor | None,  # [n, V / ranks], where the gradient goes if it is wanted; may be `student` itself
@@ -121,51 +120,45 @@ class Shard:
 
         Tells the other ranks 11 numbers a token; for a mixture or total variation then 2 more.
         """
-        tau, a = temperature.double().reshape(-1), alpha.double().reshape(-1)
-        counted = labels != ignore_index
-        column = labels.long() - self.start
-        mine = counted & (column >= 0) & (column < student.shape[1])
-        column = torch.where(mine, column, 0)[:, None]
-        s = transformed(student, *transforms[:2])
-        pair = _Pair(s, transformed(teacher.float(), *transforms[2:]), tau)
-        label = torch.where(mine, s.gather(1, column)[:, 0], 0.0)
-        own = torch.stack([x.double() for x in _Part(_log_sum(s), s.amax(-1), label, *pair.sums(divergence))])
-        whole = _whole(_Part(*torch.stack(_all_gather(own, self.group), 1)), divergence)
+        tau = tokens.temperature.double().reshape(-1)
+        label = self._label(tokens.labels, settings.ignore_index, student.shape[1])
+        s = transformed(student, *settings.transforms[:2])
+        pair = _Pair(s, transformed(teacher.float(), *settings.transforms[2:]), tau)
+        label_logit = torch.where(label.mine, s.gather(1, label.column)[:, 0], 0.0)
+        part = _Part(_log_sum(s), s.amax(-1), label_logit, *pair.sums(settings.divergence))
+        own = torch.stack([x.double() for x in part])
+        whole = _whole(_Part(*torch.stack(_all_gather(own, self.group), 1)), settings.divergence)
         pair.normalise(whole)
-
-        if divergence == "forward_kl":
-            D, slope = whole.divergence, pair.difference()
-        elif divergence == "reverse_kl":
-            D = whole.divergence
-            slope = pair.log_ratio.add_(_column(D)).neg_().mul_(pair.q)
-        else:
-            D, u = _mixture(divergence, teacher_share, pair)
-            D, mean = sums = torch.stack([D.double(), (pair.q * u).sum(-1).double()])
-            self.add_up_(sums)
-            slope = u.sub_(_column(mean)).mul_(pair.q)
-
-        empty = whole.largest == -INF  # no softmax: CE is infinite and nothing can lower it
-        ce = torch.where(empty, INF, whole.log_sum - whole.label)
-        scale = torch.where(counted, row_scale.double(), 0.0)
+        D, slope = self._divergence(settings, pair, whole)
         if needs_grad and grad is not None:
-            out = (s - _column(_finite(whole.log_sum))).exp_().mul_(_column(a * scale))
-            out.scatter_add_(1, column, _column(torch.where(mine & ~empty, -a * scale, 0.0)))
-            out[:, : slope.shape[1]] += slope.mul_(_column((1 - a) * tau ** (temperature_power - 1) * scale))
-            _through_transform_(out, s, *transforms[:2])
-            grad.copy_(out.masked_fill_(~counted[:, None], 0.0))
-        weighted_ce = torch.where((a == 0) & ~ce.isnan(), 0.0, a * ce)
-        rows = (
-            weighted_ce + (1 - a) * tau**temperature_power * D,
-            ce,
-            D,
-            whole.entropy_q,
-            whole.entropy_p,
-            ~empty & (whole.label >= whole.largest),
-            whole.agree,
-        )
-        stats = torch.stack([torch.where(counted, row.double(), 0.0).float() for row in rows])
-        loss = torch.where(counted, stats[0] * row_scale, 0.0)
+            grad.copy_(_gradient(s, slope, label, whole, tokens, settings))
+        stats = _stats(D, label.counted, whole, tokens, settings)
+        loss = torch.where(label.counted, stats[0] * tokens.row_scale, 0.0)
         return loss.sum() if reduced else loss, stats, grad
+
+    def _label(self, labels: Tensor, ignore_index: int, columns: int) -> _Label:
+        counted, column = labels != ignore_index, labels.long() - self.start
+        mine = counted & (column >= 0) & (column < columns)
+        return _Label(counted, mine, torch.where(mine, column, 0)[:, None])
+
+    def _divergence(self, settings: Settings, pair: _Pair, whole: _Part) -> tuple[Tensor, Tensor]:
+        """D of the whole vocabulary [n], and τ ∂D/∂s of this part [n, S]."""
+        if settings.divergence == "forward_kl":
+            return whole.divergence, pair.difference()
+        if settings.divergence == "reverse_kl":
+            return whole.divergence, pair.log_ratio.add_(_column(whole.divergence)).neg_().mul_(pair.q)
+        D, u = _mixture(settings.divergence, settings.teacher_share, pair)
+        D, mean = sums = torch.stack([D.double(), (pair.q * u).sum(-1).double()])
+        self.add_up_(sums)
+        return D, u.sub_(_column(mean)).mul_(pair.q)
+
+
+class _Label(NamedTuple):
+    """Where the labels of n tokens lie in this rank's part."""
+
+    counted: Tensor  # [n]: whether it is not ignored
+    mine: Tensor  # [n]: whether it is in this part
+    column: Tensor  # [n, 1]: where; 0 if elsewhere
 
 
 class _Part(NamedTuple):
@@ -273,6 +266,36 @@ def _mixture(divergence: str, share: float, pair: _Pair) -> tuple[Tensor, Tensor
         D = log_p_m.mul_(pair.p).mul_(share).add_(pair.q * log_q_m, alpha=1 - share).sum(-1)
         return D, log_q_m.mul_(1 - share)
     raise ValueError(f"unknown divergence {divergence!r}")
+
+
+def _gradient(s: Tensor, slope: Tensor, label: _Label, whole: _Part, tokens: Tokens, settings: Settings) -> Tensor:
+    """The gradient of the scaled losses by this part's logits, [n, V / ranks] fp32. Overwrites `slope`."""
+    tau, a = tokens.temperature.double().reshape(-1), tokens.alpha.double().reshape(-1)
+    scale = torch.where(label.counted, tokens.row_scale.double(), 0.0)
+    of_ce = torch.where(label.mine & (whole.largest != -INF), -a * scale, 0.0)
+    out = (s - _column(_finite(whole.log_sum))).exp_().mul_(_column(a * scale))
+    out.scatter_add_(1, label.column, _column(of_ce))
+    out[:, : slope.shape[1]] += slope.mul_(_column((1 - a) * tau ** (settings.temperature_power - 1) * scale))
+    _through_transform_(out, s, *settings.transforms[:2])
+    return out.masked_fill_(~label.counted[:, None], 0.0)
+
+
+def _stats(D: Tensor, counted: Tensor, whole: _Part, tokens: Tokens, settings: Settings) -> Tensor:
+    """`reference.Rows` of n tokens, [7, n] fp32."""
+    tau, a = tokens.temperature.double().reshape(-1), tokens.alpha.double().reshape(-1)
+    empty = whole.largest == -INF  # no softmax: CE is infinite and nothing can lower it
+    ce = torch.where(empty, INF, whole.log_sum - whole.label)
+    weighted_ce = torch.where((a == 0) & ~ce.isnan(), 0.0, a * ce)
+    rows = Rows(
+        loss=weighted_ce + (1 - a) * tau**settings.temperature_power * D,
+        ce=ce,
+        divergence=D,
+        student_entropy=whole.entropy_q,
+        teacher_entropy=whole.entropy_p,
+        accuracy=~empty & (whole.label >= whole.largest),
+        agreement=whole.agree,
+    )
+    return torch.stack([torch.where(counted, row.double(), 0.0).float() for row in rows])
 
 
 def _through_transform_(grad: Tensor, transformed_logits: Tensor, scale: float, softcap: float) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from pocl_fast.loss.lm_head_products import fp32_products, rounds_to_bf16, set_fp32_products
+from pocl_fast.system.fp32_products import fp32_products, rounds_to_bf16, set_fp32_products
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from pocl_fast.answers import evaluation
 from pocl_fast.data.encoding import SampleSet
-from pocl_fast.loss.dense import LossOutput
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.output import LossOutput
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import LmHead, loss_within_forward
 from pocl_fast.models.unsharded import unsharded

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -17,6 +18,7 @@ from triton.compiler import make_backend
 from triton.runtime import jit
 
 from pocl_fast.kernels import dense, sparse
+from pocl_fast.loss.arguments import Settings, Tokens
 
 KEYS: set[str] = set()
 Changes = dict[str, list[dict[str, object]]]
@@ -37,14 +39,7 @@ class Recorder:
         return launch
 
 
-OPTIONS = {
-    "divergence": "jsd",
-    "teacher_share": 0.5,
-    "temperature_power": 2,
-    "ignore_index": -100,
-    "needs_grad": True,
-    "reduced": True,
-}
+SETTINGS = Settings("jsd", 0.5, 2, -100, [0.5, 30.0, 1.0, 0.0], "bucket")
 
 
 def shifted(shape: tuple[int, ...], dtype: torch.dtype, shift: int) -> torch.Tensor:
@@ -71,18 +66,17 @@ def rows(
     scales: int = 2,
     shift: int = 0,
     dtype: torch.dtype = torch.bfloat16,
-    **options: object,
+    **changes: Any,
 ) -> None:
     """The row kernel: the sparse one where the teacher has K entries a token."""
     if K is None:
         launch, teacher = dense.distillation_rows, [logits(N, V, pad, dtype)]
-        own: dict[str, object] = {"transforms": [0.5, 30.0, 1.0, 0.0]}
     else:
         teacher = [shifted((N, K), kind, shift) for kind in (torch.float32, torch.int64)]
-        launch, own = sparse.sparse_distillation_rows, {"transform": [0.5, 30.0], "tail": "bucket"}
-    labels = shifted((N,), torch.int64, shift)
-    values = values_of(N, shift, temperatures, alphas, scales)
-    launch(logits(N, V, pad, dtype), *teacher, labels, *values, **(OPTIONS | own | options))
+        launch = sparse.sparse_distillation_rows
+    tokens = Tokens(shifted((N,), torch.int64, shift), *values_of(N, shift, temperatures, alphas, scales))
+    settings = SETTINGS._replace(**changes)
+    launch(logits(N, V, pad, dtype), *teacher, tokens, settings, needs_grad=True, reduced=True)
 
 
 def scale(
@@ -114,7 +108,7 @@ KERNELS: dict[str, tuple[Callable[..., None], Changes]] = {
         OF_ROWS
         | {
             "K": [{"K": 1}, {"K": 16}, {"K": 32}],
-            "transform": [{"transform": [2.0, x]} for x in SOFTCAPS],
+            "transforms": [{"transforms": [2.0, x, 1.0, 0.0]} for x in SOFTCAPS],
         },
     ),
     "scale": (scale, GENERAL),

@@ -12,6 +12,7 @@ from loss_batch import BACKENDS, N, V, some_logits
 from torch.nn import functional as F
 
 from pocl_fast.loss import reference
+from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.dense import DistillationLoss, distillation_loss, shift_labels
 from pocl_fast.loss.objective import DIVERGENCES, Objective
 
@@ -246,14 +247,8 @@ distillation_loss(logits, logits, torch.zeros(1, dtype=torch.int64), Objective()
 def test_float64_goes_to_the_reference(batch):
     student, teacher, labels = (x.double() if x.is_floating_point() else x for x in batch)
     got = distillation_loss(student, teacher, labels, Objective(temperature=1.33, alpha=0.3)).loss
-    rows = reference.distillation_rows(
-        student,
-        teacher,
-        labels,
-        torch.tensor([1.33]).double(),
-        torch.tensor([0.3]).double(),
-        divergence="forward_kl",
-        temperature_power=2,
-    )
+    one = torch.ones(1).double()
+    settings = Settings("forward_kl", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0], "bucket")
+    rows = reference.distillation_rows(student, teacher, Tokens(labels, 1.33 * one, 0.3 * one, one), settings)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, rows.loss.sum() / 5, rtol=1e-6, atol=0)

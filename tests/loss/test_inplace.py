@@ -7,6 +7,7 @@ from memory import peak_of
 from torch.utils.checkpoint import checkpoint
 
 from pocl_fast.loss import row_operator
+from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.dense import DistillationLoss, distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
 
@@ -255,8 +256,9 @@ def test_logits_that_a_compiled_loss_is_given_are_written_over():
 def test_the_operators_are_registered_as_torch_wants_them(reduced):
     _, _, teacher, labels = some_step()
     one = torch.ones(1)
-    settings = ("jsd", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0], reduced, "cpp")
-    arguments = (torch.randn(N, V), teacher, labels, one, 0.3 * one, torch.rand(N), *settings)
+    tokens = Tokens(labels, one, 0.3 * one, torch.rand(N))
+    settings = Settings("jsd", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0])
+    arguments = (torch.randn(N, V), teacher, *tokens, *settings[:-1], reduced, "cpp")
     torch.library.opcheck(row_operator.distillation_rows_, arguments)
     for needs_grad in (False, True):
         memory = torch.randn(N, V, requires_grad=needs_grad)

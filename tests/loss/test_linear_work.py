@@ -6,6 +6,7 @@ from linear_batch import H_T, Batch, H, N, V, assert_close
 from memory import peak_of
 
 from pocl_fast.loss import linear_operator
+from pocl_fast.loss.arguments import Tokens
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import DenseTeacher, LinearTeacher
 
@@ -34,8 +35,8 @@ def products(monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    spy(linear_operator.Head, "logits", "logits", 1)
-    spy(linear_operator.Head, "hidden_grad", "hidden", 1)
+    spy(linear_operator.HeadProducts, "logits", "logits", 1)
+    spy(linear_operator.HeadProducts, "hidden_grad", "hidden", 1)
     spy(linear_operator, "weight_grad_", "weight", 1)
     return seen
 
@@ -140,6 +141,7 @@ def test_more_supervised_rows_than_that_make_the_loss_nan(batch, reduction):
 
 def test_the_rows_of_a_gpu_are_chosen_without_looking_at_a_value():
     with torch.device("meta"):  # where what needs a value raises
-        rows = linear_operator._Rows(torch.zeros(9, dtype=torch.int64), torch.ones(9), -100, 4, V)
+        tokens = Tokens(torch.zeros(9, dtype=torch.int64), torch.ones(1), torch.ones(1), torch.ones(9))
+        rows = linear_operator._Rows(tokens, -100, 4, V)
         taken = rows.take(torch.zeros(9, H), slice(0, 3))
     assert (rows.count, taken.shape) == (4, (3, H))

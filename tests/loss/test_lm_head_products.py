@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pocl_fast.loss import cpp, lm_head_products
-from pocl_fast.loss.lm_head_products import Head, weight_grad_
+from pocl_fast.loss.lm_head_products import HeadProducts, weight_grad_
 
 WEIGHTS = (torch.bfloat16, torch.float32)
 # each is below, at or past a block of the C++ products: rows 32, columns 64, of K 32 and 1024, panels of the vocabulary
@@ -64,7 +64,7 @@ def test_logits_are_not_rounded(way, threads, n, V, H, weight_dtype, bias):
     hidden, weight = normal(way, n, H, dtype=torch.bfloat16), normal(way, V, H, dtype=weight_dtype)
     added = torch.randn(V).to(weight_dtype) if bias else None
     out, whole = strided(n, V)
-    Head(weight, added, torch.bfloat16).logits(hidden, out)
+    HeadProducts(weight, added, torch.bfloat16).logits(hidden, out)
     product = exact(hidden) @ exact(weight).t()
     assert_sums(out, (exact(hidden), exact(weight).t()), product + added.double() if bias else product)
     assert (whole[:, V:] == 7).all()
@@ -75,7 +75,7 @@ def test_logits_are_not_rounded(way, threads, n, V, H, weight_dtype, bias):
 def test_gradients_of_hidden_states_are_rounded_once(way, threads, n, V, H, weight_dtype):
     weight, (grad, _) = normal(way, V, H, dtype=weight_dtype), strided(n, V)
     grad.copy_(normal(way, n, V))
-    got = Head(weight, None, torch.bfloat16).hidden_grad(grad, torch.float32)
+    got = HeadProducts(weight, None, torch.bfloat16).hidden_grad(grad, torch.float32)
     assert_sums(got, (exact(grad), exact(weight)), exact(grad) @ exact(weight))
 
 
@@ -94,7 +94,7 @@ def test_gradients_of_an_lm_head_add_up(way, threads, n, V, H, hidden_dtype, add
 
 @pytest.mark.parametrize(("n", "V"), [(0, 5), (3, 0)])
 def test_the_sum_of_no_terms_is_zero(way, n, V):
-    head, hidden = Head(torch.randn(V, 40).bfloat16(), None, torch.bfloat16), torch.randn(n, 40).bfloat16()
+    head, hidden = HeadProducts(torch.randn(V, 40).bfloat16(), None, torch.bfloat16), torch.randn(n, 40).bfloat16()
     grad, total = torch.empty(n, V), torch.ones(V, 40)
     head.logits(hidden, grad)
     assert torch.equal(head.hidden_grad(grad, torch.float32), torch.zeros(n, 40))
@@ -112,7 +112,7 @@ def test_sums_of_integers_are_exact(way, threads, n, V, H):
 
     hidden, weight = integers(n, H, dtype=torch.bfloat16), integers(V, H, dtype=torch.bfloat16)
     grad = integers(n, V, dtype=torch.float32)
-    head, out = Head(weight, None, torch.bfloat16), strided(n, V)[0]
+    head, out = HeadProducts(weight, None, torch.bfloat16), strided(n, V)[0]
     head.logits(hidden, out)
     assert torch.equal(out, hidden.float() @ weight.float().t())
     assert torch.equal(head.hidden_grad(grad, torch.float32), grad @ weight.float())
@@ -157,7 +157,7 @@ def test_a_nan_or_an_infinity_stays_in_its_row():
 def test_factors_may_lie_in_any_way(way):
     hidden = torch.randn(2, 7, 40).bfloat16()[:, :, ::2].transpose(0, 1)[:, 1]
     weight, out = torch.randn(20, 90).bfloat16().t(), torch.empty(7, 90)
-    Head(weight, None, torch.bfloat16).logits(hidden, out)
+    HeadProducts(weight, None, torch.bfloat16).logits(hidden, out)
     assert_sums(out, (exact(hidden), exact(weight).t()), exact(hidden) @ exact(weight).t())
     out.copy_(normal(way, 7, 90))
     total = torch.empty(90, 20)
@@ -170,7 +170,7 @@ def test_factors_may_lie_in_any_way(way):
 def test_other_dtypes_are_multiplied_as_fp32(dtype):
     weight, hidden, out = torch.randn(130, 33).to(dtype), torch.randn(5, 33).to(dtype), torch.empty(5, 130)
     assert lm_head_products.cpp_products(dtype, weight) is None
-    Head(weight, None, dtype).logits(hidden, out)
+    HeadProducts(weight, None, dtype).logits(hidden, out)
     torch.testing.assert_close(out.double(), hidden.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
 
 

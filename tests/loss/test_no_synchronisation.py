@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
 
@@ -105,15 +106,8 @@ def test_the_launchers_do_not_wait(operations, monkeypatch, needs_grad, reduced)
     loss, stats, grad = dense.distillation_rows(
         logits,
         logits,
-        torch.zeros(N, dtype=torch.int64),
-        values,
-        values[:1],
-        values,
-        divergence="jsd",
-        teacher_share=0.5,
-        temperature_power=2,
-        ignore_index=-100,
-        transforms=[1.0, 0.0, 1.0, 0.0],
+        Tokens(torch.zeros(N, dtype=torch.int64), values, values[:1], values),
+        Settings("jsd", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0], "bucket"),
         needs_grad=needs_grad,
         reduced=reduced,
     )

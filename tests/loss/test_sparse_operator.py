@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pocl_fast.loss import reference, sparse_operator
+from pocl_fast.loss import reference, row_operator
+from pocl_fast.loss.arguments import TAILS, Settings, Tokens
 from pocl_fast.loss.dense import DistillationLoss, distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
 from pocl_fast.loss.teacher_output import TopKTeacher
@@ -19,44 +20,29 @@ def arguments(tail="bucket", needs_grad=True, student=None, reduced=False):
     log_probs, indices = torch.log_softmax(torch.randn(N, V), -1).topk(K)
     labels = torch.randint(0, V, (N,))
     labels[1] = -100
-    values = torch.tensor([1.3]), torch.tensor([0.3]), torch.rand(N)
-    return (
-        student,
-        log_probs,
-        indices,
-        labels,
-        *values,
-        "jsd",
-        0.3,
-        2,
-        -100,
-        tail,
-        [1.0, 0.0],
-        needs_grad,
-        reduced,
-        "cpp",
-    )
+    tokens = Tokens(labels, torch.tensor([1.3]), torch.tensor([0.3]), torch.rand(N))
+    settings = Settings("jsd", 0.3, 2, -100, [1.0, 0.0, 1.0, 0.0], tail)
+    return student, log_probs, indices, *tokens, *settings, needs_grad, reduced, "cpp"
 
 
-@pytest.mark.parametrize("tail", sparse_operator.TAILS)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("needs_grad", [True, False])
 @pytest.mark.parametrize("reduced", [True, False])
 def test_the_operator_is_what_torch_asks_of_one(tail, needs_grad, reduced):
-    torch.library.opcheck(sparse_operator.sparse_distillation_rows, arguments(tail, needs_grad, reduced=reduced))
+    torch.library.opcheck(row_operator.sparse_distillation_rows, arguments(tail, needs_grad, reduced=reduced))
 
 
-@pytest.mark.parametrize("tail", sparse_operator.TAILS)
+@pytest.mark.parametrize("tail", TAILS)
 def test_backward_gives_the_gradient_of_the_weighted_sum(tail):
     student, *rest = arguments(tail)
-    loss, stats, _ = sparse_operator.sparse_distillation_rows(student, *rest)
+    loss, stats, _ = row_operator.sparse_distillation_rows(student, *rest)
     upstream = torch.rand(N)
     (loss * upstream).sum().backward()
     s = student.detach().double().requires_grad_(True)
-    log_probs, indices, labels, temperature, alpha, row_scale = rest[:6]
-    rows = reference.sparse_distillation_rows(
-        s, log_probs, indices, labels, temperature.double(), alpha.double(),
-        divergence="jsd", teacher_share=0.3, temperature_power=2, tail=tail,
-    )  # fmt: skip
+    (log_probs, indices), tokens, settings = rest[:2], Tokens(*rest[2:6]), Settings(*rest[6:12])
+    exact = Tokens(tokens.labels, *(value.double() for value in tokens[1:]))
+    rows = reference.sparse_distillation_rows(s, log_probs, indices, exact, settings)
+    row_scale = tokens.row_scale
     (rows.loss * row_scale * upstream).sum().backward()
     torch.testing.assert_close(student.grad.double(), s.grad, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(loss.double(), rows.loss * row_scale, rtol=1e-5, atol=1e-6)
@@ -65,7 +51,7 @@ def test_backward_gives_the_gradient_of_the_weighted_sum(tail):
 
 def test_a_second_backward_is_an_error_unless_the_graph_is_kept():
     given = arguments()
-    loss = sparse_operator.sparse_distillation_rows(*given)[0].sum()
+    loss = row_operator.sparse_distillation_rows(*given)[0].sum()
     loss.backward(retain_graph=True)
     first = given[0].grad.clone()
     loss.backward()
@@ -78,7 +64,7 @@ def test_compiled_code_takes_the_operator_without_a_graph_break():
     given = arguments()
 
     def loss(student):
-        return sparse_operator.sparse_distillation_rows(student, *given[1:])[0].sum()
+        return row_operator.sparse_distillation_rows(student, *given[1:])[0].sum()
 
     plain, compiled = (given[0].detach().clone().requires_grad_(True) for _ in range(2))
     loss(plain).backward()
@@ -102,7 +88,7 @@ def a_batch(dtype=torch.float32, B=2, T=4, K=7):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("tail", sparse_operator.TAILS)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_loss_of_logits_takes_the_k_best_of_each_token(divergence, tail, dtype, inplace):

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from pocl_fast.loss import row_operator
+from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import Objective
 
@@ -305,15 +306,8 @@ def test_the_operators_are_registered_as_torch_wants_them(batch, needs_grad, red
     arguments = (
         student.requires_grad_(needs_grad),
         teacher,
-        labels,
-        one,
-        0.3 * one,
-        scale,
-        "forward_kl",
-        0.5,
-        2,
-        -100,
-        [1.0, 0.0, 1.0, 0.0],
+        *Tokens(labels, one, 0.3 * one, scale),
+        *Settings("forward_kl", 0.5, 2, -100, [1.0, 0.0, 1.0, 0.0])[:-1],
         needs_grad,
         reduced,
         "cpp",

@@ -15,6 +15,7 @@ from torch import Tensor
 from vocabulary_parts import Problem, shards_of, some_problem, step_of_a_part
 
 from pocl_fast.loss import vocabulary_shards
+from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
 from pocl_fast.loss.teacher_output import DenseTeacher, TopKTeacher
@@ -366,18 +367,11 @@ def test_nothing_waits_for_a_gpu_but_the_communication(monkeypatch, divergence):
     monkeypatch.setattr(dist, "all_reduce", lambda x, group: None)
     with torch.device("meta"):
         logits = torch.zeros(5, 8)
-        _, stats, _ = vocabulary_shards.Shard("a group", [9, 8]).distillation_rows(
+        _, stats, _ = vocabulary_shards.VocabularyShard("a group", [9, 8]).distillation_rows(
             logits,
             torch.zeros(5, 8, dtype=torch.bfloat16),
-            torch.zeros(5, dtype=torch.int64),
-            torch.ones(1),
-            torch.ones(5),
-            torch.ones(5),
-            divergence=divergence,
-            teacher_share=0.3,
-            temperature_power=2,
-            ignore_index=-100,
-            transforms=[1.0, 20.0, 0.5, 0.0],
+            Tokens(torch.zeros(5, dtype=torch.int64), torch.ones(1), torch.ones(5), torch.ones(5)),
+            Settings(divergence, 0.3, 2, -100, [1.0, 20.0, 0.5, 0.0], "bucket"),
             needs_grad=True,
             reduced=True,
             grad=logits,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_fast.loss.dense import LossOutput, distillation_loss
+from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.output import LossOutput
 from pocl_fast.loss.reference import transformed
 
 # of a gradient's norm: the rounding of each element to the student's dtype, in fp16 twice; in fp32 that of the

@@ -10,6 +10,7 @@ from compare import GRADIENT_TOLERANCE, relative_error
 from torch import Tensor
 
 from pocl_fast.loss import reference
+from pocl_fast.loss.arguments import Settings, Tokens
 
 IDENTITY = (1.0, 0.0)
 
@@ -47,8 +48,12 @@ def case(
     )
 
 
+def settings_of(divergence: str, tail: str, transform: tuple[float, float]) -> Settings:
+    return Settings(divergence, 0.3, 2, -100, [*transform, *IDENTITY], tail)
+
+
 def rows_of(backend: str) -> Any:
-    """The function of a backend that `sparse_ops.py` calls."""
+    """The function of a backend that `row_operator.py` calls."""
     name = "pocl_fast.loss.cpp" if backend == "cpp" else "pocl_fast.kernels.sparse"
     return importlib.import_module(name).sparse_distillation_rows
 
@@ -63,9 +68,10 @@ def run(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Stats and gradient of a backend, whose scaled losses must be those of the stats."""
-    defaults = {"teacher_share": 0.3, "temperature_power": 2, "ignore_index": -100, "needs_grad": True}
+    student, log_probs, indices, *tokens = arguments
+    settings = settings_of(divergence, tail, transform)
     loss, stats, gradient = rows_of(backend)(
-        *arguments, divergence=divergence, tail=tail, transform=list(transform), reduced=False, **(defaults | options)
+        student, log_probs, indices, Tokens(*tokens), settings, **({"needs_grad": True} | options), reduced=False
     )
     scaled = torch.where(arguments.labels == -100, 0.0, arguments.row_scale * stats[0])
     torch.testing.assert_close(loss, scaled, rtol=1e-6, atol=0.0, equal_nan=True)
@@ -73,18 +79,15 @@ def run(
 
 
 def exact(
-    arguments: Case, divergence: str, tail: str, *, transform: tuple[float, float] = IDENTITY, **options: Any
+    arguments: Case, divergence: str, tail: str, *, transform: tuple[float, float] = IDENTITY
 ) -> tuple[Tensor, Tensor]:
     """Stats and gradient of the reference in float64."""
     student, log_probs, indices, labels, *values = arguments
-    temperature, alpha, row_scale = (value.double() for value in values)
+    tokens = Tokens(labels, *(value.double() for value in values))
     s = student.detach().double().requires_grad_(True)
-    defaults = {"teacher_share": 0.3, "temperature_power": 2, "ignore_index": -100}
-    rows = reference.sparse_distillation_rows(
-        s, log_probs.double(), indices, labels, temperature, alpha,
-        divergence=divergence, tail=tail, student_transform=transform, **(defaults | options),
-    )  # fmt: skip
-    (rows.loss * torch.where(labels == -100, 0.0, row_scale)).sum().backward()
+    settings = settings_of(divergence, tail, transform)
+    rows = reference.sparse_distillation_rows(s, log_probs.double(), indices, tokens, settings)
+    (rows.loss * torch.where(labels == -100, 0.0, tokens.row_scale)).sum().backward()
     assert s.grad is not None
     return torch.stack([value.detach() for value in rows]), s.grad
 

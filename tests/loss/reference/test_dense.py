@@ -11,6 +11,7 @@ import pytest
 import torch
 from compare import GRADIENT_TOLERANCE, assert_matches, both, logits, relative_error, some_labels
 
+from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
 from pocl_fast.loss.row_operator import backend_module
@@ -99,8 +100,9 @@ def test_rows_may_lie_beyond_32_bits(backend, tmp_path):
     assert_matches(student, teacher, labels, Objective(alpha=0.3), backend=backend)
 
     kernel, values, options = backend_module(backend), torch.ones(2), plain_options()
-    _, _, grad = kernel.distillation_rows(student, teacher, labels, values[:1], values[:1], values, **options)
-    kernel.distillation_rows(student, teacher, labels, values[:1], values[:1], values, **options, grad=over)
+    tokens = Tokens(labels, values[:1], values[:1], values)
+    _, _, grad = kernel.distillation_rows(student, teacher, tokens, **options)
+    kernel.distillation_rows(student, teacher, tokens, **options, grad=over)
     assert torch.equal(over, grad)
     kernel.scale_rows_(over, torch.tensor([1.0, 2.0]))
     assert torch.equal(over, grad * torch.tensor([[1.0], [2.0]]).to(HALF))
@@ -109,11 +111,7 @@ def test_rows_may_lie_beyond_32_bits(backend, tmp_path):
 def plain_options(divergence="forward_kl"):
     """What a launcher is told besides its tensors."""
     return {
-        "divergence": divergence,
-        "teacher_share": 0.3,
-        "temperature_power": 2,
-        "ignore_index": -100,
-        "transforms": [1.0, 0.0, 1.0, 0.0],
+        "settings": Settings(divergence, 0.3, 2, -100, [1.0, 0.0, 1.0, 0.0], "bucket"),
         "needs_grad": True,
         "reduced": True,
     }
@@ -187,7 +185,7 @@ def test_a_gradient_written_over_the_logits_is_the_same(backend, divergence, V_s
     """Also where the rows lie apart, and nothing between them is touched."""
     wide, teacher, labels = logits(3, V_s + 20, dtype=dtype), logits(3, V_t, dtype=dtype), some_labels(3, V_s)
     student, between = wide[:, 4 : V_s + 4], wide.clone()
-    arguments = (teacher, labels, torch.tensor([1.3]), torch.tensor([0.3]), torch.rand(3))
+    arguments = (teacher, Tokens(labels, torch.tensor([1.3]), torch.tensor([0.3]), torch.rand(3)))
     options = plain_options(divergence)
     kernel = backend_module(backend)
     loss, stats, grad = kernel.distillation_rows(student, *arguments, **options)
@@ -378,10 +376,10 @@ def test_one_scale_for_all_tokens_is_the_same_as_each_its_own(backend, reduced):
     N, V = 5, 97
     labels, one = some_labels(N, V), torch.rand(1)
     labels[2] = -100
-    arguments = logits(N, V), logits(N, V), labels, torch.tensor([1.3]), torch.tensor([0.3])
+    sides, tokens = (logits(N, V), logits(N, V)), Tokens(labels, torch.tensor([1.3]), torch.tensor([0.3]), one)
     kernel, options = backend_module(backend), plain_options("jsd") | {"reduced": reduced}
-    loss, stats, grad = kernel.distillation_rows(*arguments, one, **options)
-    each = kernel.distillation_rows(*arguments, one.expand(N).contiguous(), **options)
+    loss, stats, grad = kernel.distillation_rows(*sides, tokens, **options)
+    each = kernel.distillation_rows(*sides, tokens._replace(row_scale=one.expand(N).contiguous()), **options)
     assert all(torch.equal(a, b) for a, b in zip(each, (loss, stats, grad), strict=True))
     scaled = stats[0].double() * one.double()
     torch.testing.assert_close(loss.double(), scaled.sum() if reduced else scaled, rtol=1e-6, atol=0)

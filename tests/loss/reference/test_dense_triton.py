@@ -8,6 +8,7 @@ import torch
 from compare import assert_matches, both, logits, some_labels
 from test_dense import plain_options
 
+from pocl_fast.loss.arguments import Tokens
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
 from pocl_fast.loss.row_operator import backend_module
@@ -53,7 +54,7 @@ def test_loops_that_the_compiler_pipelines_match(monkeypatch, divergence, stages
     student, teacher, labels = logits(3, V_s, dtype=dtype), logits(3, V_t, dtype=dtype), some_labels(3, V_s)
     student[0, 5], labels[0] = -torch.inf, 6  # a row that the first pass reads twice
     assert_matches(student, teacher, labels, Objective(divergence, temperature=1.33, alpha=0.3), backend="triton")
-    arguments = (teacher, labels, torch.tensor([1.33]), torch.tensor([0.3]), torch.rand(3))
+    arguments = (teacher, Tokens(labels, torch.tensor([1.33]), torch.tensor([0.3]), torch.rand(3)))
     rows, options = backend_module("triton").distillation_rows, plain_options(divergence)
     _, _, grad = rows(student, *arguments, **options)
     _, _, over = rows(student, *arguments, **options, grad=student)

@@ -9,15 +9,15 @@ import math
 import pytest
 import torch
 from compare import relative_error
-from sparse_compare import assert_matches, case, exact, run
+from sparse_compare import assert_matches, case, exact, run, settings_of
 
 from pocl_fast.loss import reference
+from pocl_fast.loss.arguments import TAILS, Tokens
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
 from pocl_fast.loss.teacher_output import TopKTeacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TAILS = ("bucket", "renormalise")
 # what overflows in the interpreter's NumPy is what a kernel then writes over, or leaves out
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -57,10 +57,8 @@ def test_many_entries_match(backend, divergence, tail):
 
 def dense(arguments, teacher, divergence):
     s = arguments.student.double().requires_grad_(True)
-    rows = reference.distillation_rows(
-        s, teacher.double(), arguments.labels, arguments.temperature.double(), arguments.alpha.double(),
-        divergence=divergence, teacher_share=0.3, temperature_power=2,
-    )  # fmt: skip
+    tokens = Tokens(arguments.labels, *(value.double() for value in arguments[4:]))
+    rows = reference.distillation_rows(s, teacher.double(), tokens, settings_of(divergence, "bucket", (1.0, 0.0)))
     (rows.loss * arguments.row_scale.double()).sum().backward()
     return torch.stack([value.detach() for value in rows]), s.grad
 

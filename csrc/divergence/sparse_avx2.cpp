@@ -1,8 +1,0 @@
-#define POCL_VECTOR_BYTES 32
-#include "divergence/sparse_impl.h"
-
-namespace pocl {
-void sparse_rows_avx2(const SparseTask& task, std::int64_t begin, std::int64_t end, const SparseScratch& scratch) {
-    sparse_rows(task, begin, end, scratch);
-}
-}  // namespace pocl

@@ -1,0 +1,54 @@
+"""How a CPU multiplies fp32 matrices: exactly, or with inputs rounded to bf16 where that is faster.
+
+The mode holds for the whole process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+
+def matmul_inputs(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """On a CPU, within this context fp32 matrix products may round their inputs to `dtype`, where that is bf16 and the
+    processor multiplies it faster; fp16 has more digits than that and is multiplied as fp32. What the user has chosen
+    for fp32 stays for fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return fp32_products("bf16" if dtype == torch.bfloat16 else "ieee")
+
+
+@contextlib.contextmanager
+def fp32_products(mode: str) -> Iterator[None]:
+    """A CPU's products of fp32 tensors are computed in this mode within it: see `set_fp32_products`."""
+    before = set_fp32_products(mode)
+    try:
+        yield
+    finally:
+        set_fp32_products(before)
+
+
+@functools.cache
+def rounds_to_bf16() -> bool:
+    """Whether a CPU rounds fp32 inputs in mode "bf16". Without units that multiply bf16 matrices (AMX) oneDNN does not:
+    its products are exact then, and on AMD processors twice as fast as MKL's, which torch takes otherwise."""
+    torch_rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 256, 256, generator=torch_rng)
+    with fp32_products("bf16"):
+        product = (a @ b).double()
+    want = a.double() @ b.double()
+    return bool((product - want).norm() > 1e-5 * want.norm())  # rounded inputs give 2e-3, exact ones 3e-7
+
+
+def set_fp32_products(mode: str) -> str:
+    """Sets for the process how a CPU multiplies fp32 tensors: "ieee" exactly, "bf16" with inputs rounded where that is
+    faster. What was set before, which this function takes back too."""
+    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = mode
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision({"ieee": "highest", "bf16": "medium"}.get(mode, mode))
+    return before
