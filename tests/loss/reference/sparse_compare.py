@@ -48,8 +48,8 @@ def case(
     )
 
 
-def settings_of(divergence: str, tail: str, transform: tuple[float, float]) -> Settings:
-    return Settings(divergence, 0.3, 2, -100, [*transform, *IDENTITY], tail)
+def settings_of(divergence: str, tail: str, transform: tuple[float, float] = IDENTITY, **changes: Any) -> Settings:
+    return Settings(divergence, 0.3, 2, -100, [*transform, *IDENTITY], tail)._replace(**changes)
 
 
 def rows_of(backend: str) -> Any:
@@ -64,28 +64,27 @@ def run(
     divergence: str,
     tail: str,
     *,
-    transform: tuple[float, float] = IDENTITY,
-    **options: Any,
+    needs_grad: bool = True,
+    grad: Tensor | None = None,
+    **changes: Any,
 ) -> tuple[Tensor, Tensor]:
     """Stats and gradient of a backend, whose scaled losses must be those of the stats."""
     student, log_probs, indices, *tokens = arguments
-    settings = settings_of(divergence, tail, transform)
+    settings = settings_of(divergence, tail, **changes)
     loss, stats, gradient = rows_of(backend)(
-        student, log_probs, indices, Tokens(*tokens), settings, **({"needs_grad": True} | options), reduced=False
+        student, log_probs, indices, Tokens(*tokens), settings, needs_grad=needs_grad, reduced=False, grad=grad
     )
     scaled = torch.where(arguments.labels == -100, 0.0, arguments.row_scale * stats[0])
     torch.testing.assert_close(loss, scaled, rtol=1e-6, atol=0.0, equal_nan=True)
     return stats, gradient
 
 
-def exact(
-    arguments: Case, divergence: str, tail: str, *, transform: tuple[float, float] = IDENTITY
-) -> tuple[Tensor, Tensor]:
+def exact(arguments: Case, divergence: str, tail: str, **changes: Any) -> tuple[Tensor, Tensor]:
     """Stats and gradient of the reference in float64."""
     student, log_probs, indices, labels, *values = arguments
     tokens = Tokens(labels, *(value.double() for value in values))
     s = student.detach().double().requires_grad_(True)
-    settings = settings_of(divergence, tail, transform)
+    settings = settings_of(divergence, tail, **changes)
     rows = reference.sparse_distillation_rows(s, log_probs.double(), indices, tokens, settings)
     (rows.loss * torch.where(labels == -100, 0.0, tokens.row_scale)).sum().backward()
     assert s.grad is not None

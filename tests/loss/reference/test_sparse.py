@@ -58,7 +58,7 @@ def test_many_entries_match(backend, divergence, tail):
 def dense(arguments, teacher, divergence):
     s = arguments.student.double().requires_grad_(True)
     tokens = Tokens(arguments.labels, *(value.double() for value in arguments[4:]))
-    rows = reference.distillation_rows(s, teacher.double(), tokens, settings_of(divergence, "bucket", (1.0, 0.0)))
+    rows = reference.distillation_rows(s, teacher.double(), tokens, settings_of(divergence, "bucket"))
     (rows.loss * arguments.row_scale.double()).sum().backward()
     return torch.stack([value.detach() for value in rows]), s.grad
 
