@@ -26,7 +26,7 @@ TINY = {
 
 @pytest.fixture
 def tiny_teacher(tmp_path):
-    return save_tiny(tmp_path / "teacher", layers=4)
+    return save_tiny(tmp_path / "teacher", layers=6)
 
 
 def tiny_options(teacher: Path) -> list[str]:
