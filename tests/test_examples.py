@@ -45,6 +45,7 @@ def run_example(name: str, *words: str, monkeypatch: Any, capfd: Any) -> str:
     return str(capfd.readouterr().out)
 
 
+@pytest.mark.full  # dequantises 135M weights: half of this file's time
 def test_the_examples_load_the_bundled_model(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import smollm2
