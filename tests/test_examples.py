@@ -27,7 +27,7 @@ TINY = {
 
 @pytest.fixture
 def tiny_teacher(tmp_path):
-    return save_tiny(tmp_path / "teacher", layers=4)
+    return save_tiny(tmp_path / "teacher", layers=6)
 
 
 def tiny_options(teacher: Path) -> list[str]:
@@ -45,6 +45,7 @@ def run_example(name: str, *words: str, monkeypatch: Any, capfd: Any) -> str:
     return str(capfd.readouterr().out)
 
 
+@pytest.mark.full  # dequantises 135M weights: half of this file's time
 def test_the_examples_load_the_bundled_model(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import smollm2
