@@ -93,7 +93,7 @@ COMMANDS: dict[str, Command] = {
     "cache": Command(
         "Run the teacher over the training samples ahead of training, which does it otherwise -> teacher_cache/.",
         lambda run: run.cache(),
-        (*_DATA, "cache"),
+        (*_DATA, "generation", "cache"),
     ),
     "train": Command(
         "Train the student along curriculum.json -> checkpoints, metrics.jsonl, student/.",

@@ -114,8 +114,8 @@ class DifficultyOptions:
     """What makes a sample hard for the student."""
 
     signals: str = "rouge_l,cross_entropy"
-    """What samples are ranked by, a fused ranking of all: rouge_l, cross_entropy, answer_length,
-    teacher_cross_entropy, cross_entropy_gap, mean_kl, or package.module:function; NAME=2 weighs double."""
+    """What samples are ranked by, a fused ranking of all: names separated by commas, such as rouge_l, cross_entropy or
+    mean_kl, or package.module:function; NAME=2 weighs double. An unknown name prints all names."""
     measure_temperature: NotNegative = 0.0
     """Temperature of the student's answers: 0 is greedy; above 0 they are sampled, each with random numbers of its
     own."""
@@ -271,7 +271,7 @@ class TrainerArguments:
     """Any other argument of transformers' TrainingArguments."""
 
     set: dict[str, Any] = field(default_factory=dict)
-    """NAME=VALUE ...: arguments that have no option of their own, such as optim=adamw_8bit warmup_steps=0.03
+    """NAME=VALUE ...: arguments that have no option of their own, such as optim=adamw_8bit warmup_ratio=0.03
     eval_strategy=no; values are numbers, true, false, null, text, or JSON for a dict. In YAML a dict."""
 
 

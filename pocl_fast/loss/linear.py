@@ -115,7 +115,7 @@ class _Compared(NamedTuple):
 
 
 def _heads(hidden: Tensor, weight: Weight, bias: Tensor | None, labels: Tensor, work: _Work) -> _Heads:
-    whole = gathered if work.shards is None else local
+    whole = full_weight if work.shards is None else local
     weight = whole(weight() if callable(weight) else weight)
     bias = None if bias is None else whole(bias)
     dtype = _product_dtype(hidden, weight)
@@ -213,7 +213,7 @@ def _fused(heads: _Heads, teacher: _Compared, ready: Prepared, work: _Work, back
     return loss, stats
 
 
-def gathered(weight: Tensor) -> Tensor:
+def full_weight(weight: Tensor) -> Tensor:
     """A weight that FSDP has sharded, whole; its gradient goes back to the shards averaged over the ranks, as FSDP
     averages every other. Raises ValueError for one that DeepSpeed has sharded, which only DeepSpeed gathers."""
     if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:

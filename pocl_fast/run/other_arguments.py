@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import TrainingArguments
 
 from pocl_fast.options import TRAINER_GROUPS, flag
 from pocl_fast.system.errors import InputError
-from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
-from pocl_fast.training.arguments import NOT_HERE, WHOLE_SCHEDULE
+from pocl_fast.system.typed_values import Range, did_you_mean, hints_of, typed
+from pocl_fast.training.arguments import NOT_HERE, RENAMED, WHOLE_SCHEDULE
 
 # argument -> what decides it in a run
 DECIDED_BY = {option.name: flag(option) for group in TRAINER_GROUPS for option in fields(group)} | {
@@ -36,7 +36,8 @@ def other_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     hints = hints_of(TrainingArguments)
     known = [argument.name for argument in fields(TrainingArguments)]
-    values, problems = {}, []
+    values: dict[str, Any] = {}
+    problems = []
     for name, value in given.items():
         if decider := DECIDED_BY.get(name):
             problems.append(f"{name} is decided by {decider}")
@@ -44,6 +45,8 @@ def other_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(WHOLE_SCHEDULE)
         elif name in NOT_HERE:
             problems.append(f"{name} is not for this trainer: {NOT_HERE[name]}")
+        elif name in RENAMED and name not in known:
+            problems += _add_ratio(values, name, value)
         elif name not in known:
             near = did_you_mean(name, [one for one in known if one not in NOT_HERE])
             problems.append(f"transformers' TrainingArguments have no {name!r}{near}")
@@ -55,3 +58,15 @@ def other_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise InputError("; ".join(problems))
     return values
+
+
+def _add_ratio(values: dict[str, Any], name: str, value: Any) -> list[str]:
+    """Adds an argument that transformers now has under another name, as a share; what is wrong with it."""
+    if RENAMED[name] in values:
+        return [f"{name} and {RENAMED[name]} are the same argument: give one of them"]
+    try:
+        ratio = typed(value, Annotated[float, Range(at_least=0, below=1)])
+    except ValueError as error:
+        return [f"{name} {error}"]
+    values[RENAMED[name]] = ratio
+    return []

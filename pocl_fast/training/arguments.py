@@ -55,6 +55,7 @@ NOT_HERE = {
     "fp16_full_eval": "evaluation is in the training's precision",
 }
 WHOLE_SCHEDULE = "num_train_epochs counts the whole schedule and must stay 1: give epochs_per_stage"
+RENAMED = {"warmup_ratio": "warmup_steps"}  # transformers 5: a number below 1 is the ratio
 UNLISTED = ("azure_ml", "flyte")  # integrations that transformers does not look for
 PAPER = "paper"  # as a temperature scaling: what the published code does for each divergence
 
@@ -268,5 +269,7 @@ def check_report_to(names: str | Sequence[str] | None) -> None:
 
 
 def _near(name: str, known: Sequence[str]) -> str:
+    if name in RENAMED:
+        return f" (it is {RENAMED[name]} since transformers 5, where a number below 1 is the ratio)"
     aliases = {option_name(option): option.name for group in TRAINER_GROUPS for option in fields(group)}
     return f" (it is {aliases[name]} here)" if name in aliases else did_you_mean(name, known)

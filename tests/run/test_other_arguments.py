@@ -21,6 +21,13 @@ def test_values_have_the_types_that_transformers_declares():
     }  # fmt: skip
 
 
+def test_a_warm_up_given_as_a_ratio_is_the_share_of_a_stages_steps(tmp_path):
+    """transformers 5 has no warmup_ratio; its warmup_steps are a ratio below 1."""
+    config = from_options({"set": ["warmup_ratio=0.25"]})
+    assert config.trainer.set == {"warmup_steps": 0.25}
+    assert PoclConfig.of_run(config, tmp_path).get_warmup_steps(40) == 10
+
+
 def test_a_yaml_files_arguments_are_kept_and_the_command_lines_are_added_by_name(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("set: {optim: sgd, max_steps: 7, lr_scheduler_kwargs: {num_cycles: 2}}\n")
@@ -46,6 +53,7 @@ def test_a_yaml_files_arguments_are_kept_and_the_command_lines_are_added_by_name
         ("use_cpu=true", "use_cpu is decided by --device"),
         ("output_dir=x", "output_dir is decided by --output"),
         ("hub_token=secret", "hub_token is decided by the environment"),
+        ("warmup_ratio=3", "warmup_ratio must be .*below 1.*got 3"),
         ("num_train_epochs=3", "give epochs_per_stage"),
         ("torch_compile=true", "torch_compile is not for this trainer"),
     ],
