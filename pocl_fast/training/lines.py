@@ -143,5 +143,8 @@ def _minutes(seconds: float) -> str:
 
 
 def _short(text: str, most: int) -> str:
-    one_line = " ".join(text.split())
+    """In one line, without what would move a terminal's cursor or change its colours."""
+    one_line = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split())
+    )
     return one_line if len(one_line) <= most else one_line[: most - 3] + "..."
