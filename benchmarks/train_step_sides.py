@@ -1,4 +1,4 @@
-"""The sides that train_step.py times: PoclTrainer, TRL's two trainers and a plain transformers loop, on the same batches."""
+"""The sides that train_step.py times on the same batches: PoclTrainer, TRL's two trainers and a plain loop."""
 
 from __future__ import annotations
 

@@ -144,7 +144,6 @@ def _minutes(seconds: float) -> str:
 
 def _short(text: str, most: int) -> str:
     """In one line, without what would move a terminal's cursor or change its colours."""
-    one_line = "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split())
-    )
+    shown = (letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+    one_line = "".join(shown)
     return one_line if len(one_line) <= most else one_line[: most - 3] + "..."

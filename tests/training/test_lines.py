@@ -46,6 +46,10 @@ def test_an_evaluation_and_its_answers_are_a_line_each():
     assert lines.answer_line("x" * 90, "y" * 200) == f'    "{"x" * 47}..." -> "{"y" * 97}..."'
 
 
+def test_control_characters_of_an_answer_do_not_reach_the_terminal():
+    assert lines.answer_line("Say \x1b[31m7", "7\x03") == '    "Say \ufffd[31m7" -> "7\ufffd"'
+
+
 def test_stages_say_what_they_begin_with_and_what_came_of_them(schedule):
     begins = lines.stage_begins_line(schedule, 1, weights=lines.best_weights(0, 2))
     assert begins == ("stage 2/2 begins: 8 samples, 4 steps, τ 1.5, α 0, from the best weights of stage 1, of step 2")
