@@ -9,7 +9,7 @@ from tiny_run import make_inputs, options, run
 
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.models import loading
-from pocl_fast.options import from_options
+from pocl_fast.run.configuration import from_options
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.directory import RunDirectory
 
