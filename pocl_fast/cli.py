@@ -217,6 +217,8 @@ def _with_one_set(arguments: list[str]) -> list[str]:
             continue
         into = others if argument.startswith("--") else into
         into.append(argument)
+    if "--set" in arguments and not words:
+        raise InputError("--set needs NAME=VALUE words")
     return [*others, "--set", *words] if words else others
 
 

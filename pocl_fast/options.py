@@ -191,8 +191,8 @@ class OptimisationOptions:
     """Peak of the learning rate."""
     weight_decay: NotNegative = 0.01
     """AdamW's weight decay, on all weights but biases and norms."""
-    max_grad_norm: Positive = 1.0
-    """The gradient is clipped to this norm."""
+    max_grad_norm: NotNegative = 1.0
+    """The gradient is clipped to this norm; 0: it is not clipped."""
     activation_checkpointing: bool = False
     """Compute activations again in backward instead of keeping them: less memory, more time."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -205,3 +205,10 @@ def test_a_place_to_report_to_must_be_known_and_installed(tmp_path, name):
 def test_the_divergences_are_those_of_the_loss():
     assert get_args(hints_of(LossOptions)["divergence"]) == DIVERGENCES
     assert set(get_args(hints_of(LossOptions)["temperature_scaling"])) == {*SCALINGS, PAPER}
+
+
+def test_two_spellings_of_an_option_in_a_file_are_refused(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("batch-size: 3\nper_device_train_batch_size: 4\n")
+    with pytest.raises(InputError, match="batch-size and per_device_train_batch_size are the same option"):
+        read_yaml(path)

@@ -27,6 +27,7 @@ def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, w
     where = where and f"{where}: "
     given = {str(name).replace("-", "_"): value for name, value in options.items()}
     _check_names(given, base, where)
+    _check_spelt_once(options, base, where)
     groups, problems = {}, []
     for group in fields(base):
         current = getattr(base, group.name)
@@ -55,18 +56,31 @@ def _check_names(given: Mapping[str, Any], base: RunConfig, where: str) -> None:
     )
 
 
+def _check_spelt_once(options: Mapping[str, Any], base: RunConfig, where: str) -> None:
+    spelt: dict[str, str] = {}
+    for group in fields(base):
+        for option in fields(getattr(base, group.name)):
+            spelt |= {option.name: option.name, option_name(option): option.name}
+    seen: dict[str, Any] = {}
+    for name in options:
+        meant = spelt[str(name).replace("-", "_")]
+        if meant in seen:
+            raise InputError(f"{where}{seen[meant]} and {name} are the same option: give one of them")
+        seen[meant] = name
+
+
 def _value(name: str, given: Any, group: Any) -> Any:
     if name != "set":
         return typed(given, hints_of(type(group))[name])
     if given and not isinstance(given, (dict, list)):
         raise ValueError(f"must be a dict, or NAME=VALUE words, got {given!r}")
-    if isinstance(given, list):
-        given = dict(_pair(word) for word in given)
     if not given:
-        return dict(group.set)
+        return dict(group.set) if isinstance(given, list) else {}
     from pocl_fast.run.other_arguments import other_arguments  # loads transformers
 
-    return group.set | other_arguments(given)
+    if isinstance(given, list):  # words add to what was given before, a file's dict takes its place
+        return group.set | other_arguments(dict(_pair(word) for word in given))
+    return other_arguments(given)
 
 
 def _pair(word: Any) -> tuple[str, str]:

@@ -32,6 +32,7 @@ class Reads:
     groups: tuple[str, ...]
     but: tuple[str, ...]  # options that do not change the step's result
     files: tuple[str, ...] = ()
+    to_remeasure: tuple[str, ...] = ()  # options that only --remeasure reads here
 
     def options(self, config: RunConfig) -> dict[str, Any]:
         """The values of these options, by name; an argument of --set under its own."""
@@ -39,6 +40,10 @@ class Reads:
         for group in (getattr(config, name) for name in self.groups):
             values |= {option_name(f): getattr(group, f.name) for f in fields(group)}
         others = values.pop("set", {})
+        if not config.stages.remeasure:
+            values = {name: value for name, value in values.items() if name not in self.to_remeasure}
+        if others.get("eval_strategy") == "steps" and "eval_steps" not in others and "logging" in self.groups:
+            others = others | {"eval_steps": config.logging.logging_steps}  # what transformers takes then
         values |= {f"--set {name}": value for name, value in others.items() if not name.startswith(_AROUND)}
         return {name: value for name, value in values.items() if name not in self.but}
 
@@ -46,7 +51,11 @@ class Reads:
 _DEVICES = ("device", "teacher_device")
 _TEACHER = ("teacher", "teacher_quantization")
 # beginnings of the names of transformers' arguments that do not change what is learnt
-_AROUND = ("log", "save_", "run_name", "project", "trackio_", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
+_AROUND = (
+    "log", "save_", "run_name", "project", "trackio_", "hub_", "push_to_hub", "dataloader_", "disable_tqdm", "ddp_",
+    "torch_empty_cache_steps", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
+    "skip_memory_metrics", "debug",
+)  # fmt: skip
 _TRAINING = ("loss", "stages", "optimisation", "logging", "trainer", "rollouts", "cache")
 READS = {
     "measure": Reads(("models", "data", "generation", "difficulty"), (*_DEVICES, *_TEACHER, "dev", "signals")),
@@ -61,6 +70,7 @@ READS = {
             "logging_steps", "report_to", "save_minutes",
         ),
         ("curriculum.json",),
+        ("generation_engine", "signals", "measure_temperature", "measure_seed", "rrf_k", "temperature", "alpha"),
     ),
     "evaluate-before": Reads(
         ("models", "data", "generation", "evaluation"), (*_DEVICES, *_TEACHER, "train", "data_source")

@@ -46,7 +46,7 @@ def other_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         elif name in NOT_HERE:
             problems.append(f"{name} is not for this trainer: {NOT_HERE[name]}")
         elif name in RENAMED and name not in known:
-            problems += _add_ratio(values, name, value)
+            problems += _add_ratio(values, given, name)
         elif name not in known:
             near = did_you_mean(name, [one for one in known if one not in NOT_HERE])
             problems.append(f"transformers' TrainingArguments have no {name!r}{near}")
@@ -60,12 +60,12 @@ def other_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _add_ratio(values: dict[str, Any], name: str, value: Any) -> list[str]:
+def _add_ratio(values: dict[str, Any], given: Mapping[str, Any], name: str) -> list[str]:
     """Adds an argument that transformers now has under another name, as a share; what is wrong with it."""
-    if RENAMED[name] in values:
+    if RENAMED[name] in given:
         return [f"{name} and {RENAMED[name]} are the same argument: give one of them"]
     try:
-        ratio = typed(value, Annotated[float, Range(at_least=0, below=1)])
+        ratio = typed(given[name], Annotated[float, Range(at_least=0, below=1)])
     except ValueError as error:
         return [f"{name} {error}"]
     values[RENAMED[name]] = ratio

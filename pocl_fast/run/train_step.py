@@ -77,8 +77,11 @@ def make_trainer(context: RunContext, curriculum: Curriculum) -> PoclTrainer:
 def trainer_arguments(context: RunContext) -> PoclConfig:
     """The trainer's arguments out of a run's options. Raises `InputError` for options that do not go together."""
     from pocl_fast.training.arguments import PoclConfig
+    from pocl_fast.training.setup import check_optimisation
 
-    return PoclConfig.of_run(context.config, context.path / "checkpoints")
+    arguments = PoclConfig.of_run(context.config, context.path / "checkpoints")
+    check_optimisation(arguments)
+    return arguments
 
 
 def save_student(student: Any, tokenizer: Any, run: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import numbers
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -21,7 +23,7 @@ _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 @dataclass(frozen=True)
 class Range:
-    """The bounds of a number, as metadata of `Annotated`. NaN is outside of every range."""
+    """The bounds of a number, as metadata of `Annotated`. NaN and infinities are outside of every range."""
 
     at_least: float | None = None
     above: float | None = None
@@ -31,7 +33,7 @@ class Range:
     def check(self, value: float) -> None:
         """Raises ValueError where the value is outside."""
         fits = (
-            value == value
+            abs(value) < math.inf
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
@@ -153,6 +155,8 @@ def _plain(value: Any, kind: Any) -> Any:
     wrong = ValueError(f"must be {describe(kind)}, got {value!r}")
     if kind is Any:
         return value
+    if isinstance(value, numbers.Number) and not isinstance(value, (bool, int, float)):
+        value = _of_numpy(value)
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -181,6 +185,13 @@ def _plain(value: Any, kind: Any) -> Any:
     if isinstance(kind, type) and isinstance(value, kind):
         return value
     raise wrong
+
+
+def _of_numpy(value: Any) -> Any:
+    """NumPy's integers and floats as Python's; anything else as it is."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def describe(kind: Any) -> str:

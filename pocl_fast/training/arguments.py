@@ -40,6 +40,8 @@ from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
 
 COMPILED_ANEW = "each packed batch has lengths of its own, for which it would be compiled again"
+EVALUATES_ANSWERS = "an evaluation generates answers: give generation_batch_size or generation_batch_tokens"
+BATCHES_OF_THE_SCHEDULE = "the schedule makes the batches: give batch_size or tokens_per_batch"
 # arguments of transformers that would do nothing here, or harm
 NOT_HERE = {
     "load_best_model_at_end": 'stage_weights="best" is that, and also holds between stages',
@@ -51,6 +53,15 @@ NOT_HERE = {
     "torch_compile_backend": COMPILED_ANEW,
     "torch_compile_mode": COMPILED_ANEW,
     "eval_delay": "give eval_strategy and eval_steps",
+    "per_device_eval_batch_size": EVALUATES_ANSWERS,
+    "eval_accumulation_steps": EVALUATES_ANSWERS,
+    "batch_eval_metrics": EVALUATES_ANSWERS,
+    "prediction_loss_only": EVALUATES_ANSWERS,
+    "include_for_metrics": EVALUATES_ANSWERS,
+    "label_names": "its batches are packed rows with labels of their own",
+    "train_sampling_strategy": BATCHES_OF_THE_SCHEDULE,
+    "length_column_name": BATCHES_OF_THE_SCHEDULE,
+    "dataloader_drop_last": BATCHES_OF_THE_SCHEDULE,
     "bf16_full_eval": "evaluation is in the training's precision",
     "fp16_full_eval": "evaluation is in the training's precision",
 }
@@ -110,8 +121,9 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
     def __post_init__(self) -> None:
         self._check_options()
         check_report_to(self.report_to)
+        defaults = {argument.name: argument.default for argument in fields(self)}
         for name, instead in NOT_HERE.items():
-            if getattr(self, name) not in (None, False, 0, "no"):
+            if hasattr(self, name) and getattr(self, name) not in (None, False, 0, "no", [], defaults[name]):
                 raise InputError(f"{name}={getattr(self, name)!r} is not for this trainer: {instead}")
         if self.gradient_checkpointing:  # the older name
             self.activation_checkpointing = True
@@ -172,7 +184,9 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         """
         asked: str = vars(self)["device"]
         device = loading.choose_device(asked)
-        if device.type == "cpu" and asked != "auto":
+        if (
+            device.type == "cpu"
+        ):  # "auto" too: transformers would take a Mac's GPU, and each of torchrun's ranks be alone
             self.use_cpu = True
         if self.use_cpu and device.type != "cpu" and asked != "auto":
             raise InputError(f"device {asked!r} and use_cpu=True contradict each other: give one of them")
@@ -226,8 +240,9 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             return cls(output_dir=str(output_dir), **({"disable_tqdm": True} | options | config.trainer.set))
         except InputError:
             raise
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            raise InputError(f"--set {' '.join(config.trainer.set)}: {error}") from error
+        except (ValueError, TypeError, KeyError, ArithmeticError, ImportError, OSError) as error:
+            others = " ".join(config.trainer.set)
+            raise InputError(f"--set {others}: {error}" if others else str(error)) from error
 
     @classmethod
     def preset(cls, name: str, output_dir: str, **changes: Any) -> PoclConfig:
@@ -258,6 +273,9 @@ def top_k_lacks(columns: Sequence[str]) -> str:
 
 def check_report_to(names: str | Sequence[str] | None) -> None:
     """Raises `InputError` where a name is none of transformers' integrations, or where its package is missing."""
+    alone = [name for name in ("none", "all") if not isinstance(names, str) and name in (names or ())]
+    if alone and len(names or ()) > 1:
+        raise InputError(f"report_to: {alone[0]!r} stands alone; got {list(names or ())}")
     available = get_available_reporting_integrations()
     for name in [names] if isinstance(names, str) else names or ():
         if name in ("none", "all", *UNLISTED) or name in available:

@@ -81,8 +81,8 @@ def measured_curriculum(
     known, key = folder / "curriculum.json", folder / "measured_from.txt"
     if made_from is not None and ranks.from_first(lambda: key.is_file() and key.read_text() != made_from):
         raise InputError(
-            f"{folder} holds the difficulty of other samples, of another student or by other options: give another"
-            " output_dir, or delete that folder"
+            f"{folder} holds the difficulty of other samples, of another student or teacher, or by other options: give"
+            " another output_dir, or delete that folder"
         )
     if known.is_file():
         return Curriculum.load(known)
@@ -118,12 +118,15 @@ def measured_curriculum(
     return curriculum
 
 
-def measured_from(student: Any, samples: Sequence[EncodedSample], options: MeasureOptions) -> str:
-    """Identifies what a student's difficulty is measured on: its weights, the samples and the options."""
+def measured_from(student: Any, teacher: Teacher, samples: Sequence[EncodedSample], options: MeasureOptions) -> str:
+    """Identifies what a student's difficulty is measured on: its weights, the samples, the options, and the teacher
+    where a signal reads it."""
     named = {"max_new_tokens", *(n for one in (MeasureOptions, EngineOptions, StageSettings) for n in _properties(one))}
     settings = [(name, getattr(options, name)) for name in sorted(named)]
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(weights_fingerprint(causal_lm(student)).encode())
+    if teacher_columns(options.signals):
+        digest.update(teacher.fingerprint.encode())
     for sample in samples:
         digest.update(sample.fingerprint)
     return digest.hexdigest()

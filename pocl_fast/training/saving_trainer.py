@@ -6,6 +6,7 @@ Knows when a trainer saves and resumes. Does not know what it trains.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import Trainer
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
+from pocl_fast.system.files import write_json
 from pocl_fast.system.seal import damage, disk_trouble, seal
 from pocl_fast.training import checkpoints
 
@@ -95,6 +97,7 @@ class SavingTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if writes:
                 self.write_state(partial / target.name)
+                _forget_best(partial / target.name / "trainer_state.json")
                 seal(partial / target.name, target)
         except (OSError, RuntimeError, SafetensorError) as error:
             if (trouble := disk_trouble(error)) is None:
@@ -114,3 +117,9 @@ class SavingTrainer(Trainer):
                     super()._push_from_checkpoint(str(target))
             self.remove_old()
         self.accelerator.wait_for_everyone()
+
+
+def _forget_best(state: Path) -> None:
+    """transformers notes the best checkpoint's place, which is gone once the checkpoint is renamed."""
+    known = json.loads(state.read_text(encoding="utf-8"))
+    write_json(state, known | {"best_model_checkpoint": None})

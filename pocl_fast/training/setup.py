@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import Trainer, get_scheduler
 
 from pocl_fast.answers.answerer import Answerer
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
@@ -33,6 +33,8 @@ from pocl_fast.teacher.loading import cached_teacher, load_teacher
 from pocl_fast.teacher.references import teacher_answers
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig
+
+METRICS = ("rouge_l", "cross_entropy")  # of an evaluation of the dev set
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +131,36 @@ def check_evaluations(args: PoclConfig) -> None:
         raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
     if args.stage_weights == "best":
         raise InputError('stage_weights="best" needs evaluations: give eval_dataset and eval_strategy')
+
+
+def check_optimisation(args: PoclConfig) -> None:
+    """Makes the optimizer and the learning rate's schedule for one weight, before anything is computed.
+
+    Raises `InputError` where transformers cannot, and for a metric that no evaluation gives.
+    """
+    if (metric := args.metric_for_best_model or METRICS[0]).removeprefix("eval_") not in METRICS:
+        raise InputError(f"metric_for_best_model must be one of {', '.join(METRICS)}; got {metric!r}")
+    if args.dataloader_num_workers < 0:
+        raise InputError(f"dataloader_num_workers must be at least 0, got {args.dataloader_num_workers}")
+    try:
+        args.get_process_log_level()
+    except KeyError as error:
+        raise InputError(f"log_level {args.log_level!r} is none that transformers knows") from error
+    needs_model = any(part in _named(args.optim) for part in ("galore", "apollo", "lomo", "layerwise"))
+    try:
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([torch.nn.Parameter(torch.zeros(1))], **given)
+    except ImportError as error:
+        raise InputError(f"optim {_named(args.optim)}: {error}") from error
+    except Exception as error:  # whatever an optimizer says of its arguments
+        if not needs_model:
+            raise InputError(f"optim {_named(args.optim)}: {error}") from error
+    try:
+        _factor_over(args, 10)(5)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a schedule says of its arguments
+        raise InputError(f"lr_scheduler_type {_named(args.lr_scheduler_type)}: {error}") from error
 
 
 def check_lengths(student: Any, teacher: Teacher, args: PoclConfig, training: SampleSet, dev: SampleSet | None) -> None:
@@ -255,13 +287,7 @@ def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int]
 
     @functools.cache  # asked at every step
     def over(steps: int) -> Callable[[int], float]:
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        warmup, special = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
-        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, special)  # type: ignore[arg-type]
-        if not isinstance(scheduler, LambdaLR):
-            raise InputError(f"lr_scheduler_type {args.lr_scheduler_type} depends on more than the step: take another")
-        factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-        return factor
+        return _factor_over(args, steps)
 
     def factor(step: int) -> float:
         if step >= schedule.total_steps:
@@ -273,3 +299,20 @@ def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int]
 
     over(1)
     return factor
+
+
+def _factor_over(args: PoclConfig, steps: int) -> Callable[[int], float]:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    warmup, special = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, special)  # type: ignore[arg-type]
+    if not isinstance(scheduler, LambdaLR):
+        raise InputError(
+            f"lr_scheduler_type {_named(args.lr_scheduler_type)} depends on more than the step: take another"
+        )
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return factor
+
+
+def _named(choice: Any) -> str:
+    """The value of one of transformers' enumerations, or the text itself."""
+    return str(getattr(choice, "value", choice))

@@ -33,7 +33,14 @@ from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.distilling_trainer import DistillingTrainer
 from pocl_fast.training.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.training.rollouts import Policy, Rollouts
-from pocl_fast.training.setup import check_evaluations, learning_rate_factor, placeable, prepare, schedule_of
+from pocl_fast.training.setup import (
+    check_evaluations,
+    check_optimisation,
+    learning_rate_factor,
+    placeable,
+    prepare,
+    schedule_of,
+)
 from pocl_fast.training.stage_flow import StageFlow
 from pocl_fast.training.state import STATE, TrainingState
 
@@ -80,6 +87,7 @@ class PoclTrainer(DistillingTrainer):
         if eval_dataset is None and args.eval_strategy == "epoch":
             args.eval_strategy = "no"  # type: ignore[assignment]  # the default, which needs one
         check_evaluations(args)
+        check_optimisation(args)
         made = prepare(model, teacher, args, train_dataset, eval_dataset, processing_class, peft_config)
         if args.remeasure or (curriculum is None and args.curriculum != "none"):
             measured.check_measurable(made.student, made.teacher, args, args.device)
@@ -108,7 +116,7 @@ class PoclTrainer(DistillingTrainer):
             index = np.array([sample.index for sample in self.samples.encoded])
             self._curriculum = stages_over(index, np.zeros(len(index)), args)
         elif self._curriculum is None:
-            made_from = measured.measured_from(self.model, self.samples.encoded, args)
+            made_from = measured.measured_from(self.model, self.teacher, self.samples.encoded, args)
             self._curriculum = self._measured(self.folder, made_from)
         if unknown := set(self._curriculum.order.tolist()) - set(self._by_index):
             raise InputError(f"the curriculum lists sample {min(unknown)}, which train_dataset does not have")

@@ -38,12 +38,23 @@ def _in(group, name):
     ("set_", "changes"),
     [
         ({"optim": "sgd"}, {"--set optim": "sgd"}),
+        ({"ddp_timeout": 7200, "torch_empty_cache_steps": 3}, {}),
+        ({"eval_strategy": "steps"}, {"--set eval_strategy": "steps", "--set eval_steps": 5.0}),  # logging_steps
         ({"logging_first_step": False, "save_total_limit": 1, "dataloader_num_workers": 2}, {}),
     ],
 )
 def test_an_argument_of_transformers_counts_where_it_changes_what_is_learnt(set_, changes):
     plain, changed = (READS["train"].options(from_options({"set": given})) for given in ({}, set_))
     assert changed == plain | changes
+
+
+@pytest.mark.parametrize("remeasure", [False, True])
+def test_options_of_measuring_count_in_a_training_that_measures_again(remeasure):
+    plain, changed = (
+        READS["train"].options(from_options({"remeasure": remeasure, **given}))
+        for given in ({}, {"generation_engine": "torch", "signals": "rouge_l", "measure_seed": 1})
+    )
+    assert (changed != plain) == remeasure
 
 
 def test_an_argument_that_was_set_before_is_named_when_it_changes(tmp_path):

@@ -35,6 +35,10 @@ def test_a_yaml_files_arguments_are_kept_and_the_command_lines_are_added_by_name
     assert config.trainer.set == {"optim": "sgd", "max_steps": 9, "lr_scheduler_kwargs": {"num_cycles": 2}}
     path.write_text(to_yaml(config))
     assert read_yaml(path) == config
+    path.write_text("set: {optim: sgd}\n")  # a file's take the place of those that were recorded
+    assert read_yaml(path, config).trainer.set == {"optim": "sgd"}
+    path.write_text("set: {}\n")
+    assert read_yaml(path, config).trainer.set == {}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,17 @@ def test_a_wrong_argument_is_refused_by_name(word, says):
     ("words", "says"),
     [
         (["--set", "warmup_steps=-1"], "--set warmup_steps: "),
+        (["--set", "warmup_steps=nan"], "lr_scheduler_type cosine: cannot convert float NaN"),
+        (["--set", 'lr_scheduler_kwargs={"junk": 1}'], "lr_scheduler_type cosine: "),
+        (["--set", "adam_beta1=2"], "optim adamw_torch_fused: "),
+        (["--set", "optim=lomo"], "optim lomo: "),
+        (["--set", "metric_for_best_model=eval_nosuch"], "metric_for_best_model must be one of rouge_l, cross_entropy"),
+        (["--set", "lr_scheduler_type=reduce_lr_on_plateau"], "depends on more than the step"),
+        (["--set", "log_level=foo"], "log_level 'foo' is none that"),
+        (["--set"], "--set needs NAME=VALUE words"),
+        (["--rrf-k", "inf"], "--rrf-k must be above 0, got inf"),
+        (["--report-to", "none", "tensorboard"], "'none' stands alone"),
+        (["--alpha", "2", "3"], "alpha, the weight of cross-entropy, must be within 0 to 1, got 2.0"),
         (["--set", "eval_strategy=no", "--patience", "2"], "patience needs evaluations"),
         (["--set", "save_strategy=best"], 'save_strategy="best" would not save what a stop leaves'),
         (["--report-to", "wandbb"], "got 'wandbb' (did you mean wandb"),

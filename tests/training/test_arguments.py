@@ -1,5 +1,6 @@
 """`PoclConfig`: what it refuses, how it is parsed, the paper's preset."""
 
+import numpy as np
 import pytest
 from tiny_run import options, refusal
 from tiny_training import curriculum_of, trainer_of
@@ -21,6 +22,8 @@ AVAILABLE = "pocl_fast.training.arguments.get_available_reporting_integrations"
         ({"num_train_epochs": 3}, "give epochs_per_stage"),
         ({"load_best_model_at_end": True}, 'stage_weights="best"'),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not for this trainer"),
+        ({"per_device_eval_batch_size": 2}, "give generation_batch_size"),
+        ({"dataloader_drop_last": True}, "the schedule makes the batches"),
         ({"auto_find_batch_size": True}, "halved by itself"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen"),
@@ -36,6 +39,14 @@ AVAILABLE = "pocl_fast.training.arguments.get_available_reporting_integrations"
 def test_wrong_arguments_are_refused(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         PoclConfig(output_dir=str(tmp_path), **given)
+
+
+def test_numpys_numbers_are_numbers(tmp_path):
+    args = PoclConfig(str(tmp_path), stages=np.int64(3), learning_rate=np.float32(0.5), max_grad_norm=0)
+    assert (args.stages, args.learning_rate, args.max_grad_norm) == (3, 0.5, 0.0)
+    assert type(args.stages) is int
+    with pytest.raises(InputError, match="stages must be an integer"):
+        PoclConfig(str(tmp_path), stages=np.float32(2.5))
 
 
 def test_a_command_line_parses_into_the_arguments(tmp_path):

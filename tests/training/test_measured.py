@@ -57,8 +57,22 @@ def test_difficulty_is_measured_by_the_student_before_training_and_once(tmp_path
         {"count": 8, "student": student, "measure_temperature": 1.0},
         {"count": 8, "student": student, "stages": 3},
     ):
-        with pytest.raises(InputError, match="the difficulty of other samples, of another student or by other options"):
+        with pytest.raises(InputError, match="the difficulty of other samples, of another student or teacher"):
             trainer_of(tmp_path, **other).planned()
+
+
+def test_a_difficulty_that_a_teacher_was_read_for_is_not_taken_for_another_teacher(tmp_path):
+    def planned(signals, seed):
+        teacher = Teacher(teacher_model(seed), tmp_path / f"teacher-{seed}", cache_dtype=torch.float32)
+        trainer = trainer_of(tmp_path / signals, count=8, student=student_model(), teacher=teacher, signals=signals)
+        return trainer.planned()
+
+    planned("mean_kl", 1)
+    planned("mean_kl", 1)
+    with pytest.raises(InputError, match="of another student or teacher"):
+        planned("mean_kl", 2)
+    planned("cross_entropy", 1)
+    planned("cross_entropy", 2)  # which does not read it
 
 
 def test_the_difficulty_is_measured_again_before_each_stage_where_asked(tmp_path, capsys):
