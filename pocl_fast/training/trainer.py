@@ -33,7 +33,7 @@ from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.distilling_trainer import DistillingTrainer
 from pocl_fast.training.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.training.rollouts import Policy, Rollouts
-from pocl_fast.training.setup import check_evaluations, learning_rate_factor, placeable, prepare, schedule_of
+from pocl_fast.training.setup import check_evaluations, learning_rate_factor, placeable, schedule_of, training_parts
 from pocl_fast.training.stage_flow import StageFlow
 from pocl_fast.training.state import STATE, TrainingState
 
@@ -80,7 +80,7 @@ class PoclTrainer(DistillingTrainer):
         if eval_dataset is None and args.eval_strategy == "epoch":
             args.eval_strategy = "no"  # type: ignore[assignment]  # the default, which needs one
         check_evaluations(args)
-        made = prepare(model, teacher, args, train_dataset, eval_dataset, processing_class, peft_config)
+        made = training_parts(model, teacher, args, train_dataset, eval_dataset, processing_class, peft_config)
         if args.remeasure or (curriculum is None and args.curriculum != "none"):
             measured.check_measurable(made.student, made.teacher, args, args.device)
         self._curriculum = curriculum
