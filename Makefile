@@ -68,7 +68,6 @@ gpu-versions:
 		{ echo "the GPU machine has Python 3.12; set PYTHON312"; exit 1; }
 	$(PYTHON312) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install -r benchmarks/gpu-versions.txt
-	.venv-gpu/bin/python -m pip uninstall -y pydantic pydantic-core
 	@echo "PYTHON=.venv-gpu/bin/python bash benchmarks/gpu.sh --device cpu    runs all of gpu.sh in it"
 
 $(VENV)/bin/python:

@@ -20,7 +20,7 @@ ENDS = {"0": "done", "124": "ran out of its time", "137": "killed, for want of m
 TOOLS = ("nvcc", "ncu", "g++", "cmake", "ninja", "git")
 # what sections use besides torch; absent ones are named, and what needs them is absent
 PACKAGES = ("triton", "transformers", "accelerate", "numpy", "pytest", "pytest-xdist", "hypothesis", "peft", "jinja2")
-MAY_LACK = ("flash-attn", "liger-kernel", "bitsandbytes", "pydantic", "pyarrow", "trl", "matplotlib")
+MAY_LACK = ("flash-attn", "liger-kernel", "bitsandbytes", "pyarrow", "trl", "matplotlib")
 
 
 def run_file() -> Path:

@@ -28,8 +28,7 @@ from rouge_score import rouge_scorer
 
 from pocl_fast import _C
 from pocl_fast.answers.rouge import rouge_l
-
-BUNDLED = Path(__file__).resolve().parents[1] / "pocl_fast" / "data"
+from pocl_fast.run.demo import bundled_data
 
 
 def pairs(path: Path | None, count: int) -> tuple[list[str], list[str]]:
@@ -47,7 +46,7 @@ def pairs(path: Path | None, count: int) -> tuple[list[str], list[str]]:
 
 def responses(path: Path | None) -> list[str]:
     """The texts of `output` fields; a list of them gives its first."""
-    files = [path] if path else sorted(BUNDLED.glob("*.jsonl"))
+    files = [path] if path else [bundled_data(split) for split in ("dev", "train")]
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     texts = [row["output"] if isinstance(row["output"], str) else row["output"][0] for row in rows]
     if not texts:

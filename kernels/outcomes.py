@@ -16,7 +16,7 @@ NO_MASS = tl.constexpr(-1e30)  # log of a weight of 0; finite, so that 0 times i
 
 @triton.jit
 def natural_log(x):
-    """Of fp64."""
+    """The natural logarithm of x, in fp64."""
     return tl.log(x.to(tl.float64))
 
 

@@ -26,8 +26,8 @@ def _rest_normalisers(
     student_row, listed_row, V, K, k, apart, s_scale, s_softcap,
     HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Of what is not listed: maximum, shift, Σ 2^x and Σ 2^x · x for x = s · k - shift, CE's shift and Σ; online and a
-    lane each, then of all lanes. A listed entry becomes FILL when its tile comes: `listed_row` is sorted."""
+    """Sums over what is not listed: maximum, shift, Σ 2^x and Σ 2^x · x for x = s · k - shift, CE's shift and Σ; online
+    and a lane each, then of all lanes. A listed entry becomes FILL when its tile comes: `listed_row` is sorted."""
     BLOCK_V: tl.constexpr = LANES * VEC
     lanes = tiles.offsets(LANES, VEC)
     m = tl.full([LANES], FLOOR, tl.float32)

@@ -136,13 +136,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"pocl-fast {arguments[0]}: {error}")
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; run the same command to resume", file=sys.stderr)
         return 128 + signal.SIGINT
     except OtherRankFailed as error:
         _complain(f"pocl-fast {arguments[0]}: {error}")
         return 1
     except Interrupted as stop:
-        print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
+        print(f"\n{stop}; run the same command to resume", file=sys.stderr)
         return 128 + stop.signal_number
     finally:
         signal.signal(signal.SIGTERM, terminate)
@@ -268,7 +268,7 @@ def _complain(message: str) -> None:
 
 def _terminate(number: int, _: Any) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; run the same command to resume", file=sys.stderr)
     raise SystemExit(128 + number)
 
 

@@ -49,7 +49,7 @@ def test_the_curriculum_needs_no_torch():
     assert not used & {"torch", "transformers"}
 
 
-def test_the_trainer_needs_neither_pydantic_nor_pyarrow_where_the_curriculum_is_given(tmp_path):
+def test_the_trainer_needs_torch_and_transformers_alone_where_the_curriculum_is_given(tmp_path):
     """Nor what the command line and other formats of models need: a machine for training may lack them."""
     code = (
         "import sys\n"

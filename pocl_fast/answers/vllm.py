@@ -29,11 +29,11 @@ def chosen(engine: Literal["auto", "torch", "vllm"], device: torch.device) -> bo
     on_gpu = device.type == "cuda" and torch.version.hip is None
     if engine == "vllm":
         if not installed:
-            raise InputError('--generation-engine vllm: vLLM is not installed; pip install "pocl-fast[vllm]"')
+            raise InputError('generation_engine vllm: vLLM is not installed; pip install "pocl-fast[vllm]"')
         if not on_gpu:
-            raise InputError(f"--generation-engine vllm needs a CUDA GPU, and --device is {device}")
+            raise InputError(f"generation_engine vllm needs a CUDA GPU, and the device is {device}")
         if ranks.world_size() > 1:
-            raise InputError("--generation-engine vllm answers in one process: leave torchrun out, or take torch")
+            raise InputError("generation_engine vllm answers in one process: leave torchrun out, or take torch")
     return engine != "torch" and installed and on_gpu and ranks.world_size() == 1
 
 
@@ -107,7 +107,7 @@ def loaded(model: Any, *, max_length: int, dtype: Literal["bfloat16", "float32"]
         except Exception as error:  # vLLM's own kinds are many
             raise InputError(
                 f"vLLM cannot load this {type(model).__name__} ({type(error).__name__}: {error});"
-                " --generation-engine torch can"
+                " generation_engine torch can"
             ) from error
         engine = VllmEngine(llm)
         del llm

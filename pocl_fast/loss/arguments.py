@@ -11,7 +11,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 IDENTITY = [1.0, 0.0]  # the transform that leaves logits as they are
-TAILS = ("bucket", "renormalise")  # what D makes of the entries that a `TopKTeacher` does not list
 
 
 class Tokens(NamedTuple):
@@ -31,4 +30,4 @@ class Settings(NamedTuple):
     temperature_power: int  # the p of c(τ) = τ^p
     ignore_index: int
     transforms: list[float]  # scale and softcap (0: none) of the student's logits, then of the teacher's
-    tail: str = "bucket"  # one of TAILS; read where the teacher is K entries a token
+    tail: str = "bucket"  # one of teacher_output.TAILS; read where the teacher is K entries a token

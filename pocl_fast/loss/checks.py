@@ -125,7 +125,7 @@ def check_labels_within(labels: Tensor, counted: Tensor, V: int) -> None:
         raise ValueError(f"label {int(labels[row])} at token {row} is outside the student's vocabulary of {V}")
 
 
-def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_head_inputs(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """An lm_head and the hidden states that it is applied to; `side` is "student" or "teacher"."""
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{side}_hidden must be [N, H] or [B, T, H], got shape {tuple(hidden.shape)}")

@@ -14,7 +14,7 @@ from pocl_fast.loss.checks import (
     Backend,
     Reduction,
     check_differentiation,
-    check_head,
+    check_head_inputs,
     check_labels_of_hidden,
     check_positive,
     check_shards,
@@ -119,7 +119,7 @@ def _heads(hidden: Tensor, weight: Weight, bias: Tensor | None, labels: Tensor, 
     weight = whole(weight() if callable(weight) else weight)
     bias = None if bias is None else whole(bias)
     dtype = _product_dtype(hidden, weight)
-    check_head("student", hidden, weight, bias)
+    check_head_inputs("student", hidden, weight, bias)
     check_labels_of_hidden(hidden, labels)
     check_positive(chunk_tokens=work.chunk_tokens, max_supervised=work.max_supervised)
     return _Heads(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), dtype)
@@ -137,7 +137,7 @@ def _teacher(
     if isinstance(teacher, DenseTeacher):
         kind, rows = "dense", [("teacher.logits", teacher.logits)]
     elif isinstance(teacher, LinearTeacher):
-        check_head("teacher", teacher.hidden, teacher.weight, teacher.bias)
+        check_head_inputs("teacher", teacher.hidden, teacher.weight, teacher.bias)
         if teacher.hidden.dtype != teacher.weight.dtype:
             raise ValueError(
                 f"teacher.hidden is {teacher.hidden.dtype} and teacher.weight {teacher.weight.dtype}; convert one"

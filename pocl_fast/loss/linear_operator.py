@@ -206,7 +206,7 @@ class _Rows:
         return Tokens(self.labels[part], temperature, alpha, self.row_scale[part])
 
     def take(self, x: Tensor, part: slice) -> Tensor:
-        """Of a tensor with a row a token, a chunk of these rows."""
+        """A chunk of the rows of a tensor that has a row a token."""
         return x[part] if self.index is None else x.index_select(0, self.index[part])
 
     def put(self, out: Tensor, values: Tensor, part: slice, dim: int = 0) -> None:

@@ -90,7 +90,7 @@ def weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.dtype
     """total [V, H] fp32 = gradᵀ [V, n] · hidden [n, H], or += where `add`; the factors rounded to `dtype`."""
     beta = int(add)
     if not on_cpu(total):
-        if dtype == torch.float32 or not _has_out_dtype():
+        if dtype == torch.float32:
             total.addmm_(grad.float().t(), hidden.float(), beta=beta)
         else:
             torch.addmm(total, grad.to(dtype).t(), hidden.to(dtype), beta=beta, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
@@ -102,12 +102,7 @@ def weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.dtype
 
 
 def _gpu_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == torch.float32 or not _has_out_dtype():  # exact products, at fp32's speed
+    if a.dtype == torch.float32:
         torch.mm(a.float(), b.float(), out=out)
     else:
         torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
-
-
-def _has_out_dtype() -> bool:
-    """Whether torch's matrix products take `out_dtype`: 2.8 and later."""
-    return "dtype_out" in torch.ops.aten.mm.overloads()

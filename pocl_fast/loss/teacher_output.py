@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-Tail: TypeAlias = Literal["bucket", "renormalise"]
+Tail: TypeAlias = Literal["bucket", "renormalise"]  # what D makes of the entries that a `TopKTeacher` does not list
+TAILS = get_args(Tail)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class TopKTeacher:
                 f"teacher.log_probs is on {self.log_probs.device} and teacher.indices on {self.indices.device};"
                 " move them to one"
             )
-        if self.tail not in ("bucket", "renormalise"):
+        if self.tail not in TAILS:
             raise ValueError(f'teacher.tail must be "bucket" or "renormalise", got {self.tail!r}')
 
 

@@ -66,9 +66,9 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"--device {device}: not a device that torch knows") from error
+        raise InputError(f"device {device}: not a device that torch knows") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: this torch ({torch.__version__}) sees no CUDA device")
+        raise InputError(f"device {device}: this torch ({torch.__version__}) sees no CUDA device")
     return chosen
 
 

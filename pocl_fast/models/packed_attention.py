@@ -180,7 +180,7 @@ def _asks_for_its_name(module: str) -> bool:
 
 
 def _source(module: str) -> str:
-    """Of a family of transformers, or of a model with code of its own; "" where there is none."""
+    """The source code of a family of transformers, or of a model with code of its own; "" where there is none."""
     if module.startswith(("torch.", "transformers.modeling_utils", "transformers.generation")):
         return ""
     try:

@@ -19,7 +19,6 @@ from pocl_fast.models.placement import input_device
 
 PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.02 to 1
 KERNEL_TOLERANCE = 0.1  # between two attention kernels: 0.01 to 0.06 in bf16, by depth
-DEVICE_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)  # of the GPU itself; torch 2.8 and later
 
 
 def packing_ready(
@@ -93,7 +92,7 @@ def packing_errors(model: nn.Module, vocab_size: int) -> PackingErrors:
             want = model(input_ids=torch.tensor([sample], device=device), use_cache=False).logits[0].float()
             try:
                 behind_first, behind_other, alone = packed(first, sample), packed(other, sample), packed(sample)
-            except (LengthsLost, torch.OutOfMemoryError, DEVICE_ERROR):
+            except (LengthsLost, torch.OutOfMemoryError, torch.AcceleratorError):  # the GPU's own
                 raise
             except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
                 raise Refused(str(error).strip().splitlines()[0]) from error

@@ -34,6 +34,7 @@ from pocl_fast.system.seal import damage, seal
 
 PROBE_TOKENS = 256  # supervised tokens at which the full model's logits are kept: 156 MB of a vocabulary of 152k
 _RECORD = "quantised.json"
+_FORMAT = "2"  # of `_Made` as it is recorded: 1 had another name for `fidelity`
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class _Recipe:
 
     @cached_property
     def identity(self) -> dict[str, str | None]:
-        """Two recipes give the same model exactly where these are equal."""
+        """Two recipes give the same model, with the same fields in its record, exactly where these are equal."""
         return {
+            "format": _FORMAT,
             "source": source_fingerprint(self.source),
             "revision": hub_revision(self.source, trust_remote_code=self.trust_remote_code),
             "quantization": self.quantization,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -45,10 +46,7 @@ def rounds_to_bf16() -> bool:
 def set_fp32_products(mode: str) -> str:
     """Sets for the process how a CPU multiplies fp32 tensors: "ieee" exactly, "bf16" with inputs rounded where that is
     faster. What was set before, which this function takes back too."""
-    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9 and later
-        before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = mode
-    else:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision({"ieee": "highest", "bf16": "medium"}.get(mode, mode))
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before: str = settings.fp32_precision
+    settings.fp32_precision = mode
     return before

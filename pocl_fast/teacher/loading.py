@@ -26,7 +26,7 @@ from pocl_fast.teacher.teacher import Teacher
 WITH_STUDENT, SPREAD = "student", "spread"  # places of a teacher that are no device's name
 
 
-class CacheOptions(Protocol):
+class CacheSettings(Protocol):
     """What is kept on disk of the teacher: a run's options, a trainer's arguments."""
 
     @property
@@ -75,7 +75,7 @@ def load_teacher(
 def cached_teacher(
     model: Any,
     folder: Path,
-    options: CacheOptions,
+    options: CacheSettings,
     *,
     precision: Precision,
     device: torch.device,

@@ -31,7 +31,7 @@ from pocl_fast.training.measured import student_engine
 from pocl_fast.training.metrics import LossParts
 from pocl_fast.training.micro_batches import MicroBatch
 from pocl_fast.training.saving_trainer import SavingTrainer
-from pocl_fast.training.setup import Prepared, sample_set
+from pocl_fast.training.setup import TrainingParts, sample_set
 
 SHOWN_ANSWERS = 3  # of the dev set, after each evaluation
 
@@ -42,7 +42,7 @@ class DistillingTrainer(SavingTrainer):
     args: PoclConfig
     objective: Objective  # of the step in progress
 
-    def __init__(self, made: Prepared, args: PoclConfig, optimizers: tuple[Any, Any]) -> None:
+    def __init__(self, made: TrainingParts, args: PoclConfig, optimizers: tuple[Any, Any]) -> None:
         self.encoder, self.samples, self.dev, self.teacher = made.encoder, made.samples, made.dev, made.teacher
         self.precision, self.packed = made.precision, made.packed
         self.objective = args.objective()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.curriculum.schedule import Schedule
+from pocl_fast.system.console import minutes
 from pocl_fast.training.state import TrainingState
 
 DEV_SCORES = {"eval_rouge_l": "dev ROUGE-L", "eval_cross_entropy": "dev CE"}
@@ -20,7 +21,7 @@ def legend(divergence: str) -> str:
     """What the parts of a training line mean."""
     return (
         f"training lines: CE is the cross-entropy of the response and KD the {divergence} between teacher and student,"
-        " in nats a token; agreement is the share of tokens for which both models have the same likeliest token"
+        " in nats a token; agreement is the share of tokens for which both models have the same most likely token"
     )
 
 
@@ -124,7 +125,7 @@ def training_table(schedule: Schedule, state: TrainingState) -> str:
         loss = f"{state.losses[stage.index]:.3f}" if stage.index in state.losses else "-"
         lines.append(
             f"{stage.index + 1:>5}{stage.size:>9}{schedule.steps(stage.index):>7}{stage.temperature:>6.3g}"
-            f"{stage.alpha:>6.3g}{loss:>9}{score:>10}{step:>9}{_minutes(state.seconds.get(stage.index, 0.0)):>8}"
+            f"{stage.alpha:>6.3g}{loss:>9}{score:>10}{step:>9}{minutes(state.seconds.get(stage.index, 0.0)):>8}"
         )
     return "\n".join(lines)
 
@@ -135,11 +136,6 @@ def _counted(count: int, what: str) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _minutes(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 60}:{whole % 60:02}"
 
 
 def _short(text: str, most: int) -> str:

@@ -10,13 +10,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
-from pocl_fast.answers.answerer import Answerer
+from pocl_fast.answers.answerer import Answerer, SampleAnswerOptions
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
@@ -38,7 +38,7 @@ METRICS = ("rouge_l", "cross_entropy")  # of an evaluation of the dev set
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class TrainingParts:
     """The models and data of a training."""
 
     student: Any  # with its adapters
@@ -51,22 +51,9 @@ class Prepared:
     teacher: Teacher
 
 
-class AnsweringOptions(Protocol):
-    """How answers are generated, and how long prompt and answer may be."""
-
-    @property
-    def max_new_tokens(self) -> int: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def generation_batch_size(self) -> int: ...
-    @property
-    def generation_batch_tokens(self) -> int: ...
-
-
-def prepare(
+def training_parts(
     student: Any, teacher: Any, args: PoclConfig, training: Any, dev: Any, tokenizer: Any, peft_config: Any
-) -> Prepared:
+) -> TrainingParts:
     """Loads what is given by name, reads what is given as a path or as records, and checks that all fits together.
 
     With `data_source` "teacher" the teacher answers the training prompts here. Every rank must call. Raises
@@ -85,7 +72,7 @@ def prepare(
     if args.data_source == "teacher":
         folder = Path(str(args.output_dir)) / "teacher_answers"
         samples = answered_by_teacher(samples, kept.model, encoder, folder, fingerprint=kept.fingerprint, options=args)
-    return Prepared(student, tokenizer, encoder, samples, held_out, precision, packed, kept)
+    return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, kept)
 
 
 def _first_says(text: str) -> None:
@@ -248,7 +235,7 @@ def answered_by_teacher(
     folder: Path,
     *,
     fingerprint: str,
-    options: AnsweringOptions,
+    options: SampleAnswerOptions,
 ) -> SampleSet:
     """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
 

@@ -38,8 +38,8 @@ from pocl_fast.training.setup import (
     check_optimisation,
     learning_rate_factor,
     placeable,
-    prepare,
     schedule_of,
+    training_parts,
 )
 from pocl_fast.training.stage_flow import StageFlow
 from pocl_fast.training.state import STATE, TrainingState
@@ -88,7 +88,7 @@ class PoclTrainer(DistillingTrainer):
             args.eval_strategy = "no"  # type: ignore[assignment]  # the default, which needs one
         check_evaluations(args)
         check_optimisation(args)
-        made = prepare(model, teacher, args, train_dataset, eval_dataset, processing_class, peft_config)
+        made = training_parts(model, teacher, args, train_dataset, eval_dataset, processing_class, peft_config)
         if args.remeasure or (curriculum is None and args.curriculum != "none"):
             measured.check_measurable(made.student, made.teacher, args, args.device)
         self._curriculum = curriculum

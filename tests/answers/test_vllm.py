@@ -101,7 +101,7 @@ def test_it_answers_where_it_is_installed_and_there_is_a_gpu(vllm, monkeypatch):
     assert vllm_engine.chosen("vllm", GPU)
     assert not vllm_engine.chosen("torch", GPU)
     assert not vllm_engine.chosen("auto", torch.device("cpu"))
-    with pytest.raises(InputError, match="needs a CUDA GPU, and --device is cpu"):
+    with pytest.raises(InputError, match="needs a CUDA GPU, and the device is cpu"):
         vllm_engine.chosen("vllm", torch.device("cpu"))
     monkeypatch.setattr("pocl_fast.system.ranks.world_size", lambda: 2)
     assert not vllm_engine.chosen("auto", GPU)
@@ -155,7 +155,7 @@ def test_a_model_that_vllm_cannot_load_is_one_clear_message(vllm, monkeypatch):
     monkeypatch.setattr(vllm, "LLM", refuse)
     with (
         pytest.raises(
-            InputError, match=r"vLLM cannot load this LlamaForCausalLM \(ValueError: .*--generation-engine torch"
+            InputError, match=r"vLLM cannot load this LlamaForCausalLM \(ValueError: .*generation_engine torch"
         ),
         vllm_engine.loaded(tiny_model(), max_length=9, dtype="float32"),
     ):

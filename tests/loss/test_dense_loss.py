@@ -1,6 +1,6 @@
 """What `distillation_loss` is, and which arguments it refuses.
 
-Its numbers: tests/reference. Autograd and compilation: test_torch_citizenship.py."""
+Its numbers: reference/. Autograd and compilation: test_torch_citizenship.py."""
 
 import math
 import subprocess

@@ -1,5 +1,5 @@
 """What `linear_distillation_loss` is to autograd and the compiler, other ways to give it the weight, its errors.
-Numbers: tests/reference/test_linear.py. What it saves: test_linear_work.py."""
+Numbers: reference/test_linear.py. What it saves: test_linear_work.py."""
 
 import copy
 

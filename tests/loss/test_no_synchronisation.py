@@ -1,7 +1,7 @@
 """Nothing on the way of a loss waits for a GPU: shown without one, on tensors without values, of the "meta" device.
 
 Whatever needs a value raises there, and a mode sees every operation that leaves the device. On a GPU,
-tests/reference/test_dense_triton.py shows the same by torch's own check and by a captured graph.
+reference/test_dense_triton.py shows the same by torch's own check and by a captured graph.
 """
 
 import pytest

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pocl_fast.loss import reference, row_operator
-from pocl_fast.loss.arguments import TAILS, Settings, Tokens
+from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.dense import DistillationLoss, distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
-from pocl_fast.loss.teacher_output import TopKTeacher
+from pocl_fast.loss.teacher_output import TAILS, TopKTeacher
 
 pytestmark = pytest.mark.usefixtures("seed")
 

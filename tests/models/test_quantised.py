@@ -153,13 +153,18 @@ def test_a_damaged_one_is_named_and_made_again(tmp_path, source, loads, damage):
     assert len(said) == 3
 
 
-@pytest.mark.parametrize("change", ["weights", "quantization", "dtype", "library"])
+@pytest.mark.parametrize("change", ["weights", "quantization", "dtype", "library", "format"])
 def test_what_was_made_otherwise_is_not_read(tmp_path, source, loads, monkeypatch, change):
     load_quantised(source, "8bit", tmp_path / "kept", say=lambda _: None)
     if change == "weights":
         tiny_model(hidden=64, seed=1).save_pretrained(source)
     if change == "library":
         monkeypatch.setattr(quantised, "version", lambda name: "0.0")
+    if change == "format":  # what an older version of the package has recorded
+        [folder] = kept(tmp_path / "kept")
+        record = json.loads((folder / "quantised.json").read_text())
+        assert record["made_from"]["format"] == "2"
+        monkeypatch.setattr(quantised, "_FORMAT", "3")
     loads.clear()
     quantization = "4bit" if change == "quantization" else "8bit"
     dtype = torch.bfloat16 if change == "dtype" else torch.float32

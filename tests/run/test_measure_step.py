@@ -160,7 +160,7 @@ def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, t
     monkeypatch.setattr(engine, "generate", interrupted)
     words = select(options(inputs), "measure")
     assert run("measure", output, *words) == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "run the same command to resume" in capsys.readouterr().err
     assert asked == [8]
     assert [p.name for p in (output / "difficulty.parts" / "000000").iterdir()] == ["000000.parquet"]
 

@@ -88,7 +88,7 @@ def test_a_place_to_report_to_that_is_misspelt_or_not_installed_is_refused(monke
 
 
 def test_the_trainer_refuses_it_before_it_loads_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "prepare", lambda *_: pytest.fail("models are loaded"))
+    monkeypatch.setattr(trainer, "training_parts", lambda *_: pytest.fail("models are loaded"))
     with pytest.raises(InputError, match="got 'wandbb'"):
         trainer_of(tmp_path, curriculum=curriculum_of(8, stages=1), report_to="wandbb")
 

@@ -265,7 +265,7 @@ def test_a_signalled_command_leaves_a_whole_checkpoint_and_goes_on_to_the_same_s
     process.send_signal(signal_number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal_number
-    assert f"stopped by {signal_number.name}; the same command goes on from here" in said
+    assert f"stopped by {signal_number.name}; run the same command to resume" in said
     assert "Traceback" not in said
     newest = checkpoints.checkpoints(output / "checkpoints")[-1]
     assert damage(newest) is None
@@ -289,5 +289,5 @@ def test_a_signal_outside_of_training_stops_with_a_message(
 
     monkeypatch.setattr(engine, "generate", signalled)
     assert run("distill", tmp_path / "out", *options(finished[0])) == status
-    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    assert "stopped; run the same command to resume" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "steps.json").read_text())["measure"]["done"] is False

@@ -72,6 +72,11 @@ def test_the_table_has_a_row_for_each_stage_that_was_begun(schedule):
     ]  # fmt: skip
 
 
+def test_the_table_shows_a_long_stage_in_hours(schedule):
+    state = TrainingState(stage=0, seconds={0: 75 * 60.0})
+    assert lines.training_table(schedule, state).split()[-1] == "1:15:00"
+
+
 def test_a_training_says_each_event_once_and_where_it_resumes(tmp_path, capsys):
     setting = {"curriculum": curriculum_of(8, stages=2), "max_steps": 1}
     trainer_of(tmp_path, **setting).train()

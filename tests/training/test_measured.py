@@ -165,7 +165,7 @@ def test_the_engine_of_the_options_answers(tmp_path, monkeypatch):
 
 
 def test_an_engine_that_cannot_answer_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="--generation-engine vllm"):
+    with pytest.raises(InputError, match="generation_engine vllm"):
         trainer_of(tmp_path, count=8, generation_engine="vllm")
     trainer_of(tmp_path, curriculum=curriculum_of(8, stages=2), generation_engine="vllm")  # it is not asked there
 

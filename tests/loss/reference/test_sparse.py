@@ -12,10 +12,10 @@ from compare import relative_error
 from sparse_compare import assert_matches, case, exact, run, settings_of
 
 from pocl_fast.loss import reference
-from pocl_fast.loss.arguments import TAILS, Tokens
+from pocl_fast.loss.arguments import Tokens
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import DIVERGENCES, Objective
-from pocl_fast.loss.teacher_output import TopKTeacher
+from pocl_fast.loss.teacher_output import TAILS, TopKTeacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # what overflows in the interpreter's NumPy is what a kernel then writes over, or leaves out
