@@ -102,6 +102,7 @@ def test_a_missing_output_is_named(capsys):
         ({"teacher": "/nowhere/model"}, "no such model folder: /nowhere/model"),
         ({"teacher": "nowhere.gguf"}, "no such GGUF file: nowhere.gguf"),
         ({"device": "tpu9"}, "device tpu9: not a device that torch knows"),
+        ({"teacher_device": "nosuch"}, "teacher_device nosuch: not a device that torch knows"),
         ({"student_layers": 5}, "--student-layers 5: the model to cut from has 4 layers"),
     ],
 )

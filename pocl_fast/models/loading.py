@@ -59,16 +59,16 @@ def resolve(source: str) -> ModelSource:
     return ModelSource(source)
 
 
-def choose_device(device: str) -> torch.device:
+def choose_device(device: str, *, option: str = "device") -> torch.device:
     """ "auto" is the first CUDA (or ROCm) device where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device {device}: not a device that torch knows") from error
+        raise InputError(f"{option} {device}: not a device that torch knows") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device}: this torch ({torch.__version__}) sees no CUDA device")
+        raise InputError(f"{option} {device}: this torch ({torch.__version__}) sees no CUDA device")
     return chosen
 
 

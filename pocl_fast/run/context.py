@@ -229,6 +229,13 @@ class RunContext:
         """Prints lines about one of the run's models, which name it."""
         return lambda text: self.say(f"{whose}: {text}")
 
+    def check_teacher_device(self) -> None:
+        """Raises `InputError` where the teacher is to lie on a device that is not there."""
+        from pocl_fast.teacher.loading import SPREAD, WITH_STUDENT
+
+        if (where := self.config.models.teacher_device) not in (WITH_STUDENT, SPREAD):
+            loading.choose_device(where, option="teacher_device")
+
     def check_engine(self) -> bool:
         """Whether vLLM answers. Raises `InputError` where it is asked for and cannot."""
         return vllm.chosen(self.config.generation.generation_engine, self.device)

@@ -45,6 +45,7 @@ class Run:
         context = self.context
         chosen_signals(context.config.difficulty.signals)
         trainer_arguments(context)
+        context.check_teacher_device()
         context.check_engine()
         count, _ = len(context.train_set.encoded), context.dev_set
         stages_over(np.arange(count), np.zeros(count), context.config.schedule)
