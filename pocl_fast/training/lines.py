@@ -21,9 +21,9 @@ def legend(divergence: str) -> str:
     """What the parts of a training line mean."""
     return (
         f"training lines: CE is the cross-entropy of the response and KD the {divergence} between teacher and student,"
-        " in nats a token; loss is α · CE + (1 - α) · KD times its factor for the temperature τ (see temperature_scaling),"
-        " so that losses of different stages do not compare; agreement is the share of tokens for which both models have"
-        " the same most likely token; supervised tokens are those of responses"
+        " in nats a token; loss is α · CE + (1 - α) · KD times its factor for the temperature τ (temperature_scaling),"
+        " so losses of different stages do not compare; agreement is the share of tokens for which both models have the"
+        " same most likely token; supervised tokens are those of responses"
     )
 
 
