@@ -213,7 +213,7 @@ def test_answers_are_sampled_at_the_temperature_from_the_seed(changed, measured)
 
 @reaches("generation_engine")
 def test_vllm_answers_where_it_is_asked_for(changed, run_of):
-    with pytest.raises(InputError, match="--generation-engine vllm"):
+    with pytest.raises(InputError, match="generation_engine vllm"):
         run_of(**changed).measure()
 
 
