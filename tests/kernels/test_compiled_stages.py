@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from test_compiled import KL, SPILLS, STACK, hot_loops
 
+pytestmark = pytest.mark.full  # no tile in use reads ahead so: benchmarks/sweep_gpu.py tries them
 REPORT = "compile_stages_report.py"  # for the fixtures of conftest.py
 
 

@@ -251,7 +251,7 @@ def test_checkpoints_are_also_written_by_the_clock(tmp_path):
     assert (tmp_path / "checkpoint-5").is_dir()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [pytest.param(signal.SIGINT, marks=pytest.mark.full), signal.SIGTERM])
 def test_a_signalled_command_leaves_a_whole_checkpoint_and_goes_on_to_the_same_student(
     finished, tmp_path, signal_number
 ):
