@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.cli import COMMANDS
-from pocl_fast.options import TRAINER_GROUPS, RunConfig, flag
+from pocl_fast.options import RunConfig, flag
 from pocl_fast.system.typed_values import describe, hints_of
+from pocl_fast.training.arguments import TRAINER_GROUPS
 
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """\

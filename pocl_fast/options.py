@@ -306,22 +306,6 @@ class RunConfig:
         return {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in only_runs}
 
 
-TRAINER_GROUPS: tuple[type, ...] = (
-    ModelOptions,
-    DataOptions,
-    GenerationOptions,
-    DifficultyOptions,
-    ScheduleOptions,
-    LossOptions,
-    StageOptions,
-    OptimisationOptions,
-    LoggingOptions,
-    RolloutOptions,
-    CacheOptions,
-    EvaluationOptions,
-)
-
-
 def option_name(option: Field[Any]) -> str:
     """The field's name on the command line and in YAML: `batch_size` for `per_device_train_batch_size`, which
     transformers names so."""

@@ -278,7 +278,7 @@ def test_a_run_gives_its_trainer_every_option(run_of, monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr("pocl_fast.training.trainer.PoclTrainer", lambda *given, **_: made.append(given[2]))
     run = run_of(learning_rate=3e-3, set={"optim": "sgd"})
-    train_step.make_trainer(run.context, curriculum_of(6, stages=1))
+    train_step.make_trainer(run.context, curriculum_of(6, stages=1), train_step.trainer_arguments(run.context))
     assert (made[0].learning_rate, made[0].optim, made[0].output_dir) == (3e-3, "sgd", str(run.path / "checkpoints"))
 
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report
 from pocl_fast.system.errors import InputError
@@ -35,6 +37,17 @@ def chosen(engine: Literal["auto", "torch", "vllm"], device: torch.device) -> bo
         if ranks.world_size() > 1:
             raise InputError("generation_engine vllm answers in one process: leave torchrun out, or take torch")
     return engine != "torch" and installed and on_gpu and ranks.world_size() == 1
+
+
+def engine_of(
+    model: Any, encoder: SampleEncoder, options: AnswerOptions, *, max_prompt_length: int, by_vllm: bool, bf16: bool
+) -> contextlib.AbstractContextManager[Engine]:
+    """What generates the model's answers within the block: torch, or `by_vllm` vLLM with the model in it, in bf16 or
+    fp32."""
+    if not by_vllm:
+        return contextlib.nullcontext(TorchEngine.of(model, encoder, options))
+    longest = max_prompt_length + options.max_new_tokens
+    return loaded(model, max_length=longest, dtype="bfloat16" if bf16 else "float32")
 
 
 class VllmEngine:

@@ -8,10 +8,11 @@ and columns. Does not know how samples are ranked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from pocl_fast.answers.decoding import answering_work
@@ -26,6 +27,7 @@ from pocl_fast.system.console import shared_progress
 from pocl_fast.system.resumable_table import Job, make_table, pieces_of
 
 Row: TypeAlias = tuple[Sample, EncodedSample]
+Scores: TypeAlias = Callable[[Sequence[EncodedSample]], Mapping[str, np.ndarray]]  # column -> a value a sample
 TEACHER_SCHEMA = pa.schema([("index", pa.int64()), *((name, pa.float64()) for name in TEACHER_COLUMNS)])
 TEACHER_TOKENS = 16_384  # of the samples whose teacher columns become one part
 
@@ -81,6 +83,14 @@ def measure_teacher(
     """Writes how likely the teacher finds each sample's response, and the student's divergence from it (Parquet, the
     columns of `TEACHER_SCHEMA`), in file order. `pieces`, ranks and interruptions are as in `make_table`."""
 
+    with frozen_linears(student.model), frozen_linears(teacher.model):
+        write_teacher_table(pieces, count, output, lambda encoded: response_scores(student, encoded, teacher))
+
+
+def write_teacher_table(pieces: Iterable[Sequence[Row]], count: int, output: Path, scores: Scores) -> None:
+    """Writes `TEACHER_COLUMNS` of `count` samples (Parquet, `TEACHER_SCHEMA`), as `scores` gives them for some; see
+    `make_table`."""
+
     def plan(piece: Sequence[Row]) -> list[Job[Row]]:
         lengths = [len(one) for _, one in piece]
         batches = token_budget_batches(lengths, max_tokens=TEACHER_TOKENS)
@@ -88,15 +98,11 @@ def measure_teacher(
 
     def work(rows: Sequence[Row]) -> pa.Table:
         encoded = [one for _, one in rows]
-        scores = response_scores(student, encoded, teacher)
-        columns = {"index": [one.index for one in encoded], **{name: scores[name] for name in TEACHER_COLUMNS}}
+        values = scores(encoded)
+        columns = {"index": [one.index for one in encoded], **{name: values[name] for name in TEACHER_COLUMNS}}
         return pa.table(columns, schema=TEACHER_SCHEMA)
 
-    with (
-        frozen_linears(student.model),
-        frozen_linears(teacher.model),
-        shared_progress(count, "measure the teacher", "samples") as progress,
-    ):
+    with shared_progress(count, "measure the teacher", "samples") as progress:
         make_table(pieces, plan, work, output, progress)
 
 

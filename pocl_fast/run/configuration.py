@@ -25,48 +25,40 @@ def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, w
     """
     base = base or RunConfig()
     where = where and f"{where}: "
-    given = {str(name).replace("-", "_"): value for name, value in options.items()}
-    _check_names(given, base, where)
-    _check_spelt_once(options, base, where)
+    given = _by_field(options, base, where)
     groups, problems = {}, []
     for group in fields(base):
         current = getattr(base, group.name)
         values = vars(current).copy()
         for option in fields(current):
-            for name in {option_name(option), option.name} & given.keys():
-                try:
-                    values[option.name] = _value(option.name, given[name], current)
-                except ValueError as error:
-                    problems.append(flag(option) + _after_name(flag(option), error))
+            if option.name not in given:
+                continue
+            try:
+                values[option.name] = _value(option.name, given[option.name], current)
+            except ValueError as error:
+                problems.append(flag(option) + _after_name(flag(option), error))
         groups[group.name] = type(current)(**values)
     if problems:
         raise InputError(where + "; ".join(problems))
     return RunConfig(**groups)
 
 
-def _check_names(given: Mapping[str, Any], base: RunConfig, where: str) -> None:
-    options = [option for group in fields(base) for option in fields(getattr(base, group.name))]
-    known = [option_name(option) for option in options]
-    unknown = sorted(set(given) - {*known, *(option.name for option in options)})
-    if not unknown:
-        return
-    what = "unknown options" if len(unknown) > 1 else "unknown option"
-    raise InputError(
-        f"{where}{what} {', '.join(name + did_you_mean(name, known) for name in unknown)}; known are {', '.join(known)}"
-    )
-
-
-def _check_spelt_once(options: Mapping[str, Any], base: RunConfig, where: str) -> None:
-    spelt: dict[str, str] = {}
-    for group in fields(base):
-        for option in fields(getattr(base, group.name)):
-            spelt |= {option.name: option.name, option_name(option): option.name}
-    seen: dict[str, Any] = {}
-    for name in options:
-        meant = spelt[str(name).replace("-", "_")]
-        if meant in seen:
-            raise InputError(f"{where}{seen[meant]} and {name} are the same option: give one of them")
-        seen[meant] = name
+def _by_field(options: Mapping[str, Any], base: RunConfig, where: str) -> dict[str, Any]:
+    """The given values by the names of their fields. Raises `InputError` naming every unknown option, or one that is
+    given in two spellings."""
+    every = [option for group in fields(base) for option in fields(getattr(base, group.name))]
+    known = [option_name(option) for option in every]
+    field_of = {name: option.name for option in every for name in (option.name, option_name(option))}
+    spelt = {given: str(given).replace("-", "_") for given in options}
+    if unknown := sorted(set(spelt.values()) - field_of.keys()):
+        what = "unknown options" if len(unknown) > 1 else "unknown option"
+        named = ", ".join(name + did_you_mean(name, known) for name in unknown)
+        raise InputError(f"{where}{what} {named}; known are {', '.join(known)}")
+    given_as: dict[str, str] = {}
+    for given, name in spelt.items():
+        if (before := given_as.setdefault(field_of[name], given)) != given:
+            raise InputError(f"{where}{before} and {given} are the same option: give one of them")
+    return {field: options[given] for field, given in given_as.items()}
 
 
 def _value(name: str, given: Any, group: Any) -> Any:

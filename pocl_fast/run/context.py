@@ -11,10 +11,10 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pocl_fast.answers import vllm
-from pocl_fast.answers.engine import Engine, TorchEngine
+from pocl_fast.answers.engine import Engine
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all
 from pocl_fast.data.records import read_samples
@@ -242,8 +242,11 @@ class RunContext:
 
     def engine(self, model: Any) -> contextlib.AbstractContextManager[Engine]:
         """What generates the model's answers: vLLM with the model in it where vLLM answers, else torch."""
-        if not self.check_engine():
-            return contextlib.nullcontext(TorchEngine.of(model, self.encoder, self.config.generation))
-        max_length = self.config.data.max_prompt_length + self.config.generation.max_new_tokens
-        dtype: Literal["bfloat16", "float32"] = "bfloat16" if self.precision.name == "bf16" else "float32"
-        return vllm.loaded(model, max_length=max_length, dtype=dtype)
+        return vllm.engine_of(
+            model,
+            self.encoder,
+            self.config.generation,
+            max_prompt_length=self.config.data.max_prompt_length,
+            by_vllm=self.check_engine(),
+            bf16=self.precision.name == "bf16",
+        )

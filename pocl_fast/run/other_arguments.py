@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 from transformers import TrainingArguments
 
-from pocl_fast.options import TRAINER_GROUPS, flag
+from pocl_fast.options import flag
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import Range, did_you_mean, hints_of, typed
-from pocl_fast.training.arguments import NOT_HERE, RENAMED, WHOLE_SCHEDULE
+from pocl_fast.training.arguments import NOT_HERE, RENAMED, TRAINER_GROUPS, WHOLE_SCHEDULE
 
 # argument -> what decides it in a run
 DECIDED_BY = {option.name: flag(option) for group in TRAINER_GROUPS for option in fields(group)} | {

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 def train_step(context: RunContext) -> None:
     """Trains the student along curriculum.json -> student/, metrics.jsonl; resumes from the newest checkpoint."""
-    trainer_arguments(context)  # what is wrong with them is raised before the step begins
+    arguments = trainer_arguments(context)  # what is wrong with them is raised before the step begins
     if not context.begins("train", "student"):
         return
     context.check_vocabularies()
     curriculum, _ = ranked_samples(context), context.dev_set  # what is wrong with a file is raised before models load
     with context.directory.timed("train") as facts:
-        trainer = make_trainer(context, curriculum)
+        trainer = make_trainer(context, curriculum, arguments)
         trainer.train(resume_from_checkpoint=True)
         with unsharded(trainer.model) as whole:
             ranks.from_first(lambda: save_student(whole, context.tokenizer, context.path))
@@ -51,7 +51,7 @@ def ranked_samples(context: RunContext) -> Curriculum:
     return curriculum
 
 
-def make_trainer(context: RunContext, curriculum: Curriculum) -> PoclTrainer:
+def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclConfig) -> PoclTrainer:
     """The trainer of a run, which owns its student and its teacher."""
     from pocl_fast.training.stage_flow import MetricsFile
     from pocl_fast.training.trainer import PoclTrainer
@@ -65,7 +65,7 @@ def make_trainer(context: RunContext, curriculum: Curriculum) -> PoclTrainer:
     return PoclTrainer(
         as_trainable(student),
         context.take_cached_teacher(),
-        trainer_arguments(context),
+        arguments,
         context.train_set,
         context.dev_set,
         context.tokenizer,

@@ -20,7 +20,6 @@ from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.options import (
-    TRAINER_GROUPS,
     CacheOptions,
     DataOptions,
     DifficultyOptions,
@@ -68,6 +67,7 @@ NOT_HERE = {
 WHOLE_SCHEDULE = "num_train_epochs counts the whole schedule and must stay 1: give epochs_per_stage"
 RENAMED = {"warmup_ratio": "warmup_steps"}  # transformers 5: a number below 1 is the ratio
 UNLISTED = ("azure_ml", "flyte")  # integrations that transformers does not look for
+METRICS = ("rouge_l", "cross_entropy")  # of an evaluation of the dev set
 PAPER = "paper"  # as a temperature scaling: what the published code does for each divergence
 
 
@@ -155,8 +155,16 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             raise InputError(WHOLE_SCHEDULE)
         if self.save_strategy == "best":
             raise InputError('save_strategy="best" would not save what a stop leaves: the best weights are kept anyway')
-        if str(self.optim).startswith("schedule_free"):
-            raise InputError(f"optim={str(self.optim)!r} has no state of its own stages: take adamw_torch_fused")
+        if (metric := self.metric_for_best_model or METRICS[0]).removeprefix("eval_") not in METRICS:
+            raise InputError(f"metric_for_best_model must be one of {', '.join(METRICS)}; got {metric!r}")
+        if self.dataloader_num_workers < 0:
+            raise InputError(f"dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}")
+        try:
+            self.get_process_log_level()
+        except KeyError as error:
+            raise InputError(f"log_level {self.log_level!r} is none that transformers knows") from error
+        if (optim := value_of(self.optim)).startswith("schedule_free"):
+            raise InputError(f"optim={optim!r} has no state of its own stages: take adamw_torch_fused")
         if self.remeasure and self.dataloader_num_workers:
             raise InputError("remeasure changes the order, and workers have the old one: dataloader_num_workers=0")
         if self.deepspeed and self.on_nonfinite == "skip":
@@ -263,6 +271,9 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         return cls(output_dir=output_dir, **(recipe | changes))
 
 
+TRAINER_GROUPS: tuple[type, ...] = PoclConfig.__bases__[:-1]  # those of pocl_fast.options
+
+
 def top_k_lacks(columns: Sequence[str]) -> str:
     """What is wrong with a top-k cache where these columns are to be measured from it."""
     return (
@@ -291,3 +302,8 @@ def _near(name: str, known: Sequence[str]) -> str:
         return f" (it is {RENAMED[name]} since transformers 5, where a number below 1 is the ratio)"
     aliases = {option_name(option): option.name for group in TRAINER_GROUPS for option in fields(group)}
     return f" (it is {aliases[name]} here)" if name in aliases else did_you_mean(name, known)
+
+
+def value_of(choice: Any) -> str:
+    """The value of one of transformers' enumerations, or the text itself."""
+    return str(getattr(choice, "value", choice))

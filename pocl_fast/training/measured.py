@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pocl_fast.answers import vllm
-from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
+from pocl_fast.answers.engine import AnswerOptions, Engine
 from pocl_fast.answers.likelihood import TEACHER_COLUMNS, TOKENS_A_BATCH, LoadedModel
 from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, StageSettings, make_curriculum
@@ -29,7 +29,7 @@ from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.lm_head import LmHead, causal_lm, lm_head
 from pocl_fast.models.packed_forward import supervised_hidden
 from pocl_fast.system import ranks
-from pocl_fast.system.console import say, shared_progress
+from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 from pocl_fast.teacher.shards import HiddenEntries
@@ -108,7 +108,7 @@ def measured_curriculum(
                 seed=options.measure_seed,
             )
         if teacher_columns(options.signals):
-            measure_cached_teacher(loaded, teacher, samples.encoded, folder / TEACHER_SCORES)
+            measure_cached_teacher(loaded, teacher, samples, folder / TEACHER_SCORES)
     scores = read_scores(table, chosen_signals(options.signals))
     curriculum = make_curriculum(scores, options)
     if ranks.is_first():
@@ -178,49 +178,35 @@ def student_engine(
     student: Any, encoder: SampleEncoder, options: EngineOptions, *, bf16: bool
 ) -> contextlib.AbstractContextManager[Engine]:
     """What generates the student's answers: vLLM with the student in it, in bf16 or fp32, or torch."""
-    if not vllm_answers(student, options, next(student.parameters()).device):
-        return contextlib.nullcontext(TorchEngine.of(student, encoder, options))
-    longest = options.max_prompt_length + options.max_new_tokens
-    return vllm.loaded(student, max_length=longest, dtype="bfloat16" if bf16 else "float32")
+    by_vllm = vllm_answers(student, options, next(student.parameters()).device)
+    most = options.max_prompt_length
+    return vllm.engine_of(student, encoder, options, max_prompt_length=most, by_vllm=by_vllm, bf16=bf16)
 
 
 # -- the teacher -------------------------------------------------------------------------------------------------------
 
 
-def measure_cached_teacher(
-    student: LoadedModel, teacher: Teacher, encoded: Sequence[EncodedSample], output: Path
-) -> None:
+def measure_cached_teacher(student: LoadedModel, teacher: Teacher, samples: SampleSet, output: Path) -> None:
     """Writes `TEACHER_COLUMNS` of the samples (Parquet), as `measure_teacher` does, from the teacher's cache.
 
     The cache is filled first, so that the teacher's layers, which may have left memory, still run once a sample. Its
     rounding of the hidden states is in the result. Ranks and interruptions are as in `make_table`.
     """
-    import pyarrow as pa
-
-    from pocl_fast.curriculum.measurer import TEACHER_TOKENS
-    from pocl_fast.system.resumable_table import Job, make_table, pieces_of
+    from pocl_fast.curriculum.measurer import rows_of, write_teacher_table
 
     if teacher.has_body:
-        teacher.fill(encoded)
+        teacher.fill(samples.encoded)
 
-    def plan(piece: Sequence[EncodedSample]) -> list[Job[EncodedSample]]:
-        lengths = [len(one) for one in piece]
-        batches = token_budget_batches(lengths, max_tokens=TEACHER_TOKENS)
-        return [Job([piece[i] for i in batch], float(sum(lengths[i] for i in batch))) for batch in batches]
-
-    def work(samples: Sequence[EncodedSample]) -> pa.Table:
-        columns = {name: np.empty(len(samples)) for name in TEACHER_COLUMNS}
-        for batch in token_budget_batches([len(one) for one in samples], max_tokens=TOKENS_A_BATCH):
-            for name, means in _cached_scores(student, teacher, [samples[i] for i in batch]).items():
+    def scores(encoded: Sequence[EncodedSample]) -> dict[str, np.ndarray]:
+        columns = {name: np.empty(len(encoded)) for name in TEACHER_COLUMNS}
+        for batch in token_budget_batches([len(one) for one in encoded], max_tokens=TOKENS_A_BATCH):
+            for name, means in _cached_scores(student, teacher, [encoded[i] for i in batch]).items():
                 columns[name][batch] = means
-        index = pa.array([one.index for one in samples], pa.int64())
-        return pa.table({"index": index, **{name: pa.array(values) for name, values in columns.items()}})
+        return columns
 
-    with (
-        frozen_linears(student.model),
-        shared_progress(len(encoded), "measure the teacher", "samples") as progress,
-    ):
-        make_table(pieces_of(encoded), plan, work, output, progress)
+    rows = rows_of(samples.samples, samples.encoded)
+    with frozen_linears(student.model):
+        write_teacher_table(rows, len(samples.encoded), output, scores)
 
 
 @torch.no_grad()

@@ -32,9 +32,7 @@ from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.loading import cached_teacher, load_teacher
 from pocl_fast.teacher.references import teacher_answers
 from pocl_fast.teacher.teacher import Teacher
-from pocl_fast.training.arguments import PoclConfig
-
-METRICS = ("rouge_l", "cross_entropy")  # of an evaluation of the dev set
+from pocl_fast.training.arguments import PoclConfig, value_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,31 +121,23 @@ def check_evaluations(args: PoclConfig) -> None:
 def check_optimisation(args: PoclConfig) -> None:
     """Makes the optimizer and the learning rate's schedule for one weight, before anything is computed.
 
-    Raises `InputError` where transformers cannot, and for a metric that no evaluation gives.
+    Raises `InputError` where transformers cannot.
     """
-    if (metric := args.metric_for_best_model or METRICS[0]).removeprefix("eval_") not in METRICS:
-        raise InputError(f"metric_for_best_model must be one of {', '.join(METRICS)}; got {metric!r}")
-    if args.dataloader_num_workers < 0:
-        raise InputError(f"dataloader_num_workers must be at least 0, got {args.dataloader_num_workers}")
-    try:
-        args.get_process_log_level()
-    except KeyError as error:
-        raise InputError(f"log_level {args.log_level!r} is none that transformers knows") from error
-    needs_model = any(part in _named(args.optim) for part in ("galore", "apollo", "lomo", "layerwise"))
+    needs_model = any(part in value_of(args.optim) for part in ("galore", "apollo", "lomo", "layerwise"))
     try:
         kind, given = Trainer.get_optimizer_cls_and_kwargs(args)
         kind([torch.nn.Parameter(torch.zeros(1))], **given)
     except ImportError as error:
-        raise InputError(f"optim {_named(args.optim)}: {error}") from error
+        raise InputError(f"optim {value_of(args.optim)}: {error}") from error
     except Exception as error:  # whatever an optimizer says of its arguments
         if not needs_model:
-            raise InputError(f"optim {_named(args.optim)}: {error}") from error
+            raise InputError(f"optim {value_of(args.optim)}: {error}") from error
     try:
         _factor_over(args, 10)(5)
     except InputError:
         raise
     except Exception as error:  # whatever a schedule says of its arguments
-        raise InputError(f"lr_scheduler_type {_named(args.lr_scheduler_type)}: {error}") from error
+        raise InputError(f"lr_scheduler_type {value_of(args.lr_scheduler_type)}: {error}") from error
 
 
 def check_lengths(student: Any, teacher: Teacher, args: PoclConfig, training: SampleSet, dev: SampleSet | None) -> None:
@@ -267,14 +257,10 @@ def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[Enco
 
 
 def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int], float]:
-    """The learning rate's factor by step: `lr_scheduler_type` over each stage anew, or over all of them.
+    """The learning rate's factor by step: `lr_scheduler_type` over each stage anew, or over all of them. That these
+    arguments make one is checked by `check_optimisation`."""
 
-    Raises `InputError` for a type that does not follow from the step alone.
-    """
-
-    @functools.cache  # asked at every step
-    def over(steps: int) -> Callable[[int], float]:
-        return _factor_over(args, steps)
+    over = functools.cache(functools.partial(_factor_over, args))  # asked at every step
 
     def factor(step: int) -> float:
         if step >= schedule.total_steps:
@@ -284,7 +270,6 @@ def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int]
         place = schedule.place(step)
         return over(place.stage_steps)(place.step_in_stage)
 
-    over(1)
     return factor
 
 
@@ -294,12 +279,7 @@ def _factor_over(args: PoclConfig, steps: int) -> Callable[[int], float]:
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, special)  # type: ignore[arg-type]
     if not isinstance(scheduler, LambdaLR):
         raise InputError(
-            f"lr_scheduler_type {_named(args.lr_scheduler_type)} depends on more than the step: take another"
+            f"lr_scheduler_type {value_of(args.lr_scheduler_type)} depends on more than the step: take another"
         )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return factor
-
-
-def _named(choice: Any) -> str:
-    """The value of one of transformers' enumerations, or the text itself."""
-    return str(getattr(choice, "value", choice))

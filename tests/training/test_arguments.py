@@ -29,6 +29,7 @@ AVAILABLE = "pocl_fast.training.arguments.get_available_reporting_integrations"
         ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen"),
         ({"eval_delay": 2}, "eval_delay"),
         ({"torch_compile": True}, "compiled again"),
+        ({"optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' has no state"),
         ({"save_strategy": "best"}, "the best weights are kept anyway"),
         ({"remeasure": True, "dataloader_num_workers": 2}, "dataloader_num_workers=0"),
         ({"patience": 2, "eval_strategy": "no"}, "patience needs evaluations"),
