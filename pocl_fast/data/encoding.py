@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pocl_fast.data.records import Message, Sample
 from pocl_fast.system.errors import InputError
@@ -143,7 +143,7 @@ class SampleEncoder:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _apply_chat_template(self, messages: Sequence[Message], answer: str | None) -> str:
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        turns: list[Any] = [dict(message) for message in messages]
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))

@@ -19,11 +19,15 @@ FORMATS = (
 )
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
+class Message(TypedDict, total=False):
+    """One turn of a conversation, as a chat template is given it; role and content are always there."""
 
-    role: str  # "user", "assistant", "system"
+    role: str  # "user", "assistant", "system", "tool"
     content: str
+    reasoning_content: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class Sample:
     references: tuple[str, ...]
     instruction: str = ""  # the last user turn in parts, for the Alpaca template
     input: str = ""
+    tools: tuple[dict[str, Any], ...] = ()  # schemas of the tools that the conversation may call
+    answer: Message | None = None  # the whole last turn, where it has more than its text: reasoning, tool calls
+
+    @property
+    def answer_turn(self) -> Message:
+        """The turn that is trained on."""
+        return self.answer or {"role": "assistant", "content": self.references[0]}
 
 
 def read_samples(path: str | Path) -> list[Sample]:

@@ -1,8 +1,9 @@
 """Every objective in plain, obvious torch: the specification that the kernels are tested against.
 
-A −inf logit on either side leaves that vocabulary entry out of D: p and q are normalised over what remains, so that D
-stays a divergence of two distributions (0 where nothing remains). A label whose logit is −inf has infinite CE.
-Differentiable by autograd, in any floating-point dtype.
+A −inf logit is probability 0, on its own side alone: each side is normalised over all of its entries, and 0 · log 0 is 0.
+Only a term that would be infinite, p · log(p / 0) or q · log(q / 0), is left out of D's sum. A side of −inf alone is no
+distribution, and D is 0. A label whose logit is −inf has infinite CE. Differentiable by autograd, in any floating-point
+dtype.
 """
 
 from __future__ import annotations
@@ -47,19 +48,17 @@ def distillation_rows(
     ce, correct = _cross_entropy(s, label)
 
     tau = temperature.to(s.dtype).reshape(-1, 1)
-    out = (s[:, :V] == -torch.inf) | (t[:, :V] == -torch.inf)
-    s_shared, t_shared = _without(s[:, :V], out), _without(t[:, :V], out)
-    log_q, q = _log_softmax(s_shared / tau, out)
-    log_p, p = _log_softmax(t_shared / tau, out)
-    D = _divergence(settings.divergence, log_p, p, log_q, q, settings.teacher_share)
+    s_shared, t_shared = s[:, :V], t[:, :V]
+    P, Q = _distribution(t_shared / tau), _distribution(s_shared / tau)
+    D = _divergence(settings.divergence, P, Q, settings.teacher_share)
 
     loss = _total(ce, D, tau[:, 0], alpha, settings.temperature_power)
     both_largest = (s_shared == s_shared.amax(-1, keepdim=True)) & (t_shared == t_shared.amax(-1, keepdim=True))
     metrics = (
-        -(q * log_q).sum(-1),
-        -(p * log_p).sum(-1),
+        Q.entropy(),
+        P.entropy(),
         correct,
-        (~out & both_largest).any(-1).to(s.dtype),
+        (~Q.zero & ~P.zero & both_largest).any(-1).to(s.dtype),
     )
     return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
 
@@ -74,7 +73,7 @@ def sparse_distillation_rows(
     """The loss and the metrics of each token where K entries of the teacher are known.
 
     tail "renormalise": D over those entries alone. "bucket": D over them and the rest as one more outcome, in which the
-    teacher's remaining mass is spread evenly over the entries that are not listed. `student_entropy` and the student's
+    teacher's remaining mass is spread evenly over the entries that are not listed; of no mass its probability is 0. `student_entropy` and the student's
     largest logit are those of its whole vocabulary; `agreement` asks for an entry of D that also is the teacher's
     largest.
     """
@@ -87,35 +86,26 @@ def sparse_distillation_rows(
     absent = t == -torch.inf
     entries = torch.where(absent | ~counted[:, None], torch.zeros_like(indices), indices).long()
     s_listed = torch.where(absent, -torch.inf, s.gather(1, entries))
-    out = (s_listed == -torch.inf) | absent
     x, y = s_listed / tau, t / tau
     if settings.tail == "bucket":
-        x_rest, y_rest, rest_out = _rest(s, t, entries, absent, tau, settings.divergence)
+        x_rest, y_rest = _rest(s, t, entries, absent, tau)
         x, y = torch.cat([x, x_rest], 1), torch.cat([y, y_rest], 1)
-        out = torch.cat([out, rest_out], 1)
     elif settings.tail != "renormalise":
         raise ValueError(f"unknown tail {settings.tail!r}")
-    log_q, q = _log_softmax(_without(x, out), out)
-    log_p, p = _log_softmax(_without(y, out), out)
-    D = _divergence(settings.divergence, log_p, p, log_q, q, settings.teacher_share)
+    P, Q = _distribution(y), _distribution(x)
+    D = _divergence(settings.divergence, P, Q, settings.teacher_share)
 
     label = torch.where(counted, labels, torch.zeros_like(labels)).long()
     ce, correct = _cross_entropy(s, label)
-    nowhere = s == -torch.inf
-    log_q_all, q_all = _log_softmax(_without(s / tau, nowhere), nowhere)
-    K = t.shape[1]
-    t_in = torch.where(out[:, :K], -torch.inf, t)
-    both_largest = ~out[:, :K] & (t_in == t_in.amax(-1, keepdim=True)) & (s_listed == s.amax(-1, keepdim=True))
-    metrics = (-(q_all * log_q_all).sum(-1), -(p * log_p).sum(-1), correct, both_largest.any(-1).to(s.dtype))
+    largest = (t == t.amax(-1, keepdim=True)) & (s_listed == s.amax(-1, keepdim=True))
+    both_largest = ~absent & (s_listed != -torch.inf) & largest
+    metrics = (_distribution(s / tau).entropy(), P.entropy(), correct, both_largest.any(-1).to(s.dtype))
     loss = _total(ce, D, tau[:, 0], alpha, settings.temperature_power)
     return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
 
 
-def _rest(
-    s: Tensor, t: Tensor, entries: Tensor, absent: Tensor, tau: Tensor, divergence: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits at temperature τ of "some entry that is not listed", student and teacher, and whether it is out of D;
-    [N, 1] each."""
+def _rest(s: Tensor, t: Tensor, entries: Tensor, absent: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits at temperature τ of "some entry that is not listed", student and teacher, [N, 1] each."""
     listed = torch.zeros_like(s).scatter_add(1, entries, (~absent).to(s.dtype)) > 0
     others = (~listed).sum(-1, keepdim=True).clamp_min(1).to(s.dtype)
     nothing = (listed | (s == -torch.inf)).all(-1, keepdim=True)
@@ -124,11 +114,9 @@ def _rest(
         nothing, -torch.inf, torch.logsumexp(torch.where(nothing, torch.zeros_like(x), x), -1, keepdim=True)
     )
     mass = (1 - t.exp().sum(-1, keepdim=True)).clamp_min(0)
-    y = (mass / others).log() / tau + others.log()
-    no_mass = mass == 0
-    # no mass is p = 0, the limit of a small one; of reverse KL the limit is infinite, and the rest is out of D
-    out = nothing | (no_mass & (divergence == "reverse_kl"))
-    return x, torch.where(no_mass, torch.finfo(s.dtype).min / 4, y), out
+    none = (mass == 0) | listed.all(-1, keepdim=True)
+    y = torch.where(none, -torch.inf, (torch.where(none, 1.0, mass) / others).log() / tau + others.log())
+    return x, y
 
 
 def rows_of(
@@ -189,24 +177,48 @@ def _cross_entropy(s: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return ce, (~empty & (s.gather(1, label[:, None])[:, 0] == s.amax(-1))).to(s.dtype)
 
 
-def _divergence(name: str, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, teacher_share: float) -> Tensor:
-    """D of each row, from probabilities whose entries that do not count are 0 with logarithms of 0."""
+class _Distribution(NamedTuple):
+    """Probabilities of each row [N, V] and their logarithms, with 0 for the logarithm of 0."""
+
+    p: Tensor
+    log_p: Tensor
+    zero: Tensor  # where the logit is −inf; everywhere in a row of −inf alone, which is no distribution
+
+    def entropy(self) -> Tensor:
+        return -(self.p * self.log_p).sum(-1)
+
+
+def _distribution(x: Tensor) -> _Distribution:
+    zero = x == -torch.inf
+    # log_softmax's gradient is NaN in a row of −inf alone
+    log_p = torch.log_softmax(torch.where(zero.all(-1, keepdim=True), torch.zeros_like(x), x), -1)
+    log_p = torch.where(zero, torch.zeros_like(log_p), log_p)
+    return _Distribution(torch.where(zero, torch.zeros_like(log_p), log_p.exp()), log_p, zero)
+
+
+def _divergence(name: str, P: _Distribution, Q: _Distribution, teacher_share: float) -> Tensor:
+    """D of each row, without its infinite terms; 0 where one side is no distribution."""
+    p, log_p, q, log_q = P.p, P.log_p, Q.p, Q.log_p
+    both = ~P.zero & ~Q.zero
     if name == "forward_kl":
-        return (p * (log_p - log_q)).sum(-1)
-    if name == "reverse_kl":
-        return (q * (log_q - log_p)).sum(-1)
-    if name == "jsd":
-        log_m = mixture(log_p, log_q, teacher_share)
-        return (teacher_share * p * (log_p - log_m) + (1 - teacher_share) * q * (log_q - log_m)).sum(-1)
-    if name == "skew_forward_kl":
-        log_m = mixture(log_p, log_q, teacher_share)
-        return (p * (log_p - log_m)).sum(-1)
-    if name == "skew_reverse_kl":
-        log_m = mixture(log_p, log_q, teacher_share)
-        return (q * (log_q - log_m)).sum(-1)
-    if name == "tvd":
-        return 0.5 * (p - q).abs().sum(-1)  # subgradient 0 where they are equal
-    raise ValueError(f"unknown divergence {name!r}")
+        terms = torch.where(both, p * (log_p - log_q), 0.0)
+    elif name == "reverse_kl":
+        terms = torch.where(both, q * (log_q - log_p), 0.0)
+    elif name == "tvd":
+        terms = 0.5 * (p - q).abs()  # subgradient 0 where they are equal
+    elif name in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
+        log_m = torch.where(both, mixture(log_p, log_q, teacher_share), 0.0)
+        log_m = torch.where(Q.zero & ~P.zero, log_p + math.log(teacher_share), log_m)
+        log_m = torch.where(P.zero & ~Q.zero, log_q + math.log1p(-teacher_share), log_m)
+        of_p, of_q = p * (log_p - log_m), q * (log_q - log_m)
+        weighted = {"jsd": (teacher_share, 1 - teacher_share), "skew_forward_kl": (1, 0), "skew_reverse_kl": (0, 1)}
+        w_p, w_q = weighted[name]
+        terms = w_p * of_p + w_q * of_q
+    else:
+        raise ValueError(f"unknown divergence {name!r}")
+    nothing = P.zero.all(-1) | Q.zero.all(-1)
+    D = terms.sum(-1)
+    return torch.where(nothing, torch.zeros_like(D), D)
 
 
 def _total(ce: Tensor, D: Tensor, tau: Tensor, alpha: Tensor, temperature_power: int) -> Tensor:
@@ -215,16 +227,3 @@ def _total(ce: Tensor, D: Tensor, tau: Tensor, alpha: Tensor, temperature_power:
     # a weight of 0 also silences a term that is infinite (a label whose logit is −inf), but never a NaN
     weighted_ce = torch.where((a == 0) & ~ce.isnan(), torch.zeros_like(ce), a * ce)
     return weighted_ce + (1 - a) * tau**temperature_power * D
-
-
-def _without(x: Tensor, out: Tensor) -> Tensor:
-    """−inf at the entries that are `out`; rows where all of them are become 0, which is never looked at."""
-    gone = out.all(-1, keepdim=True)
-    return torch.where(gone, torch.zeros_like(x), torch.where(out, torch.full_like(x, -torch.inf), x))
-
-
-def _log_softmax(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """log-probabilities and probabilities; both 0 at the entries that are `out`, so that their terms vanish."""
-    log_p = torch.log_softmax(x, -1)
-    log_p = torch.where(out, torch.zeros_like(log_p), log_p)
-    return log_p, torch.where(out, torch.zeros_like(log_p), log_p.exp())
