@@ -1,9 +1,9 @@
 """Every objective in plain, obvious torch: the specification that the kernels are tested against.
 
-A −inf logit is probability 0, on its own side alone: each side is normalised over all of its entries, and 0 · log 0 is 0.
-Only a term that would be infinite, p · log(p / 0) or q · log(q / 0), is left out of D's sum. A side of −inf alone is no
-distribution, and D is 0. A label whose logit is −inf has infinite CE. Differentiable by autograd, in any floating-point
-dtype.
+A −inf logit is probability 0, on its own side alone: each side is normalised over all of its entries, and 0 · log 0 is
+0. Only a term that would be infinite, p · log(p / 0) or q · log(q / 0), is left out of D's sum. A side of −inf alone is
+no distribution, and D is 0. A label whose logit is −inf has infinite CE. Differentiable by autograd, in any
+floating-point dtype.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def sparse_distillation_rows(
     """The loss and the metrics of each token where K entries of the teacher are known.
 
     tail "renormalise": D over those entries alone. "bucket": D over them and the rest as one more outcome, in which the
-    teacher's remaining mass is spread evenly over the entries that are not listed; of no mass its probability is 0. `student_entropy` and the student's
-    largest logit are those of its whole vocabulary; `agreement` asks for an entry of D that also is the teacher's
-    largest.
+    teacher's remaining mass is spread evenly over the entries that are not listed; of no mass its probability is 0.
+    `student_entropy` and the student's largest logit are those of its whole vocabulary; `agreement` asks for an entry
+    of D that also is the teacher's largest.
     """
     labels, temperature, alpha, _ = tokens
     counted = labels != settings.ignore_index
