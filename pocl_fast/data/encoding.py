@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from pocl_fast.data import unused_fields
 from pocl_fast.data.records import Message, Sample
 from pocl_fast.system.errors import InputError
 
@@ -59,6 +60,7 @@ class LengthReport:
     samples: int
     skipped: tuple[int, ...]
     truncated: tuple[int, ...]
+    unused: tuple[tuple[str, int], ...] = ()  # fields that no model is told, and how many records have them
 
     def describe(self, name: str) -> str:
         parts = [f"{name}: {self.samples} samples"]
@@ -66,6 +68,8 @@ class LengthReport:
             parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({_some_lines(self.skipped)})")
         if self.truncated:
             parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({_some_lines(self.truncated)})")
+        if self.unused:
+            parts.append(unused_fields.describe(self.unused))
         return "; ".join(parts)
 
 
@@ -165,7 +169,9 @@ def encode_all(
     check_limits(max_length, max_prompt_length)
     encoded: list[EncodedSample] = []
     skipped: list[int] = []
+    fields = unused_fields.UnusedFields(encoder, name)
     for sample in samples:
+        fields.see(sample)
         one = encoder.encode(sample, max_length=max_length, max_prompt_length=max_prompt_length)
         if one is None:
             skipped.append(sample.line)
@@ -176,7 +182,7 @@ def encode_all(
         raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
     line_of = {sample.index: sample.line for sample in samples}
     truncated = tuple(line_of[one.index] for one in encoded if one.truncated)
-    return encoded, LengthReport(len(encoded), tuple(skipped), truncated)
+    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts)
 
 
 def check_limits(max_length: int, max_prompt_length: int) -> None:

@@ -201,10 +201,8 @@ def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -
         return data
     if isinstance(data, (str, Path)):
         samples, name = read_samples(data), str(data)
-    elif hasattr(data, "__iter__"):
-        samples = samples_from(data, name)
     else:
-        raise InputError(f"{name} must be a path, records or a SampleSet, got {type(data).__name__}")
+        samples = samples_from(data, name)
     encoded, report = encode_all(
         samples,
         encoder,
@@ -229,15 +227,28 @@ def answered_by_teacher(
 ) -> SampleSet:
     """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
 
-    `fingerprint` identifies the teacher. Every rank must call.
+    A sample whose answer is empty is left out, and the line says how many are. `fingerprint` identifies the teacher.
+    Every rank must call. Raises `InputError` where all answers are empty.
     """
     tokenizer: Any = encoder.tokenizer
     ask = Answerer.of(teacher, encoder, options, temperature=0.0)
     encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
     texts = tokenizer.batch_decode([one.response_ids for one in encoded], skip_special_tokens=True)
     answers = {one.index: text.strip() for one, text in zip(encoded, texts, strict=True)}
-    known = [replace(s, references=(answers[s.index],)) if s.index in answers else s for s in samples.samples]
-    return SampleSet(known, encoded)
+    empty = [index for index, text in answers.items() if not text]
+    if empty and ranks.is_first():
+        lines = ", ".join(str(samples.samples[index].line) for index in empty[:5])
+        say(
+            f"the teacher's answer to {len(empty)} of {len(answers)} prompts is empty (lines {lines}"
+            f"{', ...' if len(empty) > 5 else ''}): these samples are left out"
+        )
+    if len(empty) == len(answers):
+        raise InputError(
+            f"data_source=teacher: the teacher's answers to all {len(answers)} prompts are empty; look at its chat"
+            " template (--template), or train on the data's own answers (--data-source data)"
+        )
+    known = [replace(s, references=(answers[s.index],), answer=None) if answers.get(s.index) else s for s in samples.samples]
+    return SampleSet(known, [one for one in encoded if answers[one.index]])
 
 
 def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[EncodedSample]) -> Schedule:
