@@ -95,7 +95,7 @@ class DataOptions:
 
 @dataclass
 class GenerationOptions:
-    """How answers are generated when difficulty is measured and when the student is evaluated."""
+    """How answers are generated and scored when difficulty is measured and when the student is evaluated."""
 
     max_new_tokens: Count = 128
     """Longest answer, in tokens."""
@@ -107,6 +107,10 @@ class GenerationOptions:
     generation_engine: Literal["auto", "torch", "vllm"] = "auto"
     """What generates the answers when difficulty is measured and in the final evaluation. "auto" is vLLM where it is
     installed (the extra vllm) and there is a CUDA GPU, else torch."""
+    rouge_tokenizer: Literal["rouge_score", "unicode_words", "characters"] = "rouge_score"
+    """The words that ROUGE-L compares: rouge-score's (runs of a-z and 0-9, stemmed), which sees no other script;
+    "unicode_words", runs of letters and digits of any script, each character of Chinese, Japanese or Thai a word; or
+    every character."""
 
 
 @dataclass

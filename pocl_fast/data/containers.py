@@ -31,7 +31,9 @@ def rows(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
                 raise InputError(f"{name} is a {kind}, and iterating it gives no records: give {name}.{call}")
     for number, row in enumerate(_each(data, name), start=1):
         if not isinstance(row, Mapping):
-            raise InputError(f"{name}, record {number}: expected a dict, got {type(row).__name__} {row!r:.60}; {WANTED}")
+            raise InputError(
+                f"{name}, record {number}: expected a dict, got {type(row).__name__} {row!r:.60}; {WANTED}"
+            )
         yield row
 
 

@@ -66,7 +66,7 @@ def _objects(path: Path, lines: io.TextIOWrapper, expected: str) -> Iterator[tup
     first = ""
     for number, text in enumerate(lines, start=1):
         if text[0] == _BOM:
-            text = text[1:]  # noqa: PLW2901
+            text = text[1:]
         if not text or text.isspace():
             continue
         first = first or text
@@ -115,7 +115,8 @@ def _reason(text: str, first: str, error: Exception) -> str:
         return reason + _ARRAY
     if error.msg == "Extra data":
         return f"{reason}: something follows the object"
-    if text.lstrip().startswith("{") and error.pos >= len(text.rstrip()):
+    open_ended = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+    if text.lstrip().startswith("{") and open_ended:
         return (
             f"{reason}: the object does not end on its line. The file is cut off there, or it is pretty-printed JSON,"
             " which `jq -c . FILE` writes an object a line"

@@ -48,9 +48,11 @@ def turns_before(value: Any, where: str) -> list[Message]:
     turns: list[Message] = []
     for position, pair in enumerate(value):
         if not is_list(pair) or len(pair) != 2:
-            raise InputError(f'{where}: field "history", item {position}: expected [question, answer], got {pair!r:.60}')
+            raise InputError(
+                f'{where}: field "history", item {position}: expected [question, answer], got {pair!r:.60}'
+            )
         for role, given in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": text_of(given, f"{where}, item {position}", "history")})
+            turns.append({"role": role, "content": text_of(given, where, "history", position)})
     return turns
 
 
@@ -80,6 +82,8 @@ def _turn(message: Any, place: str) -> Message:
         raise InputError(f'{place}: expected "role" and "content", got {kind_of(message)}')
     given = {str(field): value for field, value in message.items() if not is_absent(value)}
     role, calls = given.pop("role", None), given.pop("tool_calls", None)
+    if not calls and "function_call" in given:  # as it was called before there could be several
+        calls = [{"type": "function", "function": given.pop("function_call")}]
     if not isinstance(role, str) or not ("content" in given or calls):
         hint = "".join(did_you_mean(field, ["role", "content"]) for field in given if field != "content")
         raise InputError(f'{place}: expected "role" and "content"; it has {sorted(map(str, message))}{hint}')
@@ -88,8 +92,7 @@ def _turn(message: Any, place: str) -> Message:
         given["tool_calls"] = _tool_calls(calls, place)
     if not isinstance(given.get("reasoning_content", ""), str):
         raise InputError(f'{place}: "reasoning_content" must be text, got {kind_of(given["reasoning_content"])}')
-    may_be_empty = role in ("tool", "system") or (role == "assistant" and given.keys() & {"tool_calls", "function_call"})
-    if (not content or content.isspace()) and not may_be_empty:
+    if (not content or content.isspace()) and role not in ("tool", "system") and not calls:
         raise InputError(f'{place}: "content" must be a non-empty string')
     if given:
         check_encodable(given, place)
@@ -144,23 +147,30 @@ def _tool_call(call: Any, place: str) -> dict[str, Any]:
 
 def calls_as_text(message: Message) -> str:
     """The tool calls of a message as JSON, one a line."""
-    return "\n".join(json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls", ()))
+    return "\n".join(
+        json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls", ())
+    )
 
 
-def text_of(value: Any, where: str, field: str) -> str:
-    """A value that must be text with something in it. Raises `InputError` that names `where` and `field`."""
+def text_of(value: Any, where: str, field: str, item: int | None = None) -> str:
+    """A value that must be text with something in it. Raises `InputError` that names `where` and the field, or its
+    item."""
     if not isinstance(value, str):
         as_text = f'; write it as text: "{value}"' if isinstance(value, (int, float)) else ""
-        raise InputError(f'{where}: field "{field}" must be a string, got {kind_of(value)}{as_text}')
+        raise InputError(f"{_place(where, field, item)} must be a string, got {kind_of(value)}{as_text}")
     if not value or value.isspace():
-        raise InputError(f'{where}: field "{field}" is empty')
+        raise InputError(f"{_place(where, field, item)} is empty")
     if not value.isascii():
-        check_encodable(value, f'{where}: field "{field}"')
+        check_encodable(value, _place(where, field, item))
     return value
 
 
+def _place(where: str, field: str, item: int | None) -> str:
+    return f'{where}: field "{field}"' + ("" if item is None else f", item {item}")
+
+
 def check_encodable(value: Any, place: str) -> None:
-    """Raises `InputError` where text, or text within a value, has half of a surrogate pair, which no tokenizer reads."""
+    """Raises `InputError` where text, or text within a value, has half of a surrogate pair, which no tokenizer has."""
     if isinstance(value, str) and value.isascii():
         return
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

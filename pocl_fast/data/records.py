@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.data import containers, json_lines
-from pocl_fast.data.messages import Message, calls_as_text, conversation, is_absent, kind_of, text_of, tools_of, turns_before
+from pocl_fast.data.messages import (
+    Message,
+    calls_as_text,
+    conversation,
+    is_absent,
+    text_of,
+    tools_of,
+    turns_before,
+)
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 
@@ -85,7 +93,10 @@ def _sample(record: Mapping[str, Any], index: int, line: int, where: str) -> Sam
     given = {field: value for field, value in record.items() if value.__class__ is str or not is_absent(value)}
     _check_fields(given, where)
     make = _chat if "messages" in given else _instruction
-    return make(given, index, line, where)
+    try:
+        return make(given, index, line, where)
+    except RecursionError as error:
+        raise InputError(f"{where}: lists or objects are nested too deeply") from error
 
 
 def _instruction(given: dict[str, Any], index: int, line: int, where: str) -> Sample:
@@ -209,7 +220,7 @@ def _references(given: Mapping[str, Any], field: str, where: str) -> tuple[str, 
             raise InputError(
                 f'{where}: field "{field}", item {position}: expected a non-empty string, got {reference!r}'
             )
-        text_of(reference, f"{where}, item {position}", field)
+        text_of(reference, where, field, position)
     return tuple(value)
 
 

@@ -94,7 +94,7 @@ class UnusedFields:
                 try:
                     printed = self._prints((*sample.messages, sample.answer_turn), sample.tools)
                     self._shown[what] = printed != self._prints(others, tools)
-                except Exception:  # noqa: BLE001 (whatever a template raises; the encoder says what it refuses)
+                except Exception:
                     return True
         return self._shown[what]
 
@@ -106,7 +106,7 @@ class UnusedFields:
         template = self._tokenizer.chat_template
         sources = template.values() if isinstance(template, Mapping) else [template]
         try:
-            tokens = [token for source in sources for token in Environment().lex(source)]  # noqa: S701 (not rendered)
+            tokens = [token for source in sources for token in Environment().lex(source)]
         except TemplateError:
             return frozenset()
         return frozenset(text.strip("\"'") for _, kind, text in tokens if kind in ("name", "string"))

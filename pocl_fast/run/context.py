@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import Engine
+from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all
 from pocl_fast.data.records import read_samples
@@ -101,7 +102,10 @@ class RunContext:
     @cached_property
     def dev_set(self) -> SampleSet:
         """The held-out samples."""
-        return self._read(self.config.data.dev, "--dev")
+        dev = self._read(self.config.data.dev, "--dev")
+        if line := unseen_by_rouge(dev, self.config.generation.rouge_tokenizer, str(self.config.data.dev)):
+            self.say(line)
+        return dev
 
     @cached_property
     def _train_file(self) -> SampleSet:

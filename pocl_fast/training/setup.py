@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
 from pocl_fast.answers.answerer import Answerer, SampleAnswerOptions
+from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
@@ -61,7 +62,7 @@ def training_parts(
     student, tokenizer = student_of(student, tokenizer, peft_config, args)
     encoder = SampleEncoder(tokenizer, args.template)  # type: ignore[arg-type]  # checked by PoclConfig
     samples = sample_set(training, encoder, args, "train_dataset")
-    held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset")
+    held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
@@ -195,8 +196,8 @@ def placeable(model: Any) -> bool:
     return not chosen and not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
 
 
-def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -> SampleSet:
-    """Samples as tokens, from a path, records or samples."""
+def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str, *, scored: bool = False) -> SampleSet:
+    """Samples as tokens, from a path, records or samples; `scored`: answers will be compared with their references."""
     if isinstance(data, SampleSet):
         return data
     if isinstance(data, (str, Path)):
@@ -211,9 +212,12 @@ def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -
         long_prompts=args.long_prompts,  # type: ignore[arg-type]
         name=name,
     )
+    made = SampleSet(samples, encoded)
     if ranks.is_first():
         print(report.describe(name))
-    return SampleSet(samples, encoded)
+        if scored and (line := unseen_by_rouge(made, args.rouge_tokenizer, name)):  # type: ignore[arg-type]
+            print(line)
+    return made
 
 
 def answered_by_teacher(
@@ -247,8 +251,9 @@ def answered_by_teacher(
             f"data_source=teacher: the teacher's answers to all {len(answers)} prompts are empty; look at its chat"
             " template (--template), or train on the data's own answers (--data-source data)"
         )
-    known = [replace(s, references=(answers[s.index],), answer=None) if answers.get(s.index) else s for s in samples.samples]
-    return SampleSet(known, [one for one in encoded if answers[one.index]])
+    said = {index: (text,) for index, text in answers.items() if text}
+    known = [replace(s, references=said[s.index], answer=None) if s.index in said else s for s in samples.samples]
+    return SampleSet(known, [one for one in encoded if one.index in said])
 
 
 def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[EncodedSample]) -> Schedule:

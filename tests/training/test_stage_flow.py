@@ -28,7 +28,7 @@ def scores(monkeypatch, values):
         if not given:
             raise RuntimeError("power cut")
         found = type("RougeL", (), {"fmeasure": np.array([given.pop(0) / 100])})
-        monkeypatch.setattr("pocl_fast.answers.evaluation.rouge_l", lambda *_: found)
+        monkeypatch.setattr("pocl_fast.answers.evaluation.rouge_l", lambda *_, **__: found)
         return EVALUATE(self, *args, **kwargs)
 
     monkeypatch.setattr(PoclTrainer, "evaluate", evaluate)
