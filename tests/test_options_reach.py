@@ -18,6 +18,7 @@ from tiny_options import CHANGED, SHOWN, reaches, trainer_with_options
 from tiny_run import make_inputs, read_json
 from tiny_training import curriculum_of
 
+from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.options import ModelNames, RunConfig, RunModels, TrainerArguments
@@ -215,6 +216,30 @@ def test_answers_are_sampled_at_the_temperature_from_the_seed(changed, measured)
 def test_vllm_answers_where_it_is_asked_for(changed, run_of):
     with pytest.raises(InputError, match="generation_engine vllm"):
         run_of(**changed).measure()
+
+
+@reaches("rouge_tokenizer")
+def test_answers_are_scored_by_the_tokenizers_words(changed, run_of, trainer_with, monkeypatch, tmp_path):
+    scored = []
+
+    def recorded(answers, references, *, tokenizer):
+        texts = ["答案 12" for _ in answers]  # in place of the tiny model's
+        found = rouge_l(texts, references, tokenizer=tokenizer)
+        scored.append(float(found.fmeasure.mean()))
+        return found
+
+    monkeypatch.setattr("pocl_fast.curriculum.measurer.rouge_l", recorded)
+    monkeypatch.setattr("pocl_fast.answers.evaluation.rouge_l", recorded)
+    records = [{"prompt": f"{n}", "response": "答3"} for n in range(4)]
+    path = write_jsonl(tmp_path / "chinese.jsonl", records)
+    run = run_of(train=path, dev=path, **changed)
+    run.measure()
+    run.evaluate("before")
+    trainer_with(changed).evaluate(records)
+    want = 2 * (1 / 4 * 1 / 2) / (1 / 4 + 1 / 2)  # of four and two characters one is common
+    assert len(scored) == 3
+    assert np.allclose(scored, want)
+    assert np.allclose(pq.read_table(run.path / "difficulty.parquet")["rouge_l"].to_numpy(), want)
 
 
 @reaches("signals", "stages", "rrf_k", "temperature", "alpha")

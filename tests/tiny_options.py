@@ -28,6 +28,7 @@ CHANGED = {
     "generation_batch_size": 3,
     "generation_batch_tokens": 40,
     "generation_engine": "vllm",
+    "rouge_tokenizer": "characters",
     "signals": "answer_length=2,cross_entropy",
     "measure_temperature": 0.7,
     "measure_seed": 3,

@@ -12,7 +12,6 @@ from rouge_score import rouge_scorer
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.rouge_words import characters, unicode_words, unseen, unseen_line
 
-
 UNSPACED = re.compile(r"(CJK|IDEOGRAPHIC|HIRAGANA|KATAKANA|BOPOMOFO|YI|TANGUT|THAI|LAO|KHMER|MYANMAR)\b")
 
 
