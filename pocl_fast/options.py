@@ -169,7 +169,8 @@ class StageOptions:
     steps_per_stage: Count | None = None
     """Optimizer steps of a stage, instead of passes."""
     patience: Count | None = None
-    """End a stage when so many evaluations in a row (one a pass) brought no better ROUGE-L."""
+    """End a stage when so many evaluations in a row (one a pass) brought no better ROUGE-L, nor the same with a lower
+    cross-entropy."""
     fresh_optimizer: bool = True
     """Start each stage with a fresh optimizer state."""
     fresh_learning_rate: bool = True
