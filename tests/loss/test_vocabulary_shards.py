@@ -194,7 +194,7 @@ def test_ranks_tell_each_other_a_few_numbers_a_token_and_the_hidden_states_gradi
     chunks = [3, 2]  # of five tokens that are supervised
     expected = []
     for tokens in chunks:
-        expected.append(("all_gather", 11 * tokens))
+        expected.append(("all_gather", 12 * tokens))
         if divergence not in ("forward_kl", "reverse_kl"):
             expected.append(("all_reduce", 2 * tokens))
     if needs_grad:
