@@ -213,9 +213,9 @@ def _whole(parts: _Part, divergence: str) -> _Part:
 
 
 class _Pair:
-    """q and p [n, S] over the entries that this rank has of the shared vocabulary, and log p/q: of the part alone, until
-    `normalise` makes them parts of the whole. A logit of −inf is a probability of 0; where one side alone has it, log
-    p/q is ±FAR, where both have it 0. Of a KL the first side is 0 too where its term is left out."""
+    """q and p [n, S] over the entries that this rank has of the shared vocabulary, and log p/q: of the part alone,
+    until `normalise` makes them parts of the whole. A logit of −inf is a probability of 0; where one side alone has
+    it, log p/q is ±FAR, where both have it 0. Of a KL the first side is 0 too where its term is left out."""
 
     def __init__(self, s: Tensor, t: Tensor, tau: Tensor, divergence: str) -> None:
         S = min(s.shape[1], t.shape[1])
