@@ -64,14 +64,20 @@ PAIRS = {
 }
 
 
-def pairs(V, dtype=torch.float32, labelled=False):
-    """A row of each pair, and labels: of entries that the student has, or where `labelled` of any."""
-    student, teacher = logits(len(PAIRS), V).to(dtype), logits(len(PAIRS), V).to(dtype)
-    for n, pair in enumerate(PAIRS.values()):
-        s, t = pair(student[n], teacher[n])
+def pairs(names, V, dtype=torch.float32):
+    """A row of each pair, and labels of entries that the student has, where it has any."""
+    student, teacher = logits(len(names), V).to(dtype), logits(len(names), V).to(dtype)
+    for n, name in enumerate(names):
+        s, t = PAIRS[name](student[n], teacher[n])
         student[n], teacher[n] = s, t
-    likely = torch.rand(student.shape) + (student.isfinite() if not labelled else 0)
-    return student, teacher, likely.argmax(-1)
+    return student, teacher, (torch.rand(student.shape) + student.isfinite()).argmax(-1)
+
+
+def some_names(backend):
+    """All pairs; interpreted, where a row takes milliseconds, every fourth."""
+    if backend == "triton" and not torch.cuda.is_available():
+        return list(PAIRS)[int(torch.randint(4, ())) :: 4]
+    return list(PAIRS)
 
 
 def by_hand(student, teacher, objective):
@@ -106,7 +112,7 @@ def by_hand(student, teacher, objective):
 @pytest.mark.parametrize("tau", [1.0, 1.75])
 def test_the_reference_is_the_sum_by_hand(divergence, tau):
     objective = Objective(divergence, temperature=tau, beta=0.3, skew=0.2, temperature_scaling="none")
-    student, teacher, labels = pairs(40)
+    student, teacher, labels = pairs(list(PAIRS), 40)
     student, teacher = student.double() / 4, teacher.double() / 4  # where nothing underflows by hand
     student.requires_grad_(True)
     out = distillation_loss(student, teacher, labels, objective, reduction="none", backend="reference")
@@ -173,10 +179,11 @@ def test_what_a_filtered_teacher_leaves_out_counts(backend):
 )
 def test_filtered_sides_match(backend, divergence, V, tau, alpha, dtype):
     """Each row for itself, so that a row of small gradients is not measured by others."""
-    student, teacher, labels = pairs(V, dtype)
+    names = some_names(backend)
+    student, teacher, labels = pairs(names, V, dtype)
     objective = Objective(divergence, temperature=tau, alpha=alpha, beta=0.3, skew=0.2)
     got, gradient, want, exact_gradient = both(student, teacher, labels, objective, backend=backend, reduction="none")
-    steep = torch.tensor(["underflow" in pair for pair in PAIRS])  # logits of 100 have differences known to 1e-5
+    steep = torch.tensor(["underflow" in pair for pair in names])  # logits of 100 have differences known to 1e-5
     for name, value in want.per_token.items():
         for rows, atol in ((~steep, 3e-6), (steep, 3e-5)):
             torch.testing.assert_close(
@@ -184,7 +191,7 @@ def test_filtered_sides_match(backend, divergence, V, tau, alpha, dtype):
             )
     assert not gradient.isnan().any()
     unit = 2**-24 if dtype == torch.float16 else 0.0
-    for n, pair in enumerate(PAIRS):
+    for n, pair in enumerate(names):
         if divergence == "tvd" and "close" in pair:  # whose sign is known where p and q are further apart than rounding
             continue
         tolerance = 20 * GRADIENT_TOLERANCE[dtype] if "underflow" in pair else GRADIENT_TOLERANCE[dtype]
@@ -197,13 +204,14 @@ def test_filtered_sides_match(backend, divergence, V, tau, alpha, dtype):
 @pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_label_that_one_side_alone_thinks_impossible_matches(backend, divergence):
-    student, teacher, _ = pairs(40)
+    names = some_names(backend)
+    student, teacher, _ = pairs(names, 40)
     labels = torch.stack(
         [torch.where(s.isfinite() & ~t.isfinite(), 1.0, 0.0).argmax() for s, t in zip(student, teacher, strict=True)]
     )
     sound = student.gather(1, labels[:, None])[:, 0].isfinite()  # else CE is infinite
-    sound &= torch.tensor(["underflow" not in pair for pair in PAIRS])  # logits of 100 have differences known to 1e-5
-    objective = Objective(divergence, temperature=torch.rand(len(PAIRS))[sound] + 0.5, alpha=0.4)
+    sound &= torch.tensor(["underflow" not in pair for pair in names])  # logits of 100 have differences known to 1e-5
+    objective = Objective(divergence, temperature=torch.rand(len(names))[sound] + 0.5, alpha=0.4)
     assert_matches(student[sound], teacher[sound], labels[sound], objective, backend=backend)
 
 
