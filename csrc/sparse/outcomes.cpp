@@ -50,18 +50,22 @@ double log_shared(double mass, std::int64_t n, double tau) {
     return log_n + (std::log(mass) - log_n) / tau;
 }
 
-/// a log(a/b) - a + b, the terms of KL(a||b): none is negative, and a and b sum to the same. `gap` is log(a/b), `difference` a - b.
-double kl_term(double a, double gap, double difference) { return a > 0 ? a * gap - difference : -difference; }
+/// a log(a/b) - a + b, the terms of KL(a||b): none is negative, and a and b sum to the same. `gap` is log(a/b), `difference` a - b. Where a
+/// is 0, or gap infinite, a log(a/b) is left out.
+double kl_term(double a, double gap, double difference) {
+    return a == 0 || gap == -kNone ? -difference : a * gap - difference;
+}
 
 /// An outcome's term of D, and u = dD/dq but for a constant that all outcomes share.
 struct Term {
     double d, u;
 };
 
+/// `gap` is log(p/q), infinite where one of them is 0 by its logit.
 Term term(Family family, double a, double p, double q, double gap) {
     const double b = 1 - a, difference = p - q;
     if (family == Family::forward_kl) return {kl_term(p, gap, difference), 0};
-    if (family == Family::reverse_kl) return {kl_term(q, -gap, -difference), -gap};
+    if (family == Family::reverse_kl) return {kl_term(q, -gap, -difference), gap == kNone ? -1 : -gap};
     if (family == Family::tvd) return {0.5 * std::fabs(difference), gap < 0 ? 0.5 : gap > 0 ? -0.5 : gap};
     const double larger = gap > 0 ? p : q;
     const double e = larger == 0 ? 0 : -std::fabs(difference) / larger;  // the smaller over the larger, less 1
@@ -79,29 +83,37 @@ Term term(Family family, double a, double p, double q, double gap) {
     return {};
 }
 
-/// D of the outcomes whose q is not 0, and scratch.gradient = q (u - mean of u).
+/// D of the outcomes, without those of its terms that would be infinite, and scratch.gradient = q (u - mean of u).
 double compare(const SparseTask& task, const SparseScratch& at, std::int64_t count) {
-    double D = 0, mean = 0;
+    double D = 0, mean = 0, kept = 0;
+    bool left_out = false;
     for (std::int64_t i = 0; i < count; ++i) {
         at.gradient[i] = 0;
-        if (at.log_q[i] == kNone) continue;
-        const Term t = term(task.family, task.teacher_share, at.p[i], at.q[i], at.log_p[i] - at.log_q[i]);
+        const bool no_q = at.log_q[i] == kNone, no_p = at.log_p[i] == kNone;
+        if (no_q && no_p) continue;
+        const Term t = term(task.family, task.teacher_share, at.p[i], at.q[i], no_q ? -kNone : at.log_p[i] - at.log_q[i]);
         D += t.d;
+        left_out = left_out || (task.family == Family::forward_kl && no_q) || (task.family == Family::reverse_kl && no_p);
+        if (!no_q) kept += at.p[i];
         if (at.q[i] != 0) mean += at.q[i] * t.u;  // u may be infinite where q is 0
-        at.gradient[i] = task.family == Family::forward_kl ? at.q[i] - at.p[i] : t.u;
+        at.gradient[i] = t.u;
     }
-    if (task.family == Family::forward_kl) return D < 0 ? 0 : D;
-    for (std::int64_t i = 0; i < count; ++i) at.gradient[i] = at.q[i] == 0 ? 0 : at.q[i] * (at.gradient[i] - mean);
-    return D < 0 ? 0 : D;
+    if (task.family == Family::forward_kl) {
+        for (std::int64_t i = 0; i < count; ++i)
+            at.gradient[i] = at.log_q[i] == kNone ? 0 : at.q[i] * (left_out ? kept : 1) - at.p[i];
+    } else {
+        for (std::int64_t i = 0; i < count; ++i) at.gradient[i] = at.q[i] == 0 ? 0 : at.q[i] * (at.gradient[i] - mean);
+    }
+    return D < 0 && !left_out ? 0 : D;
 }
 
-/// Whether a listed entry of the teacher's largest log-probability, of those in D, has the student's largest logit.
+/// Whether a listed entry of the teacher's largest log-probability has the student's largest logit.
 bool agreement(const float* log_probs, const double* s, std::int64_t K, double largest) {
     float best = -std::numeric_limits<float>::infinity();
     bool agree = false;
     for (std::int64_t j = 0; j < K; ++j) {
-        if (s[j] == kNone || log_probs[j] < best) continue;
-        agree = (agree && log_probs[j] == best) || s[j] == largest;
+        if (log_probs[j] == -std::numeric_limits<float>::infinity() || log_probs[j] < best) continue;
+        agree = (agree && log_probs[j] == best) || (s[j] == largest && s[j] != kNone);
         best = log_probs[j];
     }
     return agree;
@@ -138,27 +150,23 @@ Softmax sum_student(double tau, std::int64_t K, const RestSums& rest, const Spar
 Softmax sum_teacher(const SparseTask& task, const float* log_probs, double tau, const SparseScratch& at) {
     const std::int64_t K = task.K;
     std::int64_t others = task.student.columns;
-    bool left_out = false;
     for (std::int64_t j = 0; j < K; ++j) {
         at.log_p[j] = log_probs[j] / tau;
-        if (at.log_p[j] == kNone) continue;
-        --others;
-        left_out = left_out || at.s[j] == kNone;
+        if (at.log_p[j] != kNone) --others;
     }
-    Softmax listed = softmax(at.log_p, K, at.p);
+    const Softmax listed = softmax(at.log_p, K, at.p);
     at.log_p[K] = kNone;
     if (task.tail == Tail::bucket) at.log_p[K] = log_shared(1 - sum_of_powers(listed, at.log_p, at.p, K, tau), others, tau);
-    if (left_out) {  // by the student's -inf, and their mass is not the rest's
-        for (std::int64_t j = 0; j < K; ++j)
-            if (at.s[j] == kNone) at.log_p[j] = kNone;
-        listed = softmax(at.log_p, K, at.p);
-    }
     return listed;
 }
 
-/// Weights to probabilities, of the listed entries and of the rest. The largest is subtracted first and the logarithm of
-/// the sum after it: together they would lose that logarithm where all weights are as small as a mask's exp(-1e30).
-void normalise_outcomes(double* log_weights, double* exponentials, std::int64_t K, const Softmax& listed) {
+/// Weights to probabilities, of the listed entries and of the rest; false, and 0, where all are -inf. The largest is subtracted first and the
+/// logarithm of the sum after it: together they would lose that logarithm where all weights are as small as a mask's exp(-1e30).
+bool normalise_outcomes(double* log_weights, double* exponentials, std::int64_t K, const Softmax& listed) {
+    if (listed.sum == 0 && log_weights[K] == kNone) {
+        std::fill_n(exponentials, K + 1, 0.0);
+        return false;
+    }
     const double shift = std::max(listed.largest, log_weights[K]);
     const double scale = listed.sum == 0 ? 0 : std::exp(listed.largest - shift);
     const double sum = listed.sum * scale + (log_weights[K] == kNone ? 0 : std::exp(log_weights[K] - shift));
@@ -169,6 +177,7 @@ void normalise_outcomes(double* log_weights, double* exponentials, std::int64_t 
     }
     if (log_weights[K] != kNone) log_weights[K] = (log_weights[K] - shift) - log_sum;
     exponentials[K] = std::exp(log_weights[K]);
+    return true;
 }
 
 }  // namespace
@@ -184,19 +193,16 @@ RowSums compare_outcomes(const SparseTask& task, std::int64_t n, const RestSums&
     out.largest = static_cast<float>(largest);
     out.agree = agreement(log_probs, at.s, K, largest);
 
-    at.log_q[K] = out.log_rest;
-    // no mass is p = 0, the limit of a small one; of reverse KL the limit is infinite, and the rest is out of D
-    if (task.tail == Tail::renormalise || (task.family == Family::reverse_kl && at.log_p[K] == kNone)) at.log_q[K] = kNone;
-    if (at.log_q[K] == kNone) at.log_p[K] = kNone;
-    if ((listed_q.sum == 0 && at.log_q[K] == kNone) || (listed_p.sum == 0 && at.log_p[K] == kNone)) {  // nothing to compare
-        std::fill_n(at.gradient, K + 1, 0.0);
-        return out;
-    }
-    normalise_outcomes(at.log_q, at.q, K, listed_q);
-    normalise_outcomes(at.log_p, at.p, K, listed_p);
-    out.D = compare(task, at, K + 1);
+    at.log_q[K] = task.tail == Tail::renormalise ? kNone : out.log_rest;
+    const bool any_q = normalise_outcomes(at.log_q, at.q, K, listed_q), any_p = normalise_outcomes(at.log_p, at.p, K, listed_p);
     for (std::int64_t i = 0; i <= K; ++i)
         if (at.p[i] != 0) out.teacher_entropy -= at.p[i] * at.log_p[i];
+    if (any_q && any_p) {
+        out.D = compare(task, at, K + 1);
+    } else {  // a side of -inf alone
+        std::fill_n(at.gradient, K + 1, 0.0);
+        if (std::isnan(out.teacher_entropy)) out.D = out.teacher_entropy;  // a NaN shows all the same; the student's does in CE
+    }
     return out;
 }
 

@@ -63,10 +63,11 @@ def distillation_loss(
             finds the gradient; backward raises if an earlier operation needs their values or a later one changed them.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, and the reference for float64.
 
-    A −inf logit on either side leaves its entry out of D. Any other NaN or +inf makes that row's loss NaN and no
-    other's. Without a supervised token, loss and gradient are 0. Arithmetic is fp32, under autocast too, the gradient
-    in the logits' dtype; nothing synchronises with a GPU. The gradient is not itself differentiable, and torch.func
-    does not go through (backend "reference" is, and does).
+    A −inf logit is probability 0, on its own side alone. D then has its true value, but that terms which would be
+    infinite, p · log(p / 0) and q · log(q / 0) of the KLs, are left out of its sum; it is 0 where a side is −inf alone.
+    NaN or +inf makes that row's loss NaN and no other's. Without a supervised token, loss and gradient are 0.
+    Arithmetic is fp32, under autocast too, the gradient in the logits' dtype; nothing synchronises with a GPU. The
+    gradient is not itself differentiable, and torch.func does not go through (backend "reference" is, and does).
 
     Raises ValueError for shapes, dtypes or devices that do not fit, for logits that `inplace` cannot write over, and on
     a CPU for a label outside the vocabulary; on a GPU such a label is undefined, unless the process was started with

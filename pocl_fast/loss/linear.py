@@ -72,7 +72,8 @@ def linear_distillation_loss(
         vocabulary_shards: the ranks over which tensor parallelism has cut the lm_heads along the vocabulary; see
             `VocabularyShards`.
 
-    The logits reach the softmax in fp32, unrounded, and the weight's gradient is summed in fp32. Nothing synchronises
+    A logit of −inf, by a bias or in a `DenseTeacher`, is probability 0 as in `distillation_loss`. The logits reach the
+    softmax in fp32, unrounded, and the weight's gradient is summed in fp32. Nothing synchronises
     with a GPU. The gradient is not itself differentiable, and torch.func does not go through (backend "reference" is,
     and does, and holds all logits).
 

@@ -16,7 +16,8 @@ TAILS = get_args(Tail)
 class DenseTeacher:
     """The teacher's logits: [N, V_t] or [B, T, V_t], any floating-point dtype.
 
-    The distribution is softmax(softcap · tanh(scale · logits / softcap)), or of the scaled logits without a softcap.
+    The distribution is softmax(softcap · tanh(scale · logits / softcap)), or of the scaled logits without a softcap. A
+    logit of −inf is probability 0: logits filtered by top-k or top-p are a teacher like any other.
     """
 
     logits: Tensor
@@ -44,11 +45,11 @@ class TopKTeacher:
     """The teacher's K most likely entries of each token: of its distribution only K, not V, numbers are read.
 
     log_probs: [N, K] or [B, T, K], log-probabilities at temperature 1 over the whole vocabulary, nats; −inf for an
-    absent entry. indices: the same shape, int32 or int64, distinct within a token.
+    absent entry, which is no outcome. indices: the same shape, int32 or int64, distinct within a token.
 
     tail "bucket" compares K + 1 outcomes, the last of which is all the rest: at a temperature other than 1 the
-    teacher's rest is taken as spread evenly. "renormalise" compares the K entries alone, both sides normalised over
-    them.
+    teacher's rest is taken as spread evenly, and of no mass its probability is 0. "renormalise" compares the K entries
+    alone, both sides normalised over them.
     """
 
     log_probs: Tensor
