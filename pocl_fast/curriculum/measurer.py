@@ -108,13 +108,14 @@ def write_teacher_table(pieces: Iterable[Sequence[Row]], count: int, output: Pat
 
 def _measured(student: LoadedModel, rows: Sequence[Row], answers: list[list[int]], encoder: SampleEncoder) -> pa.Table:
     """The difficulty table's rows: a value a sample in each column."""
-    texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    references = [list(sample.references) for sample, _ in rows]
+    texts = encoder.answer_texts(answers, references)
     encoded = [one for _, one in rows]
     scores = response_scores(student, encoded)
     return pa.table(
         {
             "index": pa.array([one.index for one in encoded], pa.int64()),
-            "rouge_l": pa.array(rouge_l(texts, [list(sample.references) for sample, _ in rows]).fmeasure),
+            "rouge_l": pa.array(rouge_l(texts, references).fmeasure),
             **{name: pa.array(scores[name]) for name in STUDENT_COLUMNS},
             "answer_length": pa.array([len(one.response_ids) for one in encoded], pa.int64()),  # as trained on
             "prompt": pa.array([sample.messages[-1]["content"] for sample, _ in rows], pa.string()),

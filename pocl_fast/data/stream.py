@@ -31,6 +31,7 @@ class SampleStream:
         skipped: list[int] = []
         truncated: list[int] = []
         count = longest = 0
+        self.encoder.take_unwritten()
         for sample, one in self._encoded():
             count += 1
             if one is None:
@@ -38,9 +39,10 @@ class SampleStream:
                 longest = max(longest, len(self.encoder.encode_prompt(sample)))
             elif one.truncated:
                 truncated.append(sample.line)
+        left_out = self.encoder.take_unwritten()
         if skipped and (self.long_prompts == "error" or len(skipped) == count):
             raise over_the_limit(str(self.path), skipped, count, longest, self.max_prompt_length)
-        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated))
+        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), left_out)
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
         piece: list[tuple[Sample, EncodedSample]] = []
@@ -55,7 +57,5 @@ class SampleStream:
 
     def _encoded(self) -> Iterator[tuple[Sample, EncodedSample | None]]:
         for sample in iter_samples(self.path):
-            yield (
-                sample,
-                self.encoder.encode(sample, max_length=self.max_length, max_prompt_length=self.max_prompt_length),
-            )
+            limits = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
+            yield sample, self.encoder.encode(sample, **limits, name=str(self.path))
