@@ -18,6 +18,7 @@ from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
 PROBE = "Qz7answer7zQ"  # stands for an answer; no template changes it, no text has it
 _USER = {"role": "user", "content": "Qz5question5zQ"}
 _OPENED = re.compile(r"(?P<left>[<\[◁])(?P<name>\w+)(?P<right>[>\]▷])(?P<blank>\s*)$")  # at the end of a prompt
+_CLOSED = re.compile(r"[<\[◁]/\w+[>\]▷]\s*$")
 _REASONING = re.compile(r"think|thought|reason", re.IGNORECASE)
 REASONING_TAGS = ("<think>", "</think>")  # of models whose template does not show theirs
 
@@ -76,7 +77,8 @@ class AnswerFinder:
         shape = self.shape
         start, end = self._place(whole, asked, tools, answer)
         continues = whole.startswith(prompt)
-        if start is None and not continues:
+        says = isinstance(answer.get("content"), str) and answer["content"].strip()
+        if start is None and (not continues or (says and end is None)):
             raise TemplateRefusal("the chat template leaves the answer out, or rewrites it")
         first = len(prompt) if start is None else start
         if shape.header_unasked and start is not None and not (continues and whole[len(prompt) : start].isspace()):
@@ -89,7 +91,10 @@ class AnswerFinder:
                 first = max(first, marked_from)
                 prompt = whole[:first]
                 break
-        return _balanced(Split(prompt, whole[first:upto], ended), answer, continues)
+        split = _balanced(Split(prompt, whole[first:upto], ended), answer, continues)
+        if not says and not any(name in split.answer for name in called_names(answer)):
+            raise TemplateRefusal("the chat template does not write tool calls, which are all that the answer has")
+        return split
 
     # -- where the answer is ------------------------------------------------------------------------------------------
 
@@ -237,6 +242,12 @@ class AnswerFinder:
         return tuple(dict.fromkeys(tag for tag in tags if tag[1]))
 
 
+def called_names(answer: Any) -> list[str]:
+    """The names of the functions that a turn calls."""
+    calls = answer.get("tool_calls") or ()
+    return [str((call.get("function") or call).get("name", "")) for call in calls if isinstance(call, dict)]
+
+
 def _closing(opened: re.Match[str]) -> str:
     return f"{opened['left']}/{opened['name']}{opened['right']}"
 
@@ -247,6 +258,9 @@ def _balanced(split: Split, answer: Any, continues: bool) -> Split:
     A prompt that ends in <name> opens such a block where the template's finished answers do not continue that prompt,
     or where the name says so.
     """
+    closed = _CLOSED.search(split.prompt)
+    if closed and not continues and (block := split.answer.partition(closed.group().strip()))[1]:
+        return Split(split.prompt, block[2].lstrip(), split.ended)  # the prompt has the block already, an empty one
     opened = _OPENED.search(split.prompt)
     if opened is None or (continues and not _REASONING.search(opened["name"])):
         return split

@@ -23,6 +23,7 @@ from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"  # transformers' names of templates
+_CONTENT = "Qz5content5zQ"  # no template has it
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OF_JINJA = {"raise_exception", ASKS_FOR_IT, "namespace", "dict", "range", "lipsum", "cycler", "joiner", "loop"}
 
@@ -94,6 +95,9 @@ class ChatTemplate:
     def render(self, messages: Sequence[Any], tools: Sequence[Any] = (), *, prompt: bool) -> str:
         """The text of a conversation, with what opens an answer behind it where it is a `prompt`. Raises
         `TemplateRefusal`."""
+        return self._written(self._as_read(messages), tools, prompt)
+
+    def _written(self, messages: Sequence[Any], tools: Sequence[Any], prompt: bool) -> str:
         text = self._text(tools)
         given = {} if text == self.tokenizer.chat_template else {"chat_template": text}
         try:
@@ -118,7 +122,7 @@ class ChatTemplate:
             return ()
         try:
             _, spans = render_jinja_template(
-                conversations=[list(messages)],
+                conversations=[self._as_read(messages)],
                 tools=list(tools) or None,
                 chat_template=text,
                 return_assistant_tokens_mask=True,
@@ -128,6 +132,28 @@ class ChatTemplate:
         except Exception as error:
             raise TemplateRefusal(_said(error)) from error
         return tuple((int(start), int(end)) for start, end in spans[0])
+
+    @cached_property
+    def reads_parts(self) -> bool:
+        """Whether the template reads a message's content as a list of parts alone, as some of models with images do."""
+
+        def writes(content: Any) -> bool:
+            try:
+                return _CONTENT in self._written([{"role": "user", "content": content}], (), True)
+            except TemplateRefusal:
+                return False
+
+        return not writes(_CONTENT) and writes([{"type": "text", "text": _CONTENT}])
+
+    def _as_read(self, messages: Sequence[Any]) -> list[Any]:
+        """The messages with their content as the template reads it."""
+        if not self.reads_parts:
+            return list(messages)
+        texts = [message.get("content") for message in messages]
+        return [
+            {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else message
+            for message, text in zip(messages, texts, strict=True)
+        ]
 
     def _text(self, tools: Sequence[Any]) -> str:
         return self.texts[WITH_TOOLS if tools and WITH_TOOLS in self.texts else next(iter(self.texts))]

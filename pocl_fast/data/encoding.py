@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pocl_fast.data.answer_span import AnswerFinder, Split
+from pocl_fast.data.answer_span import REASONING_TAGS, AnswerFinder, Split, called_names
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
-from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template
+from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, templates_of
 from pocl_fast.data.records import Sample
 from pocl_fast.system.errors import InputError
 
@@ -255,8 +255,10 @@ def encoder_of(
     tokenizer: PreTrainedTokenizerBase, options: TemplateOptions, folder: Path, say: Callable[[str], object]
 ) -> SampleEncoder:
     """The encoder that a run's options or a trainer's arguments ask for. The date of a template that writes it is kept
-    in `folder`. Every rank must call. Raises `InputError` as `chosen_template` and `SampleEncoder` do."""
+    in `folder`, a template chosen by the options becomes the tokenizer's own. Every rank must call. Raises `InputError` as `chosen_template` and `SampleEncoder` do."""
     chat = chosen_template(tokenizer, options, folder, say)
+    if options.chat_template is not None:  # whoever loads the student asks it as it was trained
+        tokenizer.chat_template = next(iter(templates_of(tokenizer, options.chat_template).values()))
     return SampleEncoder(tokenizer, "chat" if chat else "alpaca", chat=chat)
 
 
@@ -270,10 +272,11 @@ def unwritten(messages: Sequence[Any], tools: Sequence[Any], answer: Any, split:
             lost.append("system message")
     if tools and not any(_name(tool) in text for tool in tools):
         lost.append("tools")
-    if any(_name(call) not in split.answer for call in answer.get("tool_calls") or ()):
+    if any(name not in split.answer for name in called_names(answer)):
         lost.append("tool calls")
-    reasoning = answer.get("reasoning_content")
-    if isinstance(reasoning, str) and reasoning.strip() not in split.answer:
+    reasoning, content = answer.get("reasoning_content"), answer.get("content")
+    left = isinstance(reasoning, str) and reasoning.strip() not in split.answer
+    if left or (isinstance(content, str) and REASONING_TAGS[1] in content and REASONING_TAGS[1] not in split.answer):
         lost.append("reasoning")
     return lost
 
