@@ -200,7 +200,7 @@ class SampleEncoder:
         """The text's tokens before and from where the response starts, `begin` before them, an end behind them."""
         encoded = self.tokenizer(split.prompt + split.answer, add_special_tokens=False)
         ids = list(encoded.input_ids)
-        first = self._first_token(encoded, len(split.prompt)) if self._by_offsets else self._first_other(ids, split)
+        first = self._first_token(encoded, split) if self._by_offsets else self._first_other(ids, split)
         response = ids[first:]
         ended = split.ended and response and response[-1] in self._special
         if ended and response[-1] != self.tokenizer.unk_token_id:
@@ -209,10 +209,11 @@ class SampleEncoder:
             response.append(self._eos)
         return [*begin, *ids[:first]], response
 
-    def _first_token(self, encoded: BatchEncoding, border: int) -> int:
-        """The first token with a character at or behind `border`, or one that stands for none, such as SentencePiece's
-        blank at the start of a word."""
-        ids, place = encoded.input_ids, border
+    def _first_token(self, encoded: BatchEncoding, split: Split) -> int:
+        """The first token with a character of the answer, or one there that stands for no character, such as
+        SentencePiece's blank at the start of a word."""
+        ids, border = encoded.input_ids, len(split.prompt)
+        place = border
         last = encoded.token_to_chars(len(ids) - 1) if ids else None
         limit = last.end if last else border
         first = None
@@ -221,7 +222,7 @@ class SampleEncoder:
         if first is None:
             return len(ids)
         span = encoded.token_to_chars(first)
-        if span.start < border and ids[first] in self._special:
+        if span.start < border and ids[first] in self._special and split.answer[: span.end - border].isspace():
             return first + 1
         while first > 0 and (span := encoded.token_to_chars(first - 1)) is not None and span.start >= border:
             first -= 1
