@@ -86,8 +86,8 @@ class DataOptions:
     """The chat template, where it is not the tokenizer's default: a name among its templates, or a jinja file. The
     student is saved with it."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """NAME=VALUE ...: variables of the chat template, such as enable_thinking=false; values are JSON, or text. In YAML a
-    dict."""
+    """NAME=VALUE ...: variables of the chat template, such as enable_thinking=false; values are JSON, or text. In YAML
+    a dict."""
     system_prompt: str | None = None
     """A system message for conversations that have none."""
     max_length: Count = 512

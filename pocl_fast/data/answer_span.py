@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from os.path import commonprefix
 from typing import Any
 
 from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
@@ -114,12 +113,12 @@ class AnswerFinder:
         before, behind = self._around(asked, tools)  # rewritten, or in a conversation with another end
         if behind is not None and whole.endswith(behind) and len(behind) < len(whole):
             end = len(whole) - len(behind)
-            start = len(commonprefix([whole[:end], before]))
+            start = common_length(whole[:end], before)
             return (start if start < end else None), end
         for text in filter(None, texts):
-            if (found := whole.rfind(text)) >= 0 and found >= len(commonprefix([whole, before])) - len(text):
+            if (found := whole.rfind(text)) >= 0 and found >= common_length(whole, before) - len(text):
                 return found, found + len(text)
-        shared = len(commonprefix([whole, before]))
+        shared = common_length(whole, before)
         return (shared if behind is not None and shared == len(before) else None), None
 
     def _around(self, asked: Sequence[Any], tools: Sequence[Any]) -> tuple[str, str | None]:
@@ -148,7 +147,9 @@ class AnswerFinder:
             found = self._learn_end(whole, place, turns, tools)
             if end is None:
                 return bool(found), place + len(found)
-            self._ends[tail] = found
+            if len(self._ends) < 100:  # a template has few; more are texts that it writes behind an answer
+                self._ends[tail] = found
+            return bool(found), place + len(found)
         return bool(self._ends[tail]), place + len(self._ends[tail])
 
     def _learn_end(self, whole: str, place: int, turns: Sequence[Any], tools: Sequence[Any]) -> str:
@@ -233,13 +234,19 @@ class AnswerFinder:
             written = ""
         head, found, behind = written.rpartition(thought)
         if found and PROBE in behind:
-            shared = len(commonprefix([head, prompt.rstrip()]))
+            shared = common_length(head, prompt.rstrip())
             tags.append((head[shared:].strip(), behind[: behind.index(PROBE)].strip()))
         if len(words := opening.split()) == 2 and words[0] != words[1]:
             tags.append((words[0], words[1]))
         if opened := _OPENED.search(prompt):
             tags.append(("", _closing(opened)))
         return tuple(dict.fromkeys(tag for tag in tags if tag[1]))
+
+
+def common_length(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    differ = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def called_names(answer: Any) -> list[str]:

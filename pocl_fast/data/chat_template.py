@@ -99,7 +99,9 @@ class ChatTemplate:
 
     def _written(self, messages: Sequence[Any], tools: Sequence[Any], prompt: bool) -> str:
         text = self._text(tools)
-        given = {} if text == self.tokenizer.chat_template else {"chat_template": text}
+        given = dict(self.kwargs)
+        if text != self.tokenizer.chat_template:
+            given["chat_template"] = text
         try:
             written = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -107,7 +109,6 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=prompt,
                 **given,
-                **self.kwargs,
             )
         except Exception as error:  # a template is a program of its author's: it may raise anything
             raise TemplateRefusal(_said(error)) from error
@@ -121,7 +122,7 @@ class ChatTemplate:
         if not _MARKED.search(text):
             return ()
         try:
-            _, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # texts, and where the marks of each are
                 conversations=[self._as_read(messages)],
                 tools=list(tools) or None,
                 chat_template=text,
@@ -131,7 +132,7 @@ class ChatTemplate:
             )
         except Exception as error:
             raise TemplateRefusal(_said(error)) from error
-        return tuple((int(start), int(end)) for start, end in spans[0])
+        return tuple((int(start), int(end)) for start, end in rendered[1][0])
 
     @cached_property
     def reads_parts(self) -> bool:
@@ -190,6 +191,13 @@ def templates_of(tokenizer: Any, chosen: str | None) -> dict[str, str]:
     return {DEFAULT: named[DEFAULT], **others}
 
 
+def make_default(tokenizer: Any, chosen: str) -> None:
+    """Gives the tokenizer the chosen template as its default; a name keeps its meaning."""
+    named = isinstance(tokenizer.chat_template, dict) and chosen in tokenizer.chat_template and chosen != DEFAULT
+    text = templates_of(tokenizer, chosen)[chosen]
+    tokenizer.chat_template = {DEFAULT: text, chosen: text} if named else text
+
+
 def _file(path: str, names: Sequence[str]) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
@@ -204,7 +212,7 @@ def _file(path: str, names: Sequence[str]) -> str:
 class _GenerationTag(Extension):
     """The tag {% generation %}, for parsing alone."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (as jinja's own class has it)
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

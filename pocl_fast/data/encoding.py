@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pocl_fast.data.answer_span import REASONING_TAGS, AnswerFinder, Split, called_names
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
-from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, templates_of
+from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
 from pocl_fast.data.records import Sample
 from pocl_fast.system.errors import InputError
 
@@ -114,6 +114,7 @@ class SampleEncoder:
         self._special = frozenset(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
         self._by_offsets = bool(tokenizer.is_fast)
         self.end_id, self._ends = self._eos, {self._eos}
+        self._end_is_known = template == "alpaca"
         self._unwritten: dict[str, list[int]] = {}
         self.chat: ChatTemplate | None = None
         shape = PLAIN
@@ -183,7 +184,10 @@ class SampleEncoder:
             ) from refusal
         for what in unwritten(self.chat.messages(sample.messages), sample.tools, sample.answer_turn, split):
             self._unwritten.setdefault(what, []).append(sample.line)
-        return self._tokens(split)
+        prompt, response = self._tokens(split)
+        if not self._end_is_known:
+            self.end_id, self._end_is_known = response[-1], True
+        return prompt, response
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
         if len(sample.messages) > 1:
@@ -222,7 +226,8 @@ class SampleEncoder:
         if first is None:
             return len(ids)
         span = encoded.token_to_chars(first)
-        if span.start < border and ids[first] in self._special and split.answer[: span.end - border].isspace():
+        swallows = span is not None and span.start < border and split.answer[: span.end - border].isspace()
+        if swallows and ids[first] in self._special:
             return first + 1
         while first > 0 and (span := encoded.token_to_chars(first - 1)) is not None and span.start >= border:
             first -= 1
@@ -243,23 +248,29 @@ class SampleEncoder:
         return full[:found]
 
     def _learn_end(self) -> None:
-        """The end of turn of a plain answer; of a template that refuses a plain question it is learned with the first
+        """The end of turn of a plain answer; of a template that refuses plain questions it is that of the first
         sample."""
-        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        try:
-            self.end_id = self._tokens(self._finder.split((question,), (), answer))[1][-1]
-        except TemplateRefusal:
+        system, question = {"role": "system", "content": "s"}, {"role": "user", "content": "a"}
+        for messages in ((question,), (system, question)):
+            try:
+                split = self._finder.split(messages, (), {"role": "assistant", "content": "b"})
+            except TemplateRefusal:
+                continue
+            self.end_id, self._end_is_known = self._tokens(split)[1][-1], True
             return
 
 
 def encoder_of(
     tokenizer: PreTrainedTokenizerBase, options: TemplateOptions, folder: Path, say: Callable[[str], object]
 ) -> SampleEncoder:
-    """The encoder that a run's options or a trainer's arguments ask for. The date of a template that writes it is kept
-    in `folder`, a template chosen by the options becomes the tokenizer's own. Every rank must call. Raises `InputError` as `chosen_template` and `SampleEncoder` do."""
+    """The encoder that a run's options or a trainer's arguments ask for.
+
+    The date of a template that writes it is kept in `folder`; a template that the options choose becomes the
+    tokenizer's own. Every rank must call. Raises `InputError` as `chosen_template` and `SampleEncoder` do.
+    """
     chat = chosen_template(tokenizer, options, folder, say)
-    if options.chat_template is not None:  # whoever loads the student asks it as it was trained
-        tokenizer.chat_template = next(iter(templates_of(tokenizer, options.chat_template).values()))
+    if options.chat_template is not None:
+        make_default(tokenizer, options.chat_template)  # whoever loads the student asks it as it was trained
     return SampleEncoder(tokenizer, "chat" if chat else "alpaca", chat=chat)
 
 

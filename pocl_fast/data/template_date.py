@@ -57,9 +57,11 @@ def _read(path: Path) -> datetime:
 
 
 def with_date(template: str, when: datetime) -> str:
-    """The template with `strftime_now` answering that date. transformers takes no date, and puts no function of a caller
-    into a template: a macro, which hides the function of this name, spells the date letter by letter. It is in the
-    template's first line, so that lines are counted as before."""
+    """The template with `strftime_now` answering that date.
+
+    transformers takes no date, and gives a template no function of its caller. So a macro, which hides the function of
+    this name, spells the date letter by letter. It is in the first line, so that lines are counted as before.
+    """
     table = {
         f"%{flag}{letter}": when.strftime(f"%{flag}{letter}")
         for letter in string.ascii_letters + "%"

@@ -17,7 +17,6 @@ from pocl_fast.options import RunConfig, flag, option_name
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
 
-
 PAIRS = ("set", "chat_template_kwargs")  # options that are dicts: NAME=VALUE words on the command line
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import Engine
 from pocl_fast.answers.likelihood import LoadedModel
-from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.chat_template import unused_template
+from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.records import read_samples
 from pocl_fast.models import loading
 from pocl_fast.models.cut import cut_layers

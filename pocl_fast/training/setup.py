@@ -20,8 +20,8 @@ from pocl_fast.answers.answerer import Answerer, SampleAnswerOptions
 from pocl_fast.answers.engine import own_ends
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.chat_template import unused_template
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
@@ -158,7 +158,9 @@ def sharded_later(args: PoclConfig) -> bool:
     return bool(args.fsdp) or by_launcher or args.deepspeed is not None
 
 
-def teacher_of(teacher: Any, encoder: SampleEncoder, args: PoclConfig, precision: Precision, samples: SampleSet) -> Teacher:
+def teacher_of(
+    teacher: Any, encoder: SampleEncoder, args: PoclConfig, precision: Precision, samples: SampleSet
+) -> Teacher:
     """The teacher with its cache in the output folder."""
     if isinstance(teacher, Teacher):
         return teacher

@@ -84,7 +84,8 @@ SHAPES = {  # name: template, how the prompt of "Hi" ends, the response "yes", t
         "Hi<|eot|><|start|>assistant", "<|ch|>final<|msg|>yes<|return|>", "<|return|>",
     ),
     "a default system message": (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|start|>system\nYou help.<|eot|>\n' }}{% endif %}" + TURNS + HEADER,
+        "{% if messages[0]['role'] != 'system' %}{{ '<|start|>system\nYou help.<|eot|>\n' }}{% endif %}"
+        + TURNS + HEADER,
         "Hi<|eot|>\n<|start|>assistant\n", "yes<|eot|>", "<|eot|>",
     ),
     "marks around answer and end": (
@@ -136,7 +137,17 @@ def test_the_header_is_the_prompts_and_the_end_of_turn_the_responses(name, speci
 @pytest.mark.parametrize("name", SHAPES)
 def test_an_answer_that_is_also_in_the_prompt_or_the_header_is_found_where_it_is(name):
     template, prompt_end, response, _ = SHAPES[name]
-    for word in ("assistant", "user", "end", "|", "Hi", "yes yes", "a\n\nb", "Use <|pad|> or <|eot|> here", "<|end|> no"):
+    for word in (
+        "assistant",
+        "user",
+        "end",
+        "|",
+        "Hi",
+        "yes yes",
+        "a\n\nb",
+        "Use <|pad|> or <|eot|> here",
+        "<|end|> no",
+    ):
         prompt, answer, _ = encoded({"prompt": "Hi", "response": word}, tokenizer_of(template))
         assert prompt.endswith(prompt_end), word
         assert answer == response.replace("yes", word), word
@@ -210,19 +221,20 @@ def test_what_a_template_does_not_write_is_counted_with_lines():
     assert "does not write the tools of 1 (line 9)" in said
 
 
-# -- prompts that open a block of reasoning ------------------------------------------------------------------------------
+# -- prompts that open a block of reasoning ----------------------------------------------------------------------------
 
 LAST_PART = "{{ '<|start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<|eot|>\n' }}"
 OPENS = "{% if add_generation_prompt %}{{ '<|start|>assistant\n<think>\n' }}{% endif %}"
 OPENING = {
-    "DeepSeek-R1: finished answers are without reasoning": "{% for m in messages %}" + LAST_PART + "{% endfor %}" + OPENS,
+    "DeepSeek-R1: no reasoning in finished answers": "{% for m in messages %}" + LAST_PART + "{% endfor %}" + OPENS,
     "the block is opened and never closed": (
         "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{{ '<think>\n' }}"
         "{% endif %}{{ m['content'] + '<|eot|>\n' }}{% endfor %}" + OPENS
     ),
     "Qwen3-Thinking: opened and closed": (
         "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{{ '<think>\n' }}"
-        "{% if '</think>' in m['content'] %}{{ m['content'].split('</think>')[0].split('<think>')[-1].strip() }}{% endif %}"
+        "{% if '</think>' in m['content'] %}"
+        "{{ m['content'].split('</think>')[0].split('<think>')[-1].strip() }}{% endif %}"
         "{{ '\n</think>\n\n' + m['content'].split('</think>')[-1].strip() }}{% else %}{{ m['content'] }}{% endif %}"
         "{{ '<|eot|>\n' }}{% endfor %}" + OPENS
     ),
@@ -242,7 +254,9 @@ def test_a_block_of_reasoning_that_the_prompt_opens_is_closed_once(name, answer)
 
 
 def test_a_prompt_with_an_empty_block_gets_the_answer_alone():
-    template = OPENING["DeepSeek-R1: finished answers are without reasoning"].replace(OPENS, OPENS.replace("<think>\n", "<think>\n\n</think>\n\n"))
+    template = OPENING["DeepSeek-R1: no reasoning in finished answers"].replace(
+        OPENS, OPENS.replace("<think>\n", "<think>\n\n</think>\n\n")
+    )
     for answer in ("Lima", "<think>\nPeru\n</think>\n\nLima"):
         prompt, said, _ = encoded({"prompt": "Hi", "response": answer}, tokenizer_of(template))
         assert prompt.endswith("<think>\n\n</think>\n\n")

@@ -11,7 +11,10 @@ from pocl_fast.options import DataOptions
 from pocl_fast.system.errors import InputError
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "train.jsonl"}
-REFUSES = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}"
+REFUSES = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{% endfor %}"
+)
 THINKS = CHAT_TEMPLATE.replace(
     "'<|start|>assistant\n' }}",
     "'<|start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}{{ '(off)' }}{% endif %}",
@@ -27,7 +30,7 @@ def prompt_of(made, record=None):
     return made.tokenizer.decode(made.encode_prompt(sample))
 
 
-# -- which one -----------------------------------------------------------------------------------------------------------
+# -- which one ---------------------------------------------------------------------------------------------------------
 
 
 def named(*names):
@@ -41,7 +44,9 @@ def test_of_several_templates_the_default_one_is_taken_and_tool_use_for_records_
     tool = {"type": "function", "function": {"name": "sum", "parameters": {}}}
     plain = Sample(0, 1, ({"role": "user", "content": "a"},), ("b",))
     assert prompt_of(made).startswith("default: ")
-    assert made.tokenizer.decode(made.encode_prompt(Sample(0, 1, plain.messages, ("b",), tools=(tool,)))).startswith("tool_use: ")
+    assert made.tokenizer.decode(made.encode_prompt(Sample(0, 1, plain.messages, ("b",), tools=(tool,)))).startswith(
+        "tool_use: "
+    )
 
 
 def test_without_a_default_one_a_name_is_asked_for(tmp_path):
@@ -86,7 +91,7 @@ def test_that_a_teachers_template_is_not_used_is_said(tmp_path):
     assert unused_template(encoder(tmp_path, tiny_tokenizer()).chat, "auto", tiny_tokenizer()) is None
 
 
-# -- what it is given ----------------------------------------------------------------------------------------------------
+# -- what it is given --------------------------------------------------------------------------------------------------
 
 
 def test_variables_reach_the_template(tmp_path):
@@ -100,7 +105,9 @@ def test_variables_reach_the_template(tmp_path):
 def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = THINKS
-    with pytest.raises(InputError, match=r"enable_thinkng: .*did you mean enable_thinking\?\); it reads enable_thinking"):
+    with pytest.raises(
+        InputError, match=r"enable_thinkng: .*did you mean enable_thinking\?\); it reads enable_thinking"
+    ):
         encoder(tmp_path, tokenizer, chat_template_kwargs={"enable_thinkng": False})
     with pytest.raises(InputError, match="messages: the chat template has no such variable to be given"):
         encoder(tmp_path, tokenizer, chat_template_kwargs={"messages": []})
@@ -127,12 +134,17 @@ def test_a_template_for_content_in_parts_is_given_parts():
     assert tokenizer.decode(one.response_ids) == "yes<|end|>"
 
 
-# -- what it refuses -----------------------------------------------------------------------------------------------------
+# -- what it refuses ---------------------------------------------------------------------------------------------------
 
 FAULTS = {
     "raise_exception": (REFUSES, "refuses it: no system here"),
-    "an undefined name": ("{% for m in messages %}{% if m['role'] == 'system' %}{{ x.y }}{% endif %}{% endfor %}", "UndefinedError: 'x' is undefined"),
-    "a sum of text and none": ("{% if messages[0]['role'] == 'system' %}{{ messages[0]['name'] + none }}{% endif %}", "fails on it"),
+    "an undefined name": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ x.y }}{% endif %}{% endfor %}",
+        "UndefinedError: 'x' is undefined",
+    ),
+    "a sum of text and none": (
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['name'] + none }}{% endif %}", "fails on it",
+    ),
     "a quotient": ("{% if messages[0]['role'] == 'system' %}{{ 1 / 0 }}{% endif %}", "ZeroDivisionError"),
 }  # fmt: skip
 
@@ -161,7 +173,10 @@ def test_a_template_that_refuses_the_system_prompt_says_whose_it_is(tmp_path):
 
 def test_a_template_that_refuses_an_order_of_turns():
     tokenizer = tiny_tokenizer()
-    order = "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+    order = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+    )
     tokenizer.chat_template = order + CHAT_TEMPLATE
     turns = [{"role": role, "content": "a"} for role in ("user", "user", "assistant")]
     with pytest.raises(InputError, match=r"train\.jsonl, line 1: the chat template refuses it: roles must alternate"):
