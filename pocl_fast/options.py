@@ -82,6 +82,14 @@ class DataOptions:
 
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt format: the tokenizer's chat template where it has one ("auto"), or the paper's Alpaca template."""
+    chat_template: str | None = None
+    """The chat template, where it is not the tokenizer's default: a name among its templates, or a jinja file. The
+    student is saved with it."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """NAME=VALUE ...: variables of the chat template, such as enable_thinking=false; values are JSON, or text. In YAML
+    a dict."""
+    system_prompt: str | None = None
+    """A system message for conversations that have none."""
     max_length: Count = 512
     """Most tokens of prompt and response together; longer responses are cut, counted and reported."""
     max_prompt_length: Count = 256

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from tiny import arithmetic, tiny_model, write_jsonl
+from tiny import CHAT_TEMPLATE, arithmetic, save_tiny, tiny_model, tiny_tokenizer, write_jsonl
 from tiny_options import CHANGED, SHOWN, reaches, trainer_with_options
 from tiny_run import make_inputs, read_json
 from tiny_training import curriculum_of
@@ -141,6 +141,22 @@ def test_samples_are_read_from_the_files(changed, run_of, inputs):
 def test_prompts_are_in_the_template(changed, run_of):
     context = run_of(max_length=400, max_prompt_length=300, **changed).context
     assert "### Instruction" in context.tokenizer.decode(context.train_set.encoded[0].prompt_ids)
+
+
+@reaches("chat_template", "chat_template_kwargs", "system_prompt")
+def test_prompts_are_in_the_chosen_chat_template_with_its_variables_and_the_system_prompt(changed, run_of, tmp_path):
+    teacher, tokenizer = save_tiny(tmp_path / "teacher", layers=4), tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "kind": "({{ tone }})" + CHAT_TEMPLATE}
+    tokenizer.save_pretrained(teacher)
+    run = run_of(teacher=str(teacher), max_length=160, max_prompt_length=120, stages=1, epochs_per_stage=1, **changed)
+    context = run.context
+    prompt = context.tokenizer.decode(context.train_set.encoded[0].prompt_ids)
+    assert prompt.startswith("(warm)<|start|>system\nBe brief.<|end|>\n<|start|>user\nSay 0")
+    run.measure()
+    run.rank()
+    run.train()  # the student is saved with the template that it was asked in
+    saved = transformers.AutoTokenizer.from_pretrained(run.path / "student")
+    assert saved.get_chat_template() == "({{ tone }})" + CHAT_TEMPLATE
 
 
 @reaches("max_length", "max_prompt_length", "long_prompts")

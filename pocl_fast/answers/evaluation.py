@@ -59,10 +59,11 @@ def answer_all(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    references: Sequence[Sequence[str]] | None = None,
     progress: Report | None = None,
 ) -> list[str]:
-    """The engine's answer to each sample's prompt, as text. Every rank must call, answers its share, and has all
-    answers at the end."""
+    """The engine's answer to each sample's prompt, as the text that is compared with its references (see
+    `SampleEncoder.answer_texts`). Every rank must call, answers its share, and has all answers at the end."""
     answers = engine.generate(
         [sample.prompt_ids for sample in encoded],
         sample_ids=[sample.index for sample in encoded],
@@ -73,7 +74,7 @@ def answer_all(
         shared=True,
         progress=progress,
     )
-    return [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return encoder.answer_texts(answers, references)
 
 
 def evaluate(
@@ -105,6 +106,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 temperature=1.0,
                 seed=seed,
+                references=references,
                 progress=progress,
             )
             rouge.append(100 * float(np.mean(rouge_l(answers, references, tokenizer=rouge_tokenizer).fmeasure)))
@@ -134,8 +136,9 @@ def dev_scores(
     """The scores that training watches, and the answers they are of: `rouge_l` of greedy answers in percent, and
     `cross_entropy` of the references in nats a token. Torch generates the answers. Every rank must call."""
     engine = TorchEngine.of(model, encoder, options)
-    answers = answer_all(engine, dev.encoded, encoder, max_new_tokens=options.max_new_tokens, temperature=0.0, seed=0)
     references = [references_of(dev.samples[one.index], one, encoder) for one in dev.encoded]
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "temperature": 0.0, "seed": 0}
+    answers = answer_all(engine, dev.encoded, encoder, references=references, **settings)
     rouge = rouge_l(answers, references, tokenizer=options.rouge_tokenizer).fmeasure
     loss = mean_token_cross_entropy(model, dev.encoded, packed=packed)
     return {"rouge_l": 100 * float(np.mean(rouge)), "cross_entropy": loss}, answers

@@ -124,10 +124,10 @@ def _measured(
     rouge_tokenizer: Tokenizer,
 ) -> pa.Table:
     """The difficulty table's rows: a value a sample in each column."""
-    texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    references = [references_of(sample, one, encoder) for sample, one in rows]
+    texts = encoder.answer_texts(answers, references)
     encoded = [one for _, one in rows]
     scores = response_scores(student, encoded)
-    references = [references_of(sample, one, encoder) for sample, one in rows]
     return pa.table(
         {
             "index": pa.array([one.index for one in encoded], pa.int64()),

@@ -32,6 +32,7 @@ class SampleStream:
         skipped: list[int] = []
         truncated: list[int] = []
         count = longest = 0
+        self.encoder.take_unwritten()
         fields = UnusedFields(self.encoder, str(self.path))
         for sample, one in self._encoded(fields.see):
             count += 1
@@ -40,9 +41,10 @@ class SampleStream:
                 longest = max(longest, len(self.encoder.encode_prompt(sample)))
             elif one.truncated:
                 truncated.append(sample.line)
+        left_out = self.encoder.take_unwritten()
         if skipped and (self.long_prompts == "error" or len(skipped) == count):
             raise over_the_limit(str(self.path), skipped, count, longest, self.max_prompt_length)
-        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts)
+        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out)
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
         piece: list[tuple[Sample, EncodedSample]] = []
@@ -60,7 +62,5 @@ class SampleStream:
     ) -> Iterator[tuple[Sample, EncodedSample | None]]:
         for sample in iter_samples(self.path):
             see(sample)
-            yield (
-                sample,
-                self.encoder.encode(sample, max_length=self.max_length, max_prompt_length=self.max_prompt_length),
-            )
+            limits = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
+            yield sample, self.encoder.encode(sample, **limits, name=str(self.path))

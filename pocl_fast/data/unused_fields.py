@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
+from pocl_fast.data.chat_template import ChatTemplate
 from pocl_fast.data.messages import Message
 from pocl_fast.data.records import OPTIONAL, Sample
 from pocl_fast.system.errors import InputError
@@ -23,9 +24,7 @@ class Encoder(Protocol):
     """What is asked of a `SampleEncoder`."""
 
     @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def template(self) -> str: ...
+    def chat(self) -> ChatTemplate | None: ...
 
 
 class UnusedFields:
@@ -33,7 +32,7 @@ class UnusedFields:
 
     def __init__(self, encoder: Encoder, name: str) -> None:
         """`name` stands for the data set in errors."""
-        self._tokenizer, self._alpaca, self._name = encoder.tokenizer, encoder.template == "alpaca", name
+        self._chat, self._alpaca, self._name = encoder.chat, encoder.chat is None, name
         self._shown: dict[str, bool] = {}  # of what was looked at so far
         self._count: Counter[str] = Counter()
 
@@ -103,17 +102,16 @@ class UnusedFields:
         """The names and texts in the template's code, among which are the fields that it reads."""
         from jinja2 import Environment, TemplateError  # here, not above: most records have no such field
 
-        template = self._tokenizer.chat_template
-        sources = template.values() if isinstance(template, Mapping) else [template]
+        assert self._chat is not None
         try:
-            tokens = [token for source in sources for token in Environment().lex(source)]
+            tokens = [token for source in self._chat.texts.values() for token in Environment().lex(source)]
         except TemplateError:
             return frozenset()
         return frozenset(text.strip("\"'") for _, kind, text in tokens if kind in ("name", "string"))
 
     def _prints(self, turns: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
-        given: list[Any] = [dict(turn) for turn in turns]
-        return str(self._tokenizer.apply_chat_template(given, tools=list(tools) or None, tokenize=False))
+        assert self._chat is not None
+        return self._chat.render(turns, tools, prompt=False)
 
     def _refuse(self, sample: Sample, why: str) -> None:
         raise InputError(
@@ -133,8 +131,9 @@ def describe(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _own_fields(turns: Sequence[Message]) -> list[str]:
-    """What turns have besides role and content, each once."""
-    return list(dict.fromkeys(field for turn in turns for field in turn if field not in ("role", "content")))
+    """What turns have besides role, content and reasoning (of which the encoder counts what is left out), each once."""
+    seen = ("role", "content", "reasoning_content")
+    return list(dict.fromkeys(field for turn in turns for field in turn if field not in seen))
 
 
 def _calls(sample: Sample) -> bool:

@@ -17,10 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
 from pocl_fast.answers.answerer import Answerer, SampleAnswerOptions
+from pocl_fast.answers.engine import own_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.chat_template import unused_template
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
@@ -60,15 +62,16 @@ def training_parts(
     """
     precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
     student, tokenizer = student_of(student, tokenizer, peft_config, args)
-    encoder = SampleEncoder(tokenizer, args.template)  # type: ignore[arg-type]  # checked by PoclConfig
+    encoder = encoder_of(tokenizer, args, Path(str(args.output_dir)), _first_says)
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
-    kept = teacher_of(teacher, tokenizer, args, precision, samples)
+    kept = teacher_of(teacher, encoder, args, precision, samples)
     check_lengths(student, kept, args, samples, held_out)
     if args.data_source == "teacher":
+        encoder.stop_also_at(own_ends(kept.model))  # the student learns to end where its teacher ends
         folder = Path(str(args.output_dir)) / "teacher_answers"
         samples = answered_by_teacher(samples, kept.model, encoder, folder, fingerprint=kept.fingerprint, options=args)
     return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, kept)
@@ -156,7 +159,9 @@ def sharded_later(args: PoclConfig) -> bool:
     return bool(args.fsdp) or by_launcher or args.deepspeed is not None
 
 
-def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precision, samples: SampleSet) -> Teacher:
+def teacher_of(
+    teacher: Any, encoder: SampleEncoder, args: PoclConfig, precision: Precision, samples: SampleSet
+) -> Teacher:
     """The teacher with its cache in the output folder."""
     if isinstance(teacher, Teacher):
         return teacher
@@ -165,7 +170,10 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precis
     folder, by_name = Path(str(args.output_dir)), isinstance(teacher, str)
     if by_name:
         trust = args.trust_remote_code
-        loading.check_same_vocabulary(tokenizer, loading.load_tokenizer(teacher, trust_remote_code=trust))
+        theirs = loading.load_tokenizer(teacher, trust_remote_code=trust)
+        loading.check_same_vocabulary(encoder.tokenizer, theirs)
+        if line := unused_template(encoder.chat, args.template, theirs):
+            _first_says(line)
         teacher = load_teacher(
             teacher,
             folder / "teacher",
@@ -234,11 +242,10 @@ def answered_by_teacher(
     A sample whose answer is empty is left out, and the line says how many are. `fingerprint` identifies the teacher.
     Every rank must call. Raises `InputError` where all answers are empty.
     """
-    tokenizer: Any = encoder.tokenizer
     ask = Answerer.of(teacher, encoder, options, temperature=0.0)
     encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
-    texts = tokenizer.batch_decode([one.response_ids for one in encoded], skip_special_tokens=True)
-    answers = {one.index: text.strip() for one, text in zip(encoded, texts, strict=True)}
+    texts = encoder.answer_texts([[id_ for id_ in one.response_ids if id_ != encoder.end_id] for one in encoded])
+    answers = {one.index: text for one, text in zip(encoded, texts, strict=True)}
     empty = [index for index, text in answers.items() if not text]
     if empty and ranks.is_first():
         lines = ", ".join(str(samples.samples[index].line) for index in empty[:5])
