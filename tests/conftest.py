@@ -40,7 +40,9 @@ def pytest_collection_modifyitems(config, items):
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
     if "families" not in config.getoption("markexpr"):  # not `make test-families`
-        others = [item for item in items if (mark := item.get_closest_marker("families")) and not mark.kwargs.get("always")]
+        others = [
+            item for item in items if (mark := item.get_closest_marker("families")) and not mark.kwargs.get("always")
+        ]
         leave_out(config, items, others, FAMILY_CELLS)
     if not config.getoption("full"):
         leave_out(config, items, [item for item in items if item.get_closest_marker("full")], "tests marked full")

@@ -18,9 +18,9 @@ import torch
 from tiny import arithmetic, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
-from families.tiny_families import WINDOW, row_config, row_model
+from families.tiny_families import WINDOW, row_auto_class, row_config, row_model
 from pocl_fast.answers.decoding import generate
 from pocl_fast.curriculum.stages import baby_steps
 from pocl_fast.data.encoding import EncodedSample, SampleSet
@@ -86,8 +86,7 @@ def eager_copy(name: str) -> Any:
 
 def given(name: str) -> Any:
     """The same model as a user gives it: in the attention that transformers chooses."""
-    config = row_config(name)
-    model = type(pristine(name))._from_config(config, dtype=torch.float32)
+    model = row_auto_class(name).from_config(row_config(name), dtype=torch.float32)
     model.load_state_dict(pristine(name).state_dict(), strict=True)
     model.tie_weights()
     return model.eval().requires_grad_(True)
@@ -137,7 +136,9 @@ class _Gradients(TrainerCallback):
 
 
 def _trainer(student: Any, teacher: Any, folder: Path, callback: Any) -> PoclTrainer:
-    order = baby_steps(np.arange(len(SAMPLES)), np.zeros(len(SAMPLES)), stages=1, temperatures=[TEMPERATURE], alphas=[ALPHA])
+    order = baby_steps(
+        np.arange(len(SAMPLES)), np.zeros(len(SAMPLES)), stages=1, temperatures=[TEMPERATURE], alphas=[ALPHA]
+    )
     config = PoclConfig(
         output_dir=str(folder), per_device_train_batch_size=len(SAMPLES), epochs_per_stage=1, precision="fp32",
         use_cpu=True, max_length=96, max_prompt_length=64, learning_rate=1e-2, optim="sgd", max_grad_norm=0.0,
@@ -251,7 +252,7 @@ def _early_end(answers: Sequence[Sequence[int]]) -> int:
 
 @torch.no_grad()
 def _check_answers(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]], end: int | None) -> None:
-    """Each token is the most likely one by the model's logits over prompt and answer in one piece, and so is the end."""
+    """Each token, and the end, is the most likely one by the model's logits over prompt and answer in one piece."""
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = [*answer, *([end] if end is not None and len(answer) < NEW_TOKENS else [])]
         assert len(answer) == NEW_TOKENS or end is not None, f"an answer of {len(answer)} tokens without an end"
@@ -321,7 +322,7 @@ def reload(name: str) -> str:
         want = alone(reference)
         with tempfile.TemporaryDirectory() as folder:
             save_student(model, tiny_tokenizer(), Path(folder))
-            again = AutoModelForCausalLM.from_pretrained(Path(folder) / "student", attn_implementation="eager")
+            again = row_auto_class(name).from_pretrained(Path(folder) / "student", attn_implementation="eager")
         check_each(alone(again.eval()), want, "logits")
     return "good"
 
@@ -335,9 +336,14 @@ def adapted(model: Any) -> Any:
     """The model with LoRA on all its linear layers but the lm_head."""
     import peft
 
-    by_kernels = ["out_proj", "conv1d"] if "mamba" in (source := type(model).__module__) or "falcon_h1" in source or "nemotron_h" in source else None
+    mamba = any(name in type(model).__module__ for name in ("mamba", "falcon_h1", "nemotron_h"))
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", exclude_modules=by_kernels, init_lora_weights=False
+        r=4,
+        lora_alpha=8,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=["out_proj", "conv1d"] if mamba else None,  # which peft refuses: Mamba's kernels read them
+        init_lora_weights=False,
     )
     torch.manual_seed(4)
     return peft.get_peft_model(model, config)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 from pathlib import Path
 
 import pytest
+
 from families.page import Outcome, counts, page, table
 
 PROPERTY = "family cell"  # of a test: row, column, what came out, what was said
@@ -24,6 +26,16 @@ def outcome(record_property):
         record_property(PROPERTY, (row, column, result, said))
 
     return note
+
+
+@pytest.fixture
+def little_to_collect():
+    """Takes what is in memory out of garbage collection: transformers' trainer collects twice, half a second each."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -50,7 +62,7 @@ def results_of(reports):
     """The outcome of each cell by row and column, out of the reports of a run's tests."""
     results: dict[str, dict[str, Outcome]] = {}
     for report in reports:
-        if report.when != "call" or "::test_family[" not in report.nodeid and not report.user_properties:
+        if report.when != "call" or ("::test_family[" not in report.nodeid and not report.user_properties):
             continue
         noted = dict(report.user_properties).get(PROPERTY)
         if noted is not None:

@@ -58,7 +58,9 @@ def table(results: Results) -> str:
             continue
         shown = (cells[column].result if column in cells else "-" for column in COLUMNS)
         lines.append(" ".join([f"{row:{width}}", *(f"{cell:8}" for cell in shown)]).rstrip())
-    lines += [f"{row:{width}} not built tiny: {cells[LEFT_OUT].result}" for row, cells in results.items() if LEFT_OUT in cells]
+    lines += [
+        f"{row:{width}} not built tiny: {cells[LEFT_OUT].result}" for row, cells in results.items() if LEFT_OUT in cells
+    ]
     return "\n".join(lines)
 
 
@@ -76,14 +78,23 @@ def page(results: Results, version: str) -> str:
     """docs/families.md as text."""
     reasons: list[str] = []
     lines = [HEAD.format(version=version).rstrip("\n"), ""]
-    lines += ["| family | logits | student | teacher | answers | cut | reload | LoRA |", "|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "| family | logits | student | teacher | answers | cut | reload | LoRA |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in sorted(results):
         if LEFT_OUT not in results[row]:
             shown = [_shown(row, results[row].get(column), reasons) for column in COLUMNS]
             lines.append(f"| {row} | {' | '.join(shown)} |")
     lines += ["", "## Why a family is refused", ""]
     lines += [textwrap.fill(f"{i}. {reason}", 100, subsequent_indent="   ") for i, reason in enumerate(reasons, 1)]
-    lines += ["", "## Not tried", "", "These cannot be built small from their configuration, or do not run on tokens alone:", ""]
+    lines += [
+        "",
+        "## Not tried",
+        "",
+        "These cannot be built small from their configuration, or do not run on tokens alone:",
+        "",
+    ]
     for row in sorted(results):
         if LEFT_OUT in results[row]:
             lines.append(textwrap.fill(f"- {row}: {results[row][LEFT_OUT].result}", 100, subsequent_indent="  "))

@@ -7,9 +7,10 @@ may be packed or padded. It may be refused by an `InputError`. It is never silen
 import warnings
 
 import pytest
+import torch
+
 from families.cells import CELLS
 from families.tiny_families import NOT_TINY, families, row_model, rows
-
 from pocl_fast.system.errors import InputError
 
 ALWAYS = ("gemma2", "gpt2", "gpt_oss", "lfm2", "llama", "mamba2")  # in `make test` too
@@ -22,7 +23,7 @@ def row(name):
 
 @pytest.mark.parametrize("cell", list(CELLS))
 @pytest.mark.parametrize("name", [row(name) for name in rows() if name not in NOT_TINY])
-def test_family(name, cell, outcome, time_limit):
+def test_family(name, cell, outcome, time_limit, little_to_collect):
     warnings.simplefilter("ignore")
     with time_limit(TIMEOUT):
         try:
@@ -44,4 +45,4 @@ def test_few_families_cannot_be_built_tiny():
 def test_a_family_that_is_left_out_cannot_be_built_or_run(name, outcome):
     outcome(name, "left out", NOT_TINY[name])
     with pytest.raises(Exception):  # noqa: B017, PT011  # whatever transformers raises
-        row_model(name)(input_ids=__import__("torch").ones(1, 40, dtype=int))
+        row_model(name)(input_ids=torch.ones(1, 40, dtype=torch.int64))

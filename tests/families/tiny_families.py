@@ -12,7 +12,7 @@ import io
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -24,14 +24,15 @@ LARGEST = 10_000_000  # parameters; a family that takes more has a size that no 
 SMALL: dict[str, Any] = {
     # sizes
     "vocab_size": VOCABULARY, "hidden_size": 32, "n_embd": 32, "d_model": 32, "embedding_size": 32, "model_dim": 32,
-    "word_embed_proj_dim": 32, "hidden_size_global": 32, "emb_dim": 32, "dim": 32, "attention_hidden_size": 32, "lru_width": 32, "dim_model": 32,
-    "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "dff": 48, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
+    "word_embed_proj_dim": 32, "emb_dim": 32, "dim": 32, "attention_hidden_size": 32, "lru_width": 32, "dim_model": 32,
+    "hidden_size_global": 32, "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "dff": 48,
+    "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
     "ffn_hidden_size": 48, "feed_forward_size": 48, "d_inner": 48, "block_ff_dim": 48, "dim_ff": 48,
-    "feed_forward_proj_dim": 48, "intermediate_size_mlp": 48, "moe_intermediate_size": 16, "dense_intermediate_size": 48,
-    "expert_intermediate_size": 16, "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16, "moe_ffn_hidden_size": 16, "expert_ffn_hidden_size": 16,
-    "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "num_layers": LAYERS,
-    "decoder_layers": LAYERS, "num_decoder_layers": LAYERS, "encoder_layers": 2,
+    "feed_forward_proj_dim": 48, "intermediate_size_mlp": 48, "dense_intermediate_size": 48,
+    "moe_intermediate_size": 16, "expert_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16, "moe_ffn_hidden_size": 16,
+    "expert_ffn_hidden_size": 16, "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS,
+    "num_layers": LAYERS, "decoder_layers": LAYERS, "num_decoder_layers": LAYERS, "encoder_layers": 2,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2,
     "num_global_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "dim_head": 8, "attention_head_dim": 8,
@@ -70,7 +71,8 @@ SMALL: dict[str, Any] = {
     # a decoder by itself
     "is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False, "use_cache": True,
     # pictures and sounds
-    "image_size": 16, "patch_size": 8, "num_channels": 3, "depth": 2, "audio_channels": 1, "num_codebooks": 1,
+    "image_size": 16, "patch_size": 8, "num_channels": 3, "depth": 2, "projector_input_dim": 32,
+    "projector_output_dim": 32, "vision_output_dim": 32, "audio_channels": 1, "num_codebooks": 1,
 }  # fmt: skip
 
 HALVES = LAYERS // 2
@@ -92,6 +94,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8, "swa_head_dim": 8, "swa_qk_nope_head_dim": 4, "swa_v_head_dim": 8,
         "layer_types": ["indexed_attention", "sliding_attention"] * HALVES, "shared_experts_intermediate_size": 16,
     },
+    "dots3_note": {"pad_token_id": 256},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
     "dots3_note_vision_encoder": {"num_hidden_layers": OUT, "adapter_in_dim": 32, "adapter_out_dim": 32},
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -109,6 +112,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 4, "num_hidden_layers": OUT, "num_key_value_heads": 4},
     "mamba2": {"head_dim": 16},
     "prophetnet": {"num_hidden_layers": OUT, "num_encoder_layers": 2},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
         "indexer_compress_ratio": 2, "hc_lowrank": 8,
@@ -130,23 +134,30 @@ SPECIAL: dict[str, dict[str, Any]] = {
 SPECIAL["inkling2_loop_text"] = SPECIAL["inkling2_text"]
 
 # Rows beside the families: a family with other settings.
-ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
+THETA = {"rope_theta": 10000.0}
+ROPE = {**THETA, "original_max_position_embeddings": 32}  # tokens: fewer than the longest samples have
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-rope-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "llama-rope-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, **THETA}}),
     "llama-rope-dynamic": (
         "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}, "max_position_embeddings": 32},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **THETA}, "max_position_embeddings": 32},
     ),
     "llama-rope-yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, **ROPE}}),
     "llama-rope-llama3": (
         "llama",
-        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE
+            }
+        },
     ),
     "phi3-rope-longrope": (
         "phi3",
         {
-            "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3],
-                                "long_factor": [2.0, 3.0, 4.0, 5.0], **ROPE},
+            "rope_parameters": {
+                "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
+                **ROPE,
+            },
             "original_max_position_embeddings": 32,
         },
     ),
@@ -159,6 +170,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "bert-both-ways": ("bert", {"is_decoder": False}),
 }  # fmt: skip
+
+# Rows of models that see pictures too, which people give as an object: transformers makes no causal language model of
+# their configuration, or another one.
+CONDITIONAL = {f"{name}-conditional": name for name in ("llava", "mistral3", "qwen2_5_vl", "qwen3_5")}
 
 # Families that cannot be built tiny, or that do not run on tokens alone, and why.
 NOT_TINY = {
@@ -233,29 +248,31 @@ def _mixed_layers(default: PreTrainedConfig) -> list[str] | None:
 
 
 def rows() -> list[str]:
-    """The matrix' rows: every family, and variants of some."""
-    return sorted([*families(), *VARIANTS])
+    """The matrix' rows: every family, variants of some, and models that see pictures too."""
+    return sorted([*families(), *VARIANTS, *CONDITIONAL])
 
 
 def row_config(row: str) -> PreTrainedConfig:
     """The configuration of a row: a family's, or a variant's."""
-    family, changes = VARIANTS.get(row, (row, {}))
+    family, changes = VARIANTS.get(row, (CONDITIONAL.get(row, row), {}))
     return tiny_config(family, changes)
 
 
-def row_model(row: str) -> Any:
+def row_auto_class(row: str) -> Any:
+    """What makes and reads the row's model."""
+    return AutoModelForImageTextToText if row in CONDITIONAL else AutoModelForCausalLM
+
+
+def row_model(row: str, seed: int = 0) -> Any:
     """The model of a row in eager attention, fp32, with random weights, norms and biases too."""
-    return model_of(row_config(row))
-
-
-def model_of(config: PreTrainedConfig, seed: int = 0) -> Any:
+    config, auto = row_config(row), row_auto_class(row)
     with _quiet():
         with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, attn_implementation="eager").parameters())
+            size = sum(p.numel() for p in auto.from_config(config, attn_implementation="eager").parameters())
         if size > LARGEST:
             raise ValueError(f"{size / 1e6:.0f} million parameters")
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed + 5)
     with torch.no_grad():
         for parameter in model.parameters():
