@@ -122,6 +122,7 @@ class _Decoder:
         self.model, self.prompts, self.max_new_tokens, self.end_ids = model, prompts, max_new_tokens, end_ids
         self.pad_id, self.temperature = pad_id, temperature
         self.device = input_device(model)
+        self.limit = length_limit(model)
         self.way = decoding_way(model, pad_id, say if ranks.is_first() else None)
         if shared:  # all ranks must cut the same batches; models of two machines may differ in a rounding
             self.way = max(ranks.gather(self.way), key=slowness)
@@ -130,8 +131,7 @@ class _Decoder:
 
     def plan(self, batch_size: int, batch_tokens: int | None, most_padding: int | None) -> list[tuple[Way, list[int]]]:
         """The batches of prompts by their indices, and in which way each is decoded."""
-        limit = length_limit(self.model)
-        long = [i for i, prompt in enumerate(self.prompts) if len(prompt) + self.max_new_tokens > limit]
+        long = [i for i, prompt in enumerate(self.prompts) if self._is_long(prompt)]
         way = ALONE if self.way.lengths == "any" else self.way
         plan = [(way, [i]) for i in sorted(long, key=lambda i: (-len(self.prompts[i]), i))]
         for same in self._that_share_batches(set(long)):
@@ -144,6 +144,10 @@ class _Decoder:
             )
             plan += [(self.way, [same[i] for i in batch]) for batch in batches]
         return plan
+
+    def _is_long(self, prompt: Sequence[int]) -> bool:
+        """Whether its frequencies of rotary embeddings may come to depend on its length."""
+        return len(prompt) + self.max_new_tokens > self.limit
 
     def _that_share_batches(self, without: set[int]) -> list[list[int]]:
         """Indices of the prompts that may be in one batch, longest first."""
@@ -160,12 +164,17 @@ class _Decoder:
         """Within it the model's linear layers are frozen: see `frozen_linears`."""
         if self.way.cache != "roomy" and self.prompts:
             # RWKV changes its weights in the first forward after training; a copy must be of what they are then
-            self.model(input_ids=torch.tensor([self.prompts[0][:1]], device=self.device), use_cache=False)
+            self._forward_of_one_token()
         with frozen_linears(self.model):
             yield
 
+    def _forward_of_one_token(self) -> None:
+        self.model(input_ids=torch.tensor([self.prompts[0][:1]], device=self.device), use_cache=False)
+
     def decode(self, prompts: Sequence[Sequence[int]], noise: _Noise | None, way: Way) -> list[list[int]]:
         """The answer to each of B prompts; `noise` chooses its tokens where it is sampled."""
+        if self._is_long(prompts[0]):  # the frequencies of the longest sequence so far are kept until a short one comes
+            self._forward_of_one_token()
         steps = way.steps(self.model, self.pad_id, self.max_new_tokens, self.prefix)
         answers: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # the prompts that are still in the batch

@@ -8,10 +8,9 @@ prompts are, nor how a token is chosen.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,13 +18,16 @@ from torch import Tensor, nn
 
 from pocl_fast.answers.steps import OwnSteps, PlainSteps, RoomySteps, SharedPrefix, Steps
 from pocl_fast.models.placement import input_device
+from pocl_fast.models.probing import apart, evaluating, positions_of, same_random_numbers, windows_of
 from pocl_fast.system.errors import InputError
 
 TOLERANCE = (
     1e-4  # relative to the largest logit. fp32's rounding: 1e-6 to 1e-5; a state that counts padding: 1e-3 and up
 )
 NOISE = 4  # times the rounding that a model has between two lengths of one prompt (bf16: 1e-2 in 30 layers)
-NOT_CAUSAL = 0.1  # later tokens change what came before by more than any rounding
+MOST_NOISE = {torch.float32: 0.01}  # by dtype of the logits: more is no rounding (fp32 by TF32 or bf16 products: 5e-3)
+MOST_NOISE_HALF = 0.05  # of bf16 and fp16
+OFF = "its logits are off"
 STEPS = 6  # tokens after each prompt of the probe
 LEAVES = {2: [0, 2, 3], 4: [0, 2]}  # before these steps the probe keeps these of its rows: an answer ended
 LONGEST_WINDOW = 64  # tokens; the probe is longer than windows up to that
@@ -98,7 +100,7 @@ def decoding_way(model: Any, pad_id: int, say: Callable[[str], object] | None = 
     key = (getattr(model.config, "_attn_implementation", None), device, model.dtype, autocast, pad_id)
     known = _chosen.setdefault(model, {})
     if key not in known:
-        with evaluating(model), torch.inference_mode(), _same_random_numbers(device):
+        with evaluating(model), torch.inference_mode(), same_random_numbers(device):
             known[key] = _choose(model, pad_id)
         if say is not None and known[key].cache != "roomy":
             name = type(model).__name__
@@ -113,8 +115,13 @@ def _choose(model: Any, pad_id: int) -> Way:
         reason = probe.fault(way)
         if reason is None:
             why = reasons[0] if reasons else ""
-            return Way(
-                way.cache, way.lengths, way.leave, prefix=way.cache == "roomy" and probe.shares_prefix(), why=why
+            return replace(way, prefix=way.cache == "roomy" and probe.shares_prefix(), why=why)
+        if way == ALONE and reason.startswith(OFF):
+            if not probe.by_length and probe.depends_on_length():
+                return replace(way, why=reasons[0])
+            raise InputError(
+                f"{type(model).__name__} cannot generate answers: with the cache as its own generate has it, {reason} "
+                f"from what they are without"
             )
         reasons.append(reason)
     raise InputError(
@@ -141,26 +148,41 @@ class _Probe:
         head = draw[0][-PREFIX:]
         self.headed = [head + row[: n + STEPS] for row, n in zip(draw, (9, 2, 5, 1), strict=True)]
         self._wanted: dict[tuple[int, ...], Tensor] = {}
-        self.allowed = max(TOLERANCE, NOISE * self._noise())
+        self.dtype = torch.float32  # of the logits
+        self.allowed = TOLERANCE  # error of the logits, relative to the largest
+        self.by_length = False  # whether a token's logits depend on how many tokens follow it
+        self._measure()
 
-    def _noise(self) -> float:
-        """How far the logits of a prompt move with tokens behind it: by rounding alone in a causal model."""
-        row = self.rows[0]
-        prompt = row[:-STEPS]
+    def _measure(self) -> None:
+        """How far the logits of a prompt move with tokens behind it: by rounding alone, or because they depend on the
+        sequence's length (a choice among equal scores). Raises `InputError` where they depend on later tokens."""
+        row, n = self.rows[0], len(self.rows[0]) - STEPS
         try:
-            alone = self._logits(prompt)
-            error = _apart(alone, self._logits(row)[: len(prompt)])
-        except torch.OutOfMemoryError:
+            alone, whole = self._logits(row[:n]), self._logits(row)[:n]
+            other = self._logits([*row[:n], *reversed(row[n:])])[:n]
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception as failure:  # whatever a model's own code raises at three tokens and no option
-            raise InputError(f"{type(self.model).__name__} does not run on plain tokens: {_line(failure)}") from failure
-        if error > NOT_CAUSAL:
+        except Exception as failure:  # whatever a model's own code raises
+            raise InputError(f"{type(self.model).__name__} does not run on tokens alone: {_line(failure)}") from failure
+        most = MOST_NOISE.get(self.dtype, MOST_NOISE_HALF)
+        if (error := apart(other, whole)) > most:
             raise InputError(
                 f"{type(self.model).__name__} cannot generate answers: a token's logits depend on the tokens after it "
                 f"(they move by {error:.2g} of the largest); load it as a decoder (is_decoder=True), or take a causal "
                 f"language model"
             )
-        return error
+        noise = apart(alone, whole)
+        self.by_length = noise > most
+        rounding = NOISE * noise if not self.by_length else 0.0 if self.dtype == torch.float32 else most
+        self.allowed = max(TOLERANCE, rounding)
+
+    def depends_on_length(self) -> bool:
+        """Whether a token's logits depend on how many tokens follow it, whichever they are."""
+        return any(
+            apart(self._logits(row[:n])[-1], self._logits(row)[n - 1]) > self.allowed
+            for row in self.rows
+            for n in range(len(row) - STEPS, len(row))
+        )
 
     def fault(self, way: Way) -> str | None:
         """What is wrong with a way for this model, None where its logits are right."""
@@ -190,7 +212,7 @@ class _Probe:
         except Exception as failure:  # a model's own code may raise anything at a cache that it does not know
             return _line(failure)
         error = max(errors)
-        return None if error <= self.allowed else f"its logits are off by {error:.1g} of the largest"
+        return None if error <= self.allowed else f"{OFF} by {error:.1g} of the largest"
 
     def _error(self, rows: Sequence[list[int]], steps: Steps, leave: bool) -> float:
         """The largest error of the logits at all steps, relative to the largest logit. Infinite where one is NaN."""
@@ -200,7 +222,7 @@ class _Probe:
         for step in range(STEPS + 1):
             for i, row in enumerate(active):
                 place = len(rows[row]) - STEPS - 1 + step
-                error = max(error, _apart(logits[i].float(), self._wanted_of(rows[row])[place]))
+                error = max(error, apart(logits[i].float(), self._wanted_of(rows[row], place)))
             if step == STEPS or error > self.allowed:
                 break
             if leave and step in LEAVES:
@@ -211,47 +233,30 @@ class _Probe:
             logits = steps.add(torch.tensor(tokens, device=self.device))
         return error
 
-    def _wanted_of(self, row: list[int]) -> Tensor:
+    def _wanted_of(self, row: list[int], place: int) -> Tensor:
+        """Logits [V] after the token at `place`."""
         key = tuple(row)
         if key not in self._wanted:
-            self._wanted[key] = self._logits(row)
-        return self._wanted[key]
+            self._wanted[key] = self._generated(row) if self.by_length else self._logits(row)
+        return self._wanted[key][place]
+
+    def _generated(self, row: list[int]) -> Tensor:
+        """Logits [T, V] as the model's own `generate` computes them, step by step; 0 within the prompt. A model whose
+        logits depend on the sequence's length has no others to be compared with."""
+        steps = ALONE.steps(self.model, self.pad_id, STEPS)
+        logits = [steps.begin([row[:-STEPS]])]
+        logits += [steps.add(torch.tensor([token], device=self.device)) for token in row[-STEPS:]]
+        return torch.cat([logits[0].new_zeros(len(row) - STEPS - 1, logits[0].shape[1]), *logits]).float()
 
     def _logits(self, ids: Sequence[int]) -> Tensor:
         """[T, V] without a cache."""
         logits: Tensor = self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False).logits
+        self.dtype = logits.dtype
         return logits[0].float()
-
-
-def _apart(got: Tensor, want: Tensor) -> float:
-    """The largest difference, relative to the largest entry; infinite where one is NaN and the other is not."""
-    same = got == want  # -inf too
-    error = (got - want).abs().masked_fill(same, 0).max() / want.masked_fill(want.isinf(), 0).abs().max().clamp_min(
-        1e-6
-    )
-    return float(error.nan_to_num(float("inf")))
 
 
 def _line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {(str(failure).strip() or 'without a message').splitlines()[0]}"
-
-
-def windows_of(config: Any) -> list[int]:
-    """The windows and chunks of attention in a configuration, in tokens: its numbers with such a name."""
-    settings = vars(config.get_text_config(decoder=True))
-    return [
-        value
-        for name, value in settings.items()
-        if ("window" in name or "chunk_size" in name) and "layers" not in name and "feed_forward" not in name
-        if type(value) is int and value > 0
-    ]
-
-
-def positions_of(config: Any) -> int:
-    """The most tokens a model has positions for, by its configuration."""
-    settings = config.get_text_config(decoder=True)
-    found = getattr(settings, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else 1 << 30
 
 
 def length_limit(model: nn.Module) -> int:
@@ -268,24 +273,3 @@ def length_limit(model: nn.Module) -> int:
             limit = parameters.get("original_max_position_embeddings") or getattr(module, "original_max_seq_len", None)
             limits += [int(limit)] if limit else []
     return min(limits)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it all modules are in evaluation mode; after it each is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """What is drawn within it changes no later random number."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield

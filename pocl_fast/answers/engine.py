@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pocl_fast.answers.decoding import generate, generation_batches
-from pocl_fast.answers.decoding_way import evaluating
 from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.models.probing import evaluating
 from pocl_fast.system.console import Report
 
 

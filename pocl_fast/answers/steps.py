@@ -71,6 +71,7 @@ class RoomySteps:
             use_cache=True,
             logits_to_keep=1,
             **{self.arguments.cache: cache},
+            **self.arguments.quiet,
         )
         return output.logits[:, -1]
 
@@ -110,7 +111,7 @@ class OwnSteps:
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         self.ids, mask = padded(prompts, self.pad_id, self.device)
-        self.kwargs: dict[str, Any] = {"use_cache": True}
+        self.kwargs: dict[str, Any] = {"use_cache": True, **self.arguments.quiet}
         if self.arguments.take("attention_mask"):
             self.kwargs["attention_mask"] = mask
         if self.arguments.take("position_ids"):
@@ -176,6 +177,11 @@ class _Arguments:
     def __init__(self, model: Any) -> None:
         own = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.names = inspect.signature(type(own).forward).parameters
+
+    @property
+    def quiet(self) -> dict[str, Any]:
+        """Without the routers' loss, which a model of experts cannot compute of one step's tokens."""
+        return {"output_router_logits": False} if self.take("output_router_logits") else {}
 
     def take(self, name: str) -> bool:
         return name in self.names
