@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from families.page import Outcome, counts, page, table
+from families.page import Outcome, counts, page, table, wrong_cells
 
 PROPERTY = "family cell"  # of a test: row, column, what came out, what was said
 
@@ -70,8 +70,13 @@ def results_of(reports):
             results.setdefault(row, {})[column] = Outcome(result, said)
         else:
             row, column = report.nodeid.split("[", 1)[1][:-1].rsplit("-", 1)
-            results.setdefault(row, {})[column] = Outcome("WRONG", str(report.longrepr).strip().splitlines()[-1])
+            results.setdefault(row, {})[column] = Outcome("WRONG", _raised(report))
     return results
+
+
+def _raised(report):
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return " ".join((crash.message if crash else str(report.longrepr)).split())
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -82,6 +87,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("families")
     terminalreporter.write_line(table(results))
+    terminalreporter.write_line(wrong_cells(results))
     terminalreporter.write_line(counts(results))
     if path := config.getoption("families_page"):
         import transformers

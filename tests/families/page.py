@@ -64,6 +64,16 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def wrong_cells(results: Results) -> str:
+    """A line a cell that is wrong, with what was raised."""
+    return "\n".join(
+        f"{row} {column}: {outcome.said[:200]}"
+        for row, cells in sorted(results.items())
+        for column, outcome in cells.items()
+        if outcome.result == "WRONG"
+    )
+
+
 def counts(results: Results) -> str:
     """How many cells there are of each outcome."""
     found: dict[str, int] = {}

@@ -7,14 +7,15 @@ may be packed or padded. It may be refused by an `InputError`. It is never silen
 import warnings
 
 import pytest
-import torch
 
-from families.cells import CELLS
-from families.tiny_families import NOT_TINY, families, row_model, rows
+from families.cells import CELLS, pristine
+from families.page import LEFT_OUT
+from families.tiny_families import NotTiny, families, rows, runnable_model
 from pocl_fast.system.errors import InputError
 
 ALWAYS = ("gemma2", "gpt2", "gpt_oss", "lfm2", "llama", "mamba2")  # in `make test` too
 TIMEOUT = 60  # seconds
+MOST_LEFT_OUT = 8  # of the 196 families of transformers 5.24 it is 5
 
 
 def row(name):
@@ -22,10 +23,15 @@ def row(name):
 
 
 @pytest.mark.parametrize("cell", list(CELLS))
-@pytest.mark.parametrize("name", [row(name) for name in rows() if name not in NOT_TINY])
+@pytest.mark.parametrize("name", [row(name) for name in rows()])
 def test_family(name, cell, outcome, time_limit, little_to_collect):
     warnings.simplefilter("ignore")
     with time_limit(TIMEOUT):
+        try:
+            pristine(name)
+        except NotTiny as reason:
+            outcome(name, LEFT_OUT, str(reason))
+            return
         try:
             outcome(name, cell, CELLS[cell](name))
         except InputError as refusal:
@@ -34,15 +40,12 @@ def test_family(name, cell, outcome, time_limit, little_to_collect):
             outcome(name, cell, "refused", said)
 
 
-@pytest.mark.families(always=True)
-def test_few_families_cannot_be_built_tiny():
-    assert set(NOT_TINY) <= set(families())
-    assert len(NOT_TINY) <= 0.05 * len(families())
-
-
 @pytest.mark.families
-@pytest.mark.parametrize("name", sorted(NOT_TINY))
-def test_a_family_that_is_left_out_cannot_be_built_or_run(name, outcome):
-    outcome(name, "left out", NOT_TINY[name])
-    with pytest.raises(Exception):  # noqa: B017, PT011  # whatever transformers raises
-        row_model(name)(input_ids=torch.ones(1, 40, dtype=torch.int64))
+def test_few_families_cannot_be_built_tiny():
+    left_out = {}
+    for name in families():
+        try:
+            runnable_model(name)
+        except NotTiny as reason:
+            left_out[name] = str(reason)
+    assert len(left_out) <= MOST_LEFT_OUT, left_out

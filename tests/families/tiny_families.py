@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ SMALL: dict[str, Any] = {
     "moe_intermediate_size": 16, "expert_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "shared_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16, "moe_ffn_hidden_size": 16,
     "expert_ffn_hidden_size": 16, "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS,
-    "num_layers": LAYERS, "decoder_layers": LAYERS, "num_decoder_layers": LAYERS, "encoder_layers": 2,
+    "num_layers": LAYERS, "decoder_layers": LAYERS, "num_decoder_layers": LAYERS, "encoder_layers": LAYERS,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2,
     "num_global_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "dim_head": 8, "attention_head_dim": 8,
@@ -175,21 +176,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 # their configuration, or another one.
 CONDITIONAL = {f"{name}-conditional": name for name in ("llava", "mistral3", "qwen2_5_vl", "qwen3_5")}
 
-# Families that cannot be built tiny, or that do not run on tokens alone, and why.
+RANDOM = re.compile("drop|jitter")  # in the names of settings by which training is random
+
+# Why families cannot be built tiny, in words, where what transformers raises does not say it.
 NOT_TINY = {
     "gemma3n": "its vision model needs the package timm",
-    "gemma4_assistant": "its default configuration is refused by transformers",
+    "gemma4_assistant": "transformers refuses its default configuration",
     "gemma4_unified_assistant": "it runs on another model's keys and values",
-    "musicgen": "its configuration is not that of its decoder alone, which transformers then asks for",
-    "musicgen_melody": "its configuration is not that of its decoder alone, which transformers then asks for",
+    "musicgen": "transformers builds its decoder from the configuration of the whole model, which does not fit",
+    "musicgen_melody": "transformers builds its decoder from the configuration of the whole model, which does not fit",
 }
 
-NO_DROPOUT = (
-    "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout", "activation_dropout",
-    "resid_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "layerdrop", "decoder_layerdrop",
-    "embed_dropout", "emb_pdrop", "embedding_dropout", "classifier_dropout", "attention_probs_dropout", "dropout_p",
-    "router_jitter_noise", "input_jitter_noise", "jitter_noise",
-)  # fmt: skip
+
+class NotTiny(Exception):
+    """A family that cannot be built tiny, or that does not run on tokens alone."""
 
 
 def families() -> list[str]:
@@ -207,8 +207,8 @@ def tiny_config(family: str, changes: dict[str, Any] | None = None) -> PreTraine
 def _settings(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     default = kind()
     given = {name: value for name, value in SMALL.items() if _settable(default, name)}
-    for name in NO_DROPOUT:
-        if _settable(default, name) and (now := getattr(default, name)) is not None:
+    for name, now in vars(default).items():
+        if RANDOM.search(name) and isinstance(now, float | int) and not isinstance(now, bool):
             given[name] = type(now)(0)
     for other, own in getattr(default, "attribute_map", {}).items():
         if own in given and other in given:
@@ -263,7 +263,19 @@ def row_auto_class(row: str) -> Any:
     return AutoModelForImageTextToText if row in CONDITIONAL else AutoModelForCausalLM
 
 
-def row_model(row: str, seed: int = 0) -> Any:
+@torch.no_grad()
+def runnable_model(row: str) -> Any:
+    """The model of a row. Raises `NotTiny` where it cannot be built, or where transformers does not run it."""
+    try:
+        model = row_model(row)
+        model(input_ids=torch.arange(3, 3 + 2 * WINDOW)[None], use_cache=False)
+    except Exception as error:  # whatever transformers raises
+        said = f"{type(error).__name__}: {error}"
+        raise NotTiny(NOT_TINY.get(row, " ".join(said.split())[:200])) from error
+    return model
+
+
+def row_model(row: str) -> Any:
     """The model of a row in eager attention, fp32, with random weights, norms and biases too."""
     config, auto = row_config(row), row_auto_class(row)
     with _quiet():
@@ -271,9 +283,9 @@ def row_model(row: str, seed: int = 0) -> Any:
             size = sum(p.numel() for p in auto.from_config(config, attn_implementation="eager").parameters())
         if size > LARGEST:
             raise ValueError(f"{size / 1e6:.0f} million parameters")
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed + 5)
+    generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2 and parameter.numel():
