@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocl_fast.answers.decoding_way import ALONE, Way, decoding_way, length_limit, slowness
+from pocl_fast.answers.decoding_way import ALONE, Way, decoding_way, length_limit, shares_prefix, slowness
 from pocl_fast.answers.steps import SharedPrefix
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.placement import input_device
@@ -126,8 +126,9 @@ class _Decoder:
         self.way = decoding_way(model, pad_id, say if ranks.is_first() else None)
         if shared:  # all ranks must cut the same batches; models of two machines may differ in a rounding
             self.way = max(ranks.gather(self.way), key=slowness)
-        prefix = _common_prefix(prompts) if self.way.prefix and len(prompts) > 1 else []
-        self.prefix = SharedPrefix(prefix) if len(prefix) >= SHORTEST_PREFIX else None
+        prefix = _common_prefix(prompts) if len(prompts) > 1 else []
+        shared_prefix = len(prefix) >= SHORTEST_PREFIX and shares_prefix(model, pad_id)
+        self.prefix = SharedPrefix(prefix) if shared_prefix else None
 
     def plan(self, batch_size: int, batch_tokens: int | None, most_padding: int | None) -> list[tuple[Way, list[int]]]:
         """The batches of prompts by their indices, and in which way each is decoded."""

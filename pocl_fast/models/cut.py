@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.models.cut_check import SMALL, differences, logits_apart, tolerance, with_large_weights
+from pocl_fast.models.cut_check import SMALL, StudentFails, differences, logits_apart, tolerance, with_large_weights
 from pocl_fast.models.cut_settings import Settings
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import evaluating, same_random_numbers
@@ -53,13 +53,21 @@ def cut_layers(model: Any, keep: int) -> Any:
         return _Cut(model, stack, chosen, settings).made()
 
 
+@dataclass(frozen=True)
+class Wrong:
+    """What differs in the layers of a candidate."""
+
+    layers: list[int]
+    kinds: int  # parts of another kind or shape
+    settings: int  # plain settings
+
+
 class _Cut:
     """The search for the configuration of a cut model."""
 
     def __init__(self, model: Any, stack: _Stack, chosen: list[int], settings: Settings) -> None:
         self.model, self.stack, self.chosen, self.settings = model, stack, chosen, settings
-        self.fault = "no configuration fits"
-        self.closest = 1 << 30  # layers of the best candidate so far that are not right
+        self.fault, self.came = "", -1
 
     def made(self) -> Any:
         """The cut model."""
@@ -85,64 +93,100 @@ class _Cut:
         plain settings of a layer differ, which need not tell."""
         bases, nearly = [], []
         for changes in self.settings.candidates():
-            wrong = self._wrong_layers(changes)
+            wrong = self._wrong(changes)
             if wrong is None:
                 continue
-            if not any(wrong):
+            if not wrong.layers:
                 yield self.settings.build(changes)
-            elif not wrong[0]:
+            elif wrong.kinds == 0:
                 nearly.append(changes)
-            if any(wrong) and len(bases) < 2:
-                bases.append(changes)
-        for changes in bases:  # a list of layers' numbers can say what a period cannot
-            for steps in ({}, self.settings.single_steps()):
-                for name in self.settings.lists_of_numbers():
-                    empty = {**changes, **steps, name: []}
-                    wrong = self._wrong_layers(empty)
-                    if wrong and any(wrong):
-                        filled = {**empty, name: sorted({*wrong[0], *wrong[1]})}
-                        if self._wrong_layers(filled) == ([], []):
-                            yield self.settings.build(filled)
+            if wrong.layers and len(bases) < 2:
+                bases.append((wrong, changes))
+        for wrong, changes in bases:
+            yield from map(self.settings.build, self._by_periods(wrong, changes))
+            yield from map(self.settings.build, self._by_lists(changes))
         yield from map(self.settings.build, nearly)
 
-    def _wrong_layers(self, changes: dict[str, Any]) -> tuple[list[int], list[int]] | None:
-        """The layers that are of another kind or shape than they were under these changes, and those with another plain
-        setting; None where there is no such model."""
+    def _by_periods(self, wrong: Wrong, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The settings of every n-th layer, or of the first n, one after the other as they are least wrong."""
+        for others in self.settings.periods():
+            found = [(self._wrong({**changes, **other}), {**changes, **other}) for other in others]
+            for now, candidate in found:
+                if now is not None and (now.kinds, now.settings) < (wrong.kinds, wrong.settings):
+                    wrong, changes = now, candidate
+            if not wrong.layers:
+                yield changes
+                return
+
+    def _by_lists(self, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A list of layers' numbers can say what a period cannot: it gets those that would be wrong without it."""
+        for steps in ({}, self.settings.single_steps()):
+            for name in self.settings.lists_of_numbers():
+                empty = {**changes, **steps, name: []}
+                wrong = self._wrong(empty)
+                if wrong is None or not wrong.layers:
+                    continue
+                filled = {**empty, name: wrong.layers}
+                if (now := self._wrong(filled)) is not None and not now.layers:
+                    yield filled
+
+    def _wrong(self, changes: dict[str, Any]) -> Wrong | None:
+        """What differs in the kept layers from what they were, under these changes; None where there is no such
+        model."""
         try:
             with torch.device("meta"):
                 model = _empty(self.model, self.settings.build(changes))
             layers = model.get_submodule(self.stack.name)
         except Exception as failure:  # whatever a family's own checks raise
-            if self.closest == 1 << 30:
-                self.fault = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+            self._note(0, f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
             return None
         if len(layers) != len(self.chosen):
+            self._note(0, f"it has {len(layers)} layers whatever its settings say")
             return None
         faults = [differences(layers[new], self.stack.layers[old]) for new, old in enumerate(self.chosen)]
-        wrong = [new for new, fault in enumerate(faults) if any(fault)]
-        if wrong and len(wrong) < self.closest:
-            self.closest = len(wrong)
-            fault = next(filter(None, faults[wrong[0]]))
-            self.fault = f"its settings cannot say what layer {self.chosen[wrong[0]]} is ({fault})"
-        kinds, settings = ([new for new, fault in enumerate(faults) if fault[i]] for i in (0, 1))
-        return kinds, settings
+        wrong = Wrong(
+            [new for new, fault in enumerate(faults) if any(fault)],
+            kinds=sum(len(kinds) for kinds, _ in faults),
+            settings=sum(len(settings) for _, settings in faults),
+        )
+        if wrong.layers:
+            first = wrong.layers[0]
+            fault = [*faults[first][0], *faults[first][1]][0]
+            self._note(1, f"its settings cannot say what layer {self.chosen[first]} is ({fault})")
+        return wrong
+
+    def _note(self, weight: int, fault: str) -> None:
+        """Keeps why a candidate is not right: the first of those that came furthest."""
+        if weight > self.came:
+            self.fault, self.came = fault, weight
 
     def _student(self, config: Any) -> Any:
         """The cut model with its source's weights; None where these do not fit."""
         student = _empty(self.model, config)
-        names = dict(student.named_parameters(remove_duplicate=False)) | dict(student.named_buffers())
         try:
-            dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
-            for name, tensor in names.items():
-                if (old := self.stack.old_name(name, self.chosen)) in dtypes:
-                    tensor.data = tensor.data.to(dtypes[old])
+            self._take_precision(student)
             self._copy_weights(self.model, student)
         except (RuntimeError, KeyError) as failure:
-            self.fault = f"weights that do not belong to one layer: {' '.join(str(failure).split())[:200]}"
+            self._note(2, f"weights that do not belong to one layer: {' '.join(str(failure).split())[:200]}")
             return None
         student.tie_weights()
         student.generation_config = copy.deepcopy(self.model.generation_config)
         return student.to(input_device(self.model)).eval()
+
+    def _take_precision(self, student: Any) -> None:
+        """Gives the student's weights and buffers the dtypes of the source's; and those of its buffers that differ from
+        the source's by rounding alone, these values (frequencies that were in bf16 once)."""
+        weights = self.model.state_dict()
+        for name, tensor in student.named_parameters(remove_duplicate=False):
+            tensor.data = tensor.data.to(weights[self.stack.old_name(name, self.chosen)].dtype)
+        buffers = dict(self.model.named_buffers())
+        for name, tensor in student.named_buffers():
+            old = buffers.get(self.stack.old_name(name, self.chosen))
+            if old is None or old.shape != tensor.shape:
+                continue
+            tensor.data = tensor.data.to(old.dtype)
+            near = old.is_floating_point() and torch.allclose(tensor.to(old.device), old, rtol=0.01, atol=0)
+            tensor.data = old.detach().cpu().clone() if near else tensor.data
 
     def _copy_weights(self, source: Any, student: Any) -> None:
         weights = source.state_dict()
@@ -166,11 +210,16 @@ class _Cut:
             if source is not self.model:
                 self._copy_weights(source, cut)
             layers = source.get_submodule(self.stack.name)
-            error = logits_apart(source, list(layers), dropped, cut)
+            try:
+                error = logits_apart(source, list(layers), dropped, cut)
+            except StudentFails as failure:
+                self._note(3, str(failure))
+                return False
             if error > tolerance(self.model):
-                self.fault = (
+                self._note(
+                    3,
                     f"its logits are {error:.1g} of the largest away from those of the whole model without the other "
-                    f"layers: layers of this family compute by their place, or share what another one computed"
+                    f"layers: layers of this family compute by their place, or share what another one computed",
                 )
                 return False
         return True

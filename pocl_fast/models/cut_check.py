@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import apart, positions_of, windows_of
+from pocl_fast.system.errors import InputError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of logits, relative to the largest, by the weights' dtype
 TOLERANCE_HALF = 3e-2
@@ -40,14 +41,17 @@ def nature(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return kinds, {name: value for name, value in settings.items() if name not in numbers}
 
 
-def differences(got: nn.Module, want: nn.Module) -> tuple[str | None, str | None]:
-    """How a layer differs from another in its kinds and shapes, and how in its settings; None where it does not."""
-    return tuple(  # type: ignore[return-value]
-        next(
-            (f"{name} is {a.get(name)}, right {b.get(name)}" for name in {**b, **a} if a.get(name) != b.get(name)), None
-        )
+def differences(got: nn.Module, want: nn.Module) -> tuple[list[str], list[str]]:
+    """How a layer differs from another in its kinds and shapes, and how in its settings."""
+    kinds, settings = (
+        [f"{name} is {a.get(name)}, right {b.get(name)}" for name in {**b, **a} if a.get(name) != b.get(name)]
         for a, b in zip(nature(got), nature(want), strict=True)
     )
+    return kinds, settings
+
+
+class StudentFails(Exception):
+    """A cut model raised where its source did not."""
 
 
 def logits_apart(source: Any, layers: Sequence[nn.Module], dropped: Sequence[int], cut: Any) -> float:
@@ -60,12 +64,24 @@ def logits_apart(source: Any, layers: Sequence[nn.Module], dropped: Sequence[int
     tokens = torch.randint(0, vocab_size, (1, count), generator=generator).to(input_device(source))
     with passed_over([layers[i] for i in dropped]):
         want = _logits(source, tokens)
-    return apart(_logits(cut, tokens), want)
+    if isinstance(want, str):
+        name = type(source).__name__
+        raise InputError(f"cannot cut layers from {name}: it does not run on {count} tokens ({want})")
+    got = _logits(cut, tokens)
+    if isinstance(got, str):
+        raise StudentFails(f"the cut model does not run ({got})")
+    return apart(got, want)
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+def _logits(model: Any, tokens: Tensor) -> Tensor | str:
+    """A model's logits; where its own code raises, what it says."""
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as failure:
+        return f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
     return logits.float()
 
 

@@ -53,9 +53,17 @@ class Settings:
         for changes in lists[:4]:
             for name, value in self._depths():
                 yield {**changes, name: value}
-        for changes in lists[:2]:
-            for periods in self._periods():
-                yield {**changes, **periods}
+
+    def periods(self) -> list[list[dict[str, int]]]:
+        """Other values of the settings of every n-th or of the first n layers: for each setting, and for each two of
+        one name (period and offset)."""
+        settings = dict(self._periodic())
+        values = range(len(self.chosen) + 1)
+        found = [[{name: value} for value in values if value != now] for name, now in settings.items()]
+        for name in settings:
+            if name.endswith("period") and (other := name.replace("period", "offset")) in settings:
+                found.append([{name: n, other: m} for n in values[1:] for m in range(n)])
+        return found
 
     def lists_of_numbers(self) -> list[str]:
         """The settings that may list layers by their numbers."""
@@ -92,6 +100,8 @@ class Settings:
                 return []
             entries = {int(key): entry for key, entry in value.items()}
             return [{str(new): entries[old] for new, old in enumerate(self.chosen) if old in entries}]
+        if type(value) is int and value == self.count and name != self.name_of_count:
+            return [value, len(self.chosen)] if "layers" in name or "blocks" in name else []
         if isinstance(value, str):
             a_layer_each = len(value) == self.count and "pattern" in name
             return ["".join(value[i] for i in self.chosen)] if a_layer_each else []
@@ -107,7 +117,7 @@ class Settings:
             found.append(renumbered)
         if len(value) == self.count:
             found.append([value[i] for i in self.chosen])
-        if numbers and len(value) != self.count:
+        if numbers and len(value) != self.count and value[-1] < self.count:
             found.append(renumbered)
         if (runs := _runs(value)) is not None and len(runs) == self.count:
             found.append([[[runs[i]], 1] for i in self.chosen])
@@ -126,16 +136,6 @@ class Settings:
             if type(value) is int and any(word in name for word in PERIODIC) and ("token" not in name)
             if "layer" in name or "dense" in name or "step" in name or "pattern" in name
         ]
-
-    def _periods(self) -> Iterator[dict[str, int]]:
-        """Other values of the settings of every n-th or of the first n layers: one setting, or two of one name."""
-        settings = dict(self._periodic())
-        values = range(len(self.chosen) + 1)
-        for name, now in settings.items():
-            yield from ({name: value} for value in values if value != now)
-        for name in settings:
-            if name.endswith("period") and (other := name.replace("period", "offset")) in settings:
-                yield from ({name: n, other: m} for n in range(1, len(self.chosen) + 2) for m in range(n))
 
     def _depths(self) -> Iterator[tuple[str, float]]:
         """Scales of the layers' outputs that a family divides by its number of layers, or by that number's root."""
@@ -172,10 +172,10 @@ def _copied(whole: Any) -> Any:
 
 
 def _numbers_of(value: Any, count: int) -> bool:
-    """Whether a list can hold numbers of layers: whole ones, ascending."""
-    if not isinstance(value, (list, tuple)) or not all(type(entry) is int and 0 <= entry < count for entry in value):
+    """Whether a list can hold numbers of layers: whole ones, ascending; those of a larger model's layers too."""
+    if not isinstance(value, (list, tuple)) or not all(type(entry) is int and entry >= 0 for entry in value):
         return False
-    return bool(value) and all(a < b for a, b in itertools.pairwise(value))
+    return bool(value) and value[0] < count and all(a < b for a, b in itertools.pairwise(value))
 
 
 def _runs(value: list[Any]) -> list[Any] | None:
