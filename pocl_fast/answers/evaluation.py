@@ -17,6 +17,7 @@ from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
 from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
+from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import Sample
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report, shared_progress
@@ -73,7 +74,7 @@ def evaluate(
     engine: Engine,
     seeds: Sequence[int],
     max_new_tokens: int,
-    packed: bool,
+    packed: Rows | bool,
     name: str = "evaluate",
 ) -> tuple[Scores, list[str]]:
     """Scores of `model`, and its answers under the first seed. `engine` generates the answers by the same model;
@@ -109,7 +110,7 @@ def evaluate(
 
 
 def dev_scores(
-    model: Any, dev: SampleSet, encoder: SampleEncoder, options: AnswerOptions, *, packed: bool
+    model: Any, dev: SampleSet, encoder: SampleEncoder, options: AnswerOptions, *, packed: Rows | bool
 ) -> tuple[dict[str, float], list[str]]:
     """The scores that training watches, and the answers they are of: `rouge_l` of greedy answers in percent, and
     `cross_entropy` of the references in nats a token. Torch generates the answers. Every rank must call."""
@@ -129,7 +130,7 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return float(np.mean(hits))
 
 
-def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: bool) -> float:
+def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: Rows | bool) -> float:
     """Cross-entropy of the references, in nats, each response token weighing alike. Every rank must call, works on its
     share, and has the same result."""
     counts = np.array([len(sample.response_ids) for sample in encoded], dtype=float)
