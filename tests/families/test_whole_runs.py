@@ -13,7 +13,8 @@ from tiny_run import options, read_json, run
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from families.cells import check_each, row_model
+from families.cells import check_each
+from families.tiny_families import row_model
 from pocl_fast.data.encoding import SampleEncoder, encode_all
 from pocl_fast.data.packed import pack
 from pocl_fast.data.records import read_samples
@@ -23,8 +24,8 @@ from pocl_fast.models.packing_check import packing_ready
 
 ALWAYS = ("gemma3", "lfm2")  # in `make test` too
 NAMES = (
-    "gemma3", "gemma3_text", "gemma4", "gemma4_text", "gpt_oss", "granitemoehybrid", "lfm2", "qwen3_5", "qwen3_5_text",
-    "qwen3_next",
+    "gemma3", "gemma3_text", "gemma4-own-keys", "gemma4_text-own-keys", "gpt_oss", "granitemoehybrid", "lfm2", "qwen3_5",
+    "qwen3_5_text", "qwen3_next",
 )  # fmt: skip
 
 

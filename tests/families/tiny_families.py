@@ -169,6 +169,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2-no-caps": ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
     "qwen2-no-window": ("qwen2", {"use_sliding_window": False, "layer_types": None}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "gemma3-both-ways": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "gemma4-own-keys": ("gemma4", {"text_config": {"num_kv_shared_layers": 0}}),
+    "gemma4_text-own-keys": ("gemma4_text", {"num_kv_shared_layers": 0}),
     "bert-both-ways": ("bert", {"is_decoder": False}),
 }  # fmt: skip
 
@@ -201,7 +204,17 @@ def tiny_config(family: str, changes: dict[str, Any] | None = None) -> PreTraine
     """A family's configuration with the settings of `SMALL` that it has, and changes to it."""
     with _quiet():
         kind = CONFIG_MAPPING[family]
-        return kind(**(_settings(kind) | (changes or {})))
+        return kind(**_merged(_settings(kind), changes or {}))
+
+
+def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings with these changes, those of nested configurations too."""
+    nested = {
+        name: _merged(settings[name], value)
+        for name, value in changes.items()
+        if name.endswith("_config") and isinstance(value, dict)
+    }
+    return settings | changes | nested
 
 
 def _settings(kind: type[PreTrainedConfig]) -> dict[str, Any]:
