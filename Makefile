@@ -5,6 +5,8 @@
 # make test-oldest   the tests with every dependency at its least version, in .venv-oldest (Python 3.10; torch's CUDA build,
 #             7 GB on disk)
 # make test-wheel   build the wheel, install it into a fresh environment, and distil there
+# make test-families   tiny models of every family that transformers has, against transformers itself; prints a table
+# make families-page   the same, and writes docs/families.md from it
 # make lint   ruff, mypy, and import-linter: the rooms' imports point one way
 # make docs   write docs/options.md from the declarations of the options
 # make gpu-versions   the environment of the GPU machine that benchmarks/gpu.sh was made for, in .venv-gpu (Python 3.12)
@@ -24,7 +26,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-all test-oldest test-wheel test-gpu lint docs env gpu-versions clean
+.PHONY: demo test test-all test-families families-page test-oldest test-wheel test-gpu lint docs env gpu-versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.core
@@ -48,6 +50,13 @@ test-oldest:
 
 test-wheel: $(VENV)/.dev
 	$(BIN)/pytest -m wheel
+
+# a row of the table is a family, whose model is built once: each process takes families that lie side by side
+test-families: $(VENV)/.dev
+	$(BIN)/pytest tests/families -m families -n $(TEST_PROCESSES) --dist worksteal --tb line $(FAMILIES_PAGE)
+
+families-page: FAMILIES_PAGE = --families-page docs/families.md
+families-page: test-families
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest --full -m gpu

@@ -20,7 +20,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LEFT_OUT = pytest.StashKey[dict[str, int]]()  # how much of what a run leaves to `make test-all`
+LEFT_OUT = pytest.StashKey[dict[str, int]]()  # how much of what a run leaves to another
+FAMILY_CELLS = "tests of model families"
 
 
 def pytest_addoption(parser):
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+    if "families" not in config.getoption("markexpr"):  # not `make test-families`
+        others = [
+            item for item in items if (mark := item.get_closest_marker("families")) and not mark.kwargs.get("always")
+        ]
+        leave_out(config, items, others, FAMILY_CELLS)
     if not config.getoption("full"):
         leave_out(config, items, [item for item in items if item.get_closest_marker("full")], "tests marked full")
         leave_out(config, items, beyond_pairs(items), "cases of grids whose pairs of values all run")
@@ -72,7 +78,11 @@ def pytest_testnodedown(node):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if counts := config.stash[LEFT_OUT]:
+    counts = dict(config.stash[LEFT_OUT])
+    if count := counts.pop(FAMILY_CELLS, 0):
+        said = f"{count} {FAMILY_CELLS}"
+        terminalreporter.write_line(f"left out here, and run by `make test-families` (pytest -m families): {said}")
+    if counts:
         said = ", ".join(f"{count} {what}" for what, count in counts.items())
         terminalreporter.write_line(f"left out here, and run by `make test-all` (pytest --full): {said}")
 

@@ -1,15 +1,15 @@
 """Answers to prompts with torch: batched decoding of prompts of similar length; finished answers leave their batch.
 
-The prefix that all prompts have in common (a template's beginning) is computed once. Knows tokens, models and ranks.
-Does not know what the answers are for.
+The prefix that all prompts have in common (a template's beginning) is computed once. Where that would change an answer
+of a model, it is decoded another way (decoding_way.py). Knows tokens, models and ranks. Does not know what the answers
+are for.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
+import contextlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pocl_fast.answers.decoding_way import ALONE, Way, decoding_way, length_limit, shares_prefix, slowness
+from pocl_fast.answers.steps import SharedPrefix
 from pocl_fast.models.frozen import frozen_linears
+from pocl_fast.models.placement import input_device
 from pocl_fast.system import ranks
-from pocl_fast.system.console import Report
+from pocl_fast.system.console import Report, say
 
 BLOCK = 256  # tokens of the vocabulary in a block of `choose`
 CPU_STEP_ROWS = 16  # a CPU takes as long for a decoding step of fewer rows: so much does one batch more cost
@@ -79,28 +82,20 @@ def generate(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     ids = range(len(prompts)) if sample_ids is None else sample_ids
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    batches = generation_batches(
-        prompts,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-        most_padding=CPU_STEP_ROWS * max_new_tokens if on_cpu else None,
-    )
+    on_cpu = input_device(model).type == "cpu"
+    decoder = _Decoder(model, prompts, max_new_tokens, set(end_ids), pad_id, temperature, shared)
+    plan = decoder.plan(batch_size, batch_tokens, most_padding=CPU_STEP_ROWS * max_new_tokens if on_cpu else None)
     if shared:
-        batches = [
-            batches[i] for i in ranks.share([answering_work(prompts, batch, max_new_tokens) for batch in batches])
-        ]
-    with frozen_linears(model):
-        decoder = _Decoder(model, prompts, max_new_tokens, set(end_ids), pad_id, temperature)
-        for batch in batches:
+        plan = [plan[i] for i in ranks.share([answering_work(prompts, batch, max_new_tokens) for _, batch in plan])]
+    with decoder.frozen():
+        for way, batch in plan:
             noise = _Noise(seed, [ids[i] for i in batch]) if temperature > 0 else None
-            for i, row in zip(batch, decoder.decode([prompts[i] for i in batch], noise), strict=True):
+            for i, row in zip(batch, decoder.decode([prompts[i] for i in batch], noise, way), strict=True):
                 answers[i] = row
             if progress:
                 progress(len(batch) * (ranks.world_size() if shared else 1))  # the others are about as far
     if shared:
-        for theirs in ranks.gather({i: answers[i] for batch in batches for i in batch}):
+        for theirs in ranks.gather({i: answers[i] for _, batch in plan for i in batch}):
             for i, row in theirs.items():
                 answers[i] = row
     return answers
@@ -112,7 +107,7 @@ def answering_work(prompts: Sequence[Sequence[int]], batch: Sequence[int], max_n
 
 
 class _Decoder:
-    """Decodes batch after batch of prompts, whose common prefix is computed once."""
+    """Decodes batch after batch of prompts, in the way that is right for the model (see decoding_way.py)."""
 
     def __init__(
         self,
@@ -122,85 +117,87 @@ class _Decoder:
         end_ids: set[int],
         pad_id: int,
         temperature: float,
+        shared: bool,
     ) -> None:
-        self.model, self.max_new_tokens, self.end_ids = model, max_new_tokens, end_ids
+        self.model, self.prompts, self.max_new_tokens, self.end_ids = model, prompts, max_new_tokens, end_ids
         self.pad_id, self.temperature = pad_id, temperature
-        self.device = next(model.parameters()).device
-        prefix = _common_prefix(prompts) if self._sees_all_tokens() else []
-        self.prefix = list(prefix) if len(prompts) > 1 and len(prefix) >= SHORTEST_PREFIX else []
-        self._prefix_cache: Any = None
-        # transformers renamed the argument `past_key_values` to `cache` within version 5
-        named = inspect.signature(type(model).forward).parameters
-        self.cache_argument = "cache" if "cache" in named else "past_key_values"
+        self.device = input_device(model)
+        self.limit = length_limit(model)
+        self.way = decoding_way(model, pad_id, say if ranks.is_first() else None)
+        if shared:  # all ranks must cut the same batches; models of two machines may differ in a rounding
+            self.way = max(ranks.gather(self.way), key=slowness)
+        prefix = _common_prefix(prompts) if len(prompts) > 1 else []
+        shared_prefix = len(prefix) >= SHORTEST_PREFIX and shares_prefix(model, pad_id)
+        self.prefix = SharedPrefix(prefix) if shared_prefix else None
 
-    def decode(self, prompts: Sequence[Sequence[int]], noise: _Noise | None) -> list[list[int]]:
+    def plan(self, batch_size: int, batch_tokens: int | None, most_padding: int | None) -> list[tuple[Way, list[int]]]:
+        """The batches of prompts by their indices, and in which way each is decoded."""
+        long = [i for i, prompt in enumerate(self.prompts) if self._is_long(prompt)]
+        way = ALONE if self.way.lengths == "any" else self.way
+        plan = [(way, [i]) for i in sorted(long, key=lambda i: (-len(self.prompts[i]), i))]
+        for same in self._that_share_batches(set(long)):
+            batches = generation_batches(
+                [self.prompts[i] for i in same],
+                batch_size=1 if self.way.lengths == "single" else batch_size,
+                max_new_tokens=self.max_new_tokens,
+                batch_tokens=batch_tokens,
+                most_padding=most_padding,
+            )
+            plan += [(self.way, [same[i] for i in batch]) for batch in batches]
+        return plan
+
+    def _is_long(self, prompt: Sequence[int]) -> bool:
+        """Whether its frequencies of rotary embeddings may come to depend on its length."""
+        return len(prompt) + self.max_new_tokens > self.limit
+
+    def _that_share_batches(self, without: set[int]) -> list[list[int]]:
+        """Indices of the prompts that may be in one batch, longest first."""
+        others = [i for i in range(len(self.prompts)) if i not in without]
+        if self.way.lengths != "equal":
+            return [others]
+        by_length: dict[int, list[int]] = {}
+        for i in sorted(others, key=lambda i: -len(self.prompts[i])):
+            by_length.setdefault(len(self.prompts[i]), []).append(i)
+        return list(by_length.values())
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within it the model's linear layers are frozen: see `frozen_linears`."""
+        if self.way.cache != "roomy" and self.prompts:
+            # RWKV changes its weights in the first forward after training; a copy must be of what they are then
+            self._forward_of_one_token()
+        with frozen_linears(self.model):
+            yield
+
+    def _forward_of_one_token(self) -> None:
+        self.model(input_ids=torch.tensor([self.prompts[0][:1]], device=self.device), use_cache=False)
+
+    def decode(self, prompts: Sequence[Sequence[int]], noise: _Noise | None, way: Way) -> list[list[int]]:
         """The answer to each of B prompts; `noise` chooses its tokens where it is sampled."""
-        cache = self._cache_of_the_prefix(len(prompts))
-        tokens, mask = self._padded(prompts)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, len(self.prefix) :]
+        if self._is_long(prompts[0]):  # the frequencies of the longest sequence so far are kept until a short one comes
+            self._forward_of_one_token()
+        steps = way.steps(self.model, self.pad_id, self.max_new_tokens, self.prefix)
         answers: list[list[int]] = [[] for _ in prompts]
-        active = torch.arange(len(prompts), device=self.device)  # the rows that are still in the batch
-        for _ in range(self.max_new_tokens):
-            logits = self._forward(tokens, mask, positions, cache)
-            rows = active.tolist()
+        rows = list(range(len(prompts)))  # the prompts that are still in the batch
+        going = set(rows)  # those whose answer has not ended
+        logits = steps.begin(prompts) if self.max_new_tokens else None
+        for step in range(self.max_new_tokens):
+            assert logits is not None
             numbers = None if noise is None else noise.next(rows, logits.shape[1]).to(self.device)
             chosen = choose(logits, self.temperature, numbers)
-            stay = []
-            for row, (i, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-                if token not in self.end_ids:
+            for i, token in zip(rows, chosen.tolist(), strict=True):
+                if i in going and token in self.end_ids:
+                    going.discard(i)
+                elif i in going:
                     answers[i].append(token)
-                    stay.append(row)
-            if not stay:
+            if not going or step == self.max_new_tokens - 1:
                 break
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            if len(stay) < len(active):  # finished answers leave the batch
-                kept = torch.tensor(stay, device=self.device)
-                cache.batch_select_indices(kept)
-                tokens, positions, mask, active = tokens[kept], positions[kept], mask[kept], active[kept]
+            if way.leave and len(going) < len(rows):  # finished answers leave the batch
+                kept = torch.tensor([place for place, i in enumerate(rows) if i in going], device=self.device)
+                steps.keep(kept)
+                rows, chosen = [i for i in rows if i in going], chosen[kept]
+            logits = steps.add(chosen)
         return answers
-
-    def _sees_all_tokens(self) -> bool:
-        """Whether every layer attends to all tokens: in a window the padding between prefix and rest would count."""
-        from pocl_fast.answers.kv_cache import RoomyLayer, roomy_cache  # imports transformers, which takes seconds
-
-        return all(isinstance(layer, RoomyLayer) for layer in roomy_cache(self.model.config, 0).layers)
-
-    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Logits [B, V] after the last of `tokens`, which are added to the cache."""
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.cache_argument: cache},
-        )
-        return output.logits[:, -1]
-
-    def _cache_of_the_prefix(self, rows: int) -> Any:
-        """A new cache for a batch, which holds the prefix in each of its rows."""
-        from pocl_fast.answers.kv_cache import roomy_cache  # imports transformers, which takes seconds
-
-        if not self.prefix:
-            return roomy_cache(self.model.config, self.max_new_tokens)
-        if self._prefix_cache is None:
-            self._prefix_cache = roomy_cache(self.model.config, self.max_new_tokens)
-            tokens = torch.tensor([self.prefix], device=self.device)
-            places = torch.arange(len(self.prefix), device=self.device)[None]
-            self._forward(tokens, torch.ones_like(tokens), places, self._prefix_cache)
-        cache = copy.deepcopy(self._prefix_cache)
-        cache.batch_repeat_interleave(rows)
-        return cache
-
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """The tokens after the prefix, padded on their left to [B, longest]; and the mask of prefix and rest."""
-        rests = [list(prompt[len(self.prefix) :]) for prompt in prompts]
-        longest = max(map(len, rests))
-        gaps = [longest - len(rest) for rest in rests]
-        tokens = [[self.pad_id] * gap + rest for gap, rest in zip(gaps, rests, strict=True)]
-        mask = [[1] * len(self.prefix) + [0] * gap + [1] * (longest - gap) for gap in gaps]
-        return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
 
 
 def choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:

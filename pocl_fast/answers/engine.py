@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pocl_fast.answers.decoding import generate, generation_batches
 from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.models.probing import evaluating
 from pocl_fast.system.console import Report
 
 
@@ -99,9 +100,7 @@ class TorchEngine:
         shared: bool = False,
         progress: Report | None = None,
     ) -> list[list[int]]:
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return generate(
                 self.model,
                 prompts,
@@ -116,5 +115,3 @@ class TorchEngine:
                 shared=shared,
                 progress=progress,
             )
-        finally:
-            self.model.train(was_training)

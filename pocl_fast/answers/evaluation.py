@@ -19,6 +19,7 @@ from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
+from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import Sample
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report, shared_progress
@@ -86,7 +87,7 @@ def evaluate(
     engine: Engine,
     seeds: Sequence[int],
     max_new_tokens: int,
-    packed: bool,
+    packed: Rows | bool,
     rouge_tokenizer: Tokenizer = "rouge_score",
     name: str = "evaluate",
 ) -> tuple[Scores, list[str]]:
@@ -131,7 +132,7 @@ class DevOptions(AnswerOptions, Protocol):
 
 
 def dev_scores(
-    model: Any, dev: SampleSet, encoder: SampleEncoder, options: DevOptions, *, packed: bool
+    model: Any, dev: SampleSet, encoder: SampleEncoder, options: DevOptions, *, packed: Rows | bool
 ) -> tuple[dict[str, float], list[str]]:
     """The scores that training watches, and the answers they are of: `rouge_l` of greedy answers in percent, and
     `cross_entropy` of the references in nats a token. Torch generates the answers. Every rank must call."""
@@ -174,7 +175,7 @@ def _equals_one(answer: str, accepted: Sequence[str]) -> bool:
     return answer != "" and any(answer == _plain(reference) for reference in accepted)
 
 
-def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: bool) -> float:
+def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: Rows | bool) -> float:
     """Cross-entropy of the references, in nats, each response token weighing alike. Every rank must call, works on its
     share, and has the same result."""
     counts = np.array([len(sample.response_ids) for sample in encoded], dtype=float)

@@ -1,11 +1,12 @@
-"""A cache of keys and values with room for the tokens to come. Does not know prompts and answers."""
+"""A cache of keys and values with room for the tokens to come, and how any cache keeps some of its rows. Does not know
+prompts and answers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -65,3 +66,32 @@ class RoomyLayer(DynamicLayer):
         keys, values = (memory.index_select(0, indices) for memory in self._memory)
         self._memory = keys, values
         self.keys, self.values = keys[..., :length, :], values[..., :length, :]
+
+
+def keep_rows(cache: Any, rows: Tensor) -> None:
+    """Keeps these rows of the batch in a transformers cache, of the states that are no keys and values too.
+
+    transformers has two methods for it; states of linear attention, of a convolution or of a compressor are often known
+    to one alone: the one that the more derived class defines.
+    """
+    if _definer(cache, "batch_select_indices") is not Cache or _definer(cache, "reorder_cache") is not Cache:
+        _keep(cache, rows)
+        return
+    for layer in cache.layers:
+        _keep(layer, rows)
+
+
+def _keep(states: Any, rows: Tensor) -> None:
+    order = type(states).__mro__
+    of_select, of_reorder = _definer(states, "batch_select_indices"), _definer(states, "reorder_cache")
+    if of_select is None and of_reorder is None:
+        raise NotImplementedError(f"{type(states).__name__} cannot keep some rows of a batch")
+    if of_reorder is None or (of_select is not None and order.index(of_select) <= order.index(of_reorder)):
+        states.batch_select_indices(rows)
+    else:
+        states.reorder_cache(rows)
+
+
+def _definer(states: Any, method: str) -> type | None:
+    """The class that defines a method of the object, None where it has none."""
+    return next((cls for cls in type(states).__mro__ if method in vars(cls)), None)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from pocl_fast.data.encoding import EncodedSample
-from pocl_fast.data.packed import PackedBatch, pack, token_budget_batches
+from pocl_fast.data.packed import PackedBatch, Rows, pack, token_budget_batches
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.lm_head import LmHead, lm_head
-from pocl_fast.models.packed_forward import supervised_hidden
+from pocl_fast.models.packed_forward import decoder_of, supervised_hidden
 
 TOKENS_A_BATCH = 4096  # of a packed batch
 ROWS_OF_LOGITS = 256  # at a time
@@ -44,10 +44,10 @@ class LoadedModel:
     """A causal language model and whether packed batches hold for it."""
 
     model: Any
-    packed: bool
+    packed: Rows | bool
 
 
-def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: bool) -> np.ndarray:
+def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: Rows | bool) -> np.ndarray:
     """Mean cross-entropy of each sample's response, in nats a token. [samples] float64."""
     return response_scores(LoadedModel(model, packed), samples)["cross_entropy"]
 
@@ -78,7 +78,7 @@ def _token_scores(student: LoadedModel, teacher: LoadedModel | None, batch: Pack
     are in memory at a time."""
     sides = [student] if teacher is None else [student, teacher]
     heads = [(lm_head(side.model), side.model.get_output_embeddings()) for side in sides]
-    hidden = [supervised_hidden(side.model.get_decoder(), batch, packed=side.packed) for side in sides]
+    hidden = [supervised_hidden(decoder_of(side.model), batch, packed=side.packed) for side in sides]
     pieces = []
     for rows in torch.arange(len(batch.labels), device=batch.labels.device).split(ROWS_OF_LOGITS):
         labels = batch.labels[rows]

@@ -1,10 +1,12 @@
 """Padding-free batches: several samples one behind the other in a single row of tokens.
 
-Knows how such a row is laid out. Does not know models (models/packed_forward.py runs one on a row) or losses.
+Knows how such a row is laid out, and the rectangles instead of it. Does not know models (models/packed_forward.py runs
+one on a row) or losses.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,18 @@ import torch
 from torch import Tensor
 
 from pocl_fast.data.encoding import EncodedSample
+
+
+class Rows(enum.IntEnum):
+    """How a model is given the samples of a batch. True stands for PACKED and False for PADDED; as a condition, only
+    PACKED is true."""
+
+    PADDED = 0  # a rectangle, with padding behind the shorter ones
+    PACKED = 1  # one row, without padding
+    BY_LENGTH = 2  # a rectangle for each length, without padding
+
+    def __bool__(self) -> bool:
+        return self is Rows.PACKED
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,26 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         move = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "supervised", "labels")}
         return PackedBatch(lengths=self.lengths, counts=self.counts, **move)
+
+    def part(self, chosen: Sequence[int]) -> tuple[PackedBatch, Tensor]:
+        """A batch of some of the samples, and where its supervised positions are among this batch's N."""
+        ids, positions = (x[0].split(self.lengths) for x in (self.input_ids, self.position_ids))
+        labels = self.labels.split(self.counts)
+        places = torch.arange(len(self.labels), device=self.labels.device).split(self.counts)
+        starts = [sum(self.lengths[:i]) for i in chosen]
+        supervised, start = [], 0
+        for i, before in zip(chosen, starts, strict=True):
+            supervised.append(self.supervised[places[i]] - before + start)
+            start += self.lengths[i]
+        part = PackedBatch(
+            input_ids=torch.cat([ids[i] for i in chosen])[None],
+            position_ids=torch.cat([positions[i] for i in chosen])[None],
+            lengths=tuple(self.lengths[i] for i in chosen),
+            supervised=torch.cat(supervised),
+            labels=torch.cat([labels[i] for i in chosen]),
+            counts=tuple(self.counts[i] for i in chosen),
+        )
+        return part, torch.cat([places[i] for i in chosen])
 
 
 def pack(samples: Sequence[EncodedSample]) -> PackedBatch:
@@ -75,7 +109,7 @@ def token_budget_batches(lengths: Sequence[int], *, max_tokens: int) -> list[lis
 
 def padded_kwargs(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     """The arguments with which a model runs on a batch as a right-padded rectangle [B, longest], and where its
-    supervised positions are in the flattened one."""
+    supervised positions are in the flattened one. Samples of one length need no mask, and get none."""
     device, longest = batch.input_ids.device, max(batch.lengths)
     lengths = torch.tensor(batch.lengths, device=device)
     rows = torch.arange(len(batch.lengths), device=device).repeat_interleave(lengths)
@@ -85,6 +119,5 @@ def padded_kwargs(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
     ids[places] = batch.input_ids[0]
     mask[places] = 1
     shape = (len(batch.lengths), longest)
-    return {"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "use_cache": False}, places[
-        batch.supervised
-    ]
+    padding = {} if min(batch.lengths) == longest else {"attention_mask": mask.view(shape)}
+    return {"input_ids": ids.view(shape), **padding, "use_cache": False}, places[batch.supervised]

@@ -31,6 +31,10 @@ class LengthsLost(RuntimeError):
     """A model's layers did not pass the lengths of the samples on to their attention."""
 
 
+class NotComputed(RuntimeError):
+    """A model's layers ask their attention for something that only their family's own attention computes."""
+
+
 class Way(NamedTuple):
     """How a model attends over packed rows: transformers' name for it (None: left as it is), and a sentence on it."""
 
@@ -58,10 +62,7 @@ def enable_packing(
         return
     now = input_device(model)
     way = choose_way(model, now if device is None else torch.device(device), here=now, trains=trains)
-    if way.implementation is not None:
-        register()
-        model.set_attn_implementation(way.implementation)
-    _tell(model, f"{type(model).__name__} attends to packed rows by {way.says}", say)
+    use(model, way, say)
 
 
 def _tell(model: Any, sentence: str, say: Callable[[str], object] | None) -> None:
@@ -92,13 +93,19 @@ def choose_way(model: Any, device: torch.device, *, here: torch.device, trains: 
 def why_never_packed(model: Any) -> str | None:
     """Why the samples of a long row would see each other where a check on short rows finds nothing; None for most."""
     config = model.config.get_text_config()
-    if getattr(config, "index_topk", None) or any(_asks_for_its_name(one.__module__) for one in type(model).__mro__):
+    if chooses_keys(model):
         return "its indexer chooses among all tokens of a row"
     if getattr(config, "alibi", False):
         return "its biases (ALiBi) lose digits along a row"
     if getattr(config, "attention_chunk_size", None) and _transformers_version() < (5, 18):
         return "before transformers 5.18 its chunks count from the beginning of the row"
     return None
+
+
+def chooses_keys(model: Any) -> bool:
+    """Whether an indexer chooses the keys of a token: where two score alike, also by how many there are in its row."""
+    chosen = getattr(model.config.get_text_config(), "index_topk", None)
+    return bool(chosen) or any(_asks_for_its_name(one.__module__) for one in type(model).__mro__)
 
 
 def needs_no_mask(model: Any) -> bool:
@@ -109,13 +116,21 @@ def needs_no_mask(model: Any) -> bool:
     return ours and _is_plain(model) and not getattr(model.config, "output_router_logits", False)
 
 
-def use_row_mask(model: Any, say: Callable[[str], object] | None = None) -> None:
-    """Makes a model whose layers lose the lengths of the samples attend by transformers' mask of the whole row."""
-    register()
-    model.set_attn_implementation(BY_MASK)
+def slower_ways(model: Any) -> Iterator[Way]:
+    """What a model attends by where the way that was chosen for it does not hold: the next is tried after each."""
     why = "its layers do not pass the samples' lengths on to their attention"
-    name = type(model).__name__
-    _tell(model, f"{name} attends to packed rows by sdpa over a mask of the whole row, which is slow: {why}", say)
+    if _takes_sdpa(model):
+        yield Way(BY_MASK, f"sdpa over a mask of the whole row, which is slow: {why}")
+    if model._can_set_attn_implementation():
+        yield Way("eager", "its own attention, over a mask of the whole row: sdpa computes something else")
+
+
+def use(model: Any, way: Way, say: Callable[[str], object] | None = None) -> None:
+    """Makes a model attend in a way; `say` is told."""
+    if way.implementation is not None:
+        register()
+        model.set_attn_implementation(way.implementation)
+    _tell(model, f"{type(model).__name__} attends to packed rows by {way.says}", say)
 
 
 # ---- what a model and a machine allow ----
@@ -169,17 +184,17 @@ def _is_plain(model: Any) -> bool:
 def _names_windows(module: str) -> bool:
     """Whether a family's code gives the attention function its windows; a few (Phi-MoE) have them in masks alone. Told
     by its source, as transformers tells whether a family takes an attention function at all."""
-    return re.search(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=", _source(module)) is not None
+    return re.search(r"attention_interface\((?:[^()]|\([^()]*\))*\bsliding_window=", source_of(module)) is not None
 
 
 @functools.cache
 def _asks_for_its_name(module: str) -> bool:
     """Whether a family's code does something for transformers' own attention functions alone, as those do that choose
     the keys of a token by an indexer."""
-    return re.search(r"config\._attn_implementation (?:not )?in\b", _source(module)) is not None
+    return re.search(r"config\._attn_implementation (?:not )?in\b", source_of(module)) is not None
 
 
-def _source(module: str) -> str:
+def source_of(module: str) -> str:
     """The source code of a family of transformers, or of a model with code of its own; "" where there is none."""
     if module.startswith(("torch.", "transformers.modeling_utils", "transformers.generation")):
         return ""
@@ -309,6 +324,9 @@ def packed_by_sample(
     """transformers' own sdpa, sample by sample: causal, or with its own block of a mask. [1, T, heads, head size]"""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    layer: Any = type(module)
+    if lost := [name for name in _only_eager_takes(layer) if _is_set(kwargs.get(name))]:
+        raise NotComputed(f"sdpa does not compute the {lost[0]} of {type(module).__name__}")
     with exact_products():
         if packed_lengths is None:
             if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:  # a packed row's
@@ -325,6 +343,22 @@ def packed_by_sample(
             for (q, k, v), mask in zip(samples, masks, strict=True)
         ]
     return torch.cat(outputs, dim=1), None
+
+
+@functools.cache
+def _only_eager_takes(layer: type) -> frozenset[str]:
+    """What a family's own attention function takes by name and sdpa does not, as caps of scores."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    own = getattr(sys.modules.get(layer.__module__), "eager_attention_forward", None)
+    if own is None:
+        return frozenset()
+    theirs = inspect.signature(sdpa_attention_forward).parameters
+    return frozenset(inspect.signature(own).parameters) - frozenset(theirs) - {"sliding_window", "kwargs"}
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
 
 
 def _sample_masks(

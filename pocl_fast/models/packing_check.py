@@ -1,24 +1,48 @@
-"""Whether a model gives packed samples the logits that each has alone: tried on a few short random samples.
+"""Whether a model gives packed samples the logits that each has alone, and if not, how its batches are laid out
+instead: tried on a few random samples against the family's own attention.
 
 Knows families that do not pack. Does not know how attention is computed (packed_attention.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pocl_fast.data.encoding import EncodedSample
-from pocl_fast.data.packed import pack
-from pocl_fast.models.packed_attention import LengthsLost, enable_packing, register, use_row_mask, why_never_packed
-from pocl_fast.models.packed_forward import forward_kwargs
+from pocl_fast.data.packed import Rows, pack
+from pocl_fast.models.packed_attention import (
+    LengthsLost,
+    Way,
+    chooses_keys,
+    enable_packing,
+    register,
+    slower_ways,
+    use,
+    why_never_packed,
+)
+from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.placement import input_device
+from pocl_fast.models.probing import (
+    attending_by,
+    exact_arithmetic,
+    is_exact,
+    is_sharded,
+    longest_window,
+    random_ids,
+    short_windows,
+    undisturbed,
+)
+from pocl_fast.system.errors import InputError
 
-PACKING_TOLERANCE = 1e-2  # relative; families that do not support packing are off by 0.02 to 1
-KERNEL_TOLERANCE = 0.1  # between two attention kernels: 0.01 to 0.06 in bf16, by depth
+EXACT_TOLERANCE = 1e-4  # relative, of fp32: kernels differ by 1e-6 to 1e-5, lost caps and windows by 1e-2 and more
+KERNEL_TOLERANCE = 0.1  # between two attention kernels in bf16: 0.01 to 0.06, by depth
+SHORTEST = 20  # tokens of a sample
 
 
 def packing_ready(
@@ -27,80 +51,198 @@ def packing_ready(
     *,
     device: torch.device | str | None = None,
     trains: bool = False,
-) -> bool:
-    """Enables packing (see `enable_packing`) and returns whether it holds for the model. `say` is told how the model
-    attends, or that its samples are padded instead."""
+) -> Rows:
+    """Enables packing (see `enable_packing`) and returns how the model's batches are to be laid out: packed, where that
+    holds for it. `say` is told how the model attends, or that its samples are padded instead. Raises `InputError` where
+    the model does not run at all."""
     enable_packing(model, say, device=device, trains=trains)
     return packing_holds(model, say)
 
 
-def packing_holds(model: nn.Module, say: Callable[[str], object] | None = None) -> bool:
-    """Whether a model with packing enabled gives packed samples the logits that each has alone. `say` is told where it
-    does not, and why if that is known."""
+def packing_holds(model: Any, say: Callable[[str], object] | None = None) -> Rows:
+    """How the batches of a model with packing enabled are to be laid out: packed where packed samples get the logits
+    that each has alone, by its family's own attention; else padded where that holds; else by their length. `say` is
+    told where packed rows do not hold, and why if that is known. Raises `InputError` as `packing_ready` does."""
     register()
-    vocab_size: Any = model.config.vocab_size  # type: ignore[union-attr]
-    reason = why_never_packed(model)
-    holds = False
+    if is_sharded(model):
+        if say is not None:
+            say(f"{type(model).__name__} is sharded already: it is not tried whether it supports packed batches")
+        return Rows.PADDED if why_never_packed(model) else Rows.PACKED
+    with undisturbed(model), short_windows(model):
+        probe = Probe.of(model)
+        reason = why_never_packed(model)
+        if reason is None:
+            reason = _made_to_hold(model, probe, say)
+            if reason is None:
+                return Rows.PACKED
+        rows = _unpacked(model, probe)
+    if say is not None:
+        why, name = f" ({reason})" if reason else "", type(model).__name__
+        said = {
+            Rows.PADDED: f"does not support packed batches{why}: they are padded instead, which is slower",
+            Rows.BY_LENGTH: f"supports neither packed nor padded batches{why}: samples of one length share a forward"
+            " instead, which is slow",
+        }
+        say(f"{name} {said[rows]}")
+    return rows
+
+
+def _made_to_hold(model: Any, probe: Probe, say: Callable[[str], object] | None) -> str | None:
+    """Tries the way that was chosen for the model, then slower ones: None where packing holds by one of them, which the
+    model attends by from then on. Else why not, "" where that is not known."""
+    chosen = model.config._attn_implementation
+    reason = probe.packed(model)
     if reason is None:
+        return None
+    for way in slower_ways(model):
+        if way.implementation == model.config._attn_implementation:
+            continue
+        with attending_by(model, str(way.implementation)):
+            held = probe.packed(model) is None
+        if held:
+            use(model, way, say)
+            return None
+    assert model.config._attn_implementation == chosen
+    return reason
+
+
+def _unpacked(model: Any, probe: Probe) -> Rows:
+    """How batches are laid out where packing does not hold; where the model attends otherwise than its family's own
+    attention even so, it attends by that from then on."""
+    for rows in (Rows.BY_LENGTH,) if chooses_keys(model) else (Rows.PADDED, Rows.BY_LENGTH):
+        for implementation in (model.config._attn_implementation, "eager"):
+            with attending_by(model, implementation):
+                held = probe.holds(model, rows)
+            if held:
+                use(model, Way(implementation, "")) if implementation != model.config._attn_implementation else None
+                return rows
+    return Rows.BY_LENGTH
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Random samples, and the logits of two of them alone by the family's own attention."""
+
+    before: EncodedSample
+    other: EncodedSample  # as long as `before`
+    sample: EncodedSample  # as long as `before`
+    short: EncodedSample
+    want: tuple[Tensor, Tensor]  # [n, V] each, fp32: the logits of `sample` and of `short`
+    exact: bool  # whether they are exact to the digits of fp32
+
+    @classmethod
+    def of(cls, model: Any) -> Probe:
+        """Raises `InputError` where the model does not run on plain tokens."""
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        length = max(2, min(max(SHORTEST, 2 * longest_window(model) + 3), most))
+        rows = random_ids(model, 3, length).tolist()
+        before, other, sample = (EncodedSample(i, (row[0],), tuple(row[1:]), False) for i, row in enumerate(rows))
+        short = EncodedSample(3, before.prompt_ids, before.response_ids[: max(1, length // 3)], False)
+        exact = is_exact(model)
         try:
-            holds = packing_errors(model, vocab_size).hold
+            with attending_by(model, "eager"), exact_arithmetic(model) if exact else contextlib.nullcontext():
+                want = _alone(model, sample), _alone(model, short)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a family raises
+            raise InputError(f"{type(model).__name__} does not run on plain tokens: {_first_line(error)}") from error
+        return cls(before, other, sample, short, want, exact)
+
+    def contexts(self, model: Any) -> Iterator[contextlib.AbstractContextManager[None]]:
+        """In which arithmetic a model is tried: exactly, where it can be, and as it will run, where that is another."""
+        half = model.config._attn_implementation.startswith("flash")
+        if self.exact and not half:
+            yield exact_arithmetic(model)
+        if not self.exact or torch.is_autocast_enabled(self.want[0].device.type):
+            yield contextlib.nullcontext()
+
+    def packed(self, model: Any) -> str | None:
+        """None where packed samples have the logits that each has alone; else why not, in the model's words or ""."""
+        try:
+            for number, context in enumerate(self.contexts(model)):
+                with context:
+                    errors = packing_errors(model, self)
+                    tight = self.exact and number == 0 and not model.config._attn_implementation.startswith("flash")
+                    if not errors.hold(EXACT_TOLERANCE if tight else KERNEL_TOLERANCE):
+                        return ""
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the GPU's own
+            raise
         except LengthsLost:
-            use_row_mask(model, say)
-            holds = packing_errors(model, vocab_size).hold
-        except Refused as refusal:
-            reason = str(refusal)
-    if not holds and say is not None:
-        why = f" ({reason})" if reason else ""
-        name = type(model).__name__
-        say(f"{name} does not support packed batches{why}: they are padded instead, which is slower")
-    return holds
+            return "its layers do not pass the samples' lengths on to their attention"
+        except Exception as error:  # whatever a family raises at a packed row
+            return _first_line(error)
+        return None
+
+    def holds(self, model: Any, rows: Rows) -> bool:
+        """Whether both samples have in one batch, laid out so, the logits that each has alone."""
+        batch = pack([self.short, self.sample]).to(self.want[0].device)
+        try:
+            with next(iter(self.contexts(model)), contextlib.nullcontext()):
+                got = supervised_logits(model, batch, packed=rows).float().split(batch.counts)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:  # whatever a family raises at padding
+            return False
+        allowed = EXACT_TOLERANCE if self.exact else KERNEL_TOLERANCE
+        return all(apart(ours, theirs) < allowed for ours, theirs in zip(got, reversed(self.want), strict=True))
 
 
-class Refused(Exception):
-    """A model raised at a packed row what it does not raise at a plain one."""
+@dataclass(frozen=True)
+class PackingErrors:
+    """How far the logits of packed samples are off, relative to the largest logit."""
 
-
-class PackingErrors(NamedTuple):
-    """How far the logits of packed samples are off, relative to the largest logit: around 1e-6 (fp32) where packing
-    holds, 0.02 and more where a family does not support it. In bf16 the logits of a deep model differ by as much
-    between two attention kernels, so the kernel's error is measured apart from that of packing."""
-
-    leak: float  # a sample packed behind one sample, against the same behind another of the same length
+    leak: float  # a sample packed behind one sample, against the same behind another of the same length; 0 bit by bit
     packed: float  # a sample packed behind another, against the model without packing
-    alone: float  # a sample packed alone, against the model without packing: the kernel's rounding
+    depends: bool = False  # whether a gradient leads from a sample's logits to the tokens of the one before
 
-    @property
-    def hold(self) -> bool:
-        allowed = max(PACKING_TOLERANCE, 3 * self.alone)
-        return self.leak < PACKING_TOLERANCE and self.packed < allowed and self.alone < KERNEL_TOLERANCE
+    def hold(self, tolerance: float) -> bool:
+        """Experts get other numbers of tokens with other neighbours, so that their products round otherwise."""
+        leaks = self.leak > 0 and (self.depends or not self.leak < tolerance)
+        return not leaks and self.packed < tolerance
 
 
-def packing_errors(model: nn.Module, vocab_size: int) -> PackingErrors:
-    """The errors on three short random samples. Raises `Refused` where the model does not run on packed rows."""
-    generator = torch.Generator().manual_seed(0)
-    device = input_device(model)
-    first, other, sample = (torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in (7, 7, 12))
+def packing_errors(model: Any, probe: Probe) -> PackingErrors:
+    """The errors of a model as it attends now. Raises what it raises at packed rows."""
+    behind_one, behind_other = (_packed(model, first, probe.sample) for first in (probe.before, probe.other))
+    leak = apart(behind_one, behind_other)
+    if behind_one.equal(behind_other):
+        return PackingErrors(0.0, apart(behind_one, probe.want[0]))
+    return PackingErrors(leak or 1e-30, apart(behind_one, probe.want[0]), _depends(model, probe))
 
-    def packed(*rows: list[int]) -> Tensor:
-        samples = [EncodedSample(i, tuple(row[:3]), tuple(row[3:]), False) for i, row in enumerate(rows)]
-        return model(**forward_kwargs(model, pack(samples).to(device))).logits[0, -len(sample) :].float()
 
-    was_training = model.training
-    model.eval()
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest of `b`; NaN where one is there."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+def _alone(model: Any, sample: EncodedSample) -> Tensor:
+    return supervised_logits(model, pack([sample]).to(input_device(model)), packed=Rows.BY_LENGTH).float()
+
+
+def _packed(model: Any, before: EncodedSample, sample: EncodedSample) -> Tensor:
+    batch = pack([before, sample]).to(input_device(model))
+    return supervised_logits(model, batch, packed=True)[-len(sample.response_ids) :].float()
+
+
+@torch.enable_grad()
+def _depends(model: Any, probe: Probe) -> bool:
+    """Whether the logits of a sample depend on the tokens of the one packed before it, by their gradient: exactly zero
+    where they do not, however products round."""
+    seen: list[Tensor] = []
+
+    def leaf(module: nn.Module, given: Any, words: Tensor) -> Tensor:
+        seen.append(words.detach().requires_grad_(True))
+        return seen[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(leaf)
     try:
-        with torch.no_grad():
-            want = model(input_ids=torch.tensor([sample], device=device), use_cache=False).logits[0].float()
-            try:
-                behind_first, behind_other, alone = packed(first, sample), packed(other, sample), packed(sample)
-            except (LengthsLost, torch.OutOfMemoryError, torch.AcceleratorError):  # the GPU's own
-                raise
-            except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-                raise Refused(str(error).strip().splitlines()[0]) from error
+        logits = _packed(model, probe.before, probe.sample)
+        weights = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+        gradient = torch.autograd.grad((logits * weights).sum(), seen[0])[0]
     finally:
-        model.train(was_training)
-    largest = want.abs().max().clamp_min(1e-6)
+        hook.remove()
+    return bool(gradient[0, : len(probe.before)].count_nonzero())
 
-    def apart(a: Tensor, b: Tensor) -> float:
-        return float((a - b).abs().max() / largest)
 
-    return PackingErrors(apart(behind_first, behind_other), apart(behind_first, want), apart(alone, want))
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

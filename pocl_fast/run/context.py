@@ -22,6 +22,7 @@ from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all, encode
 from pocl_fast.data.records import read_samples
 from pocl_fast.models import loading
 from pocl_fast.models.cut import cut_layers
+from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.options import RunConfig
@@ -228,10 +229,11 @@ class RunContext:
 
     def _ready(self, model: Any, whose: str) -> LoadedModel:
         """The model, with packed batches where these hold for it. Raises `InputError` where it has fewer positions than
-        a sample, or a prompt and its answer, may have tokens."""
+        a sample, or a prompt and its answer, may have tokens, and where its logits are not its lm_head's."""
         data, answer = self.config.data, self.config.generation.max_new_tokens
         loading.check_positions(model, max(data.max_length, data.max_prompt_length + answer), whose)
         with self.precision.autocast():
+            check_head(model, whose)
             return LoadedModel(model, packing_ready(model, self._say_of(whose)))
 
     def _say_of(self, whose: str) -> Say:

@@ -15,7 +15,8 @@ from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.models import loading
 from pocl_fast.models.frozen import drop_weights, freeze_linears
 from pocl_fast.models.loading import Quantization
-from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.models.packed_forward import decoder_of
+from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.placement import Placement
 from pocl_fast.models.precision import Precision
 from pocl_fast.models.quantised import load_quantised
@@ -86,8 +87,8 @@ def cached_teacher(
     """The teacher with its cache in `folder`. Its outputs lie on `device`. With `owned` nobody else reads the model's
     weights, and those that were laid out anew for a CPU are dropped."""
     with precision.autocast():
-        enable_packing(model, say)
-    frozen = freeze_linears(model.get_decoder(), precision.frozen_dtype)  # the lm_head's products stay fp32
+        packed = packing_ready(model, say)  # before layers are laid out anew, which may round their products
+    frozen = freeze_linears(decoder_of(model), precision.frozen_dtype)  # the lm_head's products stay fp32
     mode = cast(Literal["hidden", "topk"], options.cache_mode)  # the options' own checks allow no other
     with precision.autocast():
         teacher = Teacher(
@@ -99,6 +100,7 @@ def cached_teacher(
             precision=precision.name,
             device=device,
             keep_body=keep_body,
+            packed=packed,
         )
     if owned:
         drop_weights(frozen)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from pocl_fast.data.encoding import EncodedSample
-from pocl_fast.data.packed import pack, token_budget_batches
+from pocl_fast.data.packed import Rows, pack, token_budget_batches
 from pocl_fast.loss.teacher_output import LinearTeacher, TopKTeacher
 from pocl_fast.models.fingerprints import weights_fingerprint
 from pocl_fast.models.lm_head import LmHead, check_head, lm_head
-from pocl_fast.models.packed_forward import supervised_hidden
+from pocl_fast.models.packed_forward import decoder_of, supervised_hidden
 from pocl_fast.models.packing_check import packing_holds
 from pocl_fast.models.placement import input_device
 from pocl_fast.system import console, ranks
@@ -54,6 +54,7 @@ class Teacher:
         precision: str = "",
         device: torch.device | str | None = None,
         keep_body: bool = False,
+        packed: Rows | None = None,
         say: Callable[[str], object] = console.say,
     ) -> None:
         """`model` is a transformers causal language model whose packing is enabled.
@@ -61,8 +62,9 @@ class Teacher:
         In mode "hidden" the cache keeps hidden states in `cache_dtype` (bfloat16, float32, or int8 with a scale a
         token), in mode "topk" the `top_k` largest log-probabilities; `say` gets a line with what that loses. What was
         computed in another `precision` is not read. Outputs lie on `device`, the teacher's own where left out.
-        `keep_body` keeps the body in memory for samples that come up while training (see `live`). Raises `InputError`
-        where the model's logits are not its lm_head applied to its last hidden states.
+        `keep_body` keeps the body in memory for samples that come up while training (see `live`). `packed` says how
+        its batches are laid out, where that is known (see `packing_holds`). Raises `InputError` where the model's
+        logits are not its lm_head applied to its last hidden states.
         """
         self._model: Any | None = model.requires_grad_(False).eval()
         self.config = model.config
@@ -73,8 +75,8 @@ class Teacher:
         self._head: LmHead | None = head.to(self._device) if cache_mode == "hidden" else head
         self.vocab_size, hidden_size = head.weight.shape
         self._say: Callable[[str], object] | None = say if ranks.is_first() else None  # until the first batch's loss
-        self._packed = packing_holds(model, self._say)
-        check_head(model)
+        check_head(model, "teacher")
+        self._packed = packing_holds(model, self._say) if packed is None else packed
         if cache_mode == "topk" and not 1 <= top_k <= self.vocab_size:
             raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {self.vocab_size} tokens")
         self.fingerprint = teacher_fingerprint(model, precision)
@@ -207,7 +209,7 @@ class Teacher:
 
     def _run(self, samples: Sequence[EncodedSample]) -> Tensor:
         """[N, H] final hidden states at the supervised positions, on the body's last device."""
-        body = self.model.get_decoder()
+        body = decoder_of(self.model)
         batch = pack(samples).to(self._input_device)
         return supervised_hidden(body, batch, packed=self._packed)
 

@@ -44,7 +44,7 @@ class DistillingTrainer(SavingTrainer):
 
     def __init__(self, made: TrainingParts, args: PoclConfig, optimizers: tuple[Any, Any]) -> None:
         self.encoder, self.samples, self.dev, self.teacher = made.encoder, made.samples, made.dev, made.teacher
-        self.precision, self.packed = made.precision, made.packed
+        self.precision, self.packed, self._router = made.precision, made.packed, made.router
         self.objective = args.objective()
         self.loss_parts = LossParts()
         self.finite_steps = FiniteSteps(made.samples)
@@ -108,8 +108,11 @@ class DistillingTrainer(SavingTrainer):
             )
             return outputs[0].loss
 
+        router = 0.0
+        if self._router and inputs.samples:  # the batches of a step by their tokens
+            router = 1.0 if num_items_in_batch is None else len(batch.labels) / num_items_in_batch
         with self.accelerator.autocast():
-            value = loss_within_forward(model, batch, loss, packed=self.packed)
+            value = loss_within_forward(model, batch, loss, packed=self.packed, router_weight=router)
         if not self._halving.repeating:
             self.loss_parts.add(inputs.samples, batch, outputs[0])
         value = value * self.args.world_size  # the engines average gradients over ranks

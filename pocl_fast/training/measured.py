@@ -28,7 +28,7 @@ from pocl_fast.loss.teacher_output import LinearTeacher
 from pocl_fast.models.fingerprints import weights_fingerprint
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.lm_head import LmHead, causal_lm, lm_head
-from pocl_fast.models.packed_forward import supervised_hidden
+from pocl_fast.models.packed_forward import decoder_of, supervised_hidden
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -219,7 +219,7 @@ def measure_cached_teacher(student: LoadedModel, teacher: Teacher, samples: Samp
 def _cached_scores(student: LoadedModel, teacher: Teacher, samples: Sequence[EncodedSample]) -> dict[str, list[float]]:
     """Each sample's means of `TEACHER_COLUMNS` over its response's tokens, nats."""
     batch = pack(samples).to(next(student.model.parameters()).device)
-    hidden = supervised_hidden(student.model.get_decoder(), batch, packed=student.packed)
+    hidden = supervised_hidden(decoder_of(student.model), batch, packed=student.packed)
     cached = teacher.hidden(samples)
     theirs = teacher.lm_head
     target = LinearTeacher(cached, theirs.weight, theirs.bias, theirs.logit_scale, theirs.logit_softcap)

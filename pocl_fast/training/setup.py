@@ -21,14 +21,20 @@ from pocl_fast.answers.engine import own_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
+<<<<<<< HEAD
 from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
+=======
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.packed import Rows
+>>>>>>> room/families
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
-from pocl_fast.models.lm_head import causal_lm
+from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import Precision, choose_precision
+from pocl_fast.models.probing import is_sharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -48,7 +54,8 @@ class TrainingParts:
     samples: SampleSet
     dev: SampleSet | None
     precision: Precision
-    packed: bool  # whether packed rows hold for the student
+    packed: Rows  # how the student's batches are laid out
+    router: bool  # whether the loss of the student's router over experts is added
     teacher: Teacher
 
 
@@ -61,20 +68,32 @@ def training_parts(
     `InputError` for what does not fit.
     """
     precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
+    check_apart(student, teacher)
     student, tokenizer = student_of(student, tokenizer, peft_config, args)
+<<<<<<< HEAD
     encoder = encoder_of(tokenizer, args, Path(str(args.output_dir)), _first_says)
+=======
+    make_trainable(student, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
+    encoder = SampleEncoder(tokenizer, args.template)  # type: ignore[arg-type]  # checked by PoclConfig
+>>>>>>> room/families
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
+        check_head(causal_lm(student), "student")
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
+<<<<<<< HEAD
     kept = teacher_of(teacher, encoder, args, precision, samples)
+=======
+        router = adds_router_loss(causal_lm(student), _first_says)
+    kept = teacher_of(teacher, tokenizer, args, precision, samples)
+>>>>>>> room/families
     check_lengths(student, kept, args, samples, held_out)
     if args.data_source == "teacher":
         encoder.stop_also_at(own_ends(kept.model))  # the student learns to end where its teacher ends
         folder = Path(str(args.output_dir)) / "teacher_answers"
         samples = answered_by_teacher(samples, kept.model, encoder, folder, fingerprint=kept.fingerprint, options=args)
-    return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, kept)
+    return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, router, kept)
 
 
 def _first_says(text: str) -> None:
@@ -110,6 +129,52 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
     if args.device.type == "cuda" and not sharded_later(args) and placeable(model):
         model = model.to(args.device)  # how it attends is chosen by where it is
     return model, tokenizer
+
+
+def check_apart(student: Any, teacher: Any) -> None:
+    """Raises `InputError` where models given as objects share weights: training the student would change its
+    teacher."""
+    if isinstance(teacher, Teacher):
+        teacher = teacher.model if teacher.has_body else None
+    if not isinstance(student, torch.nn.Module) or not isinstance(teacher, torch.nn.Module):
+        return
+    theirs = {key for p in teacher.parameters() for key in (id(p), p.data_ptr() or None)} - {None}
+    ours = list(student.parameters())
+    if shared := sum(id(p) in theirs or p.data_ptr() in theirs for p in ours):
+        raise InputError(
+            f"student and teacher share {shared} of the student's {len(ours)} weights: training the student, with"
+            " adapters too, would change or freeze them for the other. Give a copy as one of the two:"
+            " copy.deepcopy(model)"
+        )
+
+
+def make_trainable(student: Any, *, mixes: bool) -> None:
+    """Makes weights in half precision fp32, in place, and says so: those that train, for the optimizer's small steps
+    would be rounded away; and all others, unless the device `mixes` precisions by autocast. Raises `InputError` where
+    nothing is to train."""
+    weights = list(student.parameters())
+    if not any(p.requires_grad for p in weights):
+        raise InputError(
+            "the student is frozen, none of its weights requires a gradient: call student.requires_grad_(True), or give"
+            " a peft_config"
+        )
+    if is_sharded(student):
+        return
+    only_trained = mixes or getattr(causal_lm(student), "is_quantized", False)
+    half = [p for p in weights if p.is_floating_point() and p.itemsize < 4 and (p.requires_grad or not only_trained)]
+    if not half:
+        return
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half[0].dtype, str(half[0].dtype))
+    count = sum(p.numel() for p in half)
+    if only_trained:
+        for p in half:
+            p.data = p.data.float()
+    else:
+        student.float()
+    _first_says(
+        f"the student trains with fp32 weights, made of its {count} in {kind}: there the optimizer's small steps would"
+        " be rounded away"
+    )
 
 
 def check_evaluations(args: PoclConfig) -> None:

@@ -1,13 +1,14 @@
-"""The cache with room holds what transformers' own holds, and copies nothing to add a token."""
+"""The cache with room holds what transformers' own holds, and copies nothing to add a token; any cache keeps rows."""
 
 import copy
 import random
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 
-from pocl_fast.answers.kv_cache import RoomyLayer
+from pocl_fast.answers.kv_cache import RoomyLayer, keep_rows
 
 HEADS, SIZE = 2, 4
 
@@ -73,3 +74,37 @@ def test_a_token_within_the_room_is_written_beside_the_others():
     assert layer.keys.untyped_storage().nbytes() == 2 * HEADS * 8 * SIZE * 4
     keys, _ = layer.update(*states(2, 1))
     assert keys.shape == (2, HEADS, 9, SIZE)
+
+
+# states of a convolution or of linear attention alone; beside keys and values, of all tokens and of a window
+@pytest.mark.parametrize("kind", ["conv", "linear_attention", "hybrid", "hybrid_sliding", "sliding_attention"])
+def test_the_kept_rows_of_a_cache_are_those_of_all_its_states(kind):
+    sizes = {"sliding_window": 4} if "sliding" in kind else {}
+    cache = Cache(layers=[DYNAMIC_LAYER_TYPE_MAPPING[kind](**sizes)])
+    rows = torch.arange(5.0)
+    if kind not in ("conv", "linear_attention"):
+        cache.update(*(rows[:, None, None, None].expand(5, HEADS, 6, SIZE) for _ in range(2)), 0)
+    if kind != "sliding_attention":
+        cache.update_conv_state(rows[:, None, None].expand(5, SIZE, 3), 0)
+    if "conv" not in kind and kind != "sliding_attention":
+        cache.update_recurrent_state(rows[:, None, None].expand(5, SIZE, SIZE), 0)
+    keep_rows(cache, torch.tensor([1, 3, 4]))
+    layer = cache.layers[0]
+    tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    tensors += [state for name in ("conv_states", "recurrent_states") for state in getattr(layer, name, {}).values()]
+    held = [tensor for tensor in tensors if tensor is not None]
+    assert held
+    for tensor in held:
+        assert tensor.flatten(1)[:, 0].tolist() == [1, 3, 4]
+        assert tensor.flatten(1).std(1).max() == 0
+
+
+def test_a_cache_of_a_model_of_its_own_keeps_the_rows_that_it_knows_of():
+    class Own(DynamicCache):
+        def batch_select_indices(self, indices):
+            self.states = self.states[indices]
+
+    cache = Own()
+    cache.states = torch.arange(4)
+    keep_rows(cache, torch.tensor([0, 2]))
+    assert cache.states.tolist() == [0, 2]

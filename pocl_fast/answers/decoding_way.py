@@ -1,0 +1,323 @@
+"""Which way of decoding in batches is right for a model: tried once a model, on a few short random prompts.
+
+A family may keep more than keys and values (states of a convolution, of linear attention), or keep them where no row
+can be taken out; its positions or windows may count the padding. So each way is compared, fastest first, with the
+model's logits without any cache, a prompt alone. Knows the ways through a model (steps.py). Does not know what the
+prompts are, nor how a token is chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pocl_fast.answers.steps import OwnSteps, PlainSteps, RoomySteps, SharedPrefix, Steps
+from pocl_fast.models.placement import input_device
+from pocl_fast.models.probing import apart, evaluating, positions_of, same_random_numbers, windows_of
+from pocl_fast.system.errors import InputError
+
+TOLERANCE = (
+    1e-4  # relative to the largest logit. fp32's rounding: 1e-6 to 1e-5; a state that counts padding: 1e-3 and up
+)
+NOISE = 4  # times the rounding that a model has between two lengths of one prompt (bf16: 1e-2 in 30 layers)
+MOST_NOISE = {torch.float32: 0.01}  # by dtype of the logits: more is no rounding (fp32 by TF32 or bf16 products: 5e-3)
+MOST_NOISE_HALF = 0.05  # of bf16 and fp16
+OFF = "its logits are off"
+MOST_OF_A_CACHE = 0.2  # of that a model's own cache may round
+STEPS = 3  # tokens after each prompt of the probe
+LEAVES = {1: [0, 2, 3], 2: [0, 2]}  # before these steps the probe keeps these of its rows: an answer ended
+LONGEST_WINDOW = 64  # tokens; the probe is longer than windows up to that
+PREFIX = 10  # tokens that the probe's prompts share
+
+
+@dataclass(frozen=True)
+class Way:
+    """How answers are decoded. The fields' first values are the fastest."""
+
+    cache: Literal["roomy", "own", "none"]
+    lengths: Literal["any", "equal", "single"]  # of the prompts of a batch; single: a prompt a batch
+    leave: bool  # whether finished answers leave their batch
+    why: str = ""  # why no faster way was taken
+
+    def same_batches(self, other: Way) -> bool:
+        return (self.cache, self.lengths, self.leave) == (other.cache, other.lengths, other.leave)
+
+    def steps(self, model: Any, pad_id: int, room: int, prefix: SharedPrefix | None = None) -> Steps:
+        """A new batch's way through the model."""
+        if self.cache == "roomy":
+            return RoomySteps(model, pad_id, room, prefix)
+        return OwnSteps(model, pad_id) if self.cache == "own" else PlainSteps(model)
+
+    def __str__(self) -> str:
+        batches = {
+            "any": "batches are padded",
+            "equal": "only prompts of equal length share a batch",
+            "single": "one prompt at a time",
+        }[self.lengths]
+        cache = {
+            "roomy": "",
+            "own": ", with the cache as the model's generate has it",
+            "none": ", without a cache, which is slow",
+        }[self.cache]
+        return batches + cache + ("" if self.leave else "; finished answers stay in their batch")
+
+
+WAYS = [
+    Way("roomy", "any", leave=True),
+    Way("own", "any", leave=True),
+    Way("own", "any", leave=False),
+    Way("own", "equal", leave=True),
+    Way("own", "equal", leave=False),
+    Way("own", "single", leave=True),
+    Way("none", "equal", leave=True),
+    Way("none", "single", leave=True),
+]
+ALONE = WAYS[5]  # what a model's own `generate` does
+
+
+def slowness(way: Way) -> int:
+    """A larger number for a slower way."""
+    return next(i for i, other in enumerate(WAYS) if replace(way, why="") == other)
+
+
+@dataclass
+class _Tried:
+    """What is known of a model in one attention, on one device and in one precision."""
+
+    way: Way
+    allowed: float  # error of its logits, relative to the largest
+    prefix: bool | None = None  # whether a prefix may be shared; None where that was not needed yet
+
+
+_known: weakref.WeakKeyDictionary[Any, dict[Any, _Tried]] = weakref.WeakKeyDictionary()
+
+
+def decoding_way(model: Any, pad_id: int, say: Callable[[str], object] | None = None) -> Way:
+    """The fastest way that gives a model's answers the logits that each prompt has alone. `say` is told once where it
+    is not the fastest of all, and why.
+
+    A model is tried once, and again where its attention, its device or its precision has changed. Raises `InputError`
+    where no way is right.
+    """
+    known, key = _known.setdefault(model, {}), _circumstances(model, pad_id)
+    if key not in known:
+        with _trying(model):
+            probe = _Probe(model, pad_id)
+            known[key] = _Tried(_choose(model, probe), probe.allowed)
+        way = known[key].way
+        if say is not None and way.cache != "roomy":
+            say(f"{type(model).__name__} is not answered in the fastest way ({way.why}): {way}")
+    return known[key].way
+
+
+def shares_prefix(model: Any, pad_id: int) -> bool:
+    """Whether the prompts' common prefix may be computed once, with padding between it and the rest. Not where a layer
+    sees a window of the tokens: there the padding would count. To be asked after `decoding_way`."""
+    tried = _known[model][_circumstances(model, pad_id)]
+    if tried.prefix is None:
+        with _trying(model):
+            tried.prefix = tried.way.cache == "roomy" and _Probe(model, pad_id, tried.allowed).shares_prefix()
+    return tried.prefix
+
+
+def _circumstances(model: Any, pad_id: int) -> tuple[Any, ...]:
+    device = input_device(model)
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return getattr(model.config, "_attn_implementation", None), device, model.dtype, autocast, pad_id
+
+
+@contextlib.contextmanager
+def _trying(model: Any) -> Iterator[None]:
+    with evaluating(model), torch.inference_mode(), same_random_numbers(input_device(model)):
+        yield
+
+
+def _choose(model: Any, probe: _Probe) -> Way:
+    reasons = []
+    for way in WAYS:
+        reason = probe.fault(way)
+        if way is WAYS[0] and reason is not None and reason.startswith(OFF):
+            probe.allow_for_the_cache()
+            reason = probe.fault(way)
+        if reason is None:
+            why = reasons[0] if reasons else ""
+            return replace(way, why=why)
+        if way == ALONE and reason.startswith(OFF):
+            if not probe.by_length and probe.depends_on_length():
+                return replace(way, why=reasons[0])
+            raise InputError(
+                f"{type(model).__name__} cannot generate answers: with the cache as its own generate has it, {reason} "
+                f"from what they are without"
+            )
+        reasons.append(reason)
+    raise InputError(
+        f"{type(model).__name__} cannot generate answers here, neither with a cache nor without: {reasons[-1]}"
+    )
+
+
+class _Probe:
+    """Random prompts, the tokens that follow each, and the logits that a model has for these without a cache."""
+
+    def __init__(self, model: Any, pad_id: int, allowed: float | None = None) -> None:
+        self.model, self.pad_id, self.device = model, pad_id, input_device(model)
+        vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+        windows = [window for window in windows_of(model.config) if window <= LONGEST_WINDOW]
+        most = min(length_limit(model), positions_of(model.config)) - STEPS
+        longest = max(12, max(windows, default=0) + 5)
+        lengths = [min(n, max(1, most)) for n in (longest, 3, max(longest - 6, 5), 1)]
+        generator = torch.Generator().manual_seed(0)
+        total = max(lengths) + PREFIX + STEPS
+        draw = torch.randint(0, vocab_size, (len(lengths), total), generator=generator).tolist()
+        self.rows = [row[: n + STEPS] for row, n in zip(draw, lengths, strict=True)]
+        self.equal = [row[: lengths[2] + STEPS] for row in draw]
+        self.roomy = most >= PREFIX + 9  # whether positions suffice for a prefix
+        head = draw[0][-PREFIX:]
+        self.headed = [head + row[: n + STEPS] for row, n in zip(draw, (9, 2), strict=False)]
+        self._wanted: dict[tuple[int, ...], Tensor] = {}
+        self.dtype = torch.float32  # of the logits
+        self.allowed = allowed or TOLERANCE  # error of the logits, relative to the largest
+        self.by_length = False  # whether a token's logits depend on how many tokens follow it
+        if allowed is None:
+            self._measure()
+
+    def _measure(self) -> None:
+        """How far the logits of a prompt move with tokens behind it: by rounding alone, or because they depend on the
+        sequence's length (a choice among equal scores). Raises `InputError` where they depend on later tokens."""
+        row, n = self.rows[0], len(self.rows[0]) - STEPS
+        try:
+            alone = self._logits([row[:n]])[0]
+            whole, other = self._logits([row, [*row[:n], *row[n + 1 :], row[n]]])
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as failure:  # whatever a model's own code raises
+            raise InputError(f"{type(self.model).__name__} does not run on tokens alone: {_line(failure)}") from failure
+        most = MOST_NOISE.get(self.dtype, MOST_NOISE_HALF)
+        if (error := apart(other[:n], whole[:n])) > most:
+            raise InputError(
+                f"{type(self.model).__name__} cannot generate answers: a token's logits depend on the tokens after it "
+                f"(they move by {error:.2g} of the largest); load it as a decoder (is_decoder=True), or take a causal "
+                f"language model"
+            )
+        noise = apart(alone, whole[:n])
+        self.by_length = noise > most
+        self._wanted.update({} if self.by_length else {tuple(row): whole})
+        rounding = NOISE * noise if not self.by_length else 0.0 if self.dtype == torch.float32 else most
+        self.allowed = max(TOLERANCE, rounding)
+
+    def depends_on_length(self) -> bool:
+        """Whether a token's logits depend on how many tokens follow it, whichever they are."""
+        return any(
+            apart(self._logits([row[:n]])[0, -1], self._wanted_of(row, n - 1)) > self.allowed
+            for row in self.rows
+            for n in range(len(row) - STEPS, len(row))
+        )
+
+    def allow_for_the_cache(self) -> None:
+        """Allows for the rounding of the model's own cache too: a state that is updated token by token is rounded
+        otherwise than one of all tokens at once (Mamba 2: up to 3e-4)."""
+        try:
+            error = self._error([self.rows[0]], ALONE.steps(self.model, self.pad_id, STEPS), leave=False, limit=1.0)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:  # the ways with this cache will say it
+            return
+        if error <= MOST_OF_A_CACHE * MOST_NOISE.get(self.dtype, MOST_NOISE_HALF):
+            self.allowed = max(self.allowed, NOISE * error)
+
+    def fault(self, way: Way) -> str | None:
+        """What is wrong with a way for this model, None where its logits are right."""
+        rows = self.equal if way.lengths == "equal" else self.rows
+        groups = [[row] for row in rows] if way.lengths == "single" else [rows]
+        return self._fault(groups, lambda: way.steps(self.model, self.pad_id, STEPS), way.leave)
+
+    def shares_prefix(self) -> bool:
+        """See the function of this name."""
+        from pocl_fast.answers.kv_cache import RoomyLayer, roomy_cache  # imports transformers, which takes seconds
+
+        layers = roomy_cache(self.model.config, 0).layers
+        if not all(isinstance(layer, RoomyLayer) for layer in layers) or windows_of(self.model.config):
+            return False
+        if not self.roomy:
+            return False
+        prefix = SharedPrefix(self.headed[0][:PREFIX])
+        return (
+            self._fault([self.headed], lambda: RoomySteps(self.model, self.pad_id, STEPS, prefix), leave=True) is None
+        )
+
+    def _fault(self, groups: Sequence[Sequence[list[int]]], steps: Callable[[], Steps], leave: bool) -> str | None:
+        try:
+            errors = [self._error(rows, steps(), leave and len(rows) > 1, self.allowed) for rows in groups]
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as failure:  # a model's own code may raise anything at a cache that it does not know
+            return _line(failure)
+        error = max(errors)
+        return None if error <= self.allowed else f"{OFF} by {error:.1g} of the largest"
+
+    def _error(self, rows: Sequence[list[int]], steps: Steps, leave: bool, limit: float) -> float:
+        """The largest error of the logits at all steps, relative to the largest logit, infinite where one is NaN; of
+        the first steps only where it is over the limit there."""
+        active = list(range(len(rows)))
+        logits = steps.begin([row[:-STEPS] for row in rows])
+        error = 0.0
+        for step in range(STEPS + 1):
+            for i, row in enumerate(active):
+                place = len(rows[row]) - STEPS - 1 + step
+                error = max(error, apart(logits[i].float(), self._wanted_of(rows[row], place)))
+            if step == STEPS or error > limit:
+                break
+            if leave and step in LEAVES:
+                kept = [i for i, row in enumerate(active) if row in LEAVES[step]]
+                steps.keep(torch.tensor(kept, device=self.device))
+                active = [active[i] for i in kept]
+            tokens = [rows[row][len(rows[row]) - STEPS + step] for row in active]
+            logits = steps.add(torch.tensor(tokens, device=self.device))
+        return error
+
+    def _wanted_of(self, row: list[int], place: int) -> Tensor:
+        """Logits [V] after the token at `place`."""
+        key = tuple(row)
+        if key not in self._wanted:
+            self._wanted[key] = self._generated(row) if self.by_length else self._logits([row])[0]
+        return self._wanted[key][place]
+
+    def _generated(self, row: list[int]) -> Tensor:
+        """Logits [T, V] as the model's own `generate` computes them, step by step; 0 within the prompt. A model whose
+        logits depend on the sequence's length has no others to be compared with."""
+        steps = ALONE.steps(self.model, self.pad_id, STEPS)
+        logits = [steps.begin([row[:-STEPS]])]
+        logits += [steps.add(torch.tensor([token], device=self.device)) for token in row[-STEPS:]]
+        return torch.cat([logits[0].new_zeros(len(row) - STEPS - 1, logits[0].shape[1]), *logits]).float()
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[B, T, V] of rows of one length, without a cache."""
+        ids = torch.tensor([list(row) for row in rows], device=self.device)
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        self.dtype = logits.dtype
+        return logits.float()
+
+
+def _line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {(str(failure).strip() or 'without a message').splitlines()[0]}"
+
+
+def length_limit(model: nn.Module) -> int:
+    """The length up to which no frequency of a rotary embedding depends on how long the sequence is. Beyond it a prompt
+    would change the others of its batch."""
+    limits = [1 << 30]
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for name, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+                continue
+            parameters = getattr(module.config, "rope_parameters", None) or {}
+            parameters = parameters.get(name, parameters)
+            limit = parameters.get("original_max_position_embeddings") or getattr(module, "original_max_seq_len", None)
+            limits += [int(limit)] if limit else []
+    return min(limits)
