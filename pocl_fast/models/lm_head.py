@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pocl_fast.data.packed import PackedBatch, Rows
 from pocl_fast.models.packed_forward import Forward, decoder_of, forwards, in_batch_order, router_loss, run_anew
 from pocl_fast.models.placement import input_device, resident
-from pocl_fast.models.probing import exact_arithmetic, is_exact, is_sharded, random_ids, undisturbed
+from pocl_fast.models.probing import is_exact, is_sharded, plain_run, random_ids
 from pocl_fast.system.errors import InputError
 
 
@@ -185,8 +185,8 @@ SIZES = (
 
 def _measured(model: Any) -> LogitTransform:
     """From the logits that the model makes of random hidden states of many sizes, in place of its decoder's."""
-    with undisturbed(model):
-        half = model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
+    with plain_run(model):
+        half = not is_exact(model)
         tolerance = 2e-2 if half else 1e-4
         seen = _logits_of(model, (1.0, LARGE))
         if not seen[0][1].isfinite().all():
@@ -272,7 +272,7 @@ def check_head(model: Any, whose: str = "") -> None:
         return
     name = f"{whose} {type(model).__name__}".strip()
     project = model.get_output_embeddings()
-    with undisturbed(model), exact_arithmetic(model) if is_exact(model) else contextlib.nullcontext():
+    with plain_run(model):
         with _trained(project) as adapted:
             if adapted:
                 _check_adapters(name, project, input_device(model))
@@ -336,7 +336,7 @@ def adds_router_loss(model: Any, say: Callable[[str], object]) -> bool:
     ids = random_ids(model, 1, 16)
     kwargs = {"input_ids": ids, "use_cache": False, "output_router_logits": True}
     name = f"the loss of {type(model).__name__}'s router over experts (output_router_logits)"
-    with undisturbed(model):
+    with plain_run(model):
         try:
             output = decoder_of(model)(**kwargs)
             routers = [getattr(output, "router_logits", None)]

@@ -34,6 +34,7 @@ from pocl_fast.models.probing import (
     is_exact,
     is_sharded,
     longest_window,
+    plain_run,
     random_ids,
     short_windows,
     undisturbed,
@@ -141,7 +142,7 @@ class Probe:
         short = EncodedSample(3, before.prompt_ids, before.response_ids[: max(1, length // 3)], False)
         exact = is_exact(model)
         try:
-            want = _alone(model, sample, exact)
+            want = _alone(model, sample)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a family raises
@@ -184,7 +185,7 @@ class Probe:
         except Exception:  # whatever a family raises at padding
             return False
         allowed = EXACT_TOLERANCE if self.exact else KERNEL_TOLERANCE
-        want = _alone(model, self.short, self.exact), self.want
+        want = _alone(model, self.short), self.want
         return all(apart(ours, theirs) < allowed for ours, theirs in zip(got, want, strict=True))
 
 
@@ -216,11 +217,10 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
-def _alone(model: Any, sample: EncodedSample, exact: bool) -> Tensor:
+def _alone(model: Any, sample: EncodedSample) -> Tensor:
     """By the family's own attention."""
-    batch = pack([sample]).to(input_device(model))
-    with attending_by(model, "eager"), exact_arithmetic(model) if exact else contextlib.nullcontext():
-        return supervised_logits(model, batch, packed=Rows.BY_LENGTH).float()
+    with plain_run(model):
+        return supervised_logits(model, pack([sample]).to(input_device(model)), packed=Rows.BY_LENGTH).float()
 
 
 def _packed(model: Any, before: EncodedSample, sample: EncodedSample) -> Tensor:
