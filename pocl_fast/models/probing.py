@@ -91,6 +91,17 @@ def exact_arithmetic(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def plain_run(model: Any) -> Iterator[None]:
+    """Within it an undisturbed model runs by its family's own attention, as exactly as its weights allow."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(attending_by(model, "eager"))
+        if is_exact(model):
+            stack.enter_context(exact_arithmetic(model))
+        yield
+
+
 def is_exact(model: Any) -> bool:
     """Whether `exact_arithmetic` makes all of a model's products exact: its weights are fp32 and not quantised."""
     if getattr(model, "is_quantized", False):
