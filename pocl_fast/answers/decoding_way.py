@@ -139,7 +139,7 @@ def _trying(model: Any) -> Iterator[None]:
 
 
 def _choose(model: Any, probe: _Probe) -> Way:
-    reasons = []
+    reasons: list[str] = []
     for way in WAYS:
         reason = probe.fault(way)
         if way is WAYS[0] and reason is not None and reason.startswith(OFF):
