@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pocl_fast.answers.steps import OwnSteps, PlainSteps, RoomySteps, SharedPrefix, Steps
 from pocl_fast.models.placement import input_device
-from pocl_fast.models.probing import apart, evaluating, positions_of, same_random_numbers, windows_of
+from pocl_fast.models.probing import apart, evaluating, plain_tokens, positions_of, same_random_numbers, windows_of
 from pocl_fast.system.errors import InputError
 
 TOLERANCE = (
@@ -166,14 +166,11 @@ class _Probe:
 
     def __init__(self, model: Any, pad_id: int, allowed: float | None = None) -> None:
         self.model, self.pad_id, self.device = model, pad_id, input_device(model)
-        vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
         windows = [window for window in windows_of(model.config) if window <= LONGEST_WINDOW]
         most = min(length_limit(model), positions_of(model.config)) - STEPS
         longest = max(12, max(windows, default=0) + 5)
         lengths = [min(n, max(1, most)) for n in (longest, 3, max(longest - 6, 5), 1)]
-        generator = torch.Generator().manual_seed(0)
-        total = max(lengths) + PREFIX + STEPS
-        draw = torch.randint(0, vocab_size, (len(lengths), total), generator=generator).tolist()
+        draw = plain_tokens(model.config, len(lengths), max(lengths) + PREFIX + STEPS).tolist()
         self.rows = [row[: n + STEPS] for row, n in zip(draw, lengths, strict=True)]
         self.equal = [row[: lengths[2] + STEPS] for row in draw]
         self.roomy = most >= PREFIX + 9  # whether positions suffice for a prefix
