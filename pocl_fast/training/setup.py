@@ -21,13 +21,9 @@ from pocl_fast.answers.engine import own_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-<<<<<<< HEAD
 from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
-=======
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
 from pocl_fast.data.packed import Rows
->>>>>>> room/families
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
@@ -70,24 +66,16 @@ def training_parts(
     precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
     check_apart(student, teacher)
     student, tokenizer = student_of(student, tokenizer, peft_config, args)
-<<<<<<< HEAD
-    encoder = encoder_of(tokenizer, args, Path(str(args.output_dir)), _first_says)
-=======
     make_trainable(student, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
-    encoder = SampleEncoder(tokenizer, args.template)  # type: ignore[arg-type]  # checked by PoclConfig
->>>>>>> room/families
+    encoder = encoder_of(tokenizer, args, Path(str(args.output_dir)), _first_says)
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
         check_head(causal_lm(student), "student")
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
-<<<<<<< HEAD
-    kept = teacher_of(teacher, encoder, args, precision, samples)
-=======
         router = adds_router_loss(causal_lm(student), _first_says)
-    kept = teacher_of(teacher, tokenizer, args, precision, samples)
->>>>>>> room/families
+    kept = teacher_of(teacher, encoder, args, precision, samples)
     check_lengths(student, kept, args, samples, held_out)
     if args.data_source == "teacher":
         encoder.stop_also_at(own_ends(kept.model))  # the student learns to end where its teacher ends
