@@ -50,22 +50,19 @@ double log_shared(double mass, std::int64_t n, double tau) {
     return log_n + (std::log(mass) - log_n) / tau;
 }
 
-/// a log(a/b) - a + b, the terms of KL(a||b): none is negative, and a and b sum to the same. `gap` is log(a/b), `difference` a - b. Where a
-/// is 0, or gap infinite, a log(a/b) is left out.
-double kl_term(double a, double gap, double difference) {
-    return a == 0 || gap == -kNone ? -difference : a * gap - difference;
-}
+/// a log(a/b) - a + b, the terms of KL(a||b): none is negative, and a and b sum to the same. `gap` is log(a/b), `difference` a - b.
+double kl_term(double a, double gap, double difference) { return a > 0 ? a * gap - difference : -difference; }
 
 /// An outcome's term of D, and u = dD/dq but for a constant that all outcomes share.
 struct Term {
     double d, u;
 };
 
-/// `gap` is log(p/q), infinite where one of them is 0 by its logit.
+/// `gap` is log(p/q), infinite where one of them is 0 by its logit; but for terms that would be infinite.
 Term term(Family family, double a, double p, double q, double gap) {
     const double b = 1 - a, difference = p - q;
     if (family == Family::forward_kl) return {kl_term(p, gap, difference), 0};
-    if (family == Family::reverse_kl) return {kl_term(q, -gap, -difference), gap == kNone ? -1 : -gap};
+    if (family == Family::reverse_kl) return {kl_term(q, -gap, -difference), -gap};
     if (family == Family::tvd) return {0.5 * std::fabs(difference), gap < 0 ? 0.5 : gap > 0 ? -0.5 : gap};
     const double larger = gap > 0 ? p : q;
     const double e = larger == 0 ? 0 : -std::fabs(difference) / larger;  // the smaller over the larger, less 1
@@ -83,25 +80,32 @@ Term term(Family family, double a, double p, double q, double gap) {
     return {};
 }
 
-/// D of the outcomes, without those of its terms that would be infinite, and scratch.gradient = q (u - mean of u).
+/// D of the outcomes, without those of its terms that would be infinite, and scratch.gradient = q (u - mean of u). `zeros`: whether any p or
+/// q is 0 by its logit.
+template <bool zeros>
 double compare(const SparseTask& task, const SparseScratch& at, std::int64_t count) {
+    const bool forward = task.family == Family::forward_kl, reverse = task.family == Family::reverse_kl;
     double D = 0, mean = 0, kept = 0;
     bool left_out = false;
     for (std::int64_t i = 0; i < count; ++i) {
+        const bool no_q = zeros && at.log_q[i] == kNone, no_p = zeros && at.log_p[i] == kNone;
         at.gradient[i] = 0;
-        const bool no_q = at.log_q[i] == kNone, no_p = at.log_p[i] == kNone;
         if (no_q && no_p) continue;
-        const Term t = term(task.family, task.teacher_share, at.p[i], at.q[i], no_q ? -kNone : at.log_p[i] - at.log_q[i]);
+        Term t;
+        if ((forward && no_q) || (reverse && no_p)) {
+            t = {forward ? -at.p[i] : -at.q[i], -1};  // a log(a/b) - a + b without its logarithm
+            left_out = true;
+        } else {
+            t = term(task.family, task.teacher_share, at.p[i], at.q[i], no_q ? -kNone : at.log_p[i] - at.log_q[i]);
+            if (zeros) kept += at.p[i];
+        }
         D += t.d;
-        left_out = left_out || (task.family == Family::forward_kl && no_q) || (task.family == Family::reverse_kl && no_p);
-        if (!no_q) kept += at.p[i];
         if (at.q[i] != 0) mean += at.q[i] * t.u;  // u may be infinite where q is 0
-        at.gradient[i] = t.u;
+        at.gradient[i] = forward ? at.q[i] - at.p[i] : t.u;
     }
-    if (task.family == Family::forward_kl) {
-        for (std::int64_t i = 0; i < count; ++i)
-            at.gradient[i] = at.log_q[i] == kNone ? 0 : at.q[i] * (left_out ? kept : 1) - at.p[i];
-    } else {
+    if (forward && left_out) {
+        for (std::int64_t i = 0; i < count; ++i) at.gradient[i] = at.log_q[i] == kNone ? 0 : at.q[i] * kept - at.p[i];
+    } else if (!forward) {
         for (std::int64_t i = 0; i < count; ++i) at.gradient[i] = at.q[i] == 0 ? 0 : at.q[i] * (at.gradient[i] - mean);
     }
     return D < 0 && !left_out ? 0 : D;
@@ -198,7 +202,12 @@ RowSums compare_outcomes(const SparseTask& task, std::int64_t n, const RestSums&
     for (std::int64_t i = 0; i <= K; ++i)
         if (at.p[i] != 0) out.teacher_entropy -= at.p[i] * at.log_p[i];
     if (any_q && any_p) {
-        out.D = compare(task, at, K + 1);
+        const bool bucket = at.log_q[K] != kNone || at.log_p[K] != kNone;
+        at.gradient[K] = 0;
+        const std::int64_t count = bucket ? K + 1 : K;
+        bool zeros = false;
+        for (std::int64_t i = 0; i < count; ++i) zeros |= (at.log_q[i] == kNone) | (at.log_p[i] == kNone);
+        out.D = zeros ? compare<true>(task, at, count) : compare<false>(task, at, count);
     } else {  // a side of -inf alone
         std::fill_n(at.gradient, K + 1, 0.0);
         if (std::isnan(out.teacher_entropy)) out.D = out.teacher_entropy;  // a NaN shows all the same; the student's does in CE

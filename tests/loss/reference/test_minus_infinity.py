@@ -4,12 +4,13 @@ The sums by hand are of probabilities, term by term, and their gradient by the r
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from compare import GRADIENT_TOLERANCE, assert_matches, both, logits, relative_error
+from sparse_compare import Case, case, exact
 from sparse_compare import assert_matches as assert_sparse_matches
-from sparse_compare import case, exact
 
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.linear import linear_distillation_loss
@@ -73,11 +74,10 @@ def pairs(names, V, dtype=torch.float32):
     return student, teacher, (torch.rand(student.shape) + student.isfinite()).argmax(-1)
 
 
-def some_names(backend):
-    """All pairs; interpreted, where a row takes milliseconds, every fourth."""
-    if backend == "triton" and not torch.cuda.is_available():
-        return list(PAIRS)[int(torch.randint(4, ())) :: 4]
-    return list(PAIRS)
+def some(backend, of, every):
+    """All of them; for Triton's interpreter, to which a row is half a second, one of so many."""
+    interpreted = backend == "triton" and not torch.cuda.is_available()
+    return of[int(torch.randint(every, ())) :: every] if interpreted else of
 
 
 def by_hand(student, teacher, objective):
@@ -164,22 +164,22 @@ def test_what_a_filtered_teacher_leaves_out_counts(backend):
             assert out.divergence.item() == pytest.approx(value, rel=1e-6)
 
 
-# 40: less than a tile of any kernel; 517: whole vectors, blocks and a rest
+# 40: less than a tile of any kernel; 150: tiles, vectors and a rest; test_fuzz.py goes on to several blocks
 @pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(
     ("V", "tau", "alpha", "dtype"),
     [
-        (517, 1.0, 0.0, torch.float32),
+        (150, 1.0, 0.0, torch.float32),
         (40, 1.7, 0.0, torch.float32),
-        (517, 2.0, 0.3, torch.bfloat16),
+        (150, 2.0, 0.3, torch.bfloat16),
         (40, 0.5, 0.3, torch.float16),
     ],
 )
 def test_filtered_sides_match(backend, divergence, V, tau, alpha, dtype):
     """Each row for itself, so that a row of small gradients is not measured by others."""
-    names = some_names(backend)
+    names = some(backend, list(PAIRS), 7)
     student, teacher, labels = pairs(names, V, dtype)
     objective = Objective(divergence, temperature=tau, alpha=alpha, beta=0.3, skew=0.2)
     got, gradient, want, exact_gradient = both(student, teacher, labels, objective, backend=backend, reduction="none")
@@ -204,7 +204,7 @@ def test_filtered_sides_match(backend, divergence, V, tau, alpha, dtype):
 @pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_label_that_one_side_alone_thinks_impossible_matches(backend, divergence):
-    names = some_names(backend)
+    names = some(backend, list(PAIRS), 7)
     student, teacher, _ = pairs(names, 40)
     labels = torch.stack(
         [torch.where(s.isfinite() & ~t.isfinite(), 1.0, 0.0).argmax() for s, t in zip(student, teacher, strict=True)]
@@ -224,21 +224,15 @@ def test_minus_infinity_beyond_the_shared_vocabulary_changes_nothing_of_d(backen
     padded[:, 50:] = -INF
     wide = torch.cat([teacher, torch.full((2, 10), -INF)], 1)
     labels, objective = torch.tensor([3, 49]), Objective(divergence, temperature=1.3)
-    for t in (teacher, teacher.bfloat16()):
+    for t in some(backend, [teacher, teacher.bfloat16()], 2):
         plain, masked = (
             distillation_loss(s, t, labels, objective, reduction="none", backend=backend).per_token
             for s in (student, padded)
         )
         assert torch.equal(plain["divergence"], masked["divergence"])
         assert torch.equal(plain["student_entropy"], masked["student_entropy"])
-    cut = distillation_loss(student[:, :50].contiguous(), wide, labels, objective, reduction="none", backend=backend)
-    torch.testing.assert_close(cut.per_token["divergence"], plain["divergence"], rtol=1e-2, atol=1e-2)
     assert_matches(student[:, :50].contiguous(), wide, labels, objective, backend=backend)
-    assert_matches(padded, teacher, labels, replace_alpha(objective, 0.3), backend=backend)
-
-
-def replace_alpha(objective, alpha):
-    return Objective(objective.divergence, temperature=objective.temperature, alpha=alpha)
+    assert_matches(padded, teacher, labels, replace(objective, alpha=0.3), backend=backend)
 
 
 @pytest.mark.pairwise("backend", "divergence")
@@ -258,25 +252,29 @@ def test_a_nan_is_never_hidden_by_the_other_sides_minus_infinity(backend, diverg
 # ---- the k best ----
 
 
-@pytest.mark.pairwise("backend", "divergence", "tail")
+@pytest.mark.pairwise
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.0), (1.6, 0.3)])
 def test_k_best_of_a_filtered_student_match(backend, divergence, tail, temperature, alpha):
-    arguments = case(8, 203, 6, temperature=temperature, alpha=alpha)
+    V = 140
+    arguments = case(8, V, 6, temperature=temperature, alpha=alpha)
     student, log_probs, indices, labels = arguments[:4]
-    labels[:] = torch.arange(203)[~torch.isin(torch.arange(203), indices)][:8]
+    labels[:] = torch.arange(V)[~torch.isin(torch.arange(V), indices)][:8]
     keep = student.gather(1, labels[:, None])
     student[0] = top_k(student[0], 20)
     student[1, indices[1, :3]] = -INF
     student[2, indices[2]] = -INF  # only the rest
-    student[3] = student[3].masked_fill(~torch.isin(torch.arange(203), indices[3]), -INF)  # no rest
+    student[3] = student[3].masked_fill(~torch.isin(torch.arange(V), indices[3]), -INF)  # no rest
     log_probs[4, 2:] = -INF
     log_probs[5] -= log_probs[5].logsumexp(0) - 0.01  # more than 1 in all: the rest has no mass
     log_probs[6], student[6, indices[6, 0]] = log_probs[6] - 3, -INF
     log_probs[7] = -INF
     student.scatter_(1, labels[:, None], torch.where(torch.arange(8) == 3, -INF, keep[:, 0])[:, None])
     labels[3] = indices[3, 0]
+    rows = torch.tensor(some(backend, list(range(8)), 3))
+    tokens = arguments.temperature, arguments.alpha, arguments.row_scale[rows]
+    arguments = Case(student[rows], log_probs[rows], indices[rows], labels[rows], *tokens)
     assert_sparse_matches(backend, arguments, divergence, tail)
 
 
