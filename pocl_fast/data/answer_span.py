@@ -158,11 +158,14 @@ class AnswerFinder:
         if not tail.strip():
             return ""
         asked_on = self._continued(whole[:place], turns, tools, prompt=True)
+        followed = self._continued(whole[:place], [*turns, _USER], tools, prompt=False)
+        before_question = tail if followed is None else self._shared(tail, followed)
         if asked_on is not None and asked_on != tail:
             shared = self._shared(tail, asked_on)
-        else:  # the template writes the same when it is asked for the next answer: then before the next question
-            followed = self._continued(whole[:place], [*turns, _USER], tools, prompt=False)
-            shared = tail if followed is None else self._without_opener(self._shared(tail, followed), whole)
+            if (both := self._shared(shared, before_question)).strip():
+                shared = both
+        else:  # the template writes the same when it is asked for the next answer, so perhaps its header
+            shared = self._without_opener(before_question, whole)
         if not shared.strip():  # nothing in common: an end of the last turn alone, or the header of the next one
             shared = "" if self._is_header(whole, tail) else tail
         return shared.rstrip()

@@ -115,7 +115,7 @@ class SampleEncoder:
             template = "chat" if chat or tokenizer.chat_template else "alpaca"
         self.template: Template = template
         self._eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-        self._special = frozenset(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        self._special = frozenset(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
         self._by_offsets = bool(tokenizer.is_fast)
         self.end_id, self._ends = self._eos, {self._eos}
         self._end_is_known = template == "alpaca"

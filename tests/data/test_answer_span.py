@@ -83,6 +83,14 @@ SHAPES = {  # name: template, how the prompt of "Hi" ends, the response "yes", t
         "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
         "Hi<|eot|><|start|>assistant", "<|ch|>final<|msg|>yes<|return|>", "<|return|>",
     ),
+    "eos behind the whole text, before the next header too": (
+        TURNS + "{{ eos_token }}" + HEADER, "Hi<|eot|>\n<|end|><|start|>assistant\n", "yes<|eot|>", "<|eot|>",
+    ),
+    "Llama 2: a blank before eos": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+        "[INST] Hi [/INST]", " yes <|end|>", "<|end|>",
+    ),
     "a default system message": (
         "{% if messages[0]['role'] != 'system' %}{{ '<|start|>system\nYou help.<|eot|>\n' }}{% endif %}"
         + TURNS + HEADER,
