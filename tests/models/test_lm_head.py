@@ -124,8 +124,10 @@ def test_a_scale_and_a_cap_that_nothing_names_are_found(kind, want):
 def test_a_head_that_is_more_than_a_matrix_is_refused_by_name():
     with pytest.raises(InputError, match=r"Bent does more to its logits .* off by [1-9]\.\de-02"):
         check_head(Bent(tiny_model().config).eval(), "student")
+    sizes = {name: value for name, value in GQA.items() if name != "num_key_value_heads"}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 3, "sep_token_id": 4}
     with pytest.raises(InputError, match="ModernBertDecoderForCausalLM does more to its logits"):
-        check_head(model_of(ModernBertDecoderConfig(**{k: v for k, v in GQA.items() if k != "num_key_value_heads"})))
+        check_head(model_of(ModernBertDecoderConfig(**sizes, **tokens)))
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused_and_keeps_its_mode():
