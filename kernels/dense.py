@@ -53,14 +53,14 @@ def _rows_kernel(
     apart = tau != 1.0
     m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, no_q, no_p, kept, lost = normalisers(
         student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
-        FAMILY, False, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
+        FAMILY, False, NEEDS_GRAD, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
     )  # fmt: skip
     careful = (x_sum != x_sum) | (y_sum != y_sum)
     if careful:
         apart = True
         m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, no_q, no_p, kept, lost = normalisers(
             student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
-            FAMILY, True, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
+            FAMILY, True, NEEDS_GRAD, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
         )  # fmt: skip
     # of one entry p = q = 1: no D, whatever the rounding of log2(p / q)
     single = (V == 1) & (x_sum == x_sum) & (y_sum == y_sum)
@@ -78,7 +78,8 @@ def _rows_kernel(
     G = (S_p - S_q) + tl.log2(z_p / z_q)  # of all entries: log2(p / q) = (t - s) · k - G
     nothing = no_q | no_p | single
     if KL:
-        nothing = nothing | ((kept == 0) & (G == G))  # no term of D is finite
+        nothing = nothing | (kept == 0)  # no term of D is finite
+    nothing = nothing & (G == G)  # a NaN shows whatever the other side is
     if FAMILY == REVERSE_KL:
         d = (G * kept - k * (gap_sum / z_q)) * LN2
     else:

@@ -78,7 +78,8 @@ def compare(x, y, in_q, in_p, rest, y_rest, rest_in_q, rest_in_p, teacher_share,
     else:
         mean_u = tl.sum(q * u, 0) + q_rest * u_rest
         g, g_rest = q * (u - mean_u), q_rest * (u_rest - mean_u)
-    # a side without a weight is no distribution
+    # a side without a weight is no distribution; a NaN shows whatever the other side is
     nothing = (exists(in_q, rest_in_q) == 0) | (exists(in_p, rest_in_p) == 0)
+    nothing = nothing & (x_log == x_log) & (y_log == y_log)
     D, g, g_rest = tl.where(nothing, 0.0, D), tl.where(nothing, 0.0, g), tl.where(nothing, 0.0, g_rest)
     return D, entropy, g, g_rest

@@ -109,8 +109,8 @@ def _not_negative(d):
 @triton.jit
 def normalisers(
     student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
-    FAMILY: tl.constexpr, CAREFUL: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
+    FAMILY: tl.constexpr, CAREFUL: tl.constexpr, NEEDS_GRAD: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
+    RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Maxima, shifts, normalisers and the moments of both rows, online and a lane each; then of all lanes.
 
@@ -154,16 +154,14 @@ def normalisers(
         y_sum = (y_sum + z_p * dy) * r_p + tl.sum(p * y, 1)
         z_q = z_q * r_q + tl.sum(q, 1)
         z_p = z_p * r_p + tl.sum(p, 1)
-        gap = t - s
+        weight, r = (q, r_q) if WEIGHED_BY_Q else (p, r_p)
         if CAREFUL:
-            weight, r = (q, r_q) if WEIGHED_BY_Q else (p, r_p)
-            gap = tl.where(infinite, 0.0, gap)
-            z_lost = z_lost * r + tl.sum(tl.where(infinite, weight, 0.0), 1)
-            z_kept = z_kept * r + tl.sum(tl.where(infinite, 0.0, weight), 1)
-        if WEIGHED_BY_Q:
-            gap_sum = gap_sum * r_q + tl.sum(q * gap, 1)
-        else:
-            gap_sum = gap_sum * r_p + tl.sum(p * gap, 1)
+            lost = tl.where(infinite, weight, 0.0)
+            z_lost = z_lost * r + tl.sum(lost, 1)
+            weight -= lost
+            if NEEDS_GRAD:
+                z_kept = z_kept * r + tl.sum(weight, 1)
+        gap_sum = gap_sum * r + tl.sum(weight * (t - s), 1)
         S_q, S_p = S_q_new, S_p_new
         if apart:
             S_ce_new = m_s * LOG2E
@@ -195,7 +193,11 @@ def normalisers(
     kept, lost = 1.0, 0.0
     if CAREFUL:
         r = r_q if WEIGHED_BY_Q else r_p
-        z_kept, z_lost = tl.sum(z_kept * r, 0), tl.sum(z_lost * r, 0)
+        z_lost = tl.sum(z_lost * r, 0)
+        if NEEDS_GRAD:  # which keeps a small share's digits
+            z_kept = tl.sum(z_kept * r, 0)
+        else:
+            z_kept = (z_q if WEIGHED_BY_Q else z_p) - z_lost
         whole = z_kept + z_lost
         whole = tl.where(whole == 0, 1.0, whole)
         kept, lost = z_kept / whole, z_lost / whole
