@@ -17,8 +17,10 @@ from pocl_fast.kernels.divergence import FAMILIES
 from pocl_fast.kernels.outcomes import LOG2E64, compare, log_sum, maximum, natural_log, rest_log_weight
 from pocl_fast.kernels.passes import prepare
 from pocl_fast.loss.arguments import IDENTITY, Settings, Tokens
+from pocl_fast.loss.teacher_output import MOST_MASS
 
 MAX_K = 1024  # entries a row: they are one block, in registers
+MOST = tl.constexpr(MOST_MASS)
 
 
 @triton.jit
@@ -161,6 +163,8 @@ def _sparse_rows_kernel(
 
     # the outcomes of D: the listed entries, and the rest
     listed_mass = tl.sum(tl.where(present, tl.exp(log_p.to(tl.float64)), 0.0), 0)
+    tl.device_assert((listed_mass > MOST) == 0, "the teacher's log-probabilities have a mass above 1")
+    y = tl.where(listed_mass > MOST, float("nan"), y)
     others = V - tl.sum(present.to(tl.int32), 0)
     rest_in_p, y_rest = rest_log_weight(listed_mass, others, tau64)
     D, teacher_entropy, g, g_rest = compare(
