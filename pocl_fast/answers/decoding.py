@@ -63,6 +63,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     sample_ids: Sequence[int] | None = None,
+    forbidden_ids: Sequence[int] = (),
     batch_size: int = 64,
     batch_tokens: int | None = None,
     shared: bool = False,
@@ -72,7 +73,8 @@ def generate(
 
     `temperature` 0 is greedy; otherwise each answer is sampled from the whole distribution (top-p 1) with random
     numbers of its own, made from `seed` and its entry in `sample_ids` (its position where left out), so that it does
-    not depend on the batch it is in. Answers are cut at `max_new_tokens`. Prompts are token ids and must not be empty.
+    not depend on the batch it is in. Answers are cut at `max_new_tokens`, and have none of `forbidden_ids`. Prompts are
+    token ids and must not be empty.
     `batch_size` and `batch_tokens` are as in `generation_batches`; on a CPU a batch is cut, too, where its padding
     would take longer than the steps of one batch more. With `shared` every rank must call with the same arguments,
     answers its share of the batches, and has all answers at the end.
@@ -93,6 +95,7 @@ def generate(
         ]
     with frozen_linears(model):
         decoder = _Decoder(model, prompts, max_new_tokens, set(end_ids), pad_id, temperature)
+        decoder.forbidden = torch.tensor(list(forbidden_ids), dtype=torch.int64, device=decoder.device)
         for batch in batches:
             noise = _Noise(seed, [ids[i] for i in batch]) if temperature > 0 else None
             for i, row in zip(batch, decoder.decode([prompts[i] for i in batch], noise), strict=True):
@@ -126,6 +129,7 @@ class _Decoder:
         self.model, self.max_new_tokens, self.end_ids = model, max_new_tokens, end_ids
         self.pad_id, self.temperature = pad_id, temperature
         self.device = next(model.parameters()).device
+        self.forbidden = torch.empty(0, dtype=torch.int64, device=self.device)  # ids that are never chosen
         prefix = _common_prefix(prompts) if self._sees_all_tokens() else []
         self.prefix = list(prefix) if len(prompts) > 1 and len(prefix) >= SHORTEST_PREFIX else []
         self._prefix_cache: Any = None
@@ -142,6 +146,8 @@ class _Decoder:
         active = torch.arange(len(prompts), device=self.device)  # the rows that are still in the batch
         for _ in range(self.max_new_tokens):
             logits = self._forward(tokens, mask, positions, cache)
+            if len(self.forbidden):
+                logits = logits.index_fill(1, self.forbidden, -math.inf)
             rows = active.tolist()
             numbers = None if noise is None else noise.next(rows, logits.shape[1]).to(self.device)
             chosen = choose(logits, self.temperature, numbers)

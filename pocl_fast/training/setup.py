@@ -21,15 +21,17 @@ from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
 from pocl_fast.data.records import read_samples, samples_from
-from pocl_fast.models import loading
+from pocl_fast.models import loading, usable
 from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import Precision, choose_precision
+from pocl_fast.models.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
-from pocl_fast.teacher.loading import cached_teacher, load_teacher
+from pocl_fast.teacher.loading import SPREAD, WITH_STUDENT, cached_teacher, load_teacher, teacher_place
+from pocl_fast.teacher.pair import Place, Vocabulary, check_pair, check_same_vocabulary, check_tokens
 from pocl_fast.teacher.references import teacher_answers
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig, value_of
@@ -58,14 +60,24 @@ def training_parts(
     `InputError` for what does not fit.
     """
     precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
+    check_teacher_argument(teacher, args)
     student, tokenizer = student_of(student, tokenizer, peft_config, args)
     encoder = SampleEncoder(tokenizer, args.template)  # type: ignore[arg-type]  # checked by PoclConfig
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset")
+    rows = rows_of(student)
+    check_special_tokens(tokenizer, rows.embedding, "student")
+    for data, place in ((samples, places(training, "train_dataset")), (held_out, places(dev, "eval_dataset"))):
+        if data is not None:
+            check_tokens(data, Vocabulary("student", rows.both), tokenizer, place)
+    if line := rowless_line(tokenizer, rows.both, "student"):
+        _first_says(line)
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
-    kept = teacher_of(teacher, tokenizer, args, precision, samples)
+    kept = teacher_of(teacher, tokenizer, args, precision, samples, places(training, "train_dataset"), rows.lm_head)
+    answers = args.data_source == "teacher"
+    check_pair(student, kept, tokenizer, samples, places(training, "train_dataset"), answers=answers, say=_first_says)
     check_lengths(student, kept, args, samples, held_out)
     if args.data_source == "teacher":
         folder = Path(str(args.output_dir)) / "teacher_answers"
@@ -81,23 +93,31 @@ def _first_says(text: str) -> None:
 def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -> tuple[Any, Any]:
     """The student to train, and its tokenizer. One that is given by name is loaded in fp32, and cut to
     `student_layers`."""
-    if isinstance(model, str):
-        trust = args.trust_remote_code
-        tokenizer = tokenizer or loading.load_tokenizer(model, trust_remote_code=trust)
-        model = loading.load_model(model, device=args.device, trust_remote_code=trust)
+    by_name = isinstance(model, (str, os.PathLike))
+    if tokenizer is not None:
+        usable.check_tokenizer(tokenizer, "processing_class")
+    if by_name:
+        trust, name = args.trust_remote_code, os.fspath(model)
+        if tokenizer is None:
+            tokenizer = loading.load_tokenizer(name, trust_remote_code=trust)
+        model = loading.load_model(name, device=args.device, trust_remote_code=trust)
         if args.student_layers is not None:
             model = cut_layers(model, args.student_layers)
         model = as_trainable(model)
+    elif args.student_layers is not None:
+        raise InputError(
+            f"student_layers={args.student_layers} cuts a student that is given by name: give model its name, or leave"
+            " student_layers out"
+        )
+    usable.check_model(model, "model")
     if tokenizer is None:
         raise InputError("processing_class is missing: give the student's tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if peft_config is not None:
-        try:
-            from peft import get_peft_model
-        except ImportError as error:
-            raise InputError('peft_config needs peft: pip install "pocl-fast[peft]"') from error
-        model = get_peft_model(model, peft_config)
+        model = usable.with_adapters(model, peft_config, "peft_config")
+    elif getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError("model is quantised: only adapters on it can learn, so give a peft_config, or load it whole")
     peft_of = getattr(model, "active_peft_config", None)
     if getattr(peft_of, "is_prompt_learning", False):
         raise InputError(
@@ -105,12 +125,44 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         )
     if args.device.type == "cuda" and not sharded_later(args) and placeable(model):
         model = model.to(args.device)  # how it attends is chosen by where it is
+    usable.check_left_to_right(model, "model")
+    usable.make_savable(model, _first_says, "student")
+    usable.check_saved(tokenizer)
     return model, tokenizer
 
 
-def check_evaluations(args: PoclConfig) -> None:
+def check_teacher_argument(teacher: Any, args: PoclConfig) -> None:
+    """Raises `InputError` for a teacher that is none, and for options that only one given by name has."""
+    if isinstance(teacher, type) and issubclass(teacher, Teacher):
+        raise InputError("teacher is the class Teacher, and no Teacher: give Teacher(model, folder), a model or a name")
+    if teacher is None:
+        raise InputError("teacher is missing: give a model, its name, or a Teacher")
+    if isinstance(teacher, (str, os.PathLike)):
+        return
+    made = isinstance(teacher, Teacher)
+    too_late = {"teacher_quantization": args.teacher_quantization != "none"}
+    too_late["teacher_device"] = args.teacher_device != WITH_STUDENT if made else args.teacher_device == SPREAD
+    for name in (name for name, given in too_late.items() if given):
+        raise InputError(
+            f"{name}={getattr(args, name)!r} is for a teacher that is given by name: give teacher its name, or load the"
+            f" model as you want it and leave {name} out"
+        )
+    if not made:
+        usable.check_model(teacher, "teacher", may_be_offloaded=True)
+
+
+def places(data: Any, name: str) -> Place:
+    """Where each sample of what is given as data stands, for messages."""
+    if isinstance(data, (str, Path)):
+        return lambda sample: f"{data}, line {sample.line}"
+    return lambda sample: f"{name}, record {sample.line}"
+
+
+def check_evaluations(args: PoclConfig, dev: Any) -> None:
     """Raises `InputError` where options need evaluations and there are none."""
     if args.eval_strategy != "no":
+        if dev is None:
+            raise InputError(f'eval_strategy="{value_of(args.eval_strategy)}" needs samples: give eval_dataset')
         return
     if args.rollouts == "adaptive":
         raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
@@ -155,18 +207,27 @@ def sharded_later(args: PoclConfig) -> bool:
     return bool(args.fsdp) or by_launcher or args.deepspeed is not None
 
 
-def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precision, samples: SampleSet) -> Teacher:
-    """The teacher with its cache in the output folder."""
+def teacher_of(
+    teacher: Any,
+    tokenizer: Any,
+    args: PoclConfig,
+    precision: Precision,
+    samples: SampleSet,
+    place: Place,
+    student_rows: int,
+) -> Teacher:
+    """The teacher with its cache in the output folder. `student_rows` are those of the student's lm_head."""
     if isinstance(teacher, Teacher):
         return teacher
-    if teacher is None:
-        raise InputError("teacher is missing: give a model, its name, or a Teacher")
-    folder, by_name = Path(str(args.output_dir)), isinstance(teacher, str)
+    folder, by_name = Path(str(args.output_dir)), isinstance(teacher, (str, os.PathLike))
     if by_name:
-        trust = args.trust_remote_code
-        loading.check_same_vocabulary(tokenizer, loading.load_tokenizer(teacher, trust_remote_code=trust))
+        trust, name = args.trust_remote_code, os.fspath(teacher)
+        theirs = loading.load_tokenizer(name, trust_remote_code=trust)
+        check_same_vocabulary(tokenizer, theirs, samples, place, _first_says)
+        configured = Vocabulary("teacher", configured_rows(name, trust_remote_code=trust))
+        check_tokens(samples, configured, tokenizer, place)  # before it runs, as a quantised one does when it is made
         teacher = load_teacher(
-            teacher,
+            name,
             folder / "teacher",
             precision=precision,
             quantization=args.teacher_quantization,  # type: ignore[arg-type]  # checked by PoclConfig
@@ -175,8 +236,9 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precis
             trust_remote_code=trust,
             say=_first_says,
         )
-    elif placeable(teacher) and args.teacher_device == "student":
-        teacher = teacher.to(args.device)
+    elif placeable(teacher):
+        teacher = teacher.to(teacher_place(args.teacher_device, args.device))
+    usable.check_left_to_right(teacher, "teacher")
     return cached_teacher(
         teacher,
         folder / "teacher_cache",
@@ -185,6 +247,7 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precis
         device=args.device,
         keep_body=args.rollouts != "none",
         owned=by_name,
+        student_rows=student_rows,
         say=_first_says,
     )
 

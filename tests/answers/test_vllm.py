@@ -36,6 +36,7 @@ class SamplingParams:
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     detokenize: bool = True
+    logit_bias: dict[int, float] | None = None
 
 
 class LLM:
