@@ -63,7 +63,7 @@ def distillation_loss(
             finds the gradient; backward raises if an earlier operation needs their values or a later one changed them.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, and the reference for float64.
 
-    A −inf logit is probability 0, on its own side alone; D leaves out what would be infinite. Any other NaN or +inf makes that row's loss NaN and no
+    A −inf logit on either side leaves its entry out of D. Any other NaN or +inf makes that row's loss NaN and no
     other's. Without a supervised token, loss and gradient are 0. Arithmetic is fp32, under autocast too, the gradient
     in the logits' dtype; nothing synchronises with a GPU. The gradient is not itself differentiable, and torch.func
     does not go through (backend "reference" is, and does).
