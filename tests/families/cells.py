@@ -88,11 +88,24 @@ def eager_copy(name: str) -> Any:
 
 
 def given(name: str) -> Any:
-    """The same model as a user gives it: in the attention that transformers chooses."""
+    """The same model as a user gives it: in the attention that transformers chooses, where that is the same function as
+    its eager one (with ALiBi, Falcon's is another)."""
     model = row_auto_class(name).from_config(row_config(name), dtype=torch.float32)
     model.load_state_dict(pristine(name).state_dict(), strict=True)
     model.tie_weights()
-    return model.eval().requires_grad_(True)
+    model.eval().requires_grad_(True)
+    if not _attends_alike(name):
+        model.set_attn_implementation("eager")
+    return model
+
+
+@functools.lru_cache(maxsize=2)
+@torch.no_grad()
+def _attends_alike(name: str) -> bool:
+    model = row_auto_class(name).from_config(row_config(name), dtype=torch.float32).eval()
+    model.load_state_dict(pristine(name).state_dict(), strict=True)
+    model.tie_weights()
+    return all(off(got, want) < TOLERANCE for got, want in zip(alone(model), logits_alone(name), strict=True))
 
 
 def off(got: Tensor, want: Tensor) -> float:
@@ -292,16 +305,16 @@ def _by_transformers(model: Any, prompt: list[int], count: int) -> list[int]:
 
 def cut(name: str) -> str:
     """A student of half the layers, against the whole model with the other layers skipped; and it can be saved."""
-    reference = eager_copy(name)
+    model, reference = given(name), eager_copy(name)
+    keep = model.config.get_text_config(decoder=True).num_hidden_layers // 2
+    smaller = cut_layers(model, keep)
     stack = layer_stack(reference)
-    keep = len(stack) // 2
     chosen = evenly_spaced_layers(len(stack), keep)
     for i, layer in enumerate(stack):
         if i not in chosen:
             layer.register_forward_hook(_skipped, with_kwargs=True)
     with torch.no_grad():
         want = alone(reference)
-        smaller = cut_layers(given(name), keep)
         assert len(layer_stack(smaller)) == keep
         check_each(alone(smaller), want, "logits")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -317,9 +330,9 @@ def _skipped(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def layer_stack(model: Any) -> Any:
-    """The list of the decoder's layers."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    """The list of the decoder's layers, and not of what sees pictures."""
+    count, decoder = model.config.get_text_config(decoder=True).num_hidden_layers, model.get_decoder()
+    lists = (module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     found = next(lists, None)
     assert found is not None, f"no list of {count} layers"
     return found
@@ -364,7 +377,8 @@ def adapted(model: Any) -> Any:
     names = [
         name
         for name, module in model.named_modules()
-        if type(module) in (torch.nn.Linear, Conv1D)  # of routers, subclasses of these, peft knows nothing
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and "Router" not in type(module).__name__  # it gives more than one tensor, of which peft knows nothing
         and module is not model.get_output_embeddings()
         and not (mamba and name.endswith("out_proj"))  # which peft refuses: Mamba's kernels read its weight
     ]
