@@ -51,30 +51,46 @@ def _rows_kernel(
         s_label, _ = transformed(s_label, s_scale, s_softcap)
 
     apart = tau != 1.0
-    m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, nothing = normalisers(
+    m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, no_q, no_p, kept, lost = normalisers(
         student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
-        FAMILY, False, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
+        FAMILY, False, NEEDS_GRAD, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
     )  # fmt: skip
     careful = (x_sum != x_sum) | (y_sum != y_sum)
     if careful:
         apart = True
-        m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, nothing = normalisers(
+        m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, no_q, no_p, kept, lost = normalisers(
             student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
-            FAMILY, True, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
+            FAMILY, True, NEEDS_GRAD, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
         )  # fmt: skip
-        z_q = tl.where(nothing, 1.0, z_q)
-        z_p = tl.where(nothing, 1.0, z_p)
     # of one entry p = q = 1: no D, whatever the rounding of log2(p / q)
-    nothing = nothing | ((V == 1) & (x_sum == x_sum) & (y_sum == y_sum))
+    single = (V == 1) & (x_sum == x_sum) & (y_sum == y_sum)
     log2_z_q, log2_z_p = tl.log2(z_q), tl.log2(z_p)
+    # all but D, written here: no register holds it through the next pass
+    largest = tl.exp2(tl.fma(m_ce, LOG2E, -S_ce))  # what 1 became, for S_ce is rounded
+    empty = m_ce == FLOOR  # the student's row is all −inf: nothing can lower its CE
+    ce = (m_ce - s_label) + tl.log2(z_ce / largest) * LN2
+    ce = tl.where(empty & (z_ce == z_ce), float("inf"), ce)
+    tl.store(stats_ptr + N + n, ce)
+    tl.store(stats_ptr + 3 * N + n, tl.where(no_q | single, 0.0, (log2_z_q - x_sum / z_q) * LN2))
+    tl.store(stats_ptr + 4 * N + n, tl.where(no_p | single, 0.0, (log2_z_p - y_sum / z_p) * LN2))
+    tl.store(stats_ptr + 5 * N + n, tl.where((s_label == m_ce) & (empty == 0), 1.0, 0.0))
+    tl.store(stats_ptr + 6 * N + n, agree.to(tl.float32))
     G = (S_p - S_q) + tl.log2(z_p / z_q)  # of all entries: log2(p / q) = (t - s) · k - G
+    nothing = no_q | no_p | single
+    if KL:
+        nothing = nothing | (kept == 0)  # no term of D is finite
+    nothing = nothing & (G == G)  # a NaN shows whatever the other side is
     if FAMILY == REVERSE_KL:
-        d = (G - k * (gap_sum / z_q)) * LN2
+        d = (G * kept - k * (gap_sum / z_q)) * LN2
     else:
-        d = (k * (gap_sum / z_p) - G) * LN2
+        d = (k * (gap_sum / z_p) - G * kept) * LN2
     # D so small, or an offset between the models so large, that this difference of two sums has lost digits
     close = d * relative_size(share, FAMILY) < 0.1 * tl.maximum(tl.abs(G) - 16.0, 0.0) + CLOSE
     mean_u = d
+    if FAMILY == REVERSE_KL:
+        mean_u = d - lost  # −1 where the term is left out
+    # the sum of kl_term - D: where the term is left out there is neither it nor -p + q, or in its place (e - 2) q
+    excess = lost * 1.7182818 if FAMILY == REVERSE_KL else lost
     if not KL:
         d, mean_u = measure(
             student_row, teacher_row, V, k, S_q, log2_z_q, S_p, log2_z_p, G, share, careful, close,
@@ -88,34 +104,26 @@ def _rows_kernel(
                 s_scale, s_softcap, t_scale, t_softcap,
                 FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES, "evict_first",
             )  # fmt: skip
+            d -= excess
 
     c = 1.0
     for _ in tl.static_range(POWER):
         c = c * tau
-    empty = m_ce == FLOOR  # the student's row is all −inf: nothing can lower its CE
     if NEEDS_GRAD:
         weight_d = tl.where(nothing, 0.0, row_scale * (1 - alpha) * c / tau)
         weight_ce = tl.where(empty | (V_S == 1), 0.0, row_scale * alpha)
         terms = gradient(
             student_row, teacher_row, grad_row, V_S, V, k, label,
-            S_q, z_q, S_p, z_p, G, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
+            S_q, z_q, S_p, z_p, G, S_ce, z_ce, mean_u, kept, weight_d, weight_ce, share, apart, careful, close,
             s_scale, s_softcap, t_scale, t_softcap, FAMILY, HAS_TRANSFORM, RAGGED, LANES, VEC, STAGES,
         )  # fmt: skip
         if KL:
-            d = tl.where(close, terms, d)
-    d = tl.where(nothing | (d < 0), 0.0, d)  # not maximum: that would lose a NaN
-    largest = tl.exp2(tl.fma(m_ce, LOG2E, -S_ce))  # what 1 became, for S_ce is rounded
-    ce = (m_ce - s_label) + tl.log2(z_ce / largest) * LN2
-    ce = tl.where(empty & (z_ce == z_ce), float("inf"), ce)
+            d = tl.where(close, terms - excess, d)
+    d = tl.where(nothing, 0.0, d)
     weighted_ce = tl.where((alpha == 0) & (ce == ce), 0.0, alpha * ce)
     loss = weighted_ce + (1 - alpha) * c * d
     tl.store(stats_ptr + n, loss)
-    tl.store(stats_ptr + N + n, ce)
     tl.store(stats_ptr + 2 * N + n, d)
-    tl.store(stats_ptr + 3 * N + n, tl.where(nothing, 0.0, (log2_z_q - x_sum / z_q) * LN2))
-    tl.store(stats_ptr + 4 * N + n, tl.where(nothing, 0.0, (log2_z_p - y_sum / z_p) * LN2))
-    tl.store(stats_ptr + 5 * N + n, tl.where((s_label == m_ce) & (empty == 0), 1.0, 0.0))
-    tl.store(stats_ptr + 6 * N + n, agree.to(tl.float32))
     tl.store(stats_ptr + 7 * N + n, row_scale * loss)
 
 

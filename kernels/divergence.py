@@ -21,6 +21,8 @@ SKEW_FORWARD_KL = tl.constexpr(FAMILIES["skew_forward_kl"])
 SKEW_REVERSE_KL = tl.constexpr(FAMILIES["skew_reverse_kl"])
 TVD = tl.constexpr(FAMILIES["tvd"])
 
+NO_MASS = tl.constexpr(-1e30)  # the logarithm of 0; finite, so that 0 times it is 0
+
 
 @triton.jit
 def relative_size(teacher_share, FAMILY: tl.constexpr):
@@ -120,23 +122,29 @@ def kl_term_fp64(a, gap, difference):
 
 
 @triton.jit
-def outcome(x, y, inside, teacher_share, FAMILY: tl.constexpr):
-    """In fp64, from log q and log p: q, p, p - q, the term of D, and u = ∂D/∂q up to a constant; 0 where not `inside`.
+def outcome(x, y, in_q, in_p, teacher_share, FAMILY: tl.constexpr):
+    """In fp64, from log q and log p: q, p, p - q, the term of D, u = ∂D/∂q up to a constant, and what of p, or for the
+    reverse KL of q, has no term because that is infinite. q is 0 where not `in_q`, p where not `in_p`.
+
+    A KL's terms are those of `kl_term_fp64`: their sum is D and what has no term.
 
     A difference of near numbers keeps enough digits in fp64: exp(-gap) - 1 has 10 of them where gap is 1e-6."""
-    x, y = tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)
+    x, y = tl.where(in_q, x, NO_MASS), tl.where(in_p, y, NO_MASS)
     a, b = teacher_share, 1.0 - teacher_share
     gap = y - x
     p_larger = gap > 0
-    larger = tl.where(inside, tl.exp(tl.where(p_larger, y, x)), 0.0)
+    larger = tl.exp(tl.where(p_larger, y, x))
     e = tl.exp(-tl.abs(gap)) - 1.0  # the smaller over the larger, less 1
     smaller = larger * (1.0 + e)
     q, p = tl.where(p_larger, smaller, larger), tl.where(p_larger, larger, smaller)
     difference = tl.where(p_larger, -larger * e, larger * e)
+    lost = tl.zeros_like(gap)
     if FAMILY == FORWARD_KL:
-        d, u = kl_term_fp64(p, gap, difference), tl.zeros_like(gap)
+        d, u = tl.where(in_q, kl_term_fp64(p, gap, difference), 0.0), tl.zeros_like(gap)
+        lost = tl.where(in_q, 0.0, p)
     elif FAMILY == REVERSE_KL:
-        d, u = kl_term_fp64(q, -gap, -difference), -gap
+        d, u = tl.where(in_p, kl_term_fp64(q, -gap, -difference), 0.0), tl.where(in_p, -gap, -1.0)
+        lost = tl.where(in_p, 0.0, q)
     elif FAMILY == TVD:
         d, u = 0.5 * tl.abs(difference), tl.where(gap < 0, 0.5, tl.where(p_larger, -0.5, gap))
     else:
@@ -153,4 +161,4 @@ def outcome(x, y, inside, teacher_share, FAMILY: tl.constexpr):
         else:
             tl.static_assert(FAMILY == SKEW_REVERSE_KL)
             d, u = of_q, log_q_m + a * ratio
-    return q, p, difference, d, u
+    return q, p, difference, d, u, lost

@@ -66,10 +66,22 @@ def _next_pair(
 
 
 @triton.jit
-def leave_out(s, t):
-    """FILL on both sides where either is −inf; nothing below FILL, so that no product with 0 is NaN. Keeps NaN."""
-    out = (s == -float("inf")) | (t == -float("inf"))
-    return tl.where(out | (s < FILL), FILL, s), tl.where(out | (t < FILL), FILL, t)
+def filled(x):
+    """Nothing below FILL, so that no product with 0 is NaN: −inf becomes a probability of 0. Keeps NaN."""
+    return tl.where(x < FILL, FILL, x)
+
+
+@triton.jit
+def filled_pair(s, t, k, G, FAMILY: tl.constexpr):
+    """Both sides filled. Where a KL's term would be infinite, with a teacher's logit that leaves it out: p = 0 for the
+    forward KL, and for the reverse KL p = e · q, so that u = log(q / p) is −1, as if D had no such term."""
+    s_filled = filled(s)
+    if FAMILY == FORWARD_KL:
+        t = tl.where(s == -float("inf"), FILL, t)
+    if FAMILY == REVERSE_KL:
+        return s_filled, tl.where(t == -float("inf"), s_filled + (G + LOG2E) / k, filled(t))
+    else:
+        return s_filled, filled(t)
 
 
 @triton.jit
@@ -89,23 +101,34 @@ def _joined(m, shift):
 
 
 @triton.jit
+def _not_negative(d):
+    """The sum of terms none of which is negative; not maximum: that would lose a NaN."""
+    return tl.where(d < 0, 0.0, d)
+
+
+@triton.jit
 def normalisers(
     student_row, teacher_row, V_S, V, k, apart, s_scale, s_softcap, t_scale, t_softcap,
-    FAMILY: tl.constexpr, CAREFUL: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
+    FAMILY: tl.constexpr, CAREFUL: tl.constexpr, NEEDS_GRAD: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
+    RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Maxima, shifts, normalisers and the moments of both rows, online and a lane each; then of all lanes.
 
     Not CAREFUL takes every logit to be finite; otherwise x_sum or y_sum comes out NaN (0 · −inf), and the row must be
-    read again. `apart`: CE has exponentials of its own, for tau is not 1.
+    read again, `apart`. `apart`: CE has exponentials of its own, for tau is not 1.
+
+    `lost` is the share of the sum that weighs `gap_sum`, p or for the reverse KL q, where the other side has 0 and the
+    KL's term would be infinite; `kept` the share of the rest, to which gap_sum is confined.
     """
+    WEIGHED_BY_Q: tl.constexpr = FAMILY == REVERSE_KL
     BLOCK_V: tl.constexpr = LANES * VEC
     lanes = offsets(LANES, VEC)
     m_s = tl.full([LANES], FLOOR, tl.float32)
-    m_t, m_ce, top = m_s, m_s, m_s
+    m_t, top = m_s, m_s
     S_q, S_p, S_ce = m_s * k, m_s * k, m_s * LOG2E
     z_q = tl.zeros([LANES], tl.float32)
     z_p, z_ce, x_sum, y_sum, gap_sum = z_q, z_q, z_q, z_q, z_q
+    z_lost, z_kept = z_q, z_q
     s_ahead, t_ahead = _first_pair(student_row, teacher_row, 0, lanes, V, BLOCK_V, RAGGED, STAGES, "evict_last")
     for v in tl.range(0, V, BLOCK_V, num_stages=STAGES):
         s, _, t, s_ahead, t_ahead = _next_pair(
@@ -113,8 +136,8 @@ def normalisers(
             BLOCK_V, HAS_TRANSFORM, RAGGED, STAGES, "evict_last",
         )  # fmt: skip
         if CAREFUL:
-            m_ce, S_ce, z_ce = _add_exponentials(m_ce, S_ce, z_ce, s)
-            s, t = leave_out(s, t)
+            infinite = (t if WEIGHED_BY_Q else s) == -float("inf")
+            s, t = filled(s), filled(t)
         m_s_new, m_t_new = tl.maximum(m_s, tl.max(s, 1)), tl.maximum(m_t, tl.max(t, 1))
         # the largest logit of the teacher where the student's is the largest
         top = tl.where(m_s_new > m_s, FLOOR, top)
@@ -131,22 +154,23 @@ def normalisers(
         y_sum = (y_sum + z_p * dy) * r_p + tl.sum(p * y, 1)
         z_q = z_q * r_q + tl.sum(q, 1)
         z_p = z_p * r_p + tl.sum(p, 1)
-        gap = t - s
-        if FAMILY == REVERSE_KL:
-            gap_sum = gap_sum * r_q + tl.sum(q * gap, 1)
-        else:
-            gap_sum = gap_sum * r_p + tl.sum(p * gap, 1)
+        weight, r = (q, r_q) if WEIGHED_BY_Q else (p, r_p)
+        if CAREFUL:
+            lost = tl.where(infinite, weight, 0.0)
+            z_lost = z_lost * r + tl.sum(lost, 1)
+            weight -= lost
+            if NEEDS_GRAD:
+                z_kept = z_kept * r + tl.sum(weight, 1)
+        gap_sum = gap_sum * r + tl.sum(weight * (t - s), 1)
         S_q, S_p = S_q_new, S_p_new
-        if not CAREFUL:  # noqa: SIM102 (the outer is decided when compiling, the inner is data)
-            if apart:
-                S_ce_new = m_s * LOG2E
-                e = tl.exp2(tl.fma(s, LOG2E, -S_ce_new[:, None]))
-                z_ce = z_ce * tl.exp2(S_ce - S_ce_new) + tl.sum(e, 1)
-                S_ce = S_ce_new
-    if not CAREFUL:
-        m_ce = m_s
-        if not apart:
-            S_ce, z_ce = S_q, z_q
+        if apart:
+            S_ce_new = m_s * LOG2E
+            e = tl.exp2(tl.fma(s, LOG2E, -S_ce_new[:, None]))
+            z_ce = z_ce * tl.exp2(S_ce - S_ce_new) + tl.sum(e, 1)
+            S_ce = S_ce_new
+    m_ce = m_s
+    if not apart:
+        S_ce, z_ce = S_q, z_q
     for v in range(V, V_S, BLOCK_V):  # entries that only the student has: CE alone
         s = load_tile(student_row, v, lanes, V_S, BLOCK_V, True, "evict_last")
         s, _ = prepare(s, v, lanes, V_S, s_scale, s_softcap, BLOCK_V, HAS_TRANSFORM)
@@ -161,10 +185,23 @@ def normalisers(
     m_p, S, r_p = _joined(m_t, S_p)
     y_sum = tl.sum((y_sum + z_p * (S_p - S)) * r_p, 0)
     S_p, z_p = S, tl.sum(z_p * r_p, 0)
-    gap_sum = tl.sum(gap_sum * (r_q if FAMILY == REVERSE_KL else r_p), 0)
-    nothing = (m_q == FLOOR) | (m_p == FLOOR)  # no entry is left to D
-    agree = (top == m_p) & (nothing == 0)
-    return m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, nothing
+    gap_sum = tl.sum(gap_sum * (r_q if WEIGHED_BY_Q else r_p), 0)
+    # a side of −inf alone is no distribution
+    no_q, no_p = (m_q == FLOOR) & (z_q == z_q), (m_p == FLOOR) & (z_p == z_p)
+    z_q, z_p = tl.where(no_q, 1.0, z_q), tl.where(no_p, 1.0, z_p)
+    agree = (top == m_p) & (no_q == 0) & (no_p == 0)
+    kept, lost = 1.0, 0.0
+    if CAREFUL:
+        r = r_q if WEIGHED_BY_Q else r_p
+        z_lost = tl.sum(z_lost * r, 0)
+        if NEEDS_GRAD:  # which keeps a small share's digits
+            z_kept = tl.sum(z_kept * r, 0)
+        else:
+            z_kept = (z_q if WEIGHED_BY_Q else z_p) - z_lost
+        whole = z_kept + z_lost
+        whole = tl.where(whole == 0, 1.0, whole)
+        kept, lost = z_kept / whole, z_lost / whole
+    return m_ce, S_ce, z_ce, S_q, z_q, x_sum, S_p, z_p, y_sum, gap_sum, agree, no_q, no_p, kept, lost
 
 
 @triton.jit
@@ -174,7 +211,7 @@ def measure(
     FAMILY: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     STAGES: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """D in nats and Σ q u, from the last tile to the first: the first pass ended there.
+    """D in nats (of a KL the sum of `kl_term`) and Σ q u, from the last tile to the first: the first pass ended there.
 
     TVD is of first order in an error of the normalisers, which makes p - q sum to r instead of 0: that of D is then
     r · (mass where p > q - ½), and Σ q u is ½ less that mass."""
@@ -191,7 +228,7 @@ def measure(
             BLOCK_V, HAS_TRANSFORM, RAGGED, STAGES, POLICY,
         )  # fmt: skip
         if careful:
-            s, t = leave_out(s, t)
+            s, t = filled_pair(s, t, k, G, FAMILY)
         x = tl.fma(s, k, -S_q) - log2_z_q
         y = tl.fma(t, k, -S_p) - log2_z_p
         g = tl.fma(t - s, k, -G)
@@ -212,18 +249,19 @@ def measure(
                 r_sum += tl.sum(tl.where(g > 0, d, -d), 1)
             u_sum += tl.sum(q * slope(g, e, w, log2_m, share, FAMILY), 1)
     mean_u = tl.sum(u_sum, 0)
-    return tl.sum(d_sum, 0) + mean_u * 2.0 * tl.sum(r_sum, 0), mean_u
+    return _not_negative(tl.sum(d_sum, 0) + mean_u * 2.0 * tl.sum(r_sum, 0)), mean_u
 
 
 @triton.jit
 def gradient(
     student_row, teacher_row, grad_row, V_S, V, k, label,
-    S_q, z_q, S_p, z_p, G, S_ce, z_ce, mean_u, weight_d, weight_ce, share, apart, careful, close,
+    S_q, z_q, S_p, z_p, G, S_ce, z_ce, mean_u, kept, weight_d, weight_ce, share, apart, careful, close,
     s_scale, s_softcap, t_scale, t_softcap,
     FAMILY: tl.constexpr, HAS_TRANSFORM: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Writes weight_d · tau · dD/ds + weight_ce · dCE/ds; returns D in nats where the row is `close` and D a KL.
+    """Writes weight_d · tau · dD/ds + weight_ce · dCE/ds; returns the sum of `kl_term` in nats where the row is `close`
+    and D a KL. `kept` is the part of p whose terms the forward KL has.
 
     The gradient may lie over the student's logits: this pass is the last to read them, and reads each tile once; a tile
     is written when all of it has been read (by the thread that read it, or after a barrier where the compiler moves it
@@ -237,6 +275,8 @@ def gradient(
     lanes = offsets(LANES, VEC)
     c_ce = weight_ce / z_ce
     c_q, c_p = weight_d / z_q, weight_d / z_p
+    if FAMILY == FORWARD_KL:
+        c_q *= kept
     c_shared = 0.0  # CE's part where its exponential is q's
     if (apart == 0) & (weight_ce != 0):
         c_shared = c_ce * tl.exp2(S_q - S_ce)
@@ -264,7 +304,7 @@ def gradient(
         if own:
             grad = c_ce * tl.exp2(tl.fma(s, LOG2E, -S_ce))
         if careful:
-            s, t = leave_out(s, t)
+            s, t = filled_pair(s, t, k, G, FAMILY)
         q = tl.exp2(tl.fma(s, k, -S_q))
         g = tl.fma(t - s, k, -G)
         if FAMILY == FORWARD_KL:
@@ -287,4 +327,4 @@ def gradient(
         if HAS_TRANSFORM:
             grad = grad * ds
         store_tile(grad_row, v, lanes, grad, V, BLOCK_V, RAGGED)
-    return tl.sum(d_sum, 0)
+    return _not_negative(tl.sum(d_sum, 0))

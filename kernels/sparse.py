@@ -13,12 +13,14 @@ import triton.language as tl
 
 from pocl_fast.kernels import tiles
 from pocl_fast.kernels.arithmetic import FILL, FLOOR, LOG2E, transformed
-from pocl_fast.kernels.divergence import FAMILIES, REVERSE_KL
+from pocl_fast.kernels.divergence import FAMILIES
 from pocl_fast.kernels.outcomes import LOG2E64, compare, log_sum, maximum, natural_log, rest_log_weight
 from pocl_fast.kernels.passes import prepare
 from pocl_fast.loss.arguments import IDENTITY, Settings, Tokens
+from pocl_fast.loss.teacher_output import MOST_MASS
 
 MAX_K = 1024  # entries a row: they are one block, in registers
+MOST = tl.constexpr(MOST_MASS)
 
 
 @triton.jit
@@ -159,15 +161,16 @@ def _sparse_rows_kernel(
     x_rest = m64 / tau64 + (x_sum / tl.where(has_rest, z, 1.0) - tl.fma(m, k, -S)).to(tl.float64) / LOG2E64
     student_entropy = log_z - mean_x - tl.where(has_rest, rest_share * x_rest, 0.0)
 
-    # the outcomes of D: the entries that both sides have, and the rest
+    # the outcomes of D: the listed entries, and the rest
     listed_mass = tl.sum(tl.where(present, tl.exp(log_p.to(tl.float64)), 0.0), 0)
+    tl.device_assert((listed_mass > MOST) == 0, "the teacher's log-probabilities have a mass above 1")
+    y = tl.where(listed_mass > MOST, float("nan"), y)
     others = V - tl.sum(present.to(tl.int32), 0)
-    y_rest = rest_log_weight(listed_mass, others, tau64)
-    rest_inside = has_rest & BUCKET
-    if FAMILY == REVERSE_KL:
-        rest_inside = rest_inside & ((listed_mass >= 1) == 0)
-    D, teacher_entropy, g, g_rest = compare(x, y, inside, rest, y_rest, rest_inside, share, FAMILY)
-    best = tl.max(tl.where(inside, log_p, -float("inf")), 0)
+    rest_in_p, y_rest = rest_log_weight(listed_mass, others, tau64)
+    D, teacher_entropy, g, g_rest = compare(
+        x, y, inside, present, rest, y_rest, has_rest & BUCKET, rest_in_p & BUCKET, share, FAMILY
+    )
+    best = tl.max(log_p, 0)
     agree = tl.max((inside & (log_p == best) & (s == largest)).to(tl.float32), 0)
 
     c = 1.0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pocl_fast.options import RunConfig, option_name
-from pocl_fast.run.configuration import from_options, read_yaml, recorded_config
+from pocl_fast.run.configuration import PAIRS, from_options, read_yaml, recorded_config
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
 from pocl_fast.system.typed_values import hints_of
 
@@ -182,21 +182,21 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
     shown: list[tuple[str, Any, Any]] = [(name, group, field(default_factory=group)) for name, group in groups.items()]
     made: Any = make_dataclass(name, shown, bases=(command.step,), frozen=True)
     read: Any = Annotated[made, tyro.conf.OmitArgPrefixes]
-    given: Any = tyro.cli(read, prog=f"pocl-fast {name}", description=command.help, args=_with_one_set(arguments))
+    given: Any = tyro.cli(read, prog=f"pocl-fast {name}", description=command.help, args=_with_one_of_each(arguments))
     options = {option: value for group in groups for option, value in vars(getattr(given, group)).items()}
     return given, from_options(options, base)
 
 
 def _command_line_group(group: Any) -> type:
     """A group for the command line's parser: its options under their own names, with the group's values as defaults;
-    --set as words."""
+    those of NAME=VALUE pairs as words."""
     import tyro
 
     options: list[tuple[str, Any, Any]] = []
     for option in fields(group):
         kind, value = hints_of(type(group))[option.name], getattr(group, option.name)
         said: dict[str, Any] = {"help": option.metadata["help"]}
-        if option.name == "set":
+        if option.name in PAIRS:
             kind, value = list[str], []
             said |= {"metavar": "NAME=VALUE ...", "help_behavior_hint": "(default: none)"}
         options.append(
@@ -205,21 +205,26 @@ def _command_line_group(group: Any) -> type:
     return make_dataclass(type(group).__name__, options, namespace={"__doc__": type(group).__doc__})
 
 
-def _with_one_set(arguments: list[str]) -> list[str]:
-    """The words with those of all --set behind one: the parser would take the last --set alone."""
+def _with_one_of_each(arguments: list[str]) -> list[str]:
+    """The words with those of all --set behind one, and so for each option of NAME=VALUE words: the parser would take
+    the last one alone."""
     others: list[str] = []
-    words: list[str] = []
+    words: dict[str, list[str]] = {}
     into = others
     for argument in arguments:
-        if argument == "--set" or argument.startswith("--set="):
-            into = words
-            words += [argument.removeprefix("--set=")] if argument != "--set" else []
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") in _PAIR_FLAGS:
+            into = words.setdefault(name.replace("_", "-"), [])
+            into += [value] if equals else []
             continue
         into = others if argument.startswith("--") else into
         into.append(argument)
-    if "--set" in arguments and not words:
-        raise InputError("--set needs NAME=VALUE words")
-    return [*others, "--set", *words] if words else others
+    if empty := [name for name, given in words.items() if not given]:
+        raise InputError(f"{empty[0]} needs NAME=VALUE words")
+    return [*others, *(word for name, given in words.items() for word in (name, *given))]
+
+
+_PAIR_FLAGS = tuple("--" + name.replace("_", "-") for name in PAIRS)
 
 
 def _value_of(arguments: list[str], option: str) -> Path | None:

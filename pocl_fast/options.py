@@ -82,6 +82,14 @@ class DataOptions:
 
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt format: the tokenizer's chat template where it has one ("auto"), or the paper's Alpaca template."""
+    chat_template: str | None = None
+    """The chat template, where it is not the tokenizer's default: a name among its templates, or a jinja file. The
+    student is saved with it."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """NAME=VALUE ...: variables of the chat template, such as enable_thinking=false; values are JSON, or text. In YAML
+    a dict."""
+    system_prompt: str | None = None
+    """A system message for conversations that have none."""
     max_length: Count = 512
     """Most tokens of prompt and response together; longer responses are cut, counted and reported."""
     max_prompt_length: Count = 256
@@ -95,7 +103,7 @@ class DataOptions:
 
 @dataclass
 class GenerationOptions:
-    """How answers are generated when difficulty is measured and when the student is evaluated."""
+    """How answers are generated and scored when difficulty is measured and when the student is evaluated."""
 
     max_new_tokens: Count = 128
     """Longest answer, in tokens."""
@@ -107,6 +115,10 @@ class GenerationOptions:
     generation_engine: Literal["auto", "torch", "vllm"] = "auto"
     """What generates the answers when difficulty is measured and in the final evaluation. "auto" is vLLM where it is
     installed (the extra vllm) and there is a CUDA GPU, else torch."""
+    rouge_tokenizer: Literal["rouge_score", "unicode_words", "characters"] = "rouge_score"
+    """The words that ROUGE-L compares: rouge-score's (runs of a-z and 0-9, stemmed), which sees no other script;
+    "unicode_words", runs of letters and digits of any script, each character of Chinese, Japanese or Thai a word; or
+    every character."""
 
 
 @dataclass
@@ -165,7 +177,8 @@ class StageOptions:
     steps_per_stage: Count | None = None
     """Optimizer steps of a stage, instead of passes."""
     patience: Count | None = None
-    """End a stage when so many evaluations in a row (one a pass) brought no better ROUGE-L."""
+    """End a stage when so many evaluations in a row (one a pass) brought no better ROUGE-L, nor the same with a lower
+    cross-entropy."""
     fresh_optimizer: bool = True
     """Start each stage with a fresh optimizer state."""
     fresh_learning_rate: bool = True

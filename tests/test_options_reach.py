@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from tiny import arithmetic, tiny_model, write_jsonl
+from tiny import CHAT_TEMPLATE, arithmetic, save_tiny, tiny_model, tiny_tokenizer, write_jsonl
 from tiny_options import CHANGED, SHOWN, reaches, trainer_with_options
 from tiny_run import make_inputs, read_json
 from tiny_training import curriculum_of
 
+from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.options import ModelNames, RunConfig, RunModels, TrainerArguments
@@ -142,6 +143,22 @@ def test_prompts_are_in_the_template(changed, run_of):
     assert "### Instruction" in context.tokenizer.decode(context.train_set.encoded[0].prompt_ids)
 
 
+@reaches("chat_template", "chat_template_kwargs", "system_prompt")
+def test_prompts_are_in_the_chosen_chat_template_with_its_variables_and_the_system_prompt(changed, run_of, tmp_path):
+    teacher, tokenizer = save_tiny(tmp_path / "teacher", layers=4), tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "kind": "({{ tone }})" + CHAT_TEMPLATE}
+    tokenizer.save_pretrained(teacher)
+    run = run_of(teacher=str(teacher), max_length=160, max_prompt_length=120, stages=1, epochs_per_stage=1, **changed)
+    context = run.context
+    prompt = context.tokenizer.decode(context.train_set.encoded[0].prompt_ids)
+    assert prompt.startswith("(warm)<|start|>system\nBe brief.<|end|>\n<|start|>user\nSay 0")
+    run.measure()
+    run.rank()
+    run.train()  # the student is saved with the template that it was asked in
+    saved = transformers.AutoTokenizer.from_pretrained(run.path / "student")
+    assert saved.get_chat_template() == "({{ tone }})" + CHAT_TEMPLATE
+
+
 @reaches("max_length", "max_prompt_length", "long_prompts")
 def test_long_responses_are_cut_and_long_prompts_left_out(changed, run_of, tmp_path):
     records = arithmetic(3)
@@ -215,6 +232,30 @@ def test_answers_are_sampled_at_the_temperature_from_the_seed(changed, measured)
 def test_vllm_answers_where_it_is_asked_for(changed, run_of):
     with pytest.raises(InputError, match="generation_engine vllm"):
         run_of(**changed).measure()
+
+
+@reaches("rouge_tokenizer")
+def test_answers_are_scored_by_the_tokenizers_words(changed, run_of, trainer_with, monkeypatch, tmp_path):
+    scored = []
+
+    def recorded(answers, references, *, tokenizer):
+        texts = ["答案 12" for _ in answers]  # in place of the tiny model's
+        found = rouge_l(texts, references, tokenizer=tokenizer)
+        scored.append(float(found.fmeasure.mean()))
+        return found
+
+    monkeypatch.setattr("pocl_fast.curriculum.measurer.rouge_l", recorded)
+    monkeypatch.setattr("pocl_fast.answers.evaluation.rouge_l", recorded)
+    records = [{"prompt": f"{n}", "response": "答3"} for n in range(4)]
+    path = write_jsonl(tmp_path / "chinese.jsonl", records)
+    run = run_of(train=path, dev=path, **changed)
+    run.measure()
+    run.evaluate("before")
+    trainer_with(changed).evaluate(records)
+    want = 2 * (1 / 4 * 1 / 2) / (1 / 4 + 1 / 2)  # of four and two characters one is common
+    assert len(scored) == 3
+    assert np.allclose(scored, want)
+    assert np.allclose(pq.read_table(run.path / "difficulty.parquet")["rouge_l"].to_numpy(), want)
 
 
 @reaches("signals", "stages", "rrf_k", "temperature", "alpha")

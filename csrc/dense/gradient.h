@@ -41,7 +41,10 @@ struct Weights {
 /// D, CE and the gradient's weights of a row.
 struct Values {
     double D = 0, ce = 0;
-    double known = 0;         // the mean of a mixture's u under q, in nats; of a small forward KL the excess of p - q
+    double known = 0;         // the mean of u = dD/dq under q, in nats; of a small forward KL the excess of p - q
+    double pull = 0;          // of reverse KL with terms left out, q's factor in the gradient beside u's
+    double pull_out = 0;      // and that of q where the term is left out
+    double label_out = 0;     // the label's tau dD/ds / kept where its term is left out
     bool small = false;       // whether `small_kl` found D; of forward KL scratch then holds p - q
     float unit = 1;           // of a mixture's u in scratch, see MixtureSums
     float factor = 1;         // of a mixture's u in the gradient
@@ -85,7 +88,7 @@ inline BlockWeights block_weights(const RowFacts& f, const Values& values, const
         out = {w.d * q, -w.d * f.p.weight(maxima.t), 0};
     } else if constexpr (family == Family::reverse_kl) {  // q (mean gap - gap): without the normalisers' quotient, and its error
         const double moved = static_cast<double>(maxima.t - maxima.s) - f.max_gap(), slope = w.d * q * kLn2 * f.q.factor;  // fp32 as in the sweep
-        out = {slope * (f.moment / f.q.z - moved), -slope, 0};
+        out = {slope * (f.moment / f.q.z - moved) + w.d * q * values.pull, -slope, 0};
     } else {
         const double slope = w.d * q * values.factor;
         out = {slope * -values.known, slope * values.unit, 0};

@@ -188,7 +188,7 @@ inline float mixture_factor(Family family, double teacher_share) {
     return family == Family::jsd ? b : family == Family::skew_forward_kl ? -b : family == Family::tvd ? -0.5f : 1.0f;
 }
 
-/// The label's entry of tau dD/ds, in double. `known`: D of a KL, else the mean of u under q.
+/// The label's entry of tau dD/ds, in double. `known`: the mean of u under q.
 inline double label_gradient(Family family, double log_q, double log_p, double a, double known) {
     const double q = ::exp(log_q), p = ::exp(log_p), b = 1 - a;
     const double log_m = ::log(a * p + b * q), difference = p - q;

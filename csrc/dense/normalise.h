@@ -42,6 +42,15 @@ struct Side {
     double entropy() const { return (log2_z() - x_sum / z) * kLn2; }
 };
 
+/// Both sides' entries as one side, of one factor.
+inline Side joined(Side a, Side b) {
+    a.raise(b.max);
+    b.raise(a.max);
+    a.z += b.z;
+    a.x_sum += b.x_sum;
+    return a;
+}
+
 /// A side's logits to exponents, in registers.
 struct Exponents {
     Float factor, max;
@@ -56,7 +65,12 @@ struct RowFacts {
     Side q, p, ce;               // ce: the student at temperature 1 over its own vocabulary
     double moment = 0;           // sum of 2^x_p * gap, or of 2^x_q * gap; gap = (t - max_t) - (s - max_s)
     bool agree = false;
-    bool all_out = false;        // no entry is left to D
+
+    // of rows with -inf, see copied_row
+    bool s_any = true, t_any = true;  // whether a side has any other logit
+    bool compared = true;             // false: nothing is left to D, and it is 0
+    bool broken = false;              // by NaN or +inf: D is NaN
+    double kept = 1, log_kept = 0;    // the mass of a KL's first side without the terms that are left out
 
     /// log2(p / q) = ((t - s) - max_gap) * factor + gap_shift.
     float max_gap() const { return p.max - q.max; }
@@ -181,6 +195,29 @@ inline float block_max(const typename S::Storage* row, const Pieces& pieces, std
         largest = max(x.a, max(x.b, largest));
     });
     return max_lane(largest);
+}
+
+/// Sums of a row of fp32 logits; -inf adds nothing.
+inline Side side_of(const float* row, std::int64_t V, float factor) {
+    Side side{.factor = factor};
+    for (std::int64_t block = 0; block < V; block += kBlock) {
+        const std::int64_t stop = block + kBlock < V ? block + kBlock : V;
+        Float largest = broadcast(-kInf);
+        for_vectors(block, stop, [&](std::int64_t v, int count, auto rest) {
+            largest = max(load<F32, rest.value>(row + v, count, -kInf), largest);
+        });
+        side.raise(max_lane(largest));
+        const Float top = broadcast(side.max == -kInf ? 0.0f : side.max), lowest = broadcast(-1000.0f);  // 0 times it is 0
+        Float sum = {}, x_sum = {};
+        for_vectors(block, stop, [&](std::int64_t v, int count, auto rest) {
+            const Float x = max(lowest, (load<F32, rest.value>(row + v, count, -kInf) - top) * factor), q = exp2_of(x);
+            sum += q;
+            x_sum += q * x;
+        });
+        side.z += sum_lanes(sum);
+        side.x_sum += sum_lanes(x_sum);
+    }
+    return side;
 }
 
 enum class Unfit { stops, goes_on };  // at a logit that leaves no finite sum; a NaN's sums are to become NaN

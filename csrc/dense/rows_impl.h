@@ -3,7 +3,9 @@
 // A row is read once from memory (normalise.h). The exponentials that its gradient takes stay in scratch, which the caches hold. kl.h or
 // mixtures.h takes D from them. They wait there for the next row, in whose first sweep the gradient is written (gradient.h).
 // Rows of one dtype without -inf are swept where they lie. Any others (two dtypes, transforms, -inf) are first copied to fp32 in the
-// caller's scratch, where an entry that is out of D has a logit low enough for its probabilities to be 0.
+// caller's scratch, where -inf is a logit low enough for its probability to be 0. Mixtures and total variation need no more. An entry
+// whose term of a KL would be infinite is taken from the KL's first side: with K, the mass of p without these entries, the sum of
+// p log(p/q) over the others is K (KL(p/K‖q) + log K).
 #pragma once
 #include <utility>
 
@@ -30,11 +32,16 @@ template <Family family, class S, class T>
 inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pieces, const Kept& kept, const RowFacts& f, float s_label) {
     const Task& task = *row.task;
     Values out;
-    if (!f.all_out) {
+    if (f.compared) {
         if constexpr (is_kl(family)) {
             const KlSums sums = kl<family>(rows, pieces, f, kept);
-            out.D = sums.D;
-            out.known = sums.excess;
+            const double whole = sums.D + f.log_kept;
+            out.D = f.kept * whole;
+            if (family == Family::reverse_kl && f.kept != 1) {
+                out.pull = (1 - f.kept) * (whole + 1);
+                out.pull_out = -(whole + 1);
+            }
+            out.known = family == Family::reverse_kl ? sums.D - out.pull : sums.excess;
             out.small = sums.small;
         } else {
             const MixtureSums sums = mixture<family>(rows, pieces, f, task.teacher_share, kept);
@@ -44,11 +51,12 @@ inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pie
             out.factor = mixture_factor(family, task.teacher_share);
         }
     }
+    if (f.broken) out.D = __builtin_nan("");
     out.no_softmax = f.ce.z == 0;
     const double below = f.ce.log2_of(s_label);
     out.ce = out.no_softmax || s_label == -kInf ? kInf : below > 0 ? 0 : -kLn2 * below;  // the sum's rounding may leave it above 0
     const Transform& transform = task.student_transform;
-    out.w = Weights{f.all_out ? 0.0f : row.row_scale * (1.0f - f.alpha) * row.c / f.tau, out.no_softmax ? 0.0f : row.row_scale * f.alpha,
+    out.w = Weights{!f.compared ? 0.0f : static_cast<float>(f.kept) * row.row_scale * (1.0f - f.alpha) * row.c / f.tau, out.no_softmax ? 0.0f : row.row_scale * f.alpha,
                     transform.scale, transform.softcap == 0.0f ? 0.0f : 1.0f / transform.softcap};
     return out;
 }
@@ -57,23 +65,27 @@ inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pie
 template <Family family, class G>
 inline void put_label(const Row& row, const RowFacts& f, const Values& values, float label_s, float label_t, float slope, typename G::Storage* out) {
     if (values.w.ce == 0.0f) return;
-    double d_term = 0;
-    if (row.label < row.V && !f.all_out && label_s > 2 * f.floor && label_t > 2 * f.floor) {
+    double d_term = values.label_out;
+    if (row.label < row.V && f.compared && label_s > 2 * f.floor) {
         const double log_q = kLn2 * f.q.log2_of(label_s), log_p = kLn2 * f.p.log2_of(label_t);
-        d_term = label_gradient(family, log_q, log_p, row.task->teacher_share, is_kl(family) ? values.D : values.known);
+        d_term = label_gradient(family, log_q, log_p, row.task->teacher_share, values.known);
     }
     Float g = {};
     g[0] = static_cast<float>((values.w.d * d_term + values.w.ce * ::expm1(-values.ce)) * slope);
     store_some<G>(out + row.label, g, 1);
 }
 
-inline void put_stats(const Row& row, const RowFacts& f, const Values& values, float s_label) {
+/// Both sides over all that they have of the shared vocabulary.
+struct Sides {
+    const Side &q, &p;
+};
+
+inline void put_stats(const Row& row, const RowFacts& f, const Sides& sides, const Values& values, float s_label) {
     const Task& task = *row.task;
     const double weighted_ce = f.alpha == 0.0f && values.ce == values.ce ? 0.0 : f.alpha * values.ce;
     const double loss = weighted_ce + (1.0 - f.alpha) * row.c * values.D;
-    const bool any_in = !f.all_out;
-    const double stats[kStats] = {loss, values.ce, values.D, any_in ? f.q.entropy() : 0, any_in ? f.p.entropy() : 0,
-                             !values.no_softmax && s_label == f.ce.max ? 1.0 : 0.0, any_in && f.agree ? 1.0 : 0.0};
+    const double stats[kStats] = {loss, values.ce, values.D, f.s_any ? sides.q.entropy() : 0, f.t_any ? sides.p.entropy() : 0,
+                             !values.no_softmax && s_label == f.ce.max ? 1.0 : 0.0, f.s_any && f.t_any && f.agree ? 1.0 : 0.0};
     for (int k = 0; k < kStats; ++k) task.stats[k * task.student.rows + row.n] = static_cast<float>(stats[k]);
 }
 
@@ -94,7 +106,7 @@ inline void copy_transformed(const typename Format::Storage* from, std::int64_t 
     for_vectors(0, count_all, [&](std::int64_t v, int count, auto rest) {
         Float x = load<Format, rest.value>(from + v, count, 0.0f);
         if (softcap != 0.0f) x = select((x == kInf) | (x == -kInf), x, softcap * tanh_of(x * (scale / softcap)));
-        else x = x * scale;
+        else if (scale != 1.0f) x = select(x == -kInf, x, max(broadcast(-3.40282347e38f), x * scale));  // a finite mask stays one
         store<F32, rest.value>(to + v, x, count);
     });
 }
@@ -121,20 +133,59 @@ struct Scratch {
     }
 };
 
-/// Copies D's logits out of CE's and the teacher's transformed ones; an entry that is -inf on either side gets a logit that is low
-/// enough on both. Whether any other entry is left.
-inline bool copy_shared(const Scratch& scratch, std::int64_t V, float lowest) {
-    const Float floor = broadcast(lowest * 0.999f);  // above what `normalise` takes for too low
-    Int in = {};
+/// Copies D's logits out of CE's and the teacher's transformed ones; one that is -inf becomes low enough for a probability of 0. Whether
+/// an entry is to be left out of D's first side.
+template <Family family>
+inline bool copy_shared(const Scratch& scratch, std::int64_t V, RowFacts& f) {
+    const Float floor = broadcast(f.floor * 0.999f), lowest = broadcast(2.0f * f.floor);  // floor: above what `normalise` takes for too low
+    Int s_any = {}, t_any = {}, both = {}, left_out = {};
     for_vectors(0, V, [&](std::int64_t v, int count, auto rest) {
         const Float x = load<F32, rest.value>(scratch.c + v, count, -kInf), y = load<F32, rest.value>(scratch.t + v, count, -kInf);
-        const Int out_of_d = (x == -kInf) | (y == -kInf);
-        in |= ~out_of_d;
+        const Int no_q = x == -kInf, no_p = y == -kInf;
+        s_any |= ~no_q;
+        t_any |= ~no_p;
+        if constexpr (is_kl(family)) both |= ~(no_q | no_p);
+        if constexpr (is_kl(family)) left_out |= family == Family::forward_kl ? no_q & ~no_p : no_p & ~no_q;
         // NaN passes through max as its second argument
-        store<F32, rest.value>(scratch.s + v, select(out_of_d, broadcast(2.0f * lowest), max(floor, x)), count);
-        store<F32, rest.value>(scratch.t + v, select(out_of_d, broadcast(2.0f * lowest), max(floor, y)), count);
+        store<F32, rest.value>(scratch.s + v, select(no_q, lowest, max(floor, x)), count);
+        store<F32, rest.value>(scratch.t + v, select(no_p, lowest, max(floor, y)), count);
     });
-    return any(in);
+    f.s_any = any(s_any);
+    f.t_any = any(t_any);
+    f.compared = is_kl(family) ? any(both) : f.s_any && f.t_any;
+    return any(left_out);
+}
+
+/// Moves the entries that only the first side of a KL has from it to `left_out`, and leaves -inf elsewhere there.
+inline void leave_out(float* first, const float* second, float* left_out, std::int64_t V, float floor) {
+    const Float lowest = broadcast(2.0f * floor);
+    for_vectors(0, V, [&](std::int64_t v, int count, auto rest) {
+        const Float x = load<F32, rest.value>(first + v, count, 0.0f);
+        const Int out = (load<F32, rest.value>(second + v, count, 0.0f) == lowest) & (x != lowest);
+        store<F32, rest.value>(left_out + v, select(out, x, broadcast(-kInf)), count);
+        store<F32, rest.value>(first + v, select(out, lowest, x), count);
+    });
+}
+
+/// What the entries that are left out of a KL's first side mean for the row; the whole of that side.
+inline Side take_left_out(const Side& first, const Side& left_out, RowFacts& f) {
+    const Side whole = joined(first, left_out);
+    const double less = left_out.z * whole.weight(left_out.max), kept = first.z * whole.weight(first.max);
+    f.kept = less < 0.5 ? 1 - less : kept;  // of the small one all digits
+    f.log_kept = less < 0.5 ? ::log1p(-less) : ::log(kept);
+    f.compared = f.compared && f.kept != 0;
+    f.agree = f.agree && !(left_out.max > first.max);
+    return whole;
+}
+
+/// Adds the gradient of reverse KL where terms are left out; `q`: the whole student.
+inline void add_left_out(const float* left_out, std::int64_t V, const Side& q, double weight, float* g) {
+    const Exponents exponents(q);
+    const Float factor = broadcast(static_cast<float>(weight / q.z));
+    for_vectors(0, V, [&](std::int64_t v, int count, auto rest) {
+        const Float x = load<F32, rest.value>(left_out + v, count, -kInf), sum = load<F32, rest.value>(g + v, count, 0.0f);
+        store<F32, rest.value>(g + v, fma(factor, exp2_of(exponents(x)), sum), count);
+    });
 }
 
 /// The row by way of fp32 copies.
@@ -146,22 +197,35 @@ void copied_row(const Row& row, const Output<G>& out) {
     const Pieces pieces{row.V, 0};
     copy_row(task.student, row.n, row.V_s, task.student_transform, scratch.c);
     copy_row(task.teacher, row.n, row.V, task.teacher_transform, scratch.t);
-    f.all_out = !copy_shared(scratch, row.V, f.floor);
-    if (!f.all_out) {
-        const float floor_before = f.floor;
-        f.floor *= 2.5f;  // every logit is fit to be swept now
-        normalise<moment_of(family), OwnCe::no, F32, F32>(scratch.s, scratch.t, pieces, scratch.kept, f, Unfit::goes_on);
-        f.floor = floor_before;
+    const bool some_left_out = copy_shared<family>(scratch, row.V, f);
+    constexpr bool of_p = family == Family::forward_kl;
+    float* const left_out = scratch.kept.third;
+    Side out_of_first;
+    if (some_left_out) {
+        if (of_p) leave_out(scratch.t, scratch.s, left_out, row.V, f.floor);
+        else leave_out(scratch.s, scratch.t, left_out, row.V, f.floor);
+        out_of_first = side_of(left_out, row.V, f.q.factor);
     }
+    const float floor_before = f.floor;
+    f.floor *= 2.5f;  // every logit is fit to be swept now
+    normalise<moment_of(family), OwnCe::no, F32, F32>(scratch.s, scratch.t, pieces, scratch.kept, f, Unfit::goes_on);
+    f.floor = floor_before;
+    Side q = f.q, p = f.p;
+    if (some_left_out) (of_p ? p : q) = take_left_out(of_p ? f.p : f.q, out_of_first, f);
+    f.broken = !::isfinite(q.z + p.z);
     normalise_ce<F32>(scratch.c, 0, row.V_s, f.ce);
     const float s_label = scratch.c[row.label];
-    const Values values = evaluate<family>(row, Rows<F32, F32>{scratch.s, scratch.t}, pieces, scratch.kept, f, s_label);
-    put_stats(row, f, values, s_label);
+    const bool shared = row.label < row.V;
+    Values values = evaluate<family>(row, Rows<F32, F32>{scratch.s, scratch.t}, pieces, scratch.kept, f, s_label);
+    if (some_left_out && !of_p && shared && left_out[row.label] != -kInf)
+        values.label_out = values.pull_out * ::exp2(q.log2_of(s_label));
+    put_stats(row, f, Sides{q, p}, values, s_label);
     if (out.row == nullptr) return;
     float* const g = scratch.kept.first;  // over what it is computed from
-    const std::int64_t done = f.all_out ? 0 : row.V;
+    const std::int64_t done = f.compared ? row.V : 0;
     if (done > 0) Gradient<family, OwnCe::no, F32>{scratch.kept, pieces, f, values, Output<F32>{g, false}}.finish();
     std::memset(g + done, 0, static_cast<std::size_t>(row.V_s - done) * sizeof *g);
+    if (some_left_out && !of_p && f.compared) add_left_out(left_out, row.V, q, values.w.d * values.pull_out, g);
     const CrossEntropy ce(f, values.w);
     for_vectors(0, row.V_s, [&](std::int64_t v, int count, auto rest) {
         const Float c = load<F32, rest.value>(scratch.c + v, count, -kInf);
@@ -169,7 +233,6 @@ void copied_row(const Row& row, const Output<G>& out) {
         if (values.w.ce != 0.0f) sum += ce.gradient(c);
         store<G, rest.value>(out.row + v, sum * values.w.slope(c), count);
     });
-    const bool shared = row.label < row.V;
     const Float slope = values.w.slope(broadcast(s_label));
     put_label<family, G>(row, f, values, shared ? scratch.s[row.label] : 0.0f, shared ? scratch.t[row.label] : 0.0f, slope[0], out.row);
 }
@@ -232,7 +295,7 @@ bool direct_row(const Row& row, const Output<S>& out, Waiting<family, S>& waitin
     normalise_ce<S>(rows.s, row.V, row.V_s, f.ce);
     const float s_label = element<S>(rows.s + row.label), t_label = row.label < row.V ? element<S>(rows.t + row.label) : 0.0f;
     const Values values = evaluate<family>(row, rows, pieces, kept, f, s_label);
-    put_stats(row, f, values, s_label);
+    put_stats(row, f, Sides{f.q, f.p}, values, s_label);
     if (out.row == nullptr) return true;
     ce_gradient<S, S>(rows.s, row.V, row.V_s, f, values.w, out.row);
     waiting = {true, own_ce, row, pieces, f, values, s_label, t_label, out};

@@ -58,6 +58,7 @@ struct Term {
     double d, u;
 };
 
+/// `gap` is log(p/q), infinite where one of them is 0 by its logit; but for terms that would be infinite.
 Term term(Family family, double a, double p, double q, double gap) {
     const double b = 1 - a, difference = p - q;
     if (family == Family::forward_kl) return {kl_term(p, gap, difference), 0};
@@ -79,29 +80,44 @@ Term term(Family family, double a, double p, double q, double gap) {
     return {};
 }
 
-/// D of the outcomes whose q is not 0, and scratch.gradient = q (u - mean of u).
+/// D of the outcomes, without those of its terms that would be infinite, and scratch.gradient = q (u - mean of u). `zeros`: whether any p or
+/// q is 0 by its logit.
+template <bool zeros>
 double compare(const SparseTask& task, const SparseScratch& at, std::int64_t count) {
-    double D = 0, mean = 0;
+    const bool forward = task.family == Family::forward_kl, reverse = task.family == Family::reverse_kl;
+    double D = 0, mean = 0, kept = 0;
+    bool left_out = false;
     for (std::int64_t i = 0; i < count; ++i) {
+        const bool no_q = zeros && at.log_q[i] == kNone, no_p = zeros && at.log_p[i] == kNone;
         at.gradient[i] = 0;
-        if (at.log_q[i] == kNone) continue;
-        const Term t = term(task.family, task.teacher_share, at.p[i], at.q[i], at.log_p[i] - at.log_q[i]);
+        if (no_q && no_p) continue;
+        Term t;
+        if ((forward && no_q) || (reverse && no_p)) {
+            t = {forward ? -at.p[i] : -at.q[i], -1};  // a log(a/b) - a + b without its logarithm
+            left_out = true;
+        } else {
+            t = term(task.family, task.teacher_share, at.p[i], at.q[i], no_q ? -kNone : at.log_p[i] - at.log_q[i]);
+            if (zeros) kept += at.p[i];
+        }
         D += t.d;
         if (at.q[i] != 0) mean += at.q[i] * t.u;  // u may be infinite where q is 0
-        at.gradient[i] = task.family == Family::forward_kl ? at.q[i] - at.p[i] : t.u;
+        at.gradient[i] = forward ? at.q[i] - at.p[i] : t.u;
     }
-    if (task.family == Family::forward_kl) return D < 0 ? 0 : D;
-    for (std::int64_t i = 0; i < count; ++i) at.gradient[i] = at.q[i] == 0 ? 0 : at.q[i] * (at.gradient[i] - mean);
-    return D < 0 ? 0 : D;
+    if (forward && left_out) {
+        for (std::int64_t i = 0; i < count; ++i) at.gradient[i] = at.log_q[i] == kNone ? 0 : at.q[i] * kept - at.p[i];
+    } else if (!forward) {
+        for (std::int64_t i = 0; i < count; ++i) at.gradient[i] = at.q[i] == 0 ? 0 : at.q[i] * (at.gradient[i] - mean);
+    }
+    return D < 0 && !left_out ? 0 : D;
 }
 
-/// Whether a listed entry of the teacher's largest log-probability, of those in D, has the student's largest logit.
+/// Whether a listed entry of the teacher's largest log-probability has the student's largest logit.
 bool agreement(const float* log_probs, const double* s, std::int64_t K, double largest) {
     float best = -std::numeric_limits<float>::infinity();
     bool agree = false;
     for (std::int64_t j = 0; j < K; ++j) {
-        if (s[j] == kNone || log_probs[j] < best) continue;
-        agree = (agree && log_probs[j] == best) || s[j] == largest;
+        if (log_probs[j] == -std::numeric_limits<float>::infinity() || log_probs[j] < best) continue;
+        agree = (agree && log_probs[j] == best) || (s[j] == largest && s[j] != kNone);
         best = log_probs[j];
     }
     return agree;
@@ -138,27 +154,23 @@ Softmax sum_student(double tau, std::int64_t K, const RestSums& rest, const Spar
 Softmax sum_teacher(const SparseTask& task, const float* log_probs, double tau, const SparseScratch& at) {
     const std::int64_t K = task.K;
     std::int64_t others = task.student.columns;
-    bool left_out = false;
     for (std::int64_t j = 0; j < K; ++j) {
         at.log_p[j] = log_probs[j] / tau;
-        if (at.log_p[j] == kNone) continue;
-        --others;
-        left_out = left_out || at.s[j] == kNone;
+        if (at.log_p[j] != kNone) --others;
     }
-    Softmax listed = softmax(at.log_p, K, at.p);
+    const Softmax listed = softmax(at.log_p, K, at.p);
     at.log_p[K] = kNone;
     if (task.tail == Tail::bucket) at.log_p[K] = log_shared(1 - sum_of_powers(listed, at.log_p, at.p, K, tau), others, tau);
-    if (left_out) {  // by the student's -inf, and their mass is not the rest's
-        for (std::int64_t j = 0; j < K; ++j)
-            if (at.s[j] == kNone) at.log_p[j] = kNone;
-        listed = softmax(at.log_p, K, at.p);
-    }
     return listed;
 }
 
-/// Weights to probabilities, of the listed entries and of the rest. The largest is subtracted first and the logarithm of
-/// the sum after it: together they would lose that logarithm where all weights are as small as a mask's exp(-1e30).
-void normalise_outcomes(double* log_weights, double* exponentials, std::int64_t K, const Softmax& listed) {
+/// Weights to probabilities, of the listed entries and of the rest; false, and 0, where all are -inf. The largest is subtracted first and the
+/// logarithm of the sum after it: together they would lose that logarithm where all weights are as small as a mask's exp(-1e30).
+bool normalise_outcomes(double* log_weights, double* exponentials, std::int64_t K, const Softmax& listed) {
+    if (listed.sum == 0 && log_weights[K] == kNone) {
+        std::fill_n(exponentials, K + 1, 0.0);
+        return false;
+    }
     const double shift = std::max(listed.largest, log_weights[K]);
     const double scale = listed.sum == 0 ? 0 : std::exp(listed.largest - shift);
     const double sum = listed.sum * scale + (log_weights[K] == kNone ? 0 : std::exp(log_weights[K] - shift));
@@ -169,6 +181,7 @@ void normalise_outcomes(double* log_weights, double* exponentials, std::int64_t 
     }
     if (log_weights[K] != kNone) log_weights[K] = (log_weights[K] - shift) - log_sum;
     exponentials[K] = std::exp(log_weights[K]);
+    return true;
 }
 
 }  // namespace
@@ -184,19 +197,21 @@ RowSums compare_outcomes(const SparseTask& task, std::int64_t n, const RestSums&
     out.largest = static_cast<float>(largest);
     out.agree = agreement(log_probs, at.s, K, largest);
 
-    at.log_q[K] = out.log_rest;
-    // no mass is p = 0, the limit of a small one; of reverse KL the limit is infinite, and the rest is out of D
-    if (task.tail == Tail::renormalise || (task.family == Family::reverse_kl && at.log_p[K] == kNone)) at.log_q[K] = kNone;
-    if (at.log_q[K] == kNone) at.log_p[K] = kNone;
-    if ((listed_q.sum == 0 && at.log_q[K] == kNone) || (listed_p.sum == 0 && at.log_p[K] == kNone)) {  // nothing to compare
-        std::fill_n(at.gradient, K + 1, 0.0);
-        return out;
-    }
-    normalise_outcomes(at.log_q, at.q, K, listed_q);
-    normalise_outcomes(at.log_p, at.p, K, listed_p);
-    out.D = compare(task, at, K + 1);
+    at.log_q[K] = task.tail == Tail::renormalise ? kNone : out.log_rest;
+    const bool any_q = normalise_outcomes(at.log_q, at.q, K, listed_q), any_p = normalise_outcomes(at.log_p, at.p, K, listed_p);
     for (std::int64_t i = 0; i <= K; ++i)
         if (at.p[i] != 0) out.teacher_entropy -= at.p[i] * at.log_p[i];
+    if (any_q && any_p) {
+        const bool bucket = at.log_q[K] != kNone || at.log_p[K] != kNone;
+        at.gradient[K] = 0;
+        const std::int64_t count = bucket ? K + 1 : K;
+        bool zeros = false;
+        for (std::int64_t i = 0; i < count; ++i) zeros |= (at.log_q[i] == kNone) | (at.log_p[i] == kNone);
+        out.D = zeros ? compare<true>(task, at, count) : compare<false>(task, at, count);
+    } else {  // a side of -inf alone
+        std::fill_n(at.gradient, K + 1, 0.0);
+        if (std::isnan(out.teacher_entropy)) out.D = out.teacher_entropy;  // a NaN shows all the same; the student's does in CE
+    }
     return out;
 }
 

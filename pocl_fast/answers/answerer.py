@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
+from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine, own_ends
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder
 
 
@@ -60,7 +60,8 @@ class Answerer:
     def of(cls, model: Any, encoder: SampleEncoder, options: SampleAnswerOptions, *, temperature: float) -> Answerer:
         """Answers by torch, as long and in such batches as the options say."""
         limits = AnswerLimits(options.max_new_tokens, options.max_length, encoder.end_id)
-        return cls(TorchEngine.of(model, encoder, options), limits, encoder.end_ids, temperature)
+        ends = encoder.end_ids | own_ends(model)
+        return cls(TorchEngine.of(model, encoder, options), limits, ends, temperature)
 
     def __call__(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], seed: int) -> list[list[int]]:
         return self.engine.generate(

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from pocl_fast.answers.steps import OwnSteps, PlainSteps, RoomySteps, SharedPrefix, Steps
 from pocl_fast.models.placement import input_device
-from pocl_fast.models.probing import apart, evaluating, positions_of, same_random_numbers, windows_of
+from pocl_fast.models.probing import apart, evaluating, plain_tokens, positions_of, same_random_numbers, windows_of
 from pocl_fast.system.errors import InputError
 
 TOLERANCE = (
-    1e-4  # relative to the largest logit. fp32's rounding: 1e-6 to 1e-5; a state that counts padding: 1e-3 and up
+    1e-4  # relative to the largest logit; fp32 rounds by 1e-6 to 1e-5, a state that counts padding is off by 1e-3
 )
 NOISE = 4  # times the rounding that a model has between two lengths of one prompt (bf16: 1e-2 in 30 layers)
-MOST_NOISE = {torch.float32: 0.01}  # by dtype of the logits: more is no rounding (fp32 by TF32 or bf16 products: 5e-3)
-MOST_NOISE_HALF = 0.05  # of bf16 and fp16
+MOST_NOISE = 0.01  # more is no rounding (fp32 by TF32 or bf16 products: 5e-3),
+MOST_NOISE_HALF = 0.1  # in bf16 and fp16 (0.06 between two kernels in a deep model)
+MOST_OF_A_CACHE = 0.002  # that a model's own cache rounds in fp32; in bf16 and fp16 as much as MOST_NOISE_HALF
 OFF = "its logits are off"
-MOST_OF_A_CACHE = 0.2  # of that a model's own cache may round
 STEPS = 3  # tokens after each prompt of the probe
 LEAVES = {1: [0, 2, 3], 2: [0, 2]}  # before these steps the probe keeps these of its rows: an answer ended
 LONGEST_WINDOW = 64  # tokens; the probe is longer than windows up to that
@@ -44,9 +44,6 @@ class Way:
     lengths: Literal["any", "equal", "single"]  # of the prompts of a batch; single: a prompt a batch
     leave: bool  # whether finished answers leave their batch
     why: str = ""  # why no faster way was taken
-
-    def same_batches(self, other: Way) -> bool:
-        return (self.cache, self.lengths, self.leave) == (other.cache, other.lengths, other.leave)
 
     def steps(self, model: Any, pad_id: int, room: int, prefix: SharedPrefix | None = None) -> Steps:
         """A new batch's way through the model."""
@@ -139,11 +136,10 @@ def _trying(model: Any) -> Iterator[None]:
 
 
 def _choose(model: Any, probe: _Probe) -> Way:
-    reasons = []
+    reasons: list[str] = []
     for way in WAYS:
         reason = probe.fault(way)
-        if way is WAYS[0] and reason is not None and reason.startswith(OFF):
-            probe.allow_for_the_cache()
+        if reason is not None and reason.startswith(OFF) and probe.allow_for_the_cache():
             reason = probe.fault(way)
         if reason is None:
             why = reasons[0] if reasons else ""
@@ -166,21 +162,20 @@ class _Probe:
 
     def __init__(self, model: Any, pad_id: int, allowed: float | None = None) -> None:
         self.model, self.pad_id, self.device = model, pad_id, input_device(model)
-        vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
         windows = [window for window in windows_of(model.config) if window <= LONGEST_WINDOW]
         most = min(length_limit(model), positions_of(model.config)) - STEPS
         longest = max(12, max(windows, default=0) + 5)
         lengths = [min(n, max(1, most)) for n in (longest, 3, max(longest - 6, 5), 1)]
-        generator = torch.Generator().manual_seed(0)
-        total = max(lengths) + PREFIX + STEPS
-        draw = torch.randint(0, vocab_size, (len(lengths), total), generator=generator).tolist()
+        draw = plain_tokens(model.config, len(lengths), max(lengths) + PREFIX + STEPS).tolist()
         self.rows = [row[: n + STEPS] for row, n in zip(draw, lengths, strict=True)]
         self.equal = [row[: lengths[2] + STEPS] for row in draw]
         self.roomy = most >= PREFIX + 9  # whether positions suffice for a prefix
         head = draw[0][-PREFIX:]
         self.headed = [head + row[: n + STEPS] for row, n in zip(draw, (9, 2), strict=False)]
         self._wanted: dict[tuple[int, ...], Tensor] = {}
-        self.dtype = torch.float32  # of the logits
+        self.half = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(self.device.type)
+        self.most_noise = MOST_NOISE_HALF if self.half else MOST_NOISE
+        self.cache_allowed = False  # whether the rounding of the model's own cache is in what is allowed
         self.allowed = allowed or TOLERANCE  # error of the logits, relative to the largest
         self.by_length = False  # whether a token's logits depend on how many tokens follow it
         if allowed is None:
@@ -197,18 +192,19 @@ class _Probe:
             raise
         except Exception as failure:  # whatever a model's own code raises
             raise InputError(f"{type(self.model).__name__} does not run on tokens alone: {_line(failure)}") from failure
-        most = MOST_NOISE.get(self.dtype, MOST_NOISE_HALF)
-        if (error := apart(other[:n], whole[:n])) > most:
+        if (error := apart(other[:n], whole[:n])) > self.most_noise:
             raise InputError(
                 f"{type(self.model).__name__} cannot generate answers: a token's logits depend on the tokens after it "
                 f"(they move by {error:.2g} of the largest); load it as a decoder (is_decoder=True), or take a causal "
                 f"language model"
             )
         noise = apart(alone, whole[:n])
-        self.by_length = noise > most
+        self.by_length = noise > self.most_noise
         self._wanted.update({} if self.by_length else {tuple(row): whole})
-        rounding = NOISE * noise if not self.by_length else 0.0 if self.dtype == torch.float32 else most
-        self.allowed = max(TOLERANCE, rounding)
+        if not self.by_length:
+            self.allowed = max(TOLERANCE, NOISE * noise)
+        elif self.half:
+            self.allowed = MOST_NOISE_HALF
 
     def depends_on_length(self) -> bool:
         """Whether a token's logits depend on how many tokens follow it, whichever they are."""
@@ -218,17 +214,24 @@ class _Probe:
             for n in range(len(row) - STEPS, len(row))
         )
 
-    def allow_for_the_cache(self) -> None:
-        """Allows for the rounding of the model's own cache too: a state that is updated token by token is rounded
-        otherwise than one of all tokens at once (Mamba 2: up to 3e-4)."""
+    def allow_for_the_cache(self) -> bool:
+        """Allows for the rounding of the model's own cache too, when it is first called, and whether that is more: a
+        state that is updated token by token is rounded otherwise than one of all tokens at once (Mamba 2: up to 3e-4).
+        """
+        if self.cache_allowed:
+            return False
+        self.cache_allowed = True
         try:
-            error = self._error([self.rows[0]], ALONE.steps(self.model, self.pad_id, STEPS), leave=False, limit=1.0)
+            steps = ALONE.steps(self.model, self.pad_id, STEPS)
+            error = self._error([self.rows[0]], steps, leave=False, limit=float("inf"))
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception:  # the ways with this cache will say it
-            return
-        if error <= MOST_OF_A_CACHE * MOST_NOISE.get(self.dtype, MOST_NOISE_HALF):
-            self.allowed = max(self.allowed, NOISE * error)
+            return False
+        before, most = self.allowed, MOST_NOISE_HALF if self.half else MOST_OF_A_CACHE
+        if error <= most:
+            self.allowed = max(before, min(NOISE * error, most))
+        return self.allowed > before
 
     def fault(self, way: Way) -> str | None:
         """What is wrong with a way for this model, None where its logits are right."""
@@ -299,7 +302,6 @@ class _Probe:
         """[B, T, V] of rows of one length, without a cache."""
         ids = torch.tensor([list(row) for row in rows], device=self.device)
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        self.dtype = logits.dtype
         return logits.float()
 
 

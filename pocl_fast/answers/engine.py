@@ -34,13 +34,22 @@ class Engine(Protocol):
         shared: bool = False,
         progress: Report | None = None,
     ) -> list[list[int]]:
-        """The answer to each prompt, of at most `max_new_tokens` tokens.
+        """The answer to each prompt, of at most `max_new_tokens` tokens. It ends at any of `end_ids` and of the model's
+        own stop tokens (`own_ends`).
 
         `temperature` 0 is greedy; otherwise an answer is sampled from the whole distribution, with random numbers made
         from `seed` and the prompt's entry in `sample_ids`. With `shared` every rank calls with the same arguments,
         answers its share of the prompts, and has all answers at the end.
         """
         ...
+
+
+def own_ends(model: Any) -> frozenset[int]:
+    """The tokens at which a model's own `generate` stops: `eos_token_id` of its generation config."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is None:
+        return frozenset()
+    return frozenset(map(int, ends if isinstance(ends, (list, tuple)) else [ends]))
 
 
 class BatchOptions(Protocol):
@@ -96,7 +105,7 @@ class TorchEngine:
                 self.model,
                 prompts,
                 max_new_tokens=max_new_tokens,
-                end_ids=end_ids,
+                end_ids=own_ends(self.model) | set(end_ids),
                 pad_id=self.pad_id,
                 temperature=temperature,
                 seed=seed,

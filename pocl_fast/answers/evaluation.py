@@ -6,23 +6,35 @@ references. Knows samples, engines and scores. Does not know training, nor where
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
 from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
+from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import Sample
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report, shared_progress
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_THOUSANDS = r"(?<=\d),(?=\d{3}(?!\d))"
+_MATHEMATICS = "|".join(
+    (
+        r"[+<=>|~]",  # Unicode has these among its mathematical symbols, all else of ASCII's as punctuation
+        r"(?<![^\W\d_])[-.](?=\.?\d)",  # a sign, a decimal point, a range; not "covid-19"
+        r"(?<=\d)[,:%](?=\d)",
+        r"(?<=\d)%",
+        r"(?<=\w)[*/^]+(?=\d)|(?<=\d)[*/^]+(?=\w)",
+    )
+)
+_PUNCTUATION = re.compile(f"{_THOUSANDS}|({_MATHEMATICS})|[{re.escape(string.punctuation)}]")
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,11 @@ def answer_all(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    references: Sequence[Sequence[str]] | None = None,
     progress: Report | None = None,
 ) -> list[str]:
-    """The engine's answer to each sample's prompt, as text. Every rank must call, answers its share, and has all
-    answers at the end."""
+    """The engine's answer to each sample's prompt, as the text that is compared with its references (see
+    `SampleEncoder.answer_texts`). Every rank must call, answers its share, and has all answers at the end."""
     answers = engine.generate(
         [sample.prompt_ids for sample in encoded],
         sample_ids=[sample.index for sample in encoded],
@@ -62,7 +75,7 @@ def answer_all(
         shared=True,
         progress=progress,
     )
-    return [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return encoder.answer_texts(answers, references)
 
 
 def evaluate(
@@ -75,12 +88,13 @@ def evaluate(
     seeds: Sequence[int],
     max_new_tokens: int,
     packed: Rows | bool,
+    rouge_tokenizer: Tokenizer = "rouge_score",
     name: str = "evaluate",
 ) -> tuple[Scores, list[str]]:
     """Scores of `model`, and its answers under the first seed. `engine` generates the answers by the same model;
     `samples` are all of the file, `encoded` those that fit. Every rank must call, works on its share, and has the same
     result."""
-    references = [list(samples[sample.index].references) for sample in encoded]
+    references = [references_of(samples[one.index], one, encoder) for one in encoded]
     rouge: list[float] = []
     exact: list[float] = []
     first_answers: list[str] = []
@@ -93,9 +107,10 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 temperature=1.0,
                 seed=seed,
+                references=references,
                 progress=progress,
             )
-            rouge.append(100 * float(np.mean(rouge_l(answers, references).fmeasure)))
+            rouge.append(100 * float(np.mean(rouge_l(answers, references, tokenizer=rouge_tokenizer).fmeasure)))
             exact.append(100 * exact_match(answers, references))
             first_answers = first_answers or answers
     scores = Scores(
@@ -109,25 +124,55 @@ def evaluate(
     return scores, first_answers
 
 
+class DevOptions(AnswerOptions, Protocol):
+    """How the answers to the dev set are generated and scored."""
+
+    @property
+    def rouge_tokenizer(self) -> Tokenizer: ...
+
+
 def dev_scores(
-    model: Any, dev: SampleSet, encoder: SampleEncoder, options: AnswerOptions, *, packed: Rows | bool
+    model: Any, dev: SampleSet, encoder: SampleEncoder, options: DevOptions, *, packed: Rows | bool
 ) -> tuple[dict[str, float], list[str]]:
     """The scores that training watches, and the answers they are of: `rouge_l` of greedy answers in percent, and
     `cross_entropy` of the references in nats a token. Torch generates the answers. Every rank must call."""
     engine = TorchEngine.of(model, encoder, options)
-    answers = answer_all(engine, dev.encoded, encoder, max_new_tokens=options.max_new_tokens, temperature=0.0, seed=0)
-    rouge = rouge_l(answers, [list(dev.samples[sample.index].references) for sample in dev.encoded]).fmeasure
+    references = [references_of(dev.samples[one.index], one, encoder) for one in dev.encoded]
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "temperature": 0.0, "seed": 0}
+    answers = answer_all(engine, dev.encoded, encoder, references=references, **settings)
+    rouge = rouge_l(answers, references, tokenizer=options.rouge_tokenizer).fmeasure
     loss = mean_token_cross_entropy(model, dev.encoded, packed=packed)
     return {"rouge_l": 100 * float(np.mean(rouge)), "cross_entropy": loss}, answers
 
 
+def references_of(sample: Sample, encoded: EncodedSample, encoder: SampleEncoder) -> list[str]:
+    """What an answer to the sample is compared with: its references, or where the answer calls tools, the text that the
+    template makes of it, as a model would write it."""
+    if not sample.answer_turn.get("tool_calls"):
+        return list(sample.references)
+    return [str(encoder.tokenizer.decode(list(encoded.response_ids), skip_special_tokens=True)).strip()]
+
+
+def unseen_by_rouge(dev: SampleSet, tokenizer: Tokenizer, name: str) -> str | None:
+    """The line that says in how many references of a set ROUGE-L is blind; None where it is in none."""
+    texts = (text for one in dev.encoded for text in dev.samples[one.index].references)
+    return unseen_line(texts, tokenizer, name)
+
+
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Share of answers equal to one of their references, letter case, punctuation and spacing aside, as the code of
-    Super-NaturalInstructions, MiniLLM and POCL counts."""
-    hits = [
-        _plain(answer) in {_plain(r) for r in accepted} for answer, accepted in zip(answers, references, strict=True)
-    ]
+    Super-NaturalInstructions, MiniLLM and POCL counts; but for punctuation that means something there.
+
+    What stays of it: the symbols + < = > | ~, signs and decimal points before digits, what stands between digits (1:2,
+    1/2, 2^3, but no comma of thousands), a percent sign behind a digit, and all of a text that is nothing else. An
+    empty answer equals nothing.
+    """
+    hits = [_equals_one(_plain(answer), accepted) for answer, accepted in zip(answers, references, strict=True)]
     return float(np.mean(hits))
+
+
+def _equals_one(answer: str, accepted: Sequence[str]) -> bool:
+    return answer != "" and any(answer == _plain(reference) for reference in accepted)
 
 
 def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: Rows | bool) -> float:
@@ -143,4 +188,5 @@ def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, pa
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+    lowered = text.lower()
+    return " ".join(_PUNCTUATION.sub(r"\1", lowered).split()) or " ".join(lowered.split())

@@ -1,19 +1,21 @@
 """ROUGE-L, equal to `rouge-score` 0.1.2 to the last bit.
 
-Knows texts and the stems of words. Does not know how words are cut and compared: that is C++.
+Knows texts and the stems of words. Does not know how rouge-score's words are cut and how words are compared: that is
+C++. The words of other tokenizers come from rouge_words.py.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 import pocl_fast._C as _C
+from pocl_fast.answers.rouge_words import TOKENIZERS, Tokenizer, split_by
 
 _VALID = re.compile(r"[a-z0-9]+")
 
@@ -32,22 +34,29 @@ def rouge_l(
     references: Sequence[str | Sequence[str]],
     *,
     use_stemmer: bool = True,
+    tokenizer: Tokenizer = "rouge_score",
     threads: int | None = None,
 ) -> RougeL:
     """ROUGE-L of each prediction against its reference, or the best of its references (by F, the first at ties).
 
     Tokens are those of `rouge-score` 0.1.2: runs of a-z and 0-9 in the lower-cased text; with `use_stemmer` those of
-    more than three characters are stemmed (Porter, as nltk has it). A text without tokens scores 0. `threads` is by
-    default one for each processor that the process may use; the scores do not depend on it.
+    more than three characters are stemmed (Porter, as nltk has it). With `tokenizer` "unicode_words" or "characters"
+    they are those of `rouge_words`, and none is stemmed, as when rouge-score is given a tokenizer. A text without
+    tokens scores 0. `threads` is by default one for each processor that the process may use; the scores do not depend
+    on it.
 
     Precision and recall are the length of the longest common subsequence over that of the prediction and that of the
     reference, in tokens; F = 2PR / (P + R) (Lin 2004, "ROUGE: a package for automatic evaluation of summaries").
 
-    Raises ValueError for unequal numbers of predictions and references, an empty list of references or `threads`
-    below 1, and TypeError for anything that is not text.
+    Raises ValueError for unequal numbers of predictions and references, an empty list of references, an unknown
+    tokenizer or `threads` below 1, and TypeError for anything that is not text.
     """
     texts = _checked_predictions(predictions)
     first = _append_references(texts, references)
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}; got {tokenizer!r}")
+    if tokenizer != "rouge_score":
+        texts, use_stemmer = _as_numbers(texts, split_by(tokenizer)), False
     tokens = _C.tokenize(texts, threads)
     forms = _stems(tokens.words) if use_stemmer else np.arange(len(tokens.words), dtype=np.int32)
     return RougeL(*_C.rouge_l(tokens, forms, first, threads))
@@ -89,6 +98,12 @@ def _checked_references(i: int, given: Sequence[str]) -> Sequence[str]:
         if not isinstance(text, str):
             raise TypeError(f"references[{i}][{j}] must be a string, got {type(text).__name__}")
     return given
+
+
+def _as_numbers(texts: Sequence[str], split: Callable[[str], list[str]]) -> list[str]:
+    """Each text with a number for each of its words, which rouge-score's tokenizer, in C++, takes for words."""
+    numbers: dict[str, str] = {}
+    return [" ".join([numbers.setdefault(word, str(len(numbers))) for word in split(text)]) for text in texts]
 
 
 def _stems(words: Sequence[str]) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
+from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine, own_ends
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report
@@ -53,8 +53,9 @@ def engine_of(
 class VllmEngine:
     """An `Engine` by a model in vLLM's memory."""
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
+    def __init__(self, llm: Any, ends: Collection[int] = ()) -> None:
+        """`ends` are the model's own stop tokens."""
+        self._llm, self._ends = llm, frozenset(ends)
 
     def release(self) -> None:
         """Drops the reference to vLLM: its memory is free once nothing refers to it."""
@@ -78,6 +79,7 @@ class VllmEngine:
     ) -> list[list[int]]:
         from vllm import SamplingParams, TokensPrompt
 
+        end_ids = self._ends | set(end_ids)
         settings = [
             SamplingParams(
                 temperature=temperature,
@@ -122,7 +124,7 @@ def loaded(model: Any, *, max_length: int, dtype: Literal["bfloat16", "float32"]
                 f"vLLM cannot load this {type(model).__name__} ({type(error).__name__}: {error});"
                 " generation_engine torch can"
             ) from error
-        engine = VllmEngine(llm)
+        engine = VllmEngine(llm, own_ends(model))
         del llm
         try:
             yield engine

@@ -14,11 +14,14 @@ from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pocl_fast.answers.decoding import answering_work
 from pocl_fast.answers.engine import Engine
+from pocl_fast.answers.evaluation import references_of
 from pocl_fast.answers.likelihood import STUDENT_COLUMNS, TEACHER_COLUMNS, LoadedModel, response_scores
 from pocl_fast.answers.rouge import rouge_l
+from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder
 from pocl_fast.data.packed import token_budget_batches
 from pocl_fast.data.records import Sample
@@ -48,6 +51,7 @@ def measure(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    rouge_tokenizer: Tokenizer = "rouge_score",
 ) -> None:
     """Measures the student on `count` samples and writes `output` (Parquet, the columns of `_measured`), in file order.
 
@@ -71,7 +75,7 @@ def measure(
             temperature=temperature,
             seed=seed,
         )
-        return _measured(student, rows, answers, encoder)
+        return _measured(student, rows, answers, encoder, rouge_tokenizer)
 
     with frozen_linears(student.model), shared_progress(count, "measure", "samples") as progress:
         make_table(pieces, plan, work, output, progress)
@@ -106,15 +110,28 @@ def write_teacher_table(pieces: Iterable[Sequence[Row]], count: int, output: Pat
         make_table(pieces, plan, work, output, progress)
 
 
-def _measured(student: LoadedModel, rows: Sequence[Row], answers: list[list[int]], encoder: SampleEncoder) -> pa.Table:
+def unseen_by_rouge(table: Path, tokenizer: Tokenizer, name: str) -> str | None:
+    """The line that says for how many references of a difficulty table ROUGE-L is blind; None where it is for none."""
+    parts = pq.ParquetFile(table).iter_batches(columns=["reference"])
+    return unseen_line((text for part in parts for text in part["reference"].to_pylist()), tokenizer, name)
+
+
+def _measured(
+    student: LoadedModel,
+    rows: Sequence[Row],
+    answers: list[list[int]],
+    encoder: SampleEncoder,
+    rouge_tokenizer: Tokenizer,
+) -> pa.Table:
     """The difficulty table's rows: a value a sample in each column."""
-    texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    references = [references_of(sample, one, encoder) for sample, one in rows]
+    texts = encoder.answer_texts(answers, references)
     encoded = [one for _, one in rows]
     scores = response_scores(student, encoded)
     return pa.table(
         {
             "index": pa.array([one.index for one in encoded], pa.int64()),
-            "rouge_l": pa.array(rouge_l(texts, [list(sample.references) for sample, _ in rows]).fmeasure),
+            "rouge_l": pa.array(rouge_l(texts, references, tokenizer=rouge_tokenizer).fmeasure),
             **{name: pa.array(scores[name]) for name in STUDENT_COLUMNS},
             "answer_length": pa.array([len(one.response_ids) for one in encoded], pa.int64()),  # as trained on
             "prompt": pa.array([sample.messages[-1]["content"] for sample, _ in rows], pa.string()),

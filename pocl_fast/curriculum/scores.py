@@ -38,15 +38,26 @@ class SignalScores:
         }
         return {name: count for name, count in counts.items() if count}
 
+    def constant(self) -> list[str]:
+        """The signals by which all samples are alike: their ranking would be the order of the file."""
+        both = zip(self.signals, self.scores, strict=True)
+        return [one.signal.name for one, array in both if len(array) > 1 and np.ptp(array) == 0]
+
     def fused(self, k: float) -> RankFusion:
-        """Reciprocal rank fusion of all signals; samples without a score rank last by that signal."""
+        """Reciprocal rank fusion of the signals, without those by which all samples are alike, unless all are such;
+        samples without a score rank last by that signal."""
+        left_out = set(self.constant())
+        if len(left_out) < len(self.signals):
+            kept = [i for i, one in enumerate(self.signals) if one.signal.name not in left_out]
+        else:
+            kept = list(range(len(self.signals)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of NaN, which `missing` counts by name
             return reciprocal_rank_fusion(
-                self.scores,
-                descending=[one.signal.easy == "high" for one in self.signals],
+                [self.scores[i] for i in kept],
+                descending=[self.signals[i].signal.easy == "high" for i in kept],
                 k=k,
-                weights=[one.weight for one in self.signals],
+                weights=[self.signals[i].weight for i in kept],
             )
 
 

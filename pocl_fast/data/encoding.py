@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pocl_fast.data.records import Message, Sample
+from pocl_fast.data import unused_fields
+from pocl_fast.data.answer_span import REASONING_TAGS, AnswerFinder, Split, called_names
+from pocl_fast.data.answer_text import PLAIN, AnswerReader
+from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
+from pocl_fast.data.records import Sample
 from pocl_fast.system.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "alpaca"]
 
@@ -59,6 +64,8 @@ class LengthReport:
     samples: int
     skipped: tuple[int, ...]
     truncated: tuple[int, ...]
+    unused: tuple[tuple[str, int], ...] = ()  # fields that no model is told, and how many records have them
+    unwritten: tuple[tuple[str, tuple[int, ...]], ...] = ()  # what the template left out, and of which lines
 
     def describe(self, name: str) -> str:
         parts = [f"{name}: {self.samples} samples"]
@@ -66,6 +73,10 @@ class LengthReport:
             parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({_some_lines(self.skipped)})")
         if self.truncated:
             parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({_some_lines(self.truncated)})")
+        if self.unused:
+            parts.append(unused_fields.describe(self.unused))
+        for what, lines in self.unwritten:
+            parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)})")
         return "; ".join(parts)
 
 
@@ -81,72 +92,215 @@ class SampleEncoder:
     """Turns samples into tokens: the tokenizer's chat template where it has one, else the Alpaca template of the
     paper's code.
 
-    The last answer of a conversation is the response, the turns before it are the prompt. Every response ends with
-    `end_id` unless it is cut; generation stops at any of `end_ids`. Raises `InputError` for a tokenizer without an
-    end-of-sequence token, and for `template` "chat" where it has no chat template.
+    The last answer of a conversation is the response, the turns before it are the prompt. Both are tokenised as one
+    text, as a model reads them. A token that has characters of both belongs to the response, for it must be said; a
+    special token that swallows the blanks behind it stays in the prompt. Every response ends with the template's end of
+    turn, and with the end-of-sequence token where the template has none or writes one that is no single token, unless
+    it is cut; generation stops at any of `end_ids`. Raises `InputError` for a tokenizer without an end-of-sequence
+    token, and for `template` "chat" where it has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> None:
-        if template == "chat" and not tokenizer.chat_template:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto", *, chat: ChatTemplate | None = None
+    ) -> None:
+        """`chat` is the chat template where it is not the tokenizer's own without further variables."""
+        if template == "chat" and not (tokenizer.chat_template or chat):
             raise InputError("--template chat: the tokenizer has no chat template; use --template alpaca")
         if tokenizer.eos_token_id is None:
             raise InputError(
                 "the tokenizer has no end-of-sequence token, so no answer could ever end; set one in its files"
             )
         self.tokenizer = tokenizer
-        self.template: Template = ("chat" if tokenizer.chat_template else "alpaca") if template == "auto" else template
-        end = self._encode_response(({"role": "user", "content": "a"},), "b")[-1]
-        self.end_id = int(end)
-        self.end_ids = frozenset({int(tokenizer.eos_token_id), end})
+        if template == "auto":
+            template = "chat" if chat or tokenizer.chat_template else "alpaca"
+        self.template: Template = template
+        self._eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self._special = frozenset(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
+        self._by_offsets = bool(tokenizer.is_fast)
+        self.end_id, self._ends = self._eos, {self._eos}
+        self._end_is_known = template == "alpaca"
+        self._unwritten: dict[str, list[int]] = {}
+        self.chat: ChatTemplate | None = None
+        shape = PLAIN
+        if template == "chat":
+            self.chat = chat or ChatTemplate.chosen(tokenizer)
+            self._finder = AnswerFinder(self.chat, tokenizer.get_added_vocab())
+            shape = self._finder.shape
+            self._learn_end()
+        else:
+            self._begin = self._tokens_before_a_text()
+        self._reader = AnswerReader(tokenizer, shape)
 
-    def encode(self, sample: Sample, *, max_length: int, max_prompt_length: int) -> EncodedSample | None:
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the end-of-sequence token and the template's ends of turn."""
+        return frozenset(self._ends)
+
+    def stop_also_at(self, ids: Iterable[int]) -> None:
+        """Adds stop tokens of a model whose answers are trained on."""
+        self._ends.update(ids)
+
+    def encode(
+        self, sample: Sample, *, max_length: int, max_prompt_length: int, name: str = ""
+    ) -> EncodedSample | None:
         """Prompt and response tokens of one sample, or None where the prompt is over `max_prompt_length` tokens.
 
         A response that passes `max_length` in all is cut and marked `truncated`; at least one token of it always stays.
+        Raises `InputError` with the sample's line, and the `name` of its file, where the template cannot render it.
         """
-        prompt_ids = self.encode_prompt(sample)
+        prompt_ids, response_ids = self._tokens_of(sample, name)
         if len(prompt_ids) > max_prompt_length:
             return None
-        response_ids = self._encode_response(sample.messages, sample.references[0])
         room = max_length - len(prompt_ids)
         return EncodedSample(sample.index, tuple(prompt_ids), tuple(response_ids[:room]), len(response_ids) > room)
 
     def encode_prompt(self, sample: Sample) -> list[int]:
         """The prompt's tokens, up to where the answer starts."""
+        return self._tokens_of(sample, "")[0]
+
+    def answer_texts(
+        self, answers: Sequence[Sequence[int]], references: Sequence[Sequence[str]] | None = None
+    ) -> list[str]:
+        """The text of each answer (token ids without the end token) that is compared with its references: without what
+        the template writes around it, and without reasoning where no reference has any."""
+        return self._reader.texts(answers, references)
+
+    def take_unwritten(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What the chat template did not write of the samples encoded since the last call, each with line numbers."""
+        taken = tuple((what, tuple(dict.fromkeys(lines))) for what, lines in self._unwritten.items())
+        self._unwritten.clear()
+        return taken
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _tokens_of(self, sample: Sample, name: str) -> tuple[list[int], list[int]]:
+        where = f"{name}, line {sample.line}" if name else f"line {sample.line}"
         if self.template == "alpaca":
-            if len(sample.messages) > 1:
-                raise InputError(
-                    f"line {sample.line}: a conversation of several turns needs a tokenizer with a chat template"
-                )
-            form = ALPACA_WITH_INPUT if sample.input else ALPACA_NO_INPUT
-            return list(self.tokenizer(form.format(instruction=sample.instruction, input=sample.input)).input_ids)
-        return self._tokens(self._apply_chat_template(sample.messages, answer=None))
+            return self._tokens(self._alpaca(sample, where), self._begin)
+        assert self.chat is not None
+        try:
+            split = self._finder.split(sample.messages, sample.tools, sample.answer_turn)
+        except TemplateRefusal as refusal:
+            hint = " (the system message is --system-prompt's)" if self.chat.system_prompt else ""
+            raise InputError(
+                f"{where}: {refusal}{hint}. Change this record or take another template: --chat-template NAME or FILE,"
+                " --template alpaca"
+            ) from refusal
+        for what in unwritten(self.chat.messages(sample.messages), sample.tools, sample.answer_turn, split):
+            self._unwritten.setdefault(what, []).append(sample.line)
+        prompt, response = self._tokens(split)
+        if not self._end_is_known:
+            self.end_id, self._end_is_known = response[-1], True
+        return prompt, response
 
-    def _encode_response(self, messages: Sequence[Message], response: str) -> list[int]:
-        eos = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
-        if self.template == "chat":
-            prompt, whole = (
-                self._apply_chat_template(messages, answer=None),
-                self._apply_chat_template(messages, answer=response),
-            )
-            if whole.startswith(prompt):
-                ids = self._tokens(whole[len(prompt) :])
-                ends = [i for i, token in enumerate(ids) if token in self._special_ids]
-                return ids[: ends[-1] + 1] if ends else [*ids, eos]
-        return [*self._tokens(response), eos]  # also for templates that rewrite the answer they are given
+    def _alpaca(self, sample: Sample, where: str) -> Split:
+        if len(sample.messages) > 1:
+            raise InputError(f"{where}: a conversation of several turns needs a tokenizer with a chat template")
+        if sample.tools or sample.answer_turn.get("tool_calls"):
+            raise InputError(f"{where}: tools and tool calls need a tokenizer with a chat template")
+        if sample.answer_turn.get("reasoning_content"):
+            self._unwritten.setdefault("reasoning", []).append(sample.line)
+        form = ALPACA_WITH_INPUT if sample.input else ALPACA_NO_INPUT
+        prompt = form.format(instruction=sample.instruction, input=sample.input)
+        return Split(prompt, sample.references[0], ended=False)
 
-    @property
-    def _special_ids(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids)
+    def _tokens(self, split: Split, begin: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """The text's tokens before and from where the response starts, `begin` before them, an end behind them."""
+        encoded = self.tokenizer(split.prompt + split.answer, add_special_tokens=False)
+        ids = list(encoded.input_ids)
+        first = self._first_token(encoded, split) if self._by_offsets else self._first_other(ids, split)
+        response = ids[first:]
+        ended = split.ended and response and response[-1] in self._special
+        if ended and response[-1] != self.tokenizer.unk_token_id:
+            self._ends.add(response[-1])
+        elif not response or response[-1] != self._eos:
+            response.append(self._eos)
+        return [*begin, *ids[:first]], response
 
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    def _first_token(self, encoded: BatchEncoding, split: Split) -> int:
+        """The first token with a character of the answer, or one there that stands for no character, such as
+        SentencePiece's blank at the start of a word."""
+        ids, border = encoded.input_ids, len(split.prompt)
+        place = border
+        last = encoded.token_to_chars(len(ids) - 1) if ids else None
+        limit = last.end if last else border
+        first = None
+        while first is None and place < limit:  # blanks that the tokenizer drops are in no token
+            first, place = encoded.char_to_token(place), place + 1
+        if first is None:
+            return len(ids)
+        span = encoded.token_to_chars(first)
+        swallows = span is not None and span.start < border and split.answer[: span.end - border].isspace()
+        if swallows and ids[first] in self._special:
+            return first + 1
+        while first > 0 and (span := encoded.token_to_chars(first - 1)) is not None and span.start >= border:
+            first -= 1
+        return first
 
-    def _apply_chat_template(self, messages: Sequence[Message], answer: str | None) -> str:
-        turns: list[Any] = [dict(message) for message in messages]
-        if answer is not None:
-            turns.append({"role": "assistant", "content": answer})
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
+    def _first_other(self, ids: Sequence[int], split: Split) -> int:
+        """The same of a tokenizer that does not tell where its tokens are: the first token that the prompt alone has
+        not."""
+        prompt = self.tokenizer(split.prompt, add_special_tokens=False).input_ids
+        pairs = zip(prompt, ids, strict=False)
+        return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(ids)))
+
+    def _tokens_before_a_text(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text; what it puts behind one would end the prompt."""
+        bare = list(self.tokenizer("a", add_special_tokens=False).input_ids)
+        full = list(self.tokenizer("a").input_ids)
+        found = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+        return full[:found]
+
+    def _learn_end(self) -> None:
+        """The end of turn of a plain answer; of a template that refuses plain questions it is that of the first
+        sample."""
+        system, question = {"role": "system", "content": "s"}, {"role": "user", "content": "a"}
+        for messages in ((question,), (system, question)):
+            try:
+                split = self._finder.split(messages, (), {"role": "assistant", "content": "b"})
+            except TemplateRefusal:
+                continue
+            self.end_id, self._end_is_known = self._tokens(split)[1][-1], True
+            return
+
+
+def encoder_of(
+    tokenizer: PreTrainedTokenizerBase, options: TemplateOptions, folder: Path, say: Callable[[str], object]
+) -> SampleEncoder:
+    """The encoder that a run's options or a trainer's arguments ask for.
+
+    The date of a template that writes it is kept in `folder`; a template that the options choose becomes the
+    tokenizer's own. Every rank must call. Raises `InputError` as `chosen_template` and `SampleEncoder` do.
+    """
+    chat = chosen_template(tokenizer, options, folder, say)
+    if options.chat_template is not None:
+        make_default(tokenizer, options.chat_template)  # whoever loads the student asks it as it was trained
+    return SampleEncoder(tokenizer, "chat" if chat else "alpaca", chat=chat)
+
+
+def unwritten(messages: Sequence[Any], tools: Sequence[Any], answer: Any, split: Split) -> list[str]:
+    """What a conversation has and the text that a template wrote of it has not, in words."""
+    text = split.prompt + split.answer
+    lost = []
+    for message in messages:
+        said = message.get("content")
+        if message["role"] == "system" and isinstance(said, str) and said.strip() not in text:
+            lost.append("system message")
+    if tools and not any(_name(tool) in text for tool in tools):
+        lost.append("tools")
+    if any(name not in split.answer for name in called_names(answer)):
+        lost.append("tool calls")
+    reasoning, content = answer.get("reasoning_content"), answer.get("content")
+    left = isinstance(reasoning, str) and reasoning.strip() not in split.answer
+    if left or (isinstance(content, str) and REASONING_TAGS[1] in content and REASONING_TAGS[1] not in split.answer):
+        lost.append("reasoning")
+    return lost
+
+
+def _name(tool: Any) -> str:
+    """The name of a tool's or a call's function; text that is in every text where it has none."""
+    inner = tool.get("function", tool) if isinstance(tool, dict) else {}
+    return str(inner.get("name", "")) if isinstance(inner, dict) else ""
 
 
 def encode_all(
@@ -163,20 +317,24 @@ def encode_all(
     Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", or where all are over it.
     """
     check_limits(max_length, max_prompt_length)
+    encoder.take_unwritten()
     encoded: list[EncodedSample] = []
     skipped: list[int] = []
+    fields = unused_fields.UnusedFields(encoder, name)
     for sample in samples:
-        one = encoder.encode(sample, max_length=max_length, max_prompt_length=max_prompt_length)
+        fields.see(sample)
+        one = encoder.encode(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
         if one is None:
             skipped.append(sample.line)
         else:
             encoded.append(one)
+    left_out = encoder.take_unwritten()
     if skipped and (long_prompts == "error" or not encoded):
         longest = max(len(encoder.encode_prompt(sample)) for sample in samples)
         raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
     line_of = {sample.index: sample.line for sample in samples}
     truncated = tuple(line_of[one.index] for one in encoded if one.truncated)
-    return encoded, LengthReport(len(encoded), tuple(skipped), truncated)
+    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out)
 
 
 def check_limits(max_length: int, max_prompt_length: int) -> None:

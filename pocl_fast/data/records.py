@@ -1,33 +1,40 @@
-"""Instruction samples as they lie in a file: one JSON object a line, in one of three formats.
+"""Instruction samples as they lie in a file or in memory: records in one of three forms.
 
-Does not know tokens (encoding.py).
+Knows which fields a record may have and what they mean. Does not know bytes and JSON (json_lines.py), the turns of a
+conversation (messages.py), nor tokens (encoding.py).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
+from pocl_fast.data import containers, json_lines
+from pocl_fast.data.messages import (
+    Message,
+    calls_as_text,
+    conversation,
+    is_absent,
+    text_of,
+    tools_of,
+    turns_before,
+)
 from pocl_fast.system.errors import InputError
+from pocl_fast.system.typed_values import did_you_mean
 
 FORMATS = (
     'one of {"instruction", "input" (may be missing), "output"}, {"prompt", "response"} or'
     ' {"messages": [{"role", "content"}]}; "output" and "response" are a string or a list of accepted references'
 )
-
-
-class Message(TypedDict, total=False):
-    """One turn of a conversation, as a chat template is given it; role and content are always there."""
-
-    role: str  # "user", "assistant", "system", "tool"
-    content: str
-    reasoning_content: str
-    tool_calls: list[dict[str, Any]]
-    tool_call_id: str
-    name: str
+QUESTIONS, ANSWERS, INPUTS = ("prompt", "instruction"), ("response", "output"), ("input", "context")
+OPTIONAL = (*INPUTS, "system", "history", "tools")  # what a record may have besides
+KNOWN = frozenset({"messages", *QUESTIONS, *ANSWERS, *OPTIONAL})
+KNOWN_IN_CHAT = KNOWN.difference(QUESTIONS, INPUTS)  # a question beside messages would be asked twice
+REQUIRED = frozenset({"messages", *QUESTIONS, *ANSWERS})  # one of them at least
+MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})  # half of the question, and no text
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Sample:
     input: str = ""
     tools: tuple[dict[str, Any], ...] = ()  # schemas of the tools that the conversation may call
     answer: Message | None = None  # the whole last turn, where it has more than its text: reasoning, tool calls
+    unused: tuple[str, ...] = ()  # fields of the record that say something and are not read
 
     @property
     def answer_turn(self) -> Message:
@@ -60,103 +68,178 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 def iter_samples(path: str | Path) -> Iterator[Sample]:
     """The samples of `read_samples` one at a time, without keeping them; a bad line raises when it is reached."""
-    path = Path(path)
-    count = 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, text in enumerate(file, start=1):
-                if text.strip():
-                    yield _parse(text, count, number, f"{path}, line {number}")
-                    count += 1
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason})") from error
-    if not count:
+    path, name = Path(path), str(path)
+    index = -1
+    for index, (line, record) in enumerate(json_lines.objects(path, FORMATS)):
+        yield _sample(record, index, line, f"{name}, line {line}")
+    if index < 0:
         raise InputError(f"{path} holds no sample; expected JSON Lines, {FORMATS}")
 
 
-def samples_from(records: Iterable[Mapping[str, Any]], name: str) -> list[Sample]:
-    """The samples of records (a list of dicts, a `datasets.Dataset`) with the fields of one of the file formats.
+def samples_from(records: Any, name: str) -> list[Sample]:
+    """The samples of records with the fields of one of the file formats: a list of dicts, a `datasets.Dataset`, a
+    generator, or whatever else `containers.rows` takes.
 
     Raises `InputError` as `read_samples` does; `line` is the record's number, from 1.
     """
-    samples = [_sample(dict(r), i, i + 1, f"{name}, record {i + 1}") for i, r in enumerate(records)]
+    each = enumerate(containers.rows(records, name))
+    samples = [_sample(record, i, i + 1, f"{name}, record {i + 1}") for i, record in each]
     if not samples:
         raise InputError(f"{name} holds no sample; expected {FORMATS}")
     return samples
 
 
-def _parse(text: str, index: int, line: int, where: str) -> Sample:
+def _sample(record: Mapping[str, Any], index: int, line: int, where: str) -> Sample:
+    given = {field: value for field, value in record.items() if value.__class__ is str or not is_absent(value)}
+    _check_fields(given, where)
+    make = _chat if "messages" in given else _instruction
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a line, {FORMATS}"
-        ) from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}; expected {FORMATS}")
-    return _sample(record, index, line, where)
+        return make(given, index, line, where)
+    except RecursionError as error:
+        raise InputError(f"{where}: lists or objects are nested too deeply") from error
 
 
-def _sample(record: dict[str, Any], index: int, line: int, where: str) -> Sample:
-    if "messages" in record:
-        messages, reference = _chat(record["messages"], where)
-        last = messages[-1]["content"]
-        return Sample(index, line, messages, (reference,), instruction=last)
-    if "prompt" in record or "response" in record:
-        prompt = _text(record, "prompt", where)
-        return Sample(index, line, _user(prompt), _references(record, "response", where), instruction=prompt)
-    if "instruction" in record or "output" in record:
-        instruction = _text(record, "instruction", where)
-        given = record.get("input") or ""
-        if not isinstance(given, str):
-            raise InputError(f'{where}: field "input" must be a string, got {type(given).__name__}')
-        messages = _user(f"{instruction}\n\n{given}" if given.strip() else instruction)
-        references = _references(record, "output", where)
-        return Sample(index, line, messages, references, instruction=instruction, input=given if given.strip() else "")
-    raise InputError(f"{where}: no known field in {sorted(record)}; expected {FORMATS}")
+def _instruction(given: dict[str, Any], index: int, line: int, where: str) -> Sample:
+    """A sample of one question and its answer."""
+    answer = _one_of(given, ANSWERS, where) or ("response" if "prompt" in given else "output")
+    question = _one_of(given, QUESTIONS, where) or ("prompt" if answer == "response" else "instruction")
+    text, extra = _text(given, question, where), _extra_text(given, where)
+    turns: tuple[Message, ...] = ({"role": "user", "content": f"{text}\n\n{extra}" if extra else text},)
+    if "system" in given or "history" in given:
+        turns = (*_system(given, where), *_history(given, where), *turns)
+    return Sample(
+        index,
+        line,
+        turns,
+        _references(given, answer, where),
+        instruction=text,
+        input=extra,
+        tools=_tools(given, where) if "tools" in given else (),
+        unused=() if KNOWN.issuperset(given) else _unread(given, KNOWN),
+    )
 
 
-def _user(content: str) -> tuple[Message, ...]:
-    return ({"role": "user", "content": content},)
+def _chat(given: dict[str, Any], index: int, line: int, where: str) -> Sample:
+    """A sample of a conversation whose last message is the answer."""
+    for field in (*ANSWERS, "history"):
+        if given.get(field):
+            raise InputError(f'{where}: both "messages" and "{field}" are given; leave out the one that is not meant')
+    messages = conversation(given["messages"], where)
+    if len(messages) < 2:
+        raise InputError(f'{where}: field "messages" must be a list of at least a user and an assistant message')
+    *before, answer = messages
+    if answer["role"] != "assistant":
+        raise InputError(f'{where}: the last of "messages" must be the assistant\'s, got "{answer["role"]}"')
+    if system := _system(given, where):
+        if before[0]["role"] != "system":
+            before = [*system, *before]
+        elif before[0]["content"] != system[0]["content"]:
+            raise InputError(f'{where}: "system" and the system message in "messages" differ; leave one out')
+    return Sample(
+        index,
+        line,
+        tuple(before),
+        (_reference(answer),),
+        instruction=before[-1]["content"],
+        tools=_tools(given, where) if "tools" in given else (),
+        answer=answer if len(answer) > 2 else None,
+        unused=_unread(given, KNOWN_IN_CHAT),
+    )
 
 
-def _text(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise InputError(f'{where}: field "{field}" is missing; the line has {sorted(record)}')
-    value = record[field]
-    if not isinstance(value, str):
-        raise InputError(f'{where}: field "{field}" must be a string, got {type(value).__name__}')
-    if not value.strip():
-        raise InputError(f'{where}: field "{field}" is empty')
-    return value
+def _reference(answer: Message) -> str:
+    """The answer's text; of one that calls tools and says nothing else, the calls as JSON."""
+    return answer["content"] if answer["content"].strip() else calls_as_text(answer)
 
 
-def _references(record: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
-    value = record.get(field)
-    if not isinstance(value, list):
-        return (_text(record, field, where),)
+def _check_fields(given: Mapping[str, Any], where: str) -> None:
+    """Raises `InputError` for a record without any known field, and for one that is not of text alone."""
+    if REQUIRED.isdisjoint(given):
+        fields = sorted(map(str, given))
+        tokens = "; records are texts here, not token ids" if "input_ids" in given else ""
+        raise InputError(f"{where}: no known field in {fields}{_near(given)}{tokens}; expected {FORMATS}")
+    if MEDIA.isdisjoint(given):
+        return
+    for field in sorted(MEDIA.intersection(given)):
+        if not _says_nothing(given[field]):
+            raise InputError(
+                f'{where}: field "{field}" is part of the question, and the models here read text alone: leave such'
+                " records out, or this field where the answer does not depend on it"
+            )
+
+
+def _one_of(given: Collection[str], names: tuple[str, str], where: str) -> str | None:
+    """The name that the record has a value for. Raises `InputError` where it has both."""
+    first, second = names
+    if first not in given:
+        return second if second in given else None
+    if second in given:
+        raise InputError(f'{where}: both "{first}" and "{second}" are given, and only one is read; leave the other out')
+    return first
+
+
+def _extra_text(given: Mapping[str, Any], where: str) -> str:
+    """What follows the instruction: its input or context, empty where there is none."""
+    found = ""
+    for name in INPUTS:
+        if name not in given or _says_nothing(given[name]):
+            continue
+        if not isinstance(given[name], str) or not given[name].isspace():
+            _one_of((found, name), INPUTS, where)
+            found = name
+    return text_of(given[found], where, found) if found else ""
+
+
+def _system(given: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    if _says_nothing(given.get("system", "")):
+        return ()
+    return ({"role": "system", "content": text_of(given["system"], where, "system")},)
+
+
+def _history(given: Mapping[str, Any], where: str) -> Sequence[Message]:
+    return turns_before(given["history"], where) if given.get("history") else ()
+
+
+def _tools(given: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    return () if _says_nothing(given["tools"]) else tools_of(given["tools"], where)
+
+
+def _text(given: Mapping[str, Any], field: str, where: str) -> str:
+    if field not in given:
+        fields = sorted(map(str, given))
+        raise InputError(f'{where}: field "{field}" is missing; the line has {fields}{_near(given, (field,))}')
+    return text_of(given[field], where, field)
+
+
+def _references(given: Mapping[str, Any], field: str, where: str) -> tuple[str, ...]:
+    value = given.get(field)
+    if value.__class__ is str or not isinstance(value, (list, tuple)):
+        return (_text(given, field, where),)
     if not value:
         raise InputError(f'{where}: field "{field}" is an empty list')
     for position, reference in enumerate(value):
-        if not isinstance(reference, str) or not reference.strip():
+        if not isinstance(reference, str) or not reference or reference.isspace():
             raise InputError(
                 f'{where}: field "{field}", item {position}: expected a non-empty string, got {reference!r}'
             )
+        if not reference.isascii():  # the call costs as much as the rest, and some samples have many references
+            text_of(reference, where, field, position)
     return tuple(value)
 
 
-def _chat(value: Any, where: str) -> tuple[tuple[Message, ...], str]:
-    if not isinstance(value, list) or len(value) < 2:
-        raise InputError(f'{where}: field "messages" must be a list of at least a user and an assistant message')
-    messages: list[Message] = []
-    for position, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise InputError(f'{where}: field "messages", item {position}: expected "role" and "content"')
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise InputError(f'{where}: field "messages", item {position}: "content" must be a non-empty string')
-        messages.append({"role": str(message["role"]), "content": message["content"]})
-    if messages[-1]["role"] != "assistant":
-        raise InputError(f'{where}: the last of "messages" must be the assistant\'s, got "{messages[-1]["role"]}"')
-    return tuple(messages[:-1]), messages[-1]["content"]
+def _unread(given: Mapping[str, Any], known: frozenset[str]) -> tuple[str, ...]:
+    """The names of fields outside of `known` that say something."""
+    left = (field for field, value in given.items() if field not in known and not _says_nothing(value))
+    return tuple(sys.intern(str(field)) for field in left)  # each line's JSON makes them anew
+
+
+def _says_nothing(value: Any) -> bool:
+    return not value and isinstance(value, (str, list, tuple, dict))
+
+
+def _near(given: Mapping[str, Any], known: tuple[str, ...] = ("messages", *QUESTIONS, *ANSWERS)) -> str:
+    """ " (did you mean x instead of y?)" where a field that is not known is like one that is."""
+    for field in given:
+        if field not in KNOWN and (hint := did_you_mean(field, known)):
+            return hint.replace("?)", f' instead of "{field}"?)')
+    return ""

@@ -1,4 +1,5 @@
-"""The checks of both losses' arguments, and the choice of the backend. A ValueError says what would be right."""
+"""The checks of both losses' arguments, and the choice of the backend. An error says what would be right: a TypeError
+for another kind of thing (see `kinds.py`), a ValueError for a value, shape, dtype or device."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pocl_fast.loss.kinds import check_floating, check_integer, check_number, check_tensor
 from pocl_fast.loss.teacher_output import DenseTeacher, TeacherOutput, TopKTeacher
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ def choose_backend(backend: Backend, student: Tensor, teacher: Tensor) -> Backen
     dtypes = {student.dtype, teacher.dtype}
     if not dtypes <= {*_FUSED_DTYPES, torch.float64}:
         raise ValueError(f"logits must be fp32, bf16, fp16 or float64, got {student.dtype} and {teacher.dtype}")
+    if student.device.type == "meta":
+        raise ValueError("the student's and the teacher's tensors are on the meta device, without values; load them")
     if backend == "auto":
         if torch.float64 in dtypes:
             return "reference"
@@ -83,6 +87,10 @@ def check_overwritable(logits: Tensor, rows: Tensor, teacher: Tensor, backend: B
 
 def check_rows(student: Tensor, teacher: Tensor, labels: Tensor, name: str) -> None:
     """Student's and teacher's logits and the labels, of the same tokens; `name` is the teacher's in messages."""
+    for of, x in (("student_logits", student), (name, teacher)):
+        check_tensor(of, x)
+        check_floating(of, x)
+    check_tensor("labels", labels)
     if student.dim() not in (2, 3):
         raise ValueError(f"student_logits must be [N, V] or [B, T, V], got shape {tuple(student.shape)}")
     if teacher.shape[:-1] != student.shape[:-1]:
@@ -103,6 +111,7 @@ def check_rows(student: Tensor, teacher: Tensor, labels: Tensor, name: str) -> N
 
 
 def check_labels_of_hidden(hidden: Tensor, labels: Tensor) -> None:
+    check_tensor("labels", labels)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels must be {tuple(hidden.shape[:-1])}, one a row of student_hidden; got {tuple(labels.shape)}"
@@ -127,6 +136,10 @@ def check_labels_within(labels: Tensor, counted: Tensor, V: int) -> None:
 
 def check_head_inputs(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """An lm_head and the hidden states that it is applied to; `side` is "student" or "teacher"."""
+    for name, x in ((f"{side}_hidden", hidden), (f"{side}_weight", weight), (f"{side}_bias", bias)):
+        if x is not None or not name.endswith("bias"):
+            check_tensor(name, x)
+            check_floating(name, x)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{side}_hidden must be [N, H] or [B, T, H], got shape {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -143,6 +156,7 @@ def check_head_inputs(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | 
 
 def check_teacher_row(name: str, x: Tensor, student_hidden: Tensor) -> None:
     """A tensor of the teacher's that has a row for each token of the student's hidden states."""
+    check_tensor(name, x)
     tokens, device = student_hidden.shape[:-1], student_hidden.device
     if x.shape[:-1] != tokens or x.shape[-1] == 0:
         raise ValueError(f"{name} must be {[*tokens, '...']}, one row a token of student_hidden; got {tuple(x.shape)}")
@@ -171,6 +185,8 @@ def check_shards(shards: VocabularyShards, backend: Backend, weight: Tensor, tea
 def check_reduction(reduction: Reduction, num_items: Tensor | float | None) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if num_items is not None:
+        check_number("num_items", num_items)
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
@@ -181,12 +197,17 @@ def check_reduction(reduction: Reduction, num_items: Tensor | float | None) -> N
 def check_positive(**counts: int | None) -> None:
     """Numbers of tokens by their names, each at least 1 or None."""
     for name, value in counts.items():
+        if value is not None:
+            check_integer(name, value)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None; got {value}")
 
 
 def transform(name: str, scale: float, softcap: float | None) -> tuple[float, float]:
     """(scale, softcap) of a side's logits, softcap 0 for none; `name` is "logit", "teacher_logit" or the like."""
+    check_number(f"{name}_scale", scale)
+    if softcap is not None:
+        check_number(f"{name}_softcap", softcap)
     if not 0 < scale < math.inf:
         raise ValueError(f"{name}_scale must be positive and finite, got {scale}")
     if softcap is not None and not 0 < softcap < math.inf:

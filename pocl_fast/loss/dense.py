@@ -19,7 +19,7 @@ from pocl_fast.loss.checks import (
     choose_backend,
     transform,
 )
-from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.objective import Objective, check_objective
 from pocl_fast.loss.output import LossOutput
 from pocl_fast.loss.prepared import Weighing, prepare
 from pocl_fast.loss.teacher_output import TopKTeacher
@@ -63,10 +63,11 @@ def distillation_loss(
             finds the gradient; backward raises if an earlier operation needs their values or a later one changed them.
         backend: "auto" takes Triton on CUDA and ROCm, C++ on a CPU, and the reference for float64.
 
-    A −inf logit on either side leaves its entry out of D. Any other NaN or +inf makes that row's loss NaN and no
-    other's. Without a supervised token, loss and gradient are 0. Arithmetic is fp32, under autocast too, the gradient
-    in the logits' dtype; nothing synchronises with a GPU. The gradient is not itself differentiable, and torch.func
-    does not go through (backend "reference" is, and does).
+    A −inf logit is probability 0, on its own side alone. D then has its true value, but that terms which would be
+    infinite, p · log(p / 0) and q · log(q / 0) of the KLs, are left out of its sum; it is 0 where a side is −inf alone.
+    NaN or +inf makes that row's loss NaN and no other's. Without a supervised token, loss and gradient are 0.
+    Arithmetic is fp32, under autocast too, the gradient in the logits' dtype; nothing synchronises with a GPU. The
+    gradient is not itself differentiable, and torch.func does not go through (backend "reference" is, and does).
 
     Raises ValueError for shapes, dtypes or devices that do not fit, for logits that `inplace` cannot write over, and on
     a CPU for a label outside the vocabulary; on a GPU such a label is undefined, unless the process was started with
@@ -76,6 +77,7 @@ def distillation_loss(
         *transform("logit", logit_scale, logit_softcap),
         *transform("teacher_logit", teacher_logit_scale, teacher_logit_softcap),
     ]
+    check_objective(objective)
     weighing = Weighing(token_weights, num_items, reduction, ignore_index)
     return _loss(_rows(student_logits, teacher_logits, labels, transforms), objective, weighing, inplace, backend)
 
@@ -97,6 +99,7 @@ class DistillationLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        check_objective(self.objective)
 
     def forward(
         self,
@@ -146,7 +149,7 @@ class _Rows(NamedTuple):
     indices: Tensor | None  # [N, K]: of which entries those are
     labels: Tensor  # [N]
     transforms: list[float]
-    tail: str
+    top_k: TopKTeacher | None
 
 
 def _rows(student: Tensor, teacher: Tensor | TopKTeacher, labels: Tensor, transforms: list[float]) -> _Rows:
@@ -155,11 +158,11 @@ def _rows(student: Tensor, teacher: Tensor | TopKTeacher, labels: Tensor, transf
         check_rows(student, teacher.log_probs, labels, "teacher_logits.log_probs")
         if transforms[2:] != IDENTITY:
             raise ValueError("teacher_logit_scale and _softcap are of logits; a TopKTeacher has log-probabilities")
-        values, indices, tail = teacher.log_probs, _flat(teacher.indices), teacher.tail
+        values, indices, top_k = teacher.log_probs, _flat(teacher.indices), teacher
     else:
         check_rows(student, teacher, labels, "teacher_logits")
-        values, indices, tail = teacher, None, "bucket"
-    return _Rows(student, _flat(student), _flat(values).detach(), indices, labels.reshape(-1), transforms, tail)
+        values, indices, top_k = teacher, None, None
+    return _Rows(student, _flat(student), _flat(values).detach(), indices, labels.reshape(-1), transforms, top_k)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -179,7 +182,8 @@ def _loss(rows: _Rows, objective: Objective, weighing: Weighing, inplace: bool, 
         objective,
         weighing,
         transforms=rows.transforms,
-        tail=rows.tail,
+        tail="bucket" if rows.top_k is None else rows.top_k.tail,
+        top_k=rows.top_k,
         V=student.shape[1],
         dtype=torch.float64 if torch.float64 in (student.dtype, rows.teacher.dtype) else torch.float32,
         half=student.dtype == torch.float16,

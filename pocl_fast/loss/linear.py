@@ -22,7 +22,8 @@ from pocl_fast.loss.checks import (
     choose_backend,
     transform,
 )
-from pocl_fast.loss.objective import Objective
+from pocl_fast.loss.kinds import check_tensor
+from pocl_fast.loss.objective import Objective, check_objective
 from pocl_fast.loss.output import LossOutput
 from pocl_fast.loss.prepared import Prepared, Weighing, prepare
 from pocl_fast.loss.teacher_output import DenseTeacher, LinearTeacher, TeacherOutput, TopKTeacher
@@ -72,13 +73,15 @@ def linear_distillation_loss(
         vocabulary_shards: the ranks over which tensor parallelism has cut the lm_heads along the vocabulary; see
             `VocabularyShards`.
 
-    The logits reach the softmax in fp32, unrounded, and the weight's gradient is summed in fp32. Nothing synchronises
+    A logit of −inf, by a bias or in a `DenseTeacher`, is probability 0 as in `distillation_loss`. The logits reach the
+    softmax in fp32, unrounded, and the weight's gradient is summed in fp32. Nothing synchronises
     with a GPU. The gradient is not itself differentiable, and torch.func does not go through (backend "reference" is,
     and does, and holds all logits).
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for a label outside the vocabulary.
     (arXiv 2506.05695, equation 4.)
     """
+    check_objective(objective)
     work = _Work(chunk_tokens, max_supervised, vocabulary_shards, backend)
     heads = _heads(student_hidden, student_weight, student_bias, labels, work)
     compared = _teacher(teacher, student_hidden, objective, transform("logit", logit_scale, logit_softcap))
@@ -116,7 +119,14 @@ class _Compared(NamedTuple):
 
 def _heads(hidden: Tensor, weight: Weight, bias: Tensor | None, labels: Tensor, work: _Work) -> _Heads:
     whole = full_weight if work.shards is None else local
-    weight = whole(weight() if callable(weight) else weight)
+    check_tensor("student_hidden", hidden)
+    name = "student_weight"
+    if callable(weight) and not isinstance(weight, (Tensor, torch.nn.Module)):
+        name, weight = "what student_weight gives", weight()
+    check_tensor(name, weight)
+    if bias is not None:
+        check_tensor("student_bias", bias)
+    weight = whole(weight)
     bias = None if bias is None else whole(bias)
     dtype = _product_dtype(hidden, weight)
     check_head_inputs("student", hidden, weight, bias)
@@ -173,6 +183,7 @@ def _loss(heads: _Heads, teacher: _Compared, objective: Objective, weighing: Wei
         weighing,
         transforms=teacher.transforms,
         tail=teacher.tail,
+        top_k=teacher.given if isinstance(teacher.given, TopKTeacher) else None,
         V=weight.shape[0],
         dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
         half=torch.float16 in (dtype, hidden.dtype),

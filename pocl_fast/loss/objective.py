@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from pocl_fast.loss.kinds import check_number, described
+
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 TemperatureScaling: TypeAlias = Literal["auto", "none", "tau", "tau2"]
 
@@ -33,8 +35,9 @@ class Objective:
     value never compiles anything again. One of beta or skew compiles no kernel again, but torch.compile goes over a
     function that it reaches as a number. (arXiv 2506.05695, equations 1 to 4; arXiv 1503.02531 for τ².)
 
-    Raises ValueError for a name that does not exist, a temperature that is not positive, an alpha or beta outside 0 to
-    1, or a skew not between 0 and 1. Tensors are taken as they are: looking into them would stop a GPU.
+    Raises TypeError for what is not a number, and ValueError for a name that does not exist, a temperature that is not
+    positive, an alpha or beta outside 0 to 1, or a skew not between 0 and 1. Tensors are taken as they are: looking
+    into them would stop a GPU.
     """
 
     divergence: Divergence = "forward_kl"
@@ -51,6 +54,8 @@ class Objective:
             raise ValueError(
                 f"temperature_scaling must be one of {', '.join(SCALINGS)}; got {self.temperature_scaling!r}"
             )
+        for name in ("temperature", "alpha", "beta", "skew"):
+            check_number(name, getattr(self, name))
         if not isinstance(self.temperature, Tensor) and not (0 < self.temperature < math.inf):
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not isinstance(self.alpha, Tensor) and not 0 <= self.alpha <= 1:
@@ -97,6 +102,20 @@ class Objective:
         if name not in _PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(_PRESETS)}")
         return replace(_PRESETS[name], **changes)
+
+
+def check_objective(given: Any) -> None:
+    """Raises TypeError for what is not an `Objective`: its name, its fields, or its class."""
+    if isinstance(given, Objective):
+        return
+    instead = "Objective(...)"
+    if isinstance(given, str):
+        instead = f"Objective.preset({given!r})" if given in _PRESETS else "Objective(divergence)"
+        if given in DIVERGENCES:
+            instead = f"Objective({given!r})"
+    elif isinstance(given, dict):
+        instead = "Objective(**fields)"
+    raise TypeError(f"objective must be an Objective, got {described(given)}; give {instead}")
 
 
 _PAPER_SCALING: dict[Divergence, TemperatureScaling] = {

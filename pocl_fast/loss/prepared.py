@@ -13,9 +13,11 @@ from torch import Tensor
 
 from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.checks import Backend, Reduction, check_labels_within, check_reduction
+from pocl_fast.loss.kinds import check_integer, check_tensor
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.output import LossOutput
 from pocl_fast.loss.reference import Rows
+from pocl_fast.loss.teacher_output import TopKTeacher
 
 
 class Weighing(NamedTuple):
@@ -61,12 +63,20 @@ def prepare(
     dtype: torch.dtype,  # of the values a token: fp32, or float64 for the reference, which must not round 1.33
     half: bool,  # whether the gradient is fp16
     backend: Backend,
+    top_k: TopKTeacher | None = None,
 ) -> Prepared:
     """Raises ValueError for a reduction, number of items, weights, temperature or alpha that cannot be, and for a label
-    outside the vocabulary on a CPU, but for C++, whose binding looks for itself."""
+    outside the vocabulary on a CPU, but for C++, whose binding looks for itself; there, too, for the entries of `top_k`
+    that cannot be. TypeError for weights or an ignore_index of another kind."""
+    check_integer("ignore_index", weighing.ignore_index)
+    if weighing.token_weights is not None:
+        check_tensor("token_weights", weighing.token_weights)
     counted = labels != weighing.ignore_index
-    if backend != "cpp" and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels_within(labels, counted, V)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if backend != "cpp":
+            check_labels_within(labels, counted, V)
+        if top_k is not None:
+            top_k.check_entries(counted, V)
     num_tokens = counted.sum()
     divisor = _divisor(weighing, num_tokens)
     weights = 1.0 if weighing.token_weights is None else weighing.token_weights

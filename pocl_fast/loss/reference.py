@@ -2,8 +2,9 @@
 
 A −inf logit is probability 0, on its own side alone: each side is normalised over all of its entries, and 0 · log 0 is
 0. Only a term that would be infinite, p · log(p / 0) or q · log(q / 0), is left out of D's sum. A side of −inf alone is
-no distribution, and D is 0. A label whose logit is −inf has infinite CE. Differentiable by autograd, in any
-floating-point dtype.
+no distribution, and D is 0. A finite mask, however low, is a number and costs its size. NaN or +inf on either side
+makes D NaN, whatever the other side is there. A label whose logit is −inf has infinite CE. Differentiable by autograd,
+in any floating-point dtype.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def distillation_rows(
 
     tau = temperature.to(s.dtype).reshape(-1, 1)
     s_shared, t_shared = s[:, :V], t[:, :V]
-    P, Q = _distribution(t_shared / tau), _distribution(s_shared / tau)
+    P, Q = _distribution(_over(t_shared, tau)), _distribution(_over(s_shared, tau))
     D = _divergence(settings.divergence, P, Q, settings.teacher_share)
 
     loss = _total(ce, D, tau[:, 0], alpha, settings.temperature_power)
@@ -86,7 +87,7 @@ def sparse_distillation_rows(
     absent = t == -torch.inf
     entries = torch.where(absent | ~counted[:, None], torch.zeros_like(indices), indices).long()
     s_listed = torch.where(absent, -torch.inf, s.gather(1, entries))
-    x, y = s_listed / tau, t / tau
+    x, y = _over(s_listed, tau), _over(t, tau)
     if settings.tail == "bucket":
         x_rest, y_rest = _rest(s, t, entries, absent, tau)
         x, y = torch.cat([x, x_rest], 1), torch.cat([y, y_rest], 1)
@@ -99,7 +100,7 @@ def sparse_distillation_rows(
     ce, correct = _cross_entropy(s, label)
     largest = (t == t.amax(-1, keepdim=True)) & (s_listed == s.amax(-1, keepdim=True))
     both_largest = ~absent & (s_listed != -torch.inf) & largest
-    metrics = (_distribution(s / tau).entropy(), P.entropy(), correct, both_largest.any(-1).to(s.dtype))
+    metrics = (_distribution(_over(s, tau)).entropy(), P.entropy(), correct, both_largest.any(-1).to(s.dtype))
     loss = _total(ce, D, tau[:, 0], alpha, settings.temperature_power)
     return Rows(*(torch.where(counted, value, torch.zeros_like(value)) for value in (loss, ce, D, *metrics)))
 
@@ -109,7 +110,7 @@ def _rest(s: Tensor, t: Tensor, entries: Tensor, absent: Tensor, tau: Tensor) ->
     listed = torch.zeros_like(s).scatter_add(1, entries, (~absent).to(s.dtype)) > 0
     others = (~listed).sum(-1, keepdim=True).clamp_min(1).to(s.dtype)
     nothing = (listed | (s == -torch.inf)).all(-1, keepdim=True)
-    x = torch.where(listed, -torch.inf, s) / tau
+    x = torch.where(listed, -torch.inf, _over(s, tau))
     x = torch.where(
         nothing, -torch.inf, torch.logsumexp(torch.where(nothing, torch.zeros_like(x), x), -1, keepdim=True)
     )
@@ -160,8 +161,18 @@ def transformed(x: Tensor, scale: float, softcap: float) -> Tensor:
     Infinities, which are masks or errors, stay what they are."""
     if scale == 1.0 and not softcap:
         return x
-    x = x * scale
-    return torch.where(x.isinf(), x, softcap * torch.tanh(x / softcap)) if softcap else x
+    scaled = _finite(x * scale)
+    return torch.where(x.isinf(), x, softcap * torch.tanh(scaled / softcap) if softcap else scaled)
+
+
+def _over(x: Tensor, tau: Tensor) -> Tensor:
+    """Logits at temperature τ; only those that are −inf become −inf."""
+    return torch.where(x.isinf(), x, _finite(x / tau))
+
+
+def _finite(x: Tensor) -> Tensor:
+    """What masks of the lowest number become, so that no product with τ² or with a difference of two overflows."""
+    return x.clamp_min(torch.finfo(x.dtype).min / 1024)
 
 
 def mixture(log_p: Tensor, log_q: Tensor, teacher_share: float) -> Tensor:
@@ -183,6 +194,7 @@ class _Distribution(NamedTuple):
     p: Tensor
     log_p: Tensor
     zero: Tensor  # where the logit is −inf; everywhere in a row of −inf alone, which is no distribution
+    broken: Tensor  # [N]: whether a logit is NaN or +inf
 
     def entropy(self) -> Tensor:
         return -(self.p * self.log_p).sum(-1)
@@ -191,13 +203,13 @@ class _Distribution(NamedTuple):
 def _distribution(x: Tensor) -> _Distribution:
     zero = x == -torch.inf
     # log_softmax's gradient is NaN in a row of −inf alone
-    log_p = torch.log_softmax(torch.where(zero.all(-1, keepdim=True), torch.zeros_like(x), x), -1)
-    log_p = torch.where(zero, torch.zeros_like(log_p), log_p)
-    return _Distribution(torch.where(zero, torch.zeros_like(log_p), log_p.exp()), log_p, zero)
+    log_p = _finite(torch.log_softmax(torch.where(zero.all(-1, keepdim=True), torch.zeros_like(x), x), -1))
+    p, log_p = (torch.where(zero, torch.zeros_like(x), y) for y in (log_p.exp(), log_p))
+    return _Distribution(p, log_p, zero, (x.isnan() | (x == torch.inf)).any(-1))
 
 
 def _divergence(name: str, P: _Distribution, Q: _Distribution, teacher_share: float) -> Tensor:
-    """D of each row, without its infinite terms; 0 where one side is no distribution."""
+    """D of each row, without its infinite terms; 0 where one side is no distribution, NaN where one is broken."""
     p, log_p, q, log_q = P.p, P.log_p, Q.p, Q.log_p
     both = ~P.zero & ~Q.zero
     if name == "forward_kl":
@@ -217,8 +229,8 @@ def _divergence(name: str, P: _Distribution, Q: _Distribution, teacher_share: fl
     else:
         raise ValueError(f"unknown divergence {name!r}")
     nothing = P.zero.all(-1) | Q.zero.all(-1)
-    D = terms.sum(-1)
-    return torch.where(nothing, torch.zeros_like(D), D)
+    D = torch.where(nothing, 0.0, terms.sum(-1))
+    return torch.where(P.broken | Q.broken, torch.nan, D)
 
 
 def _total(ce: Tensor, D: Tensor, tau: Tensor, alpha: Tensor, temperature_power: int) -> Tensor:

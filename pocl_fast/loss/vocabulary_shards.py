@@ -2,7 +2,9 @@
 
 Each rank has every token and its own part of each token's logits, and sees no other's. Of a token the ranks tell each
 other what their parts sum up to; the chain rule makes the whole of it, KL(p‖q) = Σ P_r KL(p_r‖q_r) + KL(P‖Q) with the
-parts' masses P_r and Q_r, in which nothing is a difference of large sums. Knows nothing of hidden states and autograd.
+parts' masses P_r and Q_r, in which nothing is a difference of large sums. Entries whose terms would be infinite leave
+the KL's first side, and with K, its mass without them, Σ p log(p/q) over the others is K (KL(p/K‖q) + log K). Knows
+nothing of hidden states and autograd.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from pocl_fast.loss.arguments import Settings, Tokens
 from pocl_fast.loss.reference import Rows, transformed
 
 INF = float("inf")
+LOWEST = torch.finfo(torch.float32).min
+FAR = 2.0**125  # |log p/q| of an entry that one side alone has, four times that of any two finite logits
 MATRICES = 13  # fp32 [n, V / ranks] that a chunk needs at a time, both sides' logits among them
 BUDGET = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes of them
 CHUNKS = (32, 4096)
@@ -118,12 +122,12 @@ class VocabularyShard:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss and stats [7, n] fp32 of the whole vocabulary, and `grad`: a backend's `distillation_rows`, in torch.
 
-        Tells the other ranks 11 numbers a token; for a mixture or total variation then 2 more.
+        Tells the other ranks 12 numbers a token; for a mixture or total variation then 2 more.
         """
         tau = tokens.temperature.double().reshape(-1)
         label = self._label(tokens.labels, settings.ignore_index, student.shape[1])
         s = transformed(student, *settings.transforms[:2])
-        pair = _Pair(s, transformed(teacher.float(), *settings.transforms[2:]), tau)
+        pair = _Pair(s, transformed(teacher.float(), *settings.transforms[2:]), tau, settings.divergence)
         label_logit = torch.where(label.mine, s.gather(1, label.column)[:, 0], 0.0)
         part = _Part(_log_sum(s), s.amax(-1), label_logit, *pair.sums(settings.divergence))
         own = torch.stack([x.double() for x in part])
@@ -143,14 +147,17 @@ class VocabularyShard:
 
     def _divergence(self, settings: Settings, pair: _Pair, whole: _Part) -> tuple[Tensor, Tensor]:
         """D of the whole vocabulary [n], and τ ∂D/∂s of this part [n, S]."""
-        if settings.divergence == "forward_kl":
-            return whole.divergence, pair.difference()
-        if settings.divergence == "reverse_kl":
-            return whole.divergence, pair.log_ratio.add_(_column(whole.divergence)).neg_().mul_(pair.q)
-        D, u = _mixture(settings.divergence, settings.teacher_share, pair)
-        D, mean = sums = torch.stack([D.double(), (pair.q * u).sum(-1).double()])
-        self.add_up_(sums)
-        return D, u.sub_(_column(mean)).mul_(pair.q)
+        broken = (whole.log_sum_q + whole.log_sum_p).isnan()  # by a NaN or +inf, which shall show
+        if settings.divergence in ("forward_kl", "reverse_kl"):
+            D, slope = _kl(settings.divergence, pair, whole)
+        else:
+            D, u = _mixture(settings.divergence, settings.teacher_share, pair)
+            D, mean = sums = torch.stack([D.double(), (pair.q * u).sum(-1).double()])
+            self.add_up_(sums)
+            nothing = (whole.log_sum_q == -INF) | (whole.log_sum_p == -INF)  # to compare: a side of −inf alone
+            D, slope = D.masked_fill(nothing, 0.0), u.sub_(_column(mean)).mul_(pair.q)
+            slope.masked_fill_(nothing[:, None], 0.0)
+        return D.masked_fill(broken, torch.nan), slope
 
 
 class _Label(NamedTuple):
@@ -171,7 +178,8 @@ class _Part(NamedTuple):
     log_sum_p: Tensor
     entropy_q: Tensor
     entropy_p: Tensor
-    divergence: Tensor  # of a KL, over the part
+    divergence: Tensor  # of a KL, over the part, of the first side without what is left out
+    log_kept: Tensor  # the mass of that side, of all it has in the part, without what is left out
     largest_q: Tensor
     largest_p: Tensor
     agree: Tensor  # 1 where some entry has both largest logits
@@ -182,9 +190,10 @@ def _whole(parts: _Part, divergence: str) -> _Part:
     log_sum_q, log_sum_p = parts.log_sum_q.logsumexp(0), parts.log_sum_p.logsumexp(0)
     log_Q, log_P = parts.log_sum_q - _finite(log_sum_q), parts.log_sum_p - _finite(log_sum_p)
     Q, P = log_Q.exp(), log_P.exp()
-    mass, log_ratio = (Q, log_Q - log_P) if divergence == "reverse_kl" else (P, log_P - log_Q)
-    nothing = parts.log_sum_q == -INF  # of the part is compared; its mass is 0 on both sides
-    D = torch.where(nothing, 0.0, mass * (parts.divergence + log_ratio)).sum(0)
+    log_first, log_second = (log_Q, log_P) if divergence == "reverse_kl" else (log_P, log_Q)
+    log_kept = (log_first + parts.log_kept).logsumexp(0)
+    log_first = log_first + parts.log_kept - _finite(log_kept)
+    D = torch.where(log_first == -INF, 0.0, log_first.exp() * (parts.divergence + log_first - log_second)).sum(0)
     largest_q, largest_p = parts.largest_q.amax(0), parts.largest_p.amax(0)
     has_both = (parts.largest_q == largest_q) & (parts.largest_p == largest_p) & (parts.agree == 1)
     return _Part(
@@ -196,6 +205,7 @@ def _whole(parts: _Part, divergence: str) -> _Part:
         entropy_q=(Q * parts.entropy_q + torch.special.entr(Q)).sum(0),
         entropy_p=(P * parts.entropy_p + torch.special.entr(P)).sum(0),
         divergence=D,
+        log_kept=log_kept,
         largest_q=largest_q,
         largest_p=largest_p,
         agree=has_both.any(0).double(),
@@ -203,37 +213,55 @@ def _whole(parts: _Part, divergence: str) -> _Part:
 
 
 class _Pair:
-    """q and p [n, S] over the entries that this rank has of the shared vocabulary, and their log-ratio: of the part
-    alone, until `normalise` makes them parts of the whole. Entries of a logit of −inf on either side are 0, and so is
-    their log-ratio."""
+    """q and p [n, S] over the entries that this rank has of the shared vocabulary, and log p/q: of the part alone,
+    until `normalise` makes them parts of the whole. A logit of −inf is a probability of 0; where one side alone has
+    it, log p/q is ±FAR, where both have it 0. Of a KL the first side is 0 too where its term is left out."""
 
-    def __init__(self, s: Tensor, t: Tensor, tau: Tensor) -> None:
+    def __init__(self, s: Tensor, t: Tensor, tau: Tensor, divergence: str) -> None:
         S = min(s.shape[1], t.shape[1])
         s, t, tau = s[:, :S], t[:, :S], _column(tau)
-        out = (s == -INF) | (t == -INF)
-        self.q, self.p = s.masked_fill(out, -INF), t.masked_fill(out, -INF)
-        self.largest_q, self.largest_p = self.q.amax(-1), self.p.amax(-1)
-        both_largest = (self.q == self.largest_q[:, None]) & (self.p == self.largest_p[:, None])
-        self.agree = (both_largest & ~out).any(-1)
-        most = torch.finfo(torch.float32).max  # masks of the lowest number may overflow, and 0 · ∞ is NaN
-        self.log_ratio = ((t - s) / tau).clamp_(-most, most).masked_fill_(out, 0.0)
-        self.log_sum_q, self.log_sum_p = _softmax_(self.q.div_(tau)), _softmax_(self.p.div_(tau))
+        no_q, no_p = s == -INF, t == -INF
+        self.largest_q, self.largest_p = s.amax(-1), t.amax(-1)
+        both_largest = (s == self.largest_q[:, None]) & (t == self.largest_p[:, None])
+        self.agree = (both_largest & ~no_q & ~no_p).any(-1)
+        # masks of the lowest number may overflow, and 0 · ∞ is NaN
+        self.log_ratio = ((t - s) / tau).clamp_(-FAR / 4, FAR / 4)
+        self.log_ratio.masked_fill_(no_q, FAR).masked_fill_(no_p, -FAR).masked_fill_(no_q & no_p, 0.0)
+        self.q, self.p = (x.div(tau).clamp_(min=LOWEST).masked_fill_(no, -INF) for x, no in ((s, no_q), (t, no_p)))
+        self.log_sum_q, self.log_sum_p = _softmax_(self.q), _softmax_(self.p)
         self.log_ratio -= _column(_finite(self.log_sum_p) - _finite(self.log_sum_q))
+        self.entropy_q, self.entropy_p = (torch.special.entr(x).sum(-1) for x in (self.q, self.p))
+        self.left_out: Tensor | None = None  # entries of q whose terms of reverse KL are left out
+        self.log_kept = torch.zeros_like(self.log_sum_q)
+        disjoint = (no_q | no_p).all(-1)
+        if divergence == "forward_kl":
+            self.log_kept, _ = _leave_out(self.p, no_q, disjoint)
+            self.log_ratio -= _column(_finite(self.log_kept))
+        elif divergence == "reverse_kl":
+            self.log_kept, self.left_out = _leave_out(self.q, no_p, disjoint)
+            self.log_ratio += _column(_finite(self.log_kept))
 
     def sums(self, divergence: str) -> tuple[Tensor, ...]:
-        """The last eight of `_Part`, of this part."""
+        """The last nine of `_Part`, of this part."""
         if divergence == "forward_kl":  # terms of which none is negative; the differences' own sum is 0
             D = (self.p * self.log_ratio).add_(self.difference()).sum(-1)
         elif divergence == "reverse_kl":
             D = (self.q * self.log_ratio).add_(self.difference()).sum(-1).neg_()
         else:
             D = torch.zeros_like(self.largest_q)
-        entropies = (torch.special.entr(x).sum(-1) for x in (self.q, self.p))
-        return self.log_sum_q, self.log_sum_p, *entropies, D, self.largest_q, self.largest_p, self.agree.double()
+        of_kl = D, self.log_kept
+        largest = self.largest_q, self.largest_p
+        return self.log_sum_q, self.log_sum_p, self.entropy_q, self.entropy_p, *of_kl, *largest, self.agree.double()
 
     def normalise(self, whole: _Part) -> None:
-        """Makes q and p sum to 1 over all parts."""
+        """Makes q and p, without what is left out, sum to 1 over all parts."""
         shift_q, shift_p = self.log_sum_q - _finite(whole.log_sum_q), self.log_sum_p - _finite(whole.log_sum_p)
+        of_kept = self.log_kept - _finite(whole.log_kept)
+        if self.left_out is not None:
+            self.left_out *= _column(shift_q.exp())
+            shift_q = shift_q + of_kept
+        else:
+            shift_p = shift_p + of_kept
         self.q *= _column(shift_q.exp())
         self.p *= _column(shift_p.exp())
         self.log_ratio += _column(_finite(shift_p) - _finite(shift_q))
@@ -242,6 +270,30 @@ class _Pair:
         """q − p, exact where they are close."""
         shrunk = self.log_ratio.abs().neg_().expm1_()
         return shrunk.mul_(torch.where(self.log_ratio >= 0, self.p, -self.q))
+
+
+def _leave_out(first: Tensor, out: Tensor, disjoint: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes the entries `out` from a KL's first side, whose others then sum to 1. What the logarithm of these others'
+    sum was, [n] fp64; and what was taken, [n, S]."""
+    left_out = first.masked_fill(~out, 0.0)
+    first.masked_fill_(out, 0.0)
+    less, kept = left_out.sum(-1).double(), first.sum(-1).double()
+    log_kept = torch.where(less < 0.5, torch.log1p(-less), kept.log())  # with all digits of the one that is small
+    log_kept.masked_fill_(disjoint, -INF)
+    first.div_(_column(_finite(log_kept).exp()))
+    return log_kept, left_out
+
+
+def _kl(divergence: str, pair: _Pair, whole: _Part) -> tuple[Tensor, Tensor]:
+    """D [n], and τ ∂D/∂s of this part [n, S], of a KL whose first side was normalised without what is left out."""
+    nothing, K = whole.log_kept == -INF, whole.log_kept.exp()
+    E = (whole.divergence + whole.log_kept).masked_fill(nothing, 0.0)
+    if divergence == "forward_kl":
+        return K * E, pair.difference().mul_(_column(K))
+    # over q: log q/p + 1 where the term is kept, and 0 where it is left out, less their mean
+    slope = pair.log_ratio.add_(_column(whole.divergence + (E + 1) * torch.expm1(whole.log_kept))).neg_().mul_(pair.q)
+    assert pair.left_out is not None
+    return K * E, slope.mul_(_column(K)).sub_(pair.left_out.mul_(_column(K * (E + 1))))
 
 
 def _mixture(divergence: str, share: float, pair: _Pair) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import evaluating, same_random_numbers
 from pocl_fast.system.errors import InputError
 
+SEARCHED = 1_000_000_000  # parameters; of so small a model other numbers of layers are tried where one is refused,
+MOST_OTHERS = 6  # so many
 MOST_PROOFS = 8  # candidates whose layers are right and whose logits are compared
 
 
@@ -50,7 +52,27 @@ def cut_layers(model: Any, keep: int) -> Any:
     _check_cuttable(model)
     settings = Settings(model.config, len(stack.layers), chosen)
     with same_random_numbers(input_device(model)), evaluating(model):
-        return _Cut(model, stack, chosen, settings).made()
+        cut = _Cut(model, stack, chosen, settings)
+        if (student := cut.made()) is not None:
+            return student
+        others = _other_counts(model, stack, keep) if num_parameters(model) <= SEARCHED else []
+    which = f"{keep} of its {len(stack.layers)} layers ({', '.join(map(str, chosen))})"
+    right = f"It can be cut to {' or '.join(map(str, others))}" if others else "Take another number of layers"
+    raise InputError(
+        f"cannot cut {type(model).__name__} to {which}: {cut.fault}. {right}, or give a smaller model as the student"
+    )
+
+
+def _other_counts(model: Any, stack: _Stack, keep: int) -> list[int]:
+    """Of the numbers of layers next to `keep`, up to two to which the model can be cut."""
+    count = len(stack.layers)
+    near = sorted((n for n in range(1, count) if n != keep), key=lambda n: (abs(n - keep), n))
+    found: list[int] = []
+    for n in near[:MOST_OTHERS]:
+        chosen = evenly_spaced_layers(count, n)
+        if len(found) < 2 and _Cut(model, stack, chosen, Settings(model.config, count, chosen)).made() is not None:
+            found.append(n)
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -70,8 +92,7 @@ class _Cut:
         self.fault, self.came = "", -1
 
     def made(self) -> Any:
-        """The cut model."""
-        proofs = 0
+        """The cut model; None where no configuration is right, `fault` says why."""
         tried: list[str] = []
         for config in self._fitting():
             if (text := config.to_json_string(use_diff=False)) in tried:
@@ -80,18 +101,15 @@ class _Cut:
             student = self._student(config)
             if student is not None and self._is_right(student):
                 return student
-            if (proofs := proofs + 1) >= MOST_PROOFS:
+            if len(tried) >= MOST_PROOFS:
                 break
-        raise InputError(
-            f"cannot cut {type(self.model).__name__} to {len(self.chosen)} of its {len(self.stack.layers)} layers "
-            f"({', '.join(map(str, self.chosen))}): {self.fault}. Take another number of layers, or give a smaller "
-            f"model as the student"
-        )
+        return None
 
     def _fitting(self) -> Iterator[Any]:
         """Configurations in which every kept layer is what it was, the likeliest first; at last those in which only
         plain settings of a layer differ, which need not tell."""
-        bases, nearly = [], []
+        bases: list[tuple[Wrong, dict[str, Any]]] = []
+        nearly: list[dict[str, Any]] = []
         for changes in self.settings.candidates():
             wrong = self._wrong(changes)
             if wrong is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.models.placement import input_device
-from pocl_fast.models.probing import apart, positions_of, windows_of
+from pocl_fast.models.probing import apart, plain_tokens, positions_of, windows_of
 from pocl_fast.system.errors import InputError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of logits, relative to the largest, by the weights' dtype
@@ -59,9 +59,7 @@ def logits_apart(source: Any, layers: Sequence[nn.Module], dropped: Sequence[int
     what they are given; relative to the largest logit, and infinite where a logit of one is NaN."""
     windows = [window for window in windows_of(source.config) if window <= LONGEST_WINDOW]
     count = min(max(TOKENS, max(windows, default=0) + 8), positions_of(source.config))
-    vocab_size = source.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocab_size, (1, count), generator=generator).to(input_device(source))
+    tokens = plain_tokens(source.config, 1, count).to(input_device(source))
     with passed_over([layers[i] for i in dropped]):
         want = _logits(source, tokens)
     if isinstance(want, str):

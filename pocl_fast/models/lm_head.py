@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pocl_fast.data.packed import PackedBatch, Rows
 from pocl_fast.models.packed_forward import Forward, decoder_of, forwards, in_batch_order, router_loss, run_anew
-from pocl_fast.models.placement import resident
-from pocl_fast.models.probing import exact_arithmetic, is_exact, is_sharded, random_ids, undisturbed
+from pocl_fast.models.placement import input_device, resident
+from pocl_fast.models.probing import is_exact, is_sharded, plain_run, random_ids
 from pocl_fast.system.errors import InputError
 
 
@@ -173,26 +173,36 @@ def _configured(model: Any) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
-FACTORS = (1e-2, 1.0, 1e2, 1e4, 1e6)  # of logits with a mean square of 1: some family's cap is among them
+LARGE = 1e3  # of logits, as their mean square: any cap bends these
+SIZES = (
+    1e-2,
+    1.0,
+    1e2,
+    1e3,
+    1e4,
+)  # at one of them any cap bends logits a little, and at the last it has flattened them
 
 
 def _measured(model: Any) -> LogitTransform:
     """From the logits that the model makes of random hidden states of many sizes, in place of its decoder's."""
-    with undisturbed(model):
-        seen = [(x.double(), logits.double()) for x, logits in _logits_of(model)]
-        half = model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
+    with plain_run(model):
+        half = not is_exact(model)
         tolerance = 2e-2 if half else 1e-4
-        linear = LogitTransform(_near(model, _slope(*seen[1]), half), None)
+        seen = _logits_of(model, (1.0, LARGE))
+        if not seen[0][1].isfinite().all():
+            raise InputError(f"{type(model).__name__} gives logits that are not finite: are its weights damaged?")
+        linear = LogitTransform(_near(model, _slope(*seen[0]), half), None)
         if _off(linear, seen) < tolerance:
             return linear
-        off = _off(linear, seen[1:2])
+        off = _off(linear, seen[:1])
+        seen = _logits_of(model, SIZES)
         softcap = _near(model, float(seen[-1][1].abs().median()), half)
         bent = [(x, softcap * torch.atanh(y / softcap)) for x, y in seen if float(y.abs().max()) < 0.9 * softcap]
         if bent and softcap > 0:
             capped = LogitTransform(_near(model, _slope(*bent[-1]), half), softcap)
             if _off(capped, seen) < tolerance:
                 return capped
-            off = min(off, _off(capped, seen[1:2]))
+            off = min(off, _off(capped, seen))
     raise InputError(
         f"{type(model).__name__} does more to its logits than apply its lm_head to the last hidden states, scale and"
         f" softcap them: they are off by {off:.1e} of the largest. pocl-fast does not know how to repeat that from"
@@ -200,8 +210,9 @@ def _measured(model: Any) -> LogitTransform:
     )
 
 
-def _logits_of(model: Any) -> list[tuple[Tensor, Tensor]]:
-    """What the lm_head gives and the model's logits, [n, V] each, for hidden states of each of the `FACTORS`."""
+def _logits_of(model: Any, sizes: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
+    """What the lm_head gives and the model's logits, [n, V] each, float64, for hidden
+    states that give logits of each size."""
     head, body = model.get_output_embeddings(), decoder_of(model)
     ids, generator = random_ids(model, 1, 4), torch.Generator().manual_seed(0)
     try:
@@ -212,15 +223,15 @@ def _logits_of(model: Any) -> list[tuple[Tensor, Tensor]]:
         hidden = torch.randn(states.shape, generator=generator).to(states)
         hidden = hidden / head(hidden).float().square().mean().sqrt().clamp_min(1e-30).to(hidden)
         seen = []
-        for factor in FACTORS if hidden.dtype != torch.float16 else FACTORS[:3]:
+        for size in sizes:
 
-            def forward(*args: Any, states: Tensor = hidden * factor, **kwargs: Any) -> Any:
+            def forward(*args: Any, states: Tensor = hidden * size, **kwargs: Any) -> Any:
                 output.last_hidden_state = states
                 return output
 
             with _replaced(body, forward):
                 logits = model(input_ids=ids, use_cache=False).logits
-            seen.append((head(hidden * factor).flatten(0, 1), logits.flatten(0, 1)))
+            seen.append((head(hidden * size).flatten(0, 1), logits.flatten(0, 1)))
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # whatever a family raises
@@ -228,7 +239,7 @@ def _logits_of(model: Any) -> list[tuple[Tensor, Tensor]]:
     if seen[0][0].shape != seen[0][1].shape:
         x, logits = (one.shape[-1] for one in seen[0])
         raise InputError(f"{type(model).__name__} gives {logits} logits a token, and its lm_head {x}")
-    return [(x.to(logits.device), logits) for x, logits in seen]
+    return [(x.to(logits.device).double(), logits.double()) for x, logits in seen]
 
 
 def _slope(x: Tensor, y: Tensor) -> float:
@@ -261,7 +272,10 @@ def check_head(model: Any, whose: str = "") -> None:
         return
     name = f"{whose} {type(model).__name__}".strip()
     project = model.get_output_embeddings()
-    with undisturbed(model), exact_arithmetic(model) if is_exact(model) else contextlib.nullcontext():
+    with plain_run(model):
+        with _trained(project) as adapted:
+            if adapted:
+                _check_adapters(name, project, input_device(model))
         head = lm_head(model)
         ids = random_ids(model, 1, 8)
         hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -274,12 +288,12 @@ def check_head(model: Any, whose: str = "") -> None:
                 f" {off:.1e} of the largest. pocl-fast does not know how to repeat that from hidden states; use"
                 " another architecture"
             )
-        with _trained(project) as adapted:
-            _check_adapters(name, project, hidden) if adapted else None
 
 
-def _check_adapters(name: str, project: Any, hidden: Tensor) -> None:
+def _check_adapters(name: str, project: Any, device: torch.device) -> None:
     weight, bias = _weight(project), getattr(project, "bias", None)
+    dtype = (project.get_base_layer() if hasattr(project, "get_base_layer") else project).weight.dtype
+    hidden = torch.randn(4, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
     theirs = project(hidden).float()
     ours = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
     off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
@@ -295,6 +309,9 @@ def _check_adapters(name: str, project: Any, hidden: Tensor) -> None:
 def _trained(head: Any) -> Iterator[bool]:
     """Within it the parameters of an lm_head's adapters are moved, as training would, for many of them begin at zero;
     gives whether there are any. They are the same bits afterwards."""
+    if head is None:
+        yield False
+        return
     base: Any = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     own = {id(p) for p in base.parameters()}
     before = [(p, p.detach().clone()) for p in head.parameters() if id(p) not in own]
@@ -319,7 +336,7 @@ def adds_router_loss(model: Any, say: Callable[[str], object]) -> bool:
     ids = random_ids(model, 1, 16)
     kwargs = {"input_ids": ids, "use_cache": False, "output_router_logits": True}
     name = f"the loss of {type(model).__name__}'s router over experts (output_router_logits)"
-    with undisturbed(model):
+    with plain_run(model):
         try:
             output = decoder_of(model)(**kwargs)
             routers = [getattr(output, "router_logits", None)]

@@ -116,9 +116,10 @@ def needs_no_mask(model: Any) -> bool:
     return ours and _is_plain(model) and not getattr(model.config, "output_router_logits", False)
 
 
-def slower_ways(model: Any) -> Iterator[Way]:
-    """What a model attends by where the way that was chosen for it does not hold: the next is tried after each."""
-    why = "its layers do not pass the samples' lengths on to their attention"
+def slower_ways(model: Any, why: str) -> Iterator[Way]:
+    """What a model attends by where the way that was chosen for it does not hold, for this reason if it is known: the
+    next is tried after each."""
+    why = why or "sample by sample it computes something else"
     if _takes_sdpa(model):
         yield Way(BY_MASK, f"sdpa over a mask of the whole row, which is slow: {why}")
     if model._can_set_attn_implementation():

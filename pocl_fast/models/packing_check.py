@@ -34,10 +34,12 @@ from pocl_fast.models.probing import (
     is_exact,
     is_sharded,
     longest_window,
+    plain_run,
     random_ids,
     short_windows,
     undisturbed,
 )
+from pocl_fast.models.row_masks import gives_row_masks
 from pocl_fast.system.errors import InputError
 
 EXACT_TOLERANCE = 1e-4  # relative, of fp32: kernels differ by 1e-6 to 1e-5, lost caps and windows by 1e-2 and more
@@ -94,7 +96,7 @@ def _made_to_hold(model: Any, probe: Probe, say: Callable[[str], object] | None)
     reason = probe.packed(model)
     if reason is None:
         return None
-    for way in slower_ways(model):
+    for way in slower_ways(model, reason):
         if way.implementation == model.config._attn_implementation:
             continue
         with attending_by(model, str(way.implementation)):
@@ -121,13 +123,13 @@ def _unpacked(model: Any, probe: Probe) -> Rows:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Random samples, and the logits of two of them alone by the family's own attention."""
+    """Random samples, and the logits of one of them alone by the family's own attention."""
 
     before: EncodedSample
     other: EncodedSample  # as long as `before`
     sample: EncodedSample  # as long as `before`
     short: EncodedSample
-    want: tuple[Tensor, Tensor]  # [n, V] each, fp32: the logits of `sample` and of `short`
+    want: Tensor  # [n, V] fp32: the logits of `sample`
     exact: bool  # whether they are exact to the digits of fp32
 
     @classmethod
@@ -140,8 +142,7 @@ class Probe:
         short = EncodedSample(3, before.prompt_ids, before.response_ids[: max(1, length // 3)], False)
         exact = is_exact(model)
         try:
-            with attending_by(model, "eager"), exact_arithmetic(model) if exact else contextlib.nullcontext():
-                want = _alone(model, sample), _alone(model, short)
+            want = _alone(model, sample)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a family raises
@@ -153,7 +154,7 @@ class Probe:
         half = model.config._attn_implementation.startswith("flash")
         if self.exact and not half:
             yield exact_arithmetic(model)
-        if not self.exact or torch.is_autocast_enabled(self.want[0].device.type):
+        if not self.exact or torch.is_autocast_enabled(self.want.device.type):
             yield contextlib.nullcontext()
 
     def packed(self, model: Any) -> str | None:
@@ -169,13 +170,13 @@ class Probe:
             raise
         except LengthsLost:
             return "its layers do not pass the samples' lengths on to their attention"
-        except Exception as error:  # whatever a family raises at a packed row
-            return _first_line(error)
+        except Exception as error:  # whatever a family raises at a packed row, or at a mask it does not expect
+            return "" if gives_row_masks(model) else _first_line(error)
         return None
 
     def holds(self, model: Any, rows: Rows) -> bool:
         """Whether both samples have in one batch, laid out so, the logits that each has alone."""
-        batch = pack([self.short, self.sample]).to(self.want[0].device)
+        batch = pack([self.short, self.sample]).to(self.want.device)
         try:
             with next(iter(self.contexts(model)), contextlib.nullcontext()):
                 got = supervised_logits(model, batch, packed=rows).float().split(batch.counts)
@@ -184,7 +185,8 @@ class Probe:
         except Exception:  # whatever a family raises at padding
             return False
         allowed = EXACT_TOLERANCE if self.exact else KERNEL_TOLERANCE
-        return all(apart(ours, theirs) < allowed for ours, theirs in zip(got, reversed(self.want), strict=True))
+        want = _alone(model, self.short), self.want
+        return all(apart(ours, theirs) < allowed for ours, theirs in zip(got, want, strict=True))
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,8 @@ def packing_errors(model: Any, probe: Probe) -> PackingErrors:
     behind_one, behind_other = (_packed(model, first, probe.sample) for first in (probe.before, probe.other))
     leak = apart(behind_one, behind_other)
     if behind_one.equal(behind_other):
-        return PackingErrors(0.0, apart(behind_one, probe.want[0]))
-    return PackingErrors(leak or 1e-30, apart(behind_one, probe.want[0]), _depends(model, probe))
+        return PackingErrors(0.0, apart(behind_one, probe.want))
+    return PackingErrors(leak or 1e-30, apart(behind_one, probe.want), _depends(model, probe))
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -216,7 +218,9 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 def _alone(model: Any, sample: EncodedSample) -> Tensor:
-    return supervised_logits(model, pack([sample]).to(input_device(model)), packed=Rows.BY_LENGTH).float()
+    """By the family's own attention."""
+    with plain_run(model):
+        return supervised_logits(model, pack([sample]).to(input_device(model)), packed=Rows.BY_LENGTH).float()
 
 
 def _packed(model: Any, before: EncodedSample, sample: EncodedSample) -> Tensor:

@@ -59,6 +59,20 @@ def positions_of(config: Any) -> int:
     return found if isinstance(found, int) and found > 0 else 1 << 30
 
 
+def plain_tokens(config: Any, *shape: int) -> Tensor:
+    """Random token ids, the same at each call, but those with a meaning of their own: padding, ends, pictures."""
+    text = config.get_text_config(decoder=True)
+    own = {
+        value
+        for settings in (vars(config), vars(text))
+        for name, value in settings.items()
+        if "token" in name and ("id" in name or "index" in name) and type(value) is int
+    }
+    tokens = torch.randint(0, int(text.vocab_size), shape, generator=torch.Generator().manual_seed(0))
+    plain = next(token for token in range(int(text.vocab_size)) if token not in own)
+    return torch.where(torch.isin(tokens, torch.tensor(sorted(own) or [-1])), plain, tokens)
+
+
 def apart(got: Tensor, want: Tensor) -> float:
     """The largest difference, relative to the largest entry; infinite where one is NaN and the other is not."""
     same = got == want  # -inf too
@@ -88,6 +102,17 @@ def exact_arithmetic(model: nn.Module) -> Iterator[None]:
     """Within it products of fp32 weights are exact: no autocast, and no mode that rounds their inputs."""
     kind = input_device(model).type
     with torch.autocast(kind, enabled=False), fp32_products("ieee"):
+        yield
+
+
+@contextlib.contextmanager
+def plain_run(model: Any) -> Iterator[None]:
+    """Within it an undisturbed model runs by its family's own attention, as exactly as its weights allow."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(attending_by(model, "eager"))
+        if is_exact(model):
+            stack.enter_context(exact_arithmetic(model))
         yield
 
 

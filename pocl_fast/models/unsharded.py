@@ -55,6 +55,8 @@ def _copy(model: Any, parameters: dict[str, torch.nn.Parameter]) -> Any:
             copy: Any = kind(model.config)
     finally:
         torch.set_default_dtype(default)
+    if (known := vars(model).get("_logit_transform")) is not None:
+        copy._logit_transform = known
     for name, into in copy.named_parameters():
         weight: Any = parameters[name]
         into.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)

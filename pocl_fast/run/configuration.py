@@ -5,7 +5,8 @@ Knows which options there are and how their values are checked. Does not know wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import yaml
 from pocl_fast.options import RunConfig, flag, option_name
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
+
+PAIRS = ("set", "chat_template_kwargs")  # options that are dicts: NAME=VALUE words on the command line
 
 
 def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, where: str = "") -> RunConfig:
@@ -62,17 +65,34 @@ def _by_field(options: Mapping[str, Any], base: RunConfig, where: str) -> dict[s
 
 
 def _value(name: str, given: Any, group: Any) -> Any:
-    if name != "set":
+    if name not in PAIRS:
         return typed(given, hints_of(type(group))[name])
     if given and not isinstance(given, (dict, list)):
         raise ValueError(f"must be a dict, or NAME=VALUE words, got {given!r}")
+    before = getattr(group, name)
     if not given:
-        return dict(group.set) if isinstance(given, list) else {}
+        return dict(before) if isinstance(given, list) else {}
+    if name == "chat_template_kwargs":
+        return before | variables(given) if isinstance(given, list) else dict(given)
     from pocl_fast.run.other_arguments import other_arguments  # loads transformers
 
     if isinstance(given, list):  # words add to what was given before, a file's dict takes its place
-        return group.set | other_arguments(dict(_pair(word) for word in given))
+        return before | other_arguments(dict(_pair(word) for word in given))
     return other_arguments(given)
+
+
+def variables(words: Sequence[str]) -> dict[str, Any]:
+    """Variables of a template out of NAME=VALUE words: a value is JSON where it reads as JSON, else text."""
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = str(word).partition("=")
+        if not equals:
+            raise ValueError(f"must be NAME=VALUE, got {word!r}")
+        try:
+            values[name.strip()] = json.loads(text)
+        except ValueError:
+            values[name.strip()] = text
+    return values
 
 
 def _pair(word: Any) -> tuple[str, str]:

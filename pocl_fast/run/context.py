@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import Engine
+from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
-from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.chat_template import unused_template
+from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.records import read_samples
 from pocl_fast.models import loading
 from pocl_fast.models.cut import cut_layers
@@ -48,6 +50,7 @@ class RunContext:
         self.precision = choose_precision(config.models.precision, self.device)
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
+        self._vocabularies_checked = False
 
     def begins(self, step: str, result: str) -> bool:
         """Whether the step is still to be done, on every rank; a step that is done says which file has its result.
@@ -80,13 +83,16 @@ class RunContext:
         """Raises `InputError` where student and teacher have different tokens."""
         chosen = self.config.models
         teacher = required(chosen.teacher, "--teacher")
-        if self.student_source != teacher:
+        if self.student_source != teacher and not self._vocabularies_checked:
             theirs = loading.load_tokenizer(teacher, trust_remote_code=chosen.trust_remote_code)
             loading.check_same_vocabulary(self.tokenizer, theirs)
+            if line := unused_template(self.encoder.chat, self.config.data.template, theirs):
+                self.say(line)
+            self._vocabularies_checked = True
 
     @cached_property
     def encoder(self) -> SampleEncoder:
-        return SampleEncoder(self.tokenizer, self.config.data.template)
+        return encoder_of(self.tokenizer, self.config.data, self.path, self.say)
 
     @cached_property
     def train_set(self) -> SampleSet:
@@ -102,7 +108,10 @@ class RunContext:
     @cached_property
     def dev_set(self) -> SampleSet:
         """The held-out samples."""
-        return self._read(self.config.data.dev, "--dev")
+        dev = self._read(self.config.data.dev, "--dev")
+        if line := unseen_by_rouge(dev, self.config.generation.rouge_tokenizer, str(self.config.data.dev)):
+            self.say(line)
+        return dev
 
     @cached_property
     def _train_file(self) -> SampleSet:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
+from pocl_fast.data.template_date import DATE_FILE
 from pocl_fast.models.fingerprints import source_fingerprint
 from pocl_fast.options import RunConfig, option_name
 from pocl_fast.run.configuration import to_yaml
@@ -114,7 +115,7 @@ class RunDirectory:
         if path.is_file():
             raise InputError(f"--output {path} is a file; give a folder")
         known = path / "config.yaml"
-        if path.is_dir() and not known.exists() and any(p.name != ".lock" for p in path.iterdir()):
+        if path.is_dir() and not known.exists() and any(p.name not in (".lock", DATE_FILE) for p in path.iterdir()):
             raise InputError(f"--output {path} holds other files and is not a run; give a new or an empty folder")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -198,6 +199,8 @@ class RunDirectory:
             elif name == "student":
                 source = source_fingerprint(required(value or every["teacher"], "--teacher"))
                 made_from[name] = source if value else f"cut from {source}"
+            elif name == "chat_template" and value is not None and Path(value).expanduser().is_file():
+                made_from[name] = f"{value} ({file_fingerprint(Path(value).expanduser())[:16]})"
             else:
                 made_from[name] = value
             if name == "data_source" and value == "teacher":

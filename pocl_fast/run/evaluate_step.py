@@ -35,6 +35,7 @@ def evaluate_step(context: RunContext, when: When) -> None:
                 seeds=context.config.evaluation.eval_seeds,
                 max_new_tokens=context.config.generation.max_new_tokens,
                 packed=student.packed,
+                rouge_tokenizer=context.config.generation.rouge_tokenizer,
                 name=step,
             )
         if ranks.is_first():

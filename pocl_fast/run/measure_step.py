@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocl_fast.curriculum.measurer import Row, measure, measure_teacher, rows_of
+from pocl_fast.curriculum.measurer import Row, measure, measure_teacher, rows_of, unseen_by_rouge
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.data.stream import SampleStream
@@ -48,8 +48,11 @@ def _measure_student(context: RunContext, pieces: Pieces) -> None:
                 max_new_tokens=context.config.generation.max_new_tokens,
                 temperature=difficulty.measure_temperature,
                 seed=difficulty.measure_seed,
+                rouge_tokenizer=context.config.generation.rouge_tokenizer,
             )
         facts["samples"] = count
+    if line := unseen_by_rouge(output, context.config.generation.rouge_tokenizer, str(context.config.data.train)):
+        context.say(line)
     rouge, loss = _means(output, "rouge_l,cross_entropy")
     context.say(
         f"measure: {count:,} training samples, ROUGE-L {100 * rouge:.2f} of 100 for the student's answers,"

@@ -28,3 +28,5 @@ def _rank(context: RunContext) -> None:
     context.say(difficulty_table(ranked))
     for name, count in known.missing().items():
         context.say(f"rank: {count} of {len(known.index)} samples have no score by {name}; they rank last by it")
+    for name in known.constant():
+        context.say(f"rank: all samples have the same score by {name}, which ranks none of them")

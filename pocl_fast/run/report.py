@@ -207,9 +207,14 @@ def _stages(run: Path) -> list[dict[str, Any]]:
     rows = []
     for stage in _json(path)["stages"]:
         evaluations = [r for r in records if r["stage"] == stage["index"] and "eval_rouge_l" in r]
-        best = max(evaluations, key=lambda r: r["eval_rouge_l"], default={})
+        best = max(evaluations, key=_goodness, default={})
         rows.append({**stage, "rouge_l": best.get("eval_rouge_l"), "cross_entropy": best.get("eval_cross_entropy")})
     return rows
+
+
+def _goodness(evaluation: dict[str, Any]) -> tuple[float, float, int]:
+    """What training chooses a stage's best weights by: of equal scores the lower cross-entropy, then the later step."""
+    return evaluation["eval_rouge_l"], -evaluation["eval_cross_entropy"], evaluation["step"]
 
 
 def _answers(run: Path, count: int = 8) -> list[AnswerRow]:

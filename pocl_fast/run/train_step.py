@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.data.template_date import DATE_FILE
 from pocl_fast.models.cut import as_trainable, num_parameters
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.run.context import RunContext
@@ -29,6 +30,10 @@ def train_step(context: RunContext) -> None:
     context.check_vocabularies()
     curriculum, _ = ranked_samples(context), context.dev_set  # what is wrong with a file is raised before models load
     with context.directory.timed("train") as facts:
+        if (date := context.path / DATE_FILE).is_file() and ranks.is_first():  # the trainer's folder is another
+            (context.path / "checkpoints").mkdir(exist_ok=True)
+            shutil.copy(date, context.path / "checkpoints" / DATE_FILE)
+        ranks.barrier()
         trainer = make_trainer(context, curriculum, arguments)
         trainer.train(resume_from_checkpoint=True)
         with unsharded(trainer.model) as whole:

@@ -213,11 +213,12 @@ class DistillingTrainer(SavingTrainer):
                 seeds=self.args.eval_seeds,
                 max_new_tokens=self.args.max_new_tokens,
                 packed=self.packed,
+                rouge_tokenizer=self.args.rouge_tokenizer,  # type: ignore[arg-type]  # checked by PoclConfig
                 engine=engine,
             )
 
     def _evaluated_set(self, given: Any) -> SampleSet:
-        dev = self.dev if given is None else sample_set(given, self.encoder, self.args, "eval_dataset")
+        dev = self.dev if given is None else sample_set(given, self.encoder, self.args, "eval_dataset", scored=True)
         if dev is None:
             raise InputError("there is nothing to evaluate on: give eval_dataset")
         return dev

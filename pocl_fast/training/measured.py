@@ -17,6 +17,7 @@ import torch
 from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import AnswerOptions, Engine
 from pocl_fast.answers.likelihood import TEACHER_COLUMNS, TOKENS_A_BATCH, LoadedModel
+from pocl_fast.answers.rouge_words import Tokenizer
 from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, StageSettings, make_curriculum
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
@@ -58,6 +59,8 @@ class MeasureOptions(EngineOptions, StageSettings, Protocol):
     def measure_temperature(self) -> float: ...
     @property
     def measure_seed(self) -> int: ...
+    @property
+    def rouge_tokenizer(self) -> Tokenizer: ...
 
 
 def measured_curriculum(
@@ -90,7 +93,7 @@ def measured_curriculum(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(key, made_from)
     # these need pyarrow, which a trainer with a curriculum does without
-    from pocl_fast.curriculum.measurer import measure, rows_of
+    from pocl_fast.curriculum.measurer import measure, rows_of, unseen_by_rouge
     from pocl_fast.curriculum.scores import read_scores
 
     table = folder / "difficulty.parquet"
@@ -106,6 +109,7 @@ def measured_curriculum(
                 max_new_tokens=options.max_new_tokens,
                 temperature=options.measure_temperature,
                 seed=options.measure_seed,
+                rouge_tokenizer=options.rouge_tokenizer,
             )
         if teacher_columns(options.signals):
             measure_cached_teacher(loaded, teacher, samples, folder / TEACHER_SCORES)
@@ -114,6 +118,8 @@ def measured_curriculum(
     if ranks.is_first():
         curriculum.save(known)
         say(_described(scores, folder))
+        if line := unseen_by_rouge(table, options.rouge_tokenizer, "train_dataset"):
+            say(line)
     ranks.barrier()
     return curriculum
 
@@ -245,4 +251,5 @@ def _described(scores: SignalScores, folder: Path) -> str:
         for one, values in zip(scores.signals, scores.scores, strict=True)
     )
     missing = "".join(f"; {count} have no {name} and rank last by it" for name, count in scores.missing().items())
-    return f"difficulty: {len(scores.index)} samples measured, means {means}{missing}; kept in {folder}"
+    alike = "".join(f"; all samples are alike by {name}, which ranks none" for name in scores.constant())
+    return f"difficulty: {len(scores.index)} samples measured, means {means}{missing}{alike}; kept in {folder}"

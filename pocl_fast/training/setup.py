@@ -17,9 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
 from pocl_fast.answers.answerer import Answerer, SampleAnswerOptions
+from pocl_fast.answers.engine import own_ends
+from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
+from pocl_fast.data.chat_template import unused_template
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.models import loading
@@ -64,17 +67,18 @@ def training_parts(
     check_apart(student, teacher)
     student, tokenizer = student_of(student, tokenizer, peft_config, args)
     make_trainable(student, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
-    encoder = SampleEncoder(tokenizer, args.template)  # type: ignore[arg-type]  # checked by PoclConfig
+    encoder = encoder_of(tokenizer, args, Path(str(args.output_dir)), _first_says)
     samples = sample_set(training, encoder, args, "train_dataset")
-    held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset")
+    held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
         check_head(causal_lm(student), "student")
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
         router = adds_router_loss(causal_lm(student), _first_says)
-    kept = teacher_of(teacher, tokenizer, args, precision, samples)
+    kept = teacher_of(teacher, encoder, args, precision, samples)
     check_lengths(student, kept, args, samples, held_out)
     if args.data_source == "teacher":
+        encoder.stop_also_at(own_ends(kept.model))  # the student learns to end where its teacher ends
         folder = Path(str(args.output_dir)) / "teacher_answers"
         samples = answered_by_teacher(samples, kept.model, encoder, folder, fingerprint=kept.fingerprint, options=args)
     return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, router, kept)
@@ -208,7 +212,9 @@ def sharded_later(args: PoclConfig) -> bool:
     return bool(args.fsdp) or by_launcher or args.deepspeed is not None
 
 
-def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precision, samples: SampleSet) -> Teacher:
+def teacher_of(
+    teacher: Any, encoder: SampleEncoder, args: PoclConfig, precision: Precision, samples: SampleSet
+) -> Teacher:
     """The teacher with its cache in the output folder."""
     if isinstance(teacher, Teacher):
         return teacher
@@ -217,7 +223,10 @@ def teacher_of(teacher: Any, tokenizer: Any, args: PoclConfig, precision: Precis
     folder, by_name = Path(str(args.output_dir)), isinstance(teacher, str)
     if by_name:
         trust = args.trust_remote_code
-        loading.check_same_vocabulary(tokenizer, loading.load_tokenizer(teacher, trust_remote_code=trust))
+        theirs = loading.load_tokenizer(teacher, trust_remote_code=trust)
+        loading.check_same_vocabulary(encoder.tokenizer, theirs)
+        if line := unused_template(encoder.chat, args.template, theirs):
+            _first_says(line)
         teacher = load_teacher(
             teacher,
             folder / "teacher",
@@ -248,16 +257,14 @@ def placeable(model: Any) -> bool:
     return not chosen and not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
 
 
-def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -> SampleSet:
-    """Samples as tokens, from a path, records or samples."""
+def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str, *, scored: bool = False) -> SampleSet:
+    """Samples as tokens, from a path, records or samples; `scored`: answers will be compared with their references."""
     if isinstance(data, SampleSet):
         return data
     if isinstance(data, (str, Path)):
         samples, name = read_samples(data), str(data)
-    elif hasattr(data, "__iter__"):
-        samples = samples_from(data, name)
     else:
-        raise InputError(f"{name} must be a path, records or a SampleSet, got {type(data).__name__}")
+        samples = samples_from(data, name)
     encoded, report = encode_all(
         samples,
         encoder,
@@ -266,9 +273,12 @@ def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str) -
         long_prompts=args.long_prompts,  # type: ignore[arg-type]
         name=name,
     )
+    made = SampleSet(samples, encoded)
     if ranks.is_first():
         print(report.describe(name))
-    return SampleSet(samples, encoded)
+        if scored and (line := unseen_by_rouge(made, args.rouge_tokenizer, name)):  # type: ignore[arg-type]
+            print(line)
+    return made
 
 
 def answered_by_teacher(
@@ -282,15 +292,28 @@ def answered_by_teacher(
 ) -> SampleSet:
     """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
 
-    `fingerprint` identifies the teacher. Every rank must call.
+    A sample whose answer is empty is left out, and the line says how many are. `fingerprint` identifies the teacher.
+    Every rank must call. Raises `InputError` where all answers are empty.
     """
-    tokenizer: Any = encoder.tokenizer
     ask = Answerer.of(teacher, encoder, options, temperature=0.0)
     encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
-    texts = tokenizer.batch_decode([one.response_ids for one in encoded], skip_special_tokens=True)
-    answers = {one.index: text.strip() for one, text in zip(encoded, texts, strict=True)}
-    known = [replace(s, references=(answers[s.index],)) if s.index in answers else s for s in samples.samples]
-    return SampleSet(known, encoded)
+    texts = encoder.answer_texts([[id_ for id_ in one.response_ids if id_ != encoder.end_id] for one in encoded])
+    answers = {one.index: text for one, text in zip(encoded, texts, strict=True)}
+    empty = [index for index, text in answers.items() if not text]
+    if empty and ranks.is_first():
+        lines = ", ".join(str(samples.samples[index].line) for index in empty[:5])
+        say(
+            f"the teacher's answer to {len(empty)} of {len(answers)} prompts is empty (lines {lines}"
+            f"{', ...' if len(empty) > 5 else ''}): these samples are left out"
+        )
+    if len(empty) == len(answers):
+        raise InputError(
+            f"data_source=teacher: the teacher's answers to all {len(answers)} prompts are empty; look at its chat"
+            " template (--template), or train on the data's own answers (--data-source data)"
+        )
+    said = {index: (text,) for index, text in answers.items() if text}
+    known = [replace(s, references=said[s.index], answer=None) if s.index in said else s for s in samples.samples]
+    return SampleSet(known, [one for one in encoded if one.index in said])
 
 
 def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[EncodedSample]) -> Schedule:

@@ -109,7 +109,10 @@ class StageFlow(TrainerCallback):
         self._count_time()
         metrics = given["metrics"]
         is_best = progress.evaluated(
-            metrics[_full(args.metric_for_best_model)], state.global_step, greater_is_better=args.greater_is_better
+            metrics[_full(args.metric_for_best_model)],
+            state.global_step,
+            metrics["eval_cross_entropy"],
+            greater_is_better=args.greater_is_better,
         )
         trainer.dev_scored(metrics["eval_cross_entropy"], is_best=is_best)
         for prompt, answer in trainer.dev_answers:

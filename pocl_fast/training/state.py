@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ class Best:
 
     score: float
     step: int  # optimizer steps done
+    cross_entropy: float  # which decides between equal scores
 
 
 @dataclass
@@ -39,14 +41,18 @@ class TrainingState:
         """Notes that a stage begins."""
         self.stage, self.evaluations_since_best = stage, 0
 
-    def evaluated(self, score: float, step: int, *, greater_is_better: bool) -> bool:
-        """Notes an evaluation of the running stage after so many optimizer steps; says whether it is its best."""
+    def evaluated(self, score: float, step: int, cross_entropy: float, *, greater_is_better: bool) -> bool:
+        """Notes an evaluation of the running stage after so many optimizer steps; says whether it is its best: of equal
+        scores the one with the lower cross-entropy, and of equal ones in both the later. Only a better score or
+        cross-entropy counts against `evaluations_since_best`."""
         best, sign = self.best.get(self.stage), 1 if greater_is_better else -1
-        if best is not None and not sign * score > sign * best.score:  # nor is NaN better
-            self.evaluations_since_best += 1
+        now = Best(score, step, cross_entropy)
+        before = (-math.inf, -math.inf) if best is None else (sign * best.score, -best.cross_entropy)
+        found = (sign * score, -cross_entropy)
+        self.evaluations_since_best = 0 if best is None or found > before else self.evaluations_since_best + 1
+        if best is not None and not found >= before:  # nor is NaN better
             return False
-        self.best[self.stage] = Best(score, step)
-        self.evaluations_since_best = 0
+        self.best[self.stage] = now
         return True
 
     def add_seconds(self, seconds: float) -> None:

@@ -85,6 +85,12 @@ def test_a_llama_shares_the_prompts_prefix_and_a_family_whose_distances_count_pa
         assert decoding_way.shares_prefix(model, 256) is shares
 
 
+def test_the_rounding_of_a_state_in_bf16_is_not_taken_for_an_error():
+    assert decoding_way.decoding_way(tiny_family("falcon_h1").bfloat16(), 256).lengths == "any"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decoding_way.decoding_way(tiny_family("qwen3_5_text"), 256).lengths == "any"
+
+
 def test_trying_a_model_out_changes_no_random_number_and_no_mode():
     model = tiny_family("falcon_h1").train()
     model.lm_head.eval()  # a part that its owner keeps in evaluation mode

@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ranks import gloo
 from tiny import tiny_model, tiny_tokenizer
 
 from pocl_fast.answers.decoding import generate
-from pocl_fast.answers.engine import TorchEngine
+from pocl_fast.answers.engine import TorchEngine, own_ends
 from pocl_fast.data.encoding import SampleEncoder
 
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8], [40, 41], [90, 91, 92, 93]]
@@ -33,6 +34,22 @@ def test_batches_are_as_large_as_the_options_say():
     assert engine.pad_id == 256
     assert engine.batches(PROMPTS, 5) == [[2], [4, 0], [3, 1]]  # of 13, 9 and 7 tokens a row
     assert engine.batches(PROMPTS, 1) == [[2, 4], [0, 3, 1]]  # of 9 and 4: the most rows
+
+
+@pytest.mark.parametrize("ends", [258, [258, 65], (70, 71), None])
+def test_answers_stop_where_the_models_own_generate_stops(ends):
+    model = tiny_model()
+    model.generation_config.eos_token_id = ends
+    assert own_ends(model) == frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+    greedy = {"max_new_tokens": 12, "temperature": 0.0, "seed": 0, "sample_ids": range(5)}
+    answers = TorchEngine(model, 256).generate(PROMPTS, end_ids=(), **greedy)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor([prompt])
+        want = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=256)[0, len(prompt) :].tolist()
+        assert answer == [token for token in want if token not in own_ends(model)]
+    said = {token for answer in answers for token in answer}
+    model.generation_config.eos_token_id = list(said)  # of whatever it says, it now says nothing
+    assert TorchEngine(model, 256).generate(PROMPTS, end_ids=(), **greedy) == [[]] * 5
 
 
 @pytest.mark.parametrize("training", [True, False])

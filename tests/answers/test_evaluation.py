@@ -1,5 +1,7 @@
 """Scores of answers against the same computed by hand."""
 
+import string
+
 import numpy as np
 import pytest
 from tiny import tiny_model, tiny_tokenizer
@@ -7,8 +9,9 @@ from tiny_training import encoded_samples, student_model, transformers_loss
 
 from pocl_fast.answers import evaluation
 from pocl_fast.answers.engine import TorchEngine
-from pocl_fast.answers.evaluation import evaluate, exact_match, mean_token_cross_entropy
-from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.answers.evaluation import evaluate, exact_match, mean_token_cross_entropy, references_of
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.records import samples_from
 
 
 def test_cross_entropy_of_a_set_weighs_every_token_alike(tmp_path):
@@ -24,6 +27,57 @@ def test_exact_match_passes_over_case_punctuation_and_spacing_and_takes_any_refe
     answers = ["The  Cat!", "dog", "a b", ""]
     references = [["the cat"], ["cat", "Dog."], ["ab"], ["x"]]
     assert exact_match(answers, references) == 0.5
+
+
+# what a text is compared as by the code of Super-NaturalInstructions
+def _without_punctuation(text):
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("<", ">"), ("+", "-"), ("?", "!"), ("...", "?"), ("==", "="), ("a<b", "a>b"), ("a + b", "a b"), ("~p", "p"),
+        ("-5", "5"), ("x = -5", "x = 5"), ("(-3, 4)", "(3, 4)"), ("1.5", "15"), (".5", "5"), ("-.5", "5"),
+        ("1:2", "12"), ("1/2", "12"), ("2^3", "23"), ("x^2", "x2"), ("2*3", "23"), ("2**3", "23"), ("50%", "50"),
+        ("1990-2000", "19902000"), ("1,2,3", "123"), ("C++", "C"), ("p|q", "pq"), ("10:30", "1030"), ("3%2", "32"),
+    ],
+)  # fmt: skip
+def test_exact_match_keeps_what_mathematics_is_written_with(one, other):
+    assert exact_match([one, other], [[other], [one]]) == 0.0
+    assert exact_match([one, other], [[one], [other]]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1,234,567", "1234567"), ("The answer: 5.", "the answer 5"), ("(b)", "B"), ("well-known", "wellknown"),
+        ("COVID-19", "covid19"), ("No.5", "no5"), ("and/or", "andor"), ("**5**", "5"), ("5.", "5"), ("- 5", "5"),
+        ('"yes"', "yes"), ("it's", "its"), ("e-mail!", "email"), ("snake_case", "snakecase"), ("Yes?", "yes"),
+    ],
+)  # fmt: skip
+def test_exact_match_passes_over_the_other_punctuation_as_the_published_code_does(one, other):
+    assert _without_punctuation(one) == _without_punctuation(other)
+    assert exact_match([one, other], [[other], [one]]) == 1.0
+
+
+@pytest.mark.parametrize("reference", ["", " ", "?", "x"])
+def test_an_empty_answer_equals_nothing(reference):
+    assert exact_match(["", " "], [[reference], [reference]]) == 0.0
+
+
+def test_a_tool_call_is_compared_as_the_template_writes_it():
+    calls = [{"name": "f", "arguments": {"x": "1"}}]
+    record = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    }
+    [sample] = samples_from([record], "data")
+    tokenizer = tiny_tokenizer()
+    written = f"<call>{calls[0]['name']}</call>"
+    one = EncodedSample(0, (1,), (*tokenizer(written).input_ids, tokenizer.eos_token_id), False)
+    assert references_of(sample, one, SampleEncoder(tokenizer)) == [written]
+    [plain] = samples_from([{"prompt": "q", "response": ["a", "b"]}], "data")
+    assert references_of(plain, one, SampleEncoder(tokenizer)) == ["a", "b"]
 
 
 def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tmp_path, monkeypatch):

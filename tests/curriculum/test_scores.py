@@ -7,7 +7,7 @@ import pytest
 
 from pocl_fast.curriculum import scores
 from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
-from pocl_fast.curriculum.scores import read_scores
+from pocl_fast.curriculum.scores import SignalScores, read_scores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.system.errors import InputError
 
@@ -109,3 +109,18 @@ def test_a_table_of_other_samples_beside_it_is_refused_where_it_is_read(tmp_path
     with pytest.raises(InputError, match=r"teacher_scores.parquet is of other samples"):
         read_scores(tmp_path / "d.parquet", chosen_signals("mean_kl"))
     assert read_scores(tmp_path / "d.parquet", chosen_signals("rouge_l")).missing() == {}
+
+
+def test_a_signal_by_which_all_samples_are_alike_ranks_none(tmp_path):
+    rng = np.random.default_rng(0)
+    loss, length = rng.random(9), rng.integers(1, 5, 9).astype(float)
+    chosen = tuple(chosen_signals("rouge_l=3,cross_entropy,answer_length"))
+    alike = SignalScores(np.arange(9), chosen, (np.zeros(9), loss, length))
+    want = reciprocal_rank_fusion([loss, length], descending=[False, False], k=7.0)
+    assert alike.constant() == ["rouge_l"]
+    np.testing.assert_array_equal(alike.fused(7.0).order, want.order)
+    np.testing.assert_array_equal(alike.fused(7.0).score, want.score)
+    only = SignalScores(np.arange(9), chosen[:1], (np.zeros(9),))
+    assert only.fused(7.0).order.tolist() == list(range(9))  # the order of the file
+    missing = SignalScores(np.arange(9), chosen[:1], (np.full(9, np.nan),))
+    assert missing.constant() == []

@@ -2,9 +2,12 @@
 
 import pytest
 from tiny import tiny_tokenizer, write_jsonl
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from pocl_fast.data.encoding import SampleEncoder, encode_all
-from pocl_fast.data.records import read_samples
+from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.system.errors import InputError
 
 LIMITS = {"max_length": 100, "max_prompt_length": 80, "long_prompts": "error", "name": "a.jsonl"}
@@ -71,11 +74,11 @@ def test_no_prompt_within_the_limit_is_an_error_even_when_skipping(tmp_path):
         _encode(tmp_path, {"prompt": "a" * 200, "response": "b"}, tiny_tokenizer(), long_prompts="skip")
 
 
-def test_a_template_that_rewrites_the_answer_still_gives_its_tokens_and_an_end(tmp_path):
+def test_a_template_that_leaves_the_answer_out_is_refused_with_file_and_line(tmp_path):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("'<|start|>assistant\n'", "'<|start|>assistant\n<think>'")
-    [one], _ = _encode(tmp_path, {"prompt": "a", "response": "b"}, tokenizer)
-    assert tokenizer.decode(one.response_ids) == "b<|end|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | upper")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: the chat template leaves the answer out, or rewrites it"):
+        _encode(tmp_path, {"prompt": "a", "response": "b"}, tokenizer)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused():
@@ -83,3 +86,148 @@ def test_a_tokenizer_without_an_end_token_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end-of-sequence token"):
         SampleEncoder(tokenizer)
+
+
+# -- prompt and answer as one text -------------------------------------------------------------------------------------
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def sentencepiece(scheme):
+    """A tokenizer that puts a blank before the first word, or before each piece of text."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "▁", "▁b", "▁Hi", "Hi", "b", *map(chr, range(33, 127)), "\n"]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "b"), ("H", "i"), ("▁", "Hi")], unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+
+
+def one_of(tokenizer, record, template="auto"):
+    limits = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "x"}
+    [one], _ = encode_all(samples_from([record], "x"), SampleEncoder(tokenizer, template), **limits)
+    return one
+
+
+@pytest.mark.parametrize("answer", ["b", "Hi b", " b", "\nb", "b <unk> b", "é b"])
+@pytest.mark.parametrize("template", [MISTRAL, ZEPHYR], ids=["mistral", "zephyr"])
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_prompt_and_response_are_the_tokens_of_the_whole_text(scheme, template, answer):
+    tokenizer = sentencepiece(scheme)
+    tokenizer.chat_template = template
+    one = one_of(tokenizer, {"prompt": "Hi", "response": answer})
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    assert list(one.prompt_ids + one.response_ids) == tokenizer(text, add_special_tokens=False).input_ids
+    assert one.response_ids[-1] == tokenizer.eos_token_id
+    assert answer.strip().replace("é", "<unk>") in tokenizer.decode(one.response_ids)
+    assert "b" not in tokenizer.decode(one.prompt_ids).replace("<|assistant|>", "")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_the_alpaca_template_is_one_text_with_its_answer_too(scheme):
+    tokenizer = sentencepiece(scheme)
+    one = one_of(tokenizer, {"prompt": "Hi", "response": "b"})
+    whole = tokenizer(tokenizer.decode(one.prompt_ids) + "b", add_special_tokens=False).input_ids
+    assert list(one.prompt_ids + one.response_ids) == [*whole, tokenizer.eos_token_id]
+
+
+def test_an_added_token_across_the_border_is_the_responses():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["\nXY"])  # the header's line end and the answer's first letters
+    one = one_of(tokenizer, {"prompt": "a", "response": "XYZ"})
+    assert tokenizer.decode(one.prompt_ids).endswith("<|start|>assistant")
+    assert tokenizer.convert_ids_to_tokens(list(one.response_ids)) == ["\nXY", "Z", "<|end|>"]
+
+
+def test_a_merge_across_the_border_is_the_responses():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "<|pad|>", "<|start|>", "<|end|>", "ĊĊ"])}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "additional_special_tokens": ["<|start|>"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    tokenizer.chat_template = tiny_tokenizer().chat_template
+    one = one_of(tokenizer, {"prompt": "a", "response": "\n\nb"})
+    assert tokenizer.decode(one.prompt_ids).endswith("<|start|>assistant")
+    assert tokenizer.convert_ids_to_tokens(list(one.response_ids)) == ["ĊĊ", "Ċ", "b", "<|end|>"]
+
+
+def test_a_special_token_that_swallows_blanks_stays_in_the_prompt():
+    tokenizer = tiny_tokenizer()
+    token = AddedToken("<|assistant|>", rstrip=True, special=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", token]})
+    tokenizer.chat_template = ZEPHYR
+    one = one_of(tokenizer, {"prompt": "a", "response": "  b"})
+    assert tokenizer.convert_ids_to_tokens(one.prompt_ids[-1]) == "<|assistant|>"
+    assert tokenizer.decode(one.response_ids) == "b<|end|>"
+
+
+@pytest.mark.parametrize("answer", ["Fill <|pad|> in.", "<|start|>", "an <unk> here", "so be it <|end|>"])
+def test_special_tokens_within_an_answer_do_not_end_it(answer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    one = one_of(tokenizer, {"prompt": "a", "response": answer})
+    assert tokenizer.decode(one.response_ids) == answer.removesuffix("<|end|>") + "<|end|>"
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """Every letter a token, in Python: it does not tell which characters a token stands for."""
+
+    def __init__(self, **names):
+        self._letters = {chr(i): i for i in range(128)}
+        super().__init__(**names)
+
+    @property
+    def vocab_size(self):
+        return 128
+
+    def get_vocab(self):
+        return self._letters | self.added_tokens_encoder
+
+    def _tokenize(self, text, **_):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self._letters.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_parts():
+    tokenizer = SlowTokenizer(eos_token="<|end|>", pad_token="<|pad|>", additional_special_tokens=["<|start|>"])
+    assert not tokenizer.is_fast
+    tokenizer.chat_template = tiny_tokenizer().chat_template
+    one = one_of(tokenizer, {"prompt": "a", "response": "yes"})
+    assert tokenizer.decode(one.prompt_ids) == "<|start|>user\na<|end|>\n<|start|>assistant\n"
+    assert tokenizer.decode(one.response_ids) == "yes<|end|>"
+
+
+@pytest.mark.parametrize("form", ["<|start|> $A <|end|>", "$A <|end|>", "<|start|> $A", "<|start|> <|start|> $A"])
+def test_the_alpaca_prompt_has_what_the_tokenizer_puts_before_a_text_and_not_what_it_puts_behind(form):
+    tokenizer = tiny_tokenizer(chat=False)
+    special = [("<|start|>", 257), ("<|end|>", 258)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=special)
+    one = one_of(tokenizer, {"prompt": "Hi", "response": "yo"})
+    before = form.count("<|start|>")
+    assert one.prompt_ids[:before] == (257,) * before
+    assert tokenizer.decode(one.prompt_ids[before:]).startswith("Below is")
+    assert tokenizer.decode(one.prompt_ids).endswith("### Response:\n")
+    assert tokenizer.decode(one.response_ids) == "yo<|end|>"

@@ -121,8 +121,14 @@ def test_a_list_says_which_layers_have_no_experts_where_a_period_cannot(tmp_path
 
 def test_a_student_of_which_a_layer_needs_the_keys_of_one_that_is_gone_is_refused():
     source = tiny_family("gemma4_text")  # its last layer reads the keys of layer 1
-    with pytest.raises(InputError, match="cannot cut Gemma4ForCausalLM to 3 of its 4 layers"):
+    with pytest.raises(InputError, match=r"cannot cut Gemma4ForCausalLM to 3 of its 4 layers \(0, 2, 3\): "):
         cut_layers(source, 3)
+
+
+def test_a_refusal_says_which_numbers_of_layers_are_right():
+    source = tiny_family("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(InputError, match=r"It can be cut to 1, or give a smaller model"):
+        cut_layers(source, 2)
 
 
 # layer 7 reads the keys of layer 5, and both stay

@@ -4,12 +4,12 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from tiny import arithmetic, write_jsonl
-from tiny_run import make_inputs, options, run
+from tiny import CHAT_TEMPLATE, arithmetic, tiny_tokenizer, write_jsonl
+from tiny_run import make_inputs, options, refusal, run, select
 
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.models import loading
-from pocl_fast.run.configuration import from_options
+from pocl_fast.run.configuration import from_options, recorded_config
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.directory import RunDirectory
 
@@ -114,3 +114,70 @@ def test_skipped_and_cut_samples_are_counted_and_left_out_or_kept(finished, tmp_
     index = pq.read_table(output / "difficulty.parquet")["index"].to_pylist()
     assert index == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11]
     assert sorted(Curriculum.load(output / "curriculum.json").order.tolist()) == index
+
+
+# -- chat templates ----------------------------------------------------------------------------------------------------
+
+
+def test_words_on_the_command_line_are_variables_of_the_template(inputs, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(inputs / "teacher", teacher)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "({{ tone }}, {{ depth + 1 }}, {{ short }}, {{ last }})" + CHAT_TEMPLATE
+    tokenizer.save_pretrained(teacher)
+    words = select(options(inputs, teacher=teacher, max_new_tokens=1, max_length=200, max_prompt_length=160), "measure")
+    words += ["--chat-template-kwargs", "tone=very warm", "depth=2", "--chat-template-kwargs=short=false"]
+    words += ["--chat_template_kwargs", 'last=["a", null]', "--system-prompt", "Be brief."]
+    assert run("measure", tmp_path / "out", *words) == 0
+    config = recorded_config(tmp_path / "out").data
+    assert config.chat_template_kwargs == {"tone": "very warm", "depth": 2, "short": False, "last": ["a", None]}
+    made = RunContext(RunDirectory(tmp_path / "other"), recorded_config(tmp_path / "out"))
+    prompt = made.tokenizer.decode(made.train_set.encoded[0].prompt_ids)
+    assert prompt.startswith("(very warm, 3, False, ['a', None])<|start|>system\nBe brief.<|end|>")
+
+
+def test_words_that_are_no_variables_are_refused(inputs, tmp_path, capsys):
+    words = select(options(inputs), "measure")
+    for given, says in (
+        (["enable_thinking"], "must be NAME=VALUE, got 'enable_thinking'"),
+        (["enable_thinking=false"], "--chat-template-kwargs enable_thinking: the chat template has no such variable"),
+        ([], "--chat-template-kwargs needs NAME=VALUE words"),
+    ):
+        said = refusal(capsys, "measure", tmp_path / "out", *words, "--chat-template-kwargs", *given)
+        assert says in said
+
+
+def test_another_chat_template_is_another_run(inputs, tmp_path, capsys):
+    own = tmp_path / "own.jinja"
+    own.write_text("one: " + CHAT_TEMPLATE)
+    words = [
+        *select(options(inputs, max_new_tokens=1, max_length=200, max_prompt_length=160), "measure"),
+        "--chat-template",
+        str(own),
+    ]
+    assert run("measure", tmp_path / "out", *words) == 0
+    assert run("measure", tmp_path / "out", *words) == 0
+    own.write_text("two: " + CHAT_TEMPLATE)
+    assert "chat_template: was" in refusal(capsys, "measure", tmp_path / "out", *words)
+    assert "system_prompt: was" in refusal(capsys, "measure", tmp_path / "out", *words, "--system-prompt", "Hi")
+
+
+def test_that_the_teachers_chat_template_is_not_used_is_said_once(context, inputs, tmp_path):
+    shutil.copytree(inputs / "teacher", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    made = context(student=str(tmp_path / "base"))
+    made.check_vocabularies()
+    made.check_vocabularies()
+    [line] = made.said
+    assert "the teacher's chat template is not used" in line
+    assert made.encoder.template == "alpaca"
+
+
+def test_a_base_student_may_be_asked_in_the_teachers_chat_template(context, inputs, tmp_path):
+    shutil.copytree(inputs / "teacher", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    file = inputs / "teacher" / "chat_template.jinja"
+    made = context(student=str(tmp_path / "base"), chat_template=str(file))
+    made.check_vocabularies()
+    assert made.said == []
+    assert made.encoder.template == "chat"

@@ -226,7 +226,8 @@ def test_an_interrupted_trainer_can_go_on_itself(tmp_path, monkeypatch, uninterr
 def test_the_best_weights_that_an_older_checkpoint_names_stay_with_it(tmp_path, monkeypatch):
     given = iter([0.1, 0.2, 0.3, 0.4])
     monkeypatch.setattr(
-        "pocl_fast.answers.evaluation.rouge_l", lambda *_: type("RougeL", (), {"fmeasure": np.array([next(given)])})
+        "pocl_fast.answers.evaluation.rouge_l",
+        lambda *_, **__: type("RougeL", (), {"fmeasure": np.array([next(given)])}),
     )
     train(tmp_path, **TWO_STAGES)
     older = TrainingState.read(tmp_path / "checkpoint-12" / "pocl_state.json")

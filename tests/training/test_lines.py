@@ -53,7 +53,7 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal():
 def test_stages_say_what_they_begin_with_and_what_came_of_them(schedule):
     begins = lines.stage_begins_line(schedule, 1, weights=lines.best_weights(0, 2))
     assert begins == ("stage 2/2 begins: 8 samples, 4 steps, τ 1.5, α 0, from the best weights of stage 1, of step 2")
-    state = TrainingState(stage=0, best={0: Best(12.5, 2)}, losses={0: 2.5}, seconds={0: 3.04})
+    state = TrainingState(stage=0, best={0: Best(12.5, 2, 1.0)}, losses={0: 2.5}, seconds={0: 3.04})
     done = lines.stage_done_line(schedule, state, "eval_rouge_l")
     assert done == "stage 1/2 is done: 2 steps in 3.0 s, last loss 2.500, best dev ROUGE-L 12.50 at step 2"
     schedule.end_stage(1, 3)
@@ -62,7 +62,7 @@ def test_stages_say_what_they_begin_with_and_what_came_of_them(schedule):
 
 
 def test_the_table_has_a_row_for_each_stage_that_was_begun(schedule):
-    state = TrainingState(stage=0, best={0: Best(12.5, 2)}, losses={0: 2.5}, seconds={0: 65.0})
+    state = TrainingState(stage=0, best={0: Best(12.5, 2, 1.0)}, losses={0: 2.5}, seconds={0: 65.0})
     header, row = lines.training_table(schedule, state).splitlines()
     assert header.split() == ["stage", "samples", "steps", "τ", "α", "loss", "best", "dev", "at", "step", "time"]
     assert row.split() == ["1", "4", "2", "1", "0.25", "2.500", "12.50", "2", "1:05"]
@@ -99,11 +99,24 @@ def test_a_training_says_each_event_once_and_where_it_resumes(tmp_path, capsys):
 def test_an_evaluation_counts_as_better_only_above_the_best_or_below_it():
     state = TrainingState()
     state.begin(0)
-    steps = enumerate([1.0, 1.0, 2.0, 0.5, float("nan")], start=1)
-    assert [state.evaluated(score, step, greater_is_better=True) for step, score in steps] == [
+    steps = enumerate([1.0, 0.9, 2.0, 0.5, float("nan")], start=1)
+    assert [state.evaluated(score, step, 1.0, greater_is_better=True) for step, score in steps] == [
         True, False, True, False, False
     ]  # fmt: skip
-    assert (state.best[0], state.evaluations_since_best) == (Best(2.0, 3), 2)
-    assert state.evaluated(1.5, 6, greater_is_better=False)
+    assert (state.best[0], state.evaluations_since_best) == (Best(2.0, 3, 1.0), 2)
+    assert state.evaluated(1.5, 6, 9.0, greater_is_better=False)
     assert state.evaluations_since_best == 0
     assert np.isclose(state.best[0].score, 1.5)
+
+
+def test_of_equal_scores_the_lower_cross_entropy_is_better_and_of_equal_ones_in_both_the_later():
+    for greater_is_better in (True, False):
+        state = TrainingState()
+        state.begin(0)
+        seen = []
+        for step, cross_entropy in enumerate([3.0, 2.0, 2.5, 2.0, 2.0], start=1):
+            better = state.evaluated(0.0, step, cross_entropy, greater_is_better=greater_is_better)
+            seen.append((better, state.best[0].step, state.evaluations_since_best))
+        # steps 4 and 5 are later and no better: their weights are kept, and patience goes on counting
+        assert seen == [(True, 1, 0), (True, 2, 0), (False, 2, 1), (True, 4, 2), (True, 5, 3)]
+        assert not state.evaluated(0.0, 6, float("nan"), greater_is_better=greater_is_better)

@@ -1,9 +1,11 @@
 """Models and data as they can be given: names, records, families, adapters."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from tiny import arithmetic, save_tiny, tiny_model
-from tiny_training import curriculum_of, same_bits, teacher_model, trainer_of, weights_of
+from tiny import arithmetic, save_tiny, tiny_model, tiny_tokenizer
+from tiny_training import curriculum_of, encoded_samples, same_bits, teacher_model, trainer_of, weights_of
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -14,9 +16,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from pocl_fast.data.encoding import SampleEncoder, SampleSet
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.system.errors import InputError
+from pocl_fast.training import setup
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.metrics import read_metrics
 from pocl_fast.training.trainer import PoclTrainer
@@ -195,3 +199,55 @@ def test_models_and_tokenizers_by_name_run_code_of_a_hub_model_only_where_that_i
     name = str(tmp_path / "model")
     PoclTrainer(name, name, args, arithmetic(8, 0), curriculum=curriculum_of(8, stages=1))
     assert seen == [trust] * 4
+
+
+def answered(monkeypatch, folder, answers, said):
+    """The samples with these answers of a teacher, None for an empty one; what is said is appended to `said`."""
+    samples = SampleSet(*encoded_samples(len(answers)))
+    tokenizer = tiny_tokenizer()
+
+    def generate(self, prompts, **_):
+        texts = {sample.prompt_ids: text for sample, text in zip(samples.encoded, answers, strict=True)}
+        return [tokenizer(texts[tuple(prompt)]).input_ids for prompt in prompts]
+
+    monkeypatch.setattr("pocl_fast.answers.engine.TorchEngine.generate", generate)
+    monkeypatch.setattr(setup, "say", said.append)
+    options = SimpleNamespace(max_new_tokens=8, max_length=96, generation_batch_size=4, generation_batch_tokens=4096)
+    return setup.answered_by_teacher(samples, None, SampleEncoder(tokenizer), folder, fingerprint="t", options=options)
+
+
+def test_samples_whose_teacher_says_nothing_are_left_out_and_counted(monkeypatch, tmp_path):
+    said = []
+    made = answered(monkeypatch, tmp_path, ["yes", "", " \n", "no"], said)
+    assert [one.index for one in made.encoded] == [0, 3]
+    assert [made.samples[one.index].references for one in made.encoded] == [("yes",), ("no",)]
+    assert len(made.samples) == 4
+    assert said[-1] == "the teacher's answer to 2 of 4 prompts is empty (lines 2, 3): these samples are left out"
+    said.clear()
+    assert len(answered(monkeypatch, tmp_path / "all", ["a", "b"], said).encoded) == 2
+    assert not any("empty" in line for line in said)
+
+
+def test_a_teacher_that_says_nothing_at_all_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="the teacher's answers to all 3 prompts are empty"):
+        answered(monkeypatch, tmp_path, ["", "", " "], [])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"a": arithmetic(3), "b": arithmetic(3, 9)}, r"eval_dataset is a dict of several sets \(a, b\)"),
+        (["a text"], "eval_dataset, record 1: expected a dict, got str"),
+        (3, "eval_dataset holds no records"),
+    ],
+)
+def test_a_dev_set_that_holds_no_records_says_what_to_give(tmp_path, given, says):
+    trainer = trainer_of(tmp_path, curriculum=curriculum_of(4, stages=1))
+    with pytest.raises(InputError, match=says):
+        trainer.evaluate(given)
+
+
+def test_a_dev_set_for_which_rouge_is_blind_is_called_so(tmp_path, capsys):
+    trainer = trainer_of(tmp_path, curriculum=curriculum_of(4, stages=1))
+    trainer.evaluate([{"prompt": "问题", "response": "答案"}, {"prompt": "q", "response": "a"}])
+    assert "eval_dataset: ROUGE-L is blind for 1 of 2 references" in capsys.readouterr().out

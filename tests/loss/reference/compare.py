@@ -57,11 +57,11 @@ def both(
 
 
 def log_softmaxes(student: Tensor, teacher: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which entries of the shared vocabulary are out of D, [N, V]; log q and log p of the others, in float64."""
+    """Which entries of the shared vocabulary one side or both give no mass, [N, V]; log q and log p, in float64."""
     V = min(student.shape[-1], teacher.shape[-1])
     s, t = student[:, :V].double(), teacher[:, :V].double()
     out = (s == -torch.inf) | (t == -torch.inf)
-    log_q, log_p = (torch.log_softmax(x.masked_fill(out, -torch.inf) / tau.double().reshape(-1, 1), -1) for x in (s, t))
+    log_q, log_p = (torch.log_softmax(x / tau.double().reshape(-1, 1), -1) for x in (s, t))
     return out, log_q, log_p
 
 

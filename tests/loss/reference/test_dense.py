@@ -220,7 +220,7 @@ def test_ignored_rows_cost_nothing_and_are_not_read(backend):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.3), (1.5, 0.0)])
-def test_entries_of_minus_infinity_are_left_out_of_the_divergence(backend, divergence, temperature, alpha):
+def test_minus_infinity_on_either_side_matches(backend, divergence, temperature, alpha):
     student, teacher = logits(7, 201), logits(7, 201)
     labels = some_labels(7, 201, ignored=False)
     student[0, 5], student[1, :140], student[2, -9:] = -math.inf, -math.inf, -math.inf
@@ -246,6 +246,7 @@ def test_the_lowest_number_as_a_mask_on_both_sides_matches(backend, divergence, 
 
 
 def test_a_row_with_nothing_to_compare_has_no_divergence_and_no_gradient_of_it(backend):
+    """Of forward KL that is a row whose every term is left out; of all a side of −inf alone."""
     student, teacher = logits(2, 40), logits(2, 40)
     student[0, :20], teacher[0, 20:] = -math.inf, -math.inf
     teacher[1] = -math.inf

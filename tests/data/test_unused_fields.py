@@ -1,0 +1,103 @@
+"""What no model is told: fields are counted in one line, and what changes the question is refused where a template has
+no place for it."""
+
+import pytest
+from tiny import CHAT_TEMPLATE, arithmetic, tiny_tokenizer, write_jsonl
+
+from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.records import samples_from
+from pocl_fast.data.stream import SampleStream
+from pocl_fast.system.errors import InputError
+
+LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error"}
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALLING = {**ANSWER, "tool_calls": [{"name": "f", "arguments": {}}]}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+WHOLE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}"
+    "{% if m.reasoning_content %}{{ m.reasoning_content }}{% endif %}{{ m['content'] }}"
+    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}{{ '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
+def report_of(*records, template=CHAT_TEMPLATE):
+    tokenizer = tiny_tokenizer(chat=template is not None)
+    tokenizer.chat_template = template
+    _, report = encode_all(samples_from(records, "data"), SampleEncoder(tokenizer), name="data", **LIMITS)
+    return report.describe("data")
+
+
+def refusal(*records, template=CHAT_TEMPLATE):
+    with pytest.raises(InputError) as error:
+        report_of(*records, template=template)
+    return str(error.value)
+
+
+def test_fields_that_are_not_read_are_counted_in_the_sets_line():
+    records = [{**one, "id": n} for n, one in enumerate(arithmetic(4))]
+    records[2] |= {"source": "web", "inptu": "x"}
+    said = report_of(*records)
+    assert said.endswith("; fields not used: id (4 records), source (1 record), inptu (1 record; did you mean input?)")
+    assert said.count("\n") == 0
+    assert report_of(*arithmetic(4)) == "data: 4 samples"
+
+
+def test_a_stream_counts_the_same_fields(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{**one, "id": 7} for one in arithmetic(5)])
+    stream = SampleStream(path, SampleEncoder(tiny_tokenizer()), 96, 80, "error")
+    assert stream.check().describe("x") == "x: 5 samples; fields not used: id (5 records)"
+
+
+def test_fields_of_messages_that_the_template_does_not_show_are_counted():
+    one = {"messages": [{**USER, "weight": 0}, {**ANSWER, "reasoning_content": "why", "weight": 1}]}
+    said = report_of(one, one)
+    assert said.endswith("weight of messages (2 records); the template does not write the reasoning of 2 (lines 1, 2)")
+    assert report_of(one, template=WHOLE).endswith("fields not used: weight of messages (1 record)")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        WHOLE,
+        "{# tools #}{% set ns = namespace(t=tools) %}{{ ns.t | tojson }}{% for m in messages %}"
+        "{% for key, value in m.items() %}{{ key ~ value }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_tools_and_calls_that_a_template_shows_are_taken(template):
+    assert report_of({"messages": [USER, CALLING], "tools": TOOLS}, template=template) == "data: 1 samples"
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "says"),
+    [
+        ({"prompt": "q", "response": "a", "tools": TOOLS}, CHAT_TEMPLATE, 'the chat template shows no "tools"'),
+        # named in a comment and in plain text alone
+        ({"prompt": "q", "response": "a", "tools": TOOLS}, "{# tools #}tools:" + CHAT_TEMPLATE, 'shows no "tools"'),
+        ({"messages": [USER, CALLING]}, CHAT_TEMPLATE, 'the chat template shows no "tool_calls"'),
+        ({"messages": [USER, CALLING, USER, ANSWER]}, CHAT_TEMPLATE, 'the chat template shows no "tool_calls"'),
+        (
+            {"system": "s", "prompt": "q", "response": "a"},
+            CHAT_TEMPLATE.replace("messages %}", "messages if m['role'] != 'system' %}"),
+            'the chat template shows no messages of the role "system"',
+        ),
+        (
+            {"messages": [USER, ANSWER, {"role": "tool", "content": "r"}, ANSWER]},
+            CHAT_TEMPLATE.replace("messages %}", "messages if m['role'] in ('user', 'assistant') %}"),
+            'the chat template shows no messages of the role "tool"',
+        ),
+        ({"system": "s", "prompt": "q", "response": "a"}, None, "the Alpaca template has no place for system"),
+        ({"history": [["h", "i"]], "prompt": "q", "response": "a"}, None, "no place for earlier turns"),
+        ({"prompt": "q", "response": "a", "tools": TOOLS}, None, "the Alpaca template has no place for tools"),
+        ({"messages": [USER, CALLING]}, None, "the Alpaca template has no place for tool calls"),
+    ],
+)
+def test_what_changes_the_question_and_has_no_place_is_refused_with_its_line(record, template, says):
+    said = refusal({"prompt": "q", "response": "a"}, record, template=template)
+    assert said.startswith("data, line 2: ")
+    assert says in said
+
+
+def test_the_alpaca_template_takes_a_conversation_of_one_turn_and_counts_the_rest():
+    record = {"messages": [USER, {**ANSWER, "reasoning_content": "why"}]}
+    assert report_of(record, template=None).endswith("; the template does not write the reasoning of 1 (line 1)")
