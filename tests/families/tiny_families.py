@@ -112,7 +112,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * HALVES},
     "longcat_flash": {"head_dim": 4, "num_hidden_layers": OUT, "num_key_value_heads": 4},
     "mamba2": {"head_dim": 16},
-    "prophetnet": {"num_hidden_layers": OUT, "num_encoder_layers": 2},
+    "prophetnet": {"num_hidden_layers": OUT, "num_encoder_layers": LAYERS},
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
