@@ -238,9 +238,8 @@ def teacher_of(
         if line := unused_template(encoder.chat, args.template, theirs):
             _first_says(line)
         configured = Vocabulary("teacher", configured_rows(name, trust_remote_code=trust))
-        check_tokens(
-            samples, configured, encoder.tokenizer, place
-        )  # before it runs, as a quantised one does when it is made
+        # here, for a quantised teacher runs when it is made
+        check_tokens(samples, configured, encoder.tokenizer, place)
         teacher = load_teacher(
             name,
             folder / "teacher",
