@@ -307,8 +307,8 @@ def answered_by_teacher(
 ) -> SampleSet:
     """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
 
-    A sample whose answer is empty is left out, and the line says how many are. `fingerprint` identifies the teacher.
-    Every rank must call. Raises `InputError` where all answers are empty.
+    Where answers are empty the end token alone is learnt, which a line counts. `fingerprint` identifies the teacher.
+    Every rank must call.
     """
     ask = Answerer.of(teacher, encoder, options, temperature=0.0)
     encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
@@ -319,16 +319,13 @@ def answered_by_teacher(
         lines = ", ".join(str(samples.samples[index].line) for index in empty[:5])
         say(
             f"the teacher's answer to {len(empty)} of {len(answers)} prompts is empty (lines {lines}"
-            f"{', ...' if len(empty) > 5 else ''}): these samples are left out"
+            f"{', ...' if len(empty) > 5 else ''}): there the student learns to say nothing. Look at the teacher's chat"
+            " template, or train on the data's own answers (data_source=data)"
         )
-    if len(empty) == len(answers):
-        raise InputError(
-            f"data_source=teacher: the teacher's answers to all {len(answers)} prompts are empty; look at its chat"
-            " template (--template), or train on the data's own answers (--data-source data)"
-        )
-    said = {index: (text,) for index, text in answers.items() if text}
-    known = [replace(s, references=said[s.index], answer=None) if s.index in said else s for s in samples.samples]
-    return SampleSet(known, [one for one in encoded if one.index in said])
+    known = [
+        replace(s, references=(answers[s.index],), answer=None) if s.index in answers else s for s in samples.samples
+    ]
+    return SampleSet(known, encoded)
 
 
 def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[EncodedSample]) -> Schedule:
