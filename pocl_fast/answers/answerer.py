@@ -80,7 +80,8 @@ class Answerer:
     @property
     def settings(self) -> dict[str, Any]:
         """All that an answer depends on besides the model, the prompt and the seed."""
-        return {
+        forbidden = list(getattr(self.engine, "forbidden_ids", ()))
+        return ({"forbidden_ids": forbidden} if forbidden else {}) | {
             "max_new_tokens": self.limits.max_new_tokens,
             "end_ids": sorted(self.end_ids),
             "temperature": self.temperature,

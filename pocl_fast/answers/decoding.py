@@ -66,6 +66,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     sample_ids: Sequence[int] | None = None,
+    forbidden_ids: Sequence[int] = (),
     batch_size: int = 64,
     batch_tokens: int | None = None,
     shared: bool = False,
@@ -75,15 +76,16 @@ def generate(
 
     `temperature` 0 is greedy; otherwise each answer is sampled from the whole distribution (top-p 1) with random
     numbers of its own, made from `seed` and its entry in `sample_ids` (its position where left out), so that it does
-    not depend on the batch it is in. Answers are cut at `max_new_tokens`. Prompts are token ids and must not be empty.
-    `batch_size` and `batch_tokens` are as in `generation_batches`; on a CPU a batch is cut, too, where its padding
-    would take longer than the steps of one batch more. With `shared` every rank must call with the same arguments,
-    answers its share of the batches, and has all answers at the end.
+    not depend on the batch it is in. Answers are cut at `max_new_tokens`, and have none of `forbidden_ids`. Prompts are
+    token ids and must not be empty. `batch_size` and `batch_tokens` are as in `generation_batches`; on a CPU a batch is
+    cut, too, where its padding would take longer than the steps of one batch more. With `shared` every rank must call
+    with the same arguments, answers its share of the batches, and has all answers at the end.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     ids = range(len(prompts)) if sample_ids is None else sample_ids
     on_cpu = input_device(model).type == "cpu"
     decoder = _Decoder(model, prompts, max_new_tokens, set(end_ids), pad_id, temperature, shared)
+    decoder.forbidden = torch.tensor(list(forbidden_ids), dtype=torch.int64, device=decoder.device)
     plan = decoder.plan(batch_size, batch_tokens, most_padding=CPU_STEP_ROWS * max_new_tokens if on_cpu else None)
     if shared:
         plan = [plan[i] for i in ranks.share([answering_work(prompts, batch, max_new_tokens) for _, batch in plan])]
@@ -122,6 +124,7 @@ class _Decoder:
         self.model, self.prompts, self.max_new_tokens, self.end_ids = model, prompts, max_new_tokens, end_ids
         self.pad_id, self.temperature = pad_id, temperature
         self.device = input_device(model)
+        self.forbidden = torch.empty(0, dtype=torch.int64, device=self.device)  # ids that are never chosen
         self.limit = length_limit(model)
         self.way = decoding_way(model, pad_id, say if ranks.is_first() else None)
         if shared:  # all ranks must cut the same batches; models of two machines may differ in a rounding
@@ -183,6 +186,8 @@ class _Decoder:
         logits = steps.begin(prompts) if self.max_new_tokens else None
         for step in range(self.max_new_tokens):
             assert logits is not None
+            if len(self.forbidden):
+                logits = logits.index_fill(1, self.forbidden, -math.inf)
             numbers = None if noise is None else noise.next(rows, logits.shape[1]).to(self.device)
             chosen = choose(logits, self.temperature, numbers)
             for i, token in zip(rows, chosen.tolist(), strict=True):

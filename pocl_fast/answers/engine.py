@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from pocl_fast.answers.decoding import generate, generation_batches
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.models.probing import evaluating
+from pocl_fast.models.vocabulary import rows_of, tokenless_ids
 from pocl_fast.system.console import Report
 
 
@@ -76,12 +77,15 @@ class TorchEngine:
     pad_id: int
     batch_size: int = 64  # the most prompts that are answered at once,
     batch_tokens: int | None = None  # and the most tokens of these prompts and their answers
+    forbidden_ids: Sequence[int] = ()  # that no answer has
 
     @classmethod
     def of(cls, model: Any, encoder: SampleEncoder, options: BatchOptions) -> TorchEngine:
-        """The engine of a model with the encoder's tokenizer."""
-        pad_id: int = encoder.tokenizer.pad_token_id
-        return cls(model, pad_id, options.generation_batch_size, options.generation_batch_tokens)
+        """The engine of a model with the encoder's tokenizer, whose answers have tokens of that alone."""
+        tokenizer: Any = encoder.tokenizer
+        forbidden = tokenless_ids(tokenizer, rows_of(model).lm_head)
+        batch = options.generation_batch_size, options.generation_batch_tokens
+        return cls(model, tokenizer.pad_token_id, *batch, forbidden)
 
     def batches(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         return generation_batches(
@@ -110,6 +114,7 @@ class TorchEngine:
                 temperature=temperature,
                 seed=seed,
                 sample_ids=sample_ids,
+                forbidden_ids=self.forbidden_ids,
                 batch_size=self.batch_size,
                 batch_tokens=self.batch_tokens,
                 shared=shared,

@@ -17,11 +17,13 @@ import torch
 
 from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine, own_ends
 from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.models.vocabulary import rows_of, tokenless_ids
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report
 from pocl_fast.system.errors import InputError
 
 FREE_MEMORY = 0.8  # vLLM's share of the GPU memory that the models leave free: for its weights, keys and values
+LEAST_BIAS = -100.0  # the lowest that vLLM adds to a logit
 BATCH = 1024  # prompts that vLLM gets at once; it puts them into batches of its own
 
 
@@ -47,15 +49,17 @@ def engine_of(
     if not by_vllm:
         return contextlib.nullcontext(TorchEngine.of(model, encoder, options))
     longest = max_prompt_length + options.max_new_tokens
-    return loaded(model, max_length=longest, dtype="bfloat16" if bf16 else "float32")
+    forbidden = tokenless_ids(encoder.tokenizer, rows_of(model).lm_head)
+    return loaded(model, max_length=longest, dtype="bfloat16" if bf16 else "float32", forbidden_ids=forbidden)
 
 
 class VllmEngine:
     """An `Engine` by a model in vLLM's memory."""
 
-    def __init__(self, llm: Any, ends: Collection[int] = ()) -> None:
-        """`ends` are the model's own stop tokens."""
+    def __init__(self, llm: Any, ends: Collection[int] = (), forbidden_ids: Sequence[int] = ()) -> None:
+        """`ends` are the model's own stop tokens; no answer has one of `forbidden_ids`."""
         self._llm, self._ends = llm, frozenset(ends)
+        self._bias = dict.fromkeys(forbidden_ids, LEAST_BIAS) or None
 
     def release(self) -> None:
         """Drops the reference to vLLM: its memory is free once nothing refers to it."""
@@ -88,6 +92,7 @@ class VllmEngine:
                 stop_token_ids=sorted(end_ids),
                 ignore_eos=True,  # `end_ids` are the end tokens
                 detokenize=False,
+                logit_bias=self._bias,
             )
             for i in sample_ids
         ]
@@ -100,10 +105,13 @@ class VllmEngine:
 
 
 @contextlib.contextmanager
-def loaded(model: Any, *, max_length: int, dtype: Literal["bfloat16", "float32"]) -> Iterator[VllmEngine]:
+def loaded(
+    model: Any, *, max_length: int, dtype: Literal["bfloat16", "float32"], forbidden_ids: Sequence[int] = ()
+) -> Iterator[VllmEngine]:
     """The model in vLLM within the block: saved to a temporary folder, as vLLM reads folders, and read from there.
 
-    `max_length` is the most tokens of a prompt and its answer. Raises `InputError` where vLLM cannot load the model.
+    `max_length` is the most tokens of a prompt and its answer; no answer has one of `forbidden_ids`. Raises
+    `InputError` where vLLM cannot load the model.
     """
     from vllm import LLM
 
@@ -124,7 +132,7 @@ def loaded(model: Any, *, max_length: int, dtype: Literal["bfloat16", "float32"]
                 f"vLLM cannot load this {type(model).__name__} ({type(error).__name__}: {error});"
                 " generation_engine torch can"
             ) from error
-        engine = VllmEngine(llm, own_ends(model))
+        engine = VllmEngine(llm, own_ends(model), forbidden_ids)
         del llm
         try:
             yield engine

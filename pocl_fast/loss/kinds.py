@@ -15,14 +15,13 @@ def check_tensor(name: str, x: Any) -> None:
     """Raises TypeError for what is not a tensor of torch, and ValueError for one whose numbers do not lie in memory."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {described(x)}{_instead(name, x)}")
-    if torch.compiler.is_compiling():
+    if (x.layout is torch.strided and not x.is_nested and not x.is_quantized) or torch.compiler.is_compiling():
         return
     if x.layout is not torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         instead = "pad it, or concatenate its rows" if x.is_nested else "call its to_dense()"
         raise ValueError(f"{name} must be a dense tensor, got a {layout} one; {instead}")
-    if x.is_quantized:
-        raise ValueError(f"{name} must not be quantised, got {x.dtype}; call its dequantize()")
+    raise ValueError(f"{name} must not be quantised, got {x.dtype}; call its dequantize()")
 
 
 def check_floating(name: str, x: Tensor) -> None:
@@ -36,7 +35,9 @@ def check_number(name: str, x: Any) -> None:
     if type(x) in (int, float) or isinstance(x, Tensor):
         return
     try:
-        float(x if not isinstance(x, str) else None)  # numpy's and symbolic numbers are numbers, "1.5" is none
+        if isinstance(x, str):
+            raise TypeError
+        float(x)  # numpy's and symbolic numbers are numbers
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {described(x)}") from None
 

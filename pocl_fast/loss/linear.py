@@ -124,6 +124,7 @@ def _heads(hidden: Tensor, weight: Weight, bias: Tensor | None, labels: Tensor, 
     if callable(weight) and not isinstance(weight, (Tensor, torch.nn.Module)):
         name, weight = "what student_weight gives", weight()
     check_tensor(name, weight)
+    assert isinstance(weight, Tensor)
     if bias is not None:
         check_tensor("student_bias", bias)
     weight = whole(weight)

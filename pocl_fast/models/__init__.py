@@ -1,3 +1,3 @@
-"""Models as transformers has them: found, loaded, placed, cut, and run on packed rows.
+"""Models as transformers has them: found, loaded, placed, checked, and run on packed rows.
 
 Does not know teacher from student, nor any loss."""

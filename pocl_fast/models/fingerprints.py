@@ -16,14 +16,12 @@ def source_fingerprint(source: str) -> str:
     """Identifies a model by its files without reading them whole: the source, and of each file of weights or settings
     its name, its size, its first MiB and 4 KiB out of each 1/1024 of the rest. A hub id stands for itself."""
     where = resolve(source)
-    folder = Path(where.path)
-    if not folder.is_dir():
+    folders = [Path(where.path), *([Path(where.adapter)] if where.adapter else [])]
+    if not folders[-1].is_dir():
         return source
-    names = [where.gguf_file] if where.gguf_file else sorted(p.name for p in folder.iterdir())
-    digest = hashlib.sha256()
-    for name in names:
-        if Path(name).suffix not in (".gguf", ".safetensors", ".json", ".jinja"):
-            continue
+    files = [(folder, name) for folder in folders if folder.is_dir() for name in _files_of(folder, where.gguf_file)]
+    digest = hashlib.sha256(where.path.encode() if where.adapter and not folders[0].is_dir() else b"")
+    for folder, name in files:
         size = (folder / name).stat().st_size
         digest.update(f"{name} {size}".encode())
         with open(folder / name, "rb") as file:
@@ -32,6 +30,11 @@ def source_fingerprint(source: str) -> str:
                 file.seek(place)
                 digest.update(file.read(1 << 12))
     return f"{source} ({digest.hexdigest()[:16]})"
+
+
+def _files_of(folder: Path, gguf_file: str | None) -> list[str]:
+    names = [gguf_file] if gguf_file else sorted(path.name for path in folder.iterdir())
+    return [name for name in names if Path(name).suffix in (".gguf", ".safetensors", ".json", ".jinja")]
 
 
 def hub_revision(source: str, *, trust_remote_code: bool = False) -> str | None:

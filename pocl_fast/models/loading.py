@@ -7,6 +7,7 @@ wheel). Does not know teacher from student.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import tempfile
 from dataclasses import dataclass
@@ -17,18 +18,27 @@ import torch
 from torch import nn
 
 from pocl_fast.models.placement import Placement
+from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
 
 Quantization = Literal["none", "8bit", "4bit"]
 BUNDLED = "bundled"
+ADAPTER = "adapter_config.json"  # in a folder of adapters
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files are: `path` is a hub id or a folder, `gguf_file` the file's name in it, if it is one."""
+    """Where a model's files are: `path` is a hub id or a folder, `gguf_file` the file's name in it, if it is one.
+    `adapter` is a folder or hub id of adapters for the model at `path`."""
 
     path: str
     gguf_file: str | None = None
+    adapter: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the files hold the model's weights as transformers reads them."""
+        return self.gguf_file is None and self.adapter is None
 
 
 def resolve(source: str) -> ModelSource:
@@ -52,6 +62,8 @@ def resolve(source: str) -> ModelSource:
         return ModelSource(str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / ADAPTER).is_file():
+                return _of_adapter(path)
             raise InputError(f"{source} is a folder without a config.json, so not a saved model")
         return ModelSource(str(path))
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
@@ -59,16 +71,51 @@ def resolve(source: str) -> ModelSource:
     return ModelSource(source)
 
 
+def same_source(one: str, other: str) -> bool:
+    """Whether two sources name the same files, however their paths are written."""
+    places = [Path(source).expanduser() for source in (one, other)]
+    return one == other or (all(place.exists() for place in places) and places[0].samefile(places[1]))
+
+
+def _of_adapter(folder: Path) -> ModelSource:
+    """Where an adapter's base model is. Raises `InputError` where its settings do not say, or it is not there."""
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(
+            f'{folder} holds adapters, which peft loads: pip install "pocl-fast[peft]", or merge them into their model'
+            " and save that (merge_and_unload(), save_pretrained)"
+        )
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"cannot read the adapter's settings {folder / ADAPTER}: {error}") from error
+    if not base:
+        raise InputError(f"{folder / ADAPTER} does not say which model the adapter is for (base_model_name_or_path)")
+    elif (folder / base / "config.json").is_file():  # as given from there
+        base = str(folder / base)
+    elif Path(base).is_absolute() and not Path(base).is_dir():
+        raise InputError(
+            f"the adapter {folder} is for the model {base}, which is not there: set base_model_name_or_path in"
+            f" {folder / ADAPTER}, or merge the adapter into its model and give the merged one"
+        )
+    return ModelSource(base, adapter=str(folder))
+
+
 def choose_device(device: str, *, option: str = "device") -> torch.device:
     """ "auto" is the first CUDA (or ROCm) device where there is one, else the CPU."""
-    if device == "auto":
+    if device.strip().lower() == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(device.strip().lower())
     except RuntimeError as error:
-        raise InputError(f"{option} {device}: not a device that torch knows") from error
+        raise InputError(f"{option} {device}: not a device that torch knows, as cpu, cuda or cuda:1 are") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"{option} {device}: this torch ({torch.__version__}) sees no CUDA device")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{option} {device}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    try:
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"{option} {device}: this torch ({torch.__version__}) cannot use it") from error
     return chosen
 
 
@@ -78,8 +125,11 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
 
     where = resolve(source)
     kwargs: dict[str, Any] = {"gguf_file": where.gguf_file} if where.gguf_file else {}
+    path = where.path
+    if where.adapter is not None and (Path(where.adapter) / "tokenizer_config.json").is_file():
+        path = where.adapter  # a tokenizer is often saved beside the adapters
     with readable_errors(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(where.path, trust_remote_code=trust_remote_code, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -97,7 +147,7 @@ def load_model(
     """The causal language model behind `source`, in `dtype` on `device`, in evaluation mode.
 
     `quantization` "8bit" (LLM.int8) or "4bit" (NF4) is bitsandbytes', on CPU and CUDA. `placement` says where each part
-    lies, instead of `device`. Only safetensors and GGUF are read.
+    lies, instead of `device`. Only safetensors and GGUF are read. Adapters of peft are merged into their model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -109,11 +159,11 @@ def load_model(
     if placement is not None:
         kwargs |= placement.arguments()
     with readable_errors(source, "model"):
-        if where.gguf_file:
-            model = _load_gguf(where, dtype)
+        if not where.is_plain:
+            model = _load_gguf(where, dtype) if where.gguf_file else _load_merged(where, dtype, trust_remote_code)
             if quantization == "none":
                 return (model.to(device) if placement is None else placement.dispatch(model)).eval()
-            # bitsandbytes quantises while it reads safetensors: the GGUF weights are written as such a file first
+            # bitsandbytes quantises while it reads safetensors: other weights are written as such a file first
             with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
                 model.save_pretrained(folder)
                 del model
@@ -122,25 +172,11 @@ def load_model(
         if quantization != "none":
             kwargs["quantization_config"] = _bitsandbytes(quantization, dtype)
         model = AutoModelForCausalLM.from_pretrained(where.path, **kwargs)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            model = _merge_injected(model, source)
         if placement is not None:
             return model.eval()
         return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method without its type
-
-
-def check_same_vocabulary(student: Any, teacher: Any) -> None:
-    """Raises `InputError` unless one tokenizer's vocabulary is the other's, give or take entries added at its end."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    shared = min(len(ours), len(theirs))
-    student_tokens = {i: token for token, i in ours.items()}
-    for token, i in sorted(theirs.items(), key=lambda item: item[1]):
-        if i < shared and student_tokens.get(i) != token:
-            raise InputError(
-                f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} tokens): token {i} is"
-                f" {student_tokens.get(i)!r} for the student and {token!r} for the teacher. White-box distillation"
-                " compares the two token by token, so both must use one tokenizer (entries added at the end are fine)"
-            )
 
 
 def check_positions(model: Any, tokens: int, whose: str) -> None:
@@ -155,6 +191,43 @@ def check_positions(model: Any, tokens: int, whose: str) -> None:
             f"the {whose} has learned {limit} positions, and prompt and response may take {tokens} tokens: lower"
             " max_length, max_prompt_length or max_new_tokens"
         )
+
+
+def _load_merged(where: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """A base model with its adapters merged into it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        where.path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    try:
+        adapted = PeftModel.from_pretrained(model, str(where.adapter))
+        if adapted.active_peft_config.is_prompt_learning:
+            kind = type(adapted.active_peft_config).__name__
+            raise InputError(f"the adapter {where.adapter} puts tokens before the prompt ({kind}): it cannot be merged")
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # sizes that differ, NaN, no way to merge
+        raise ValueError(f"its adapters cannot be merged into {where.path}: {error}") from error
+    say(f"the adapters {where.adapter} are merged into {where.path}: a model of plain weights")
+    return merged
+
+
+def _merge_injected(model: Any, source: str) -> Any:
+    """The same for adapters that transformers has put into the model's layers by itself."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    layers = [(name, one) for name, one in model.named_modules() if isinstance(one, BaseTunerLayer)]
+    if not layers or any(isinstance(one, AuxiliaryTrainingWrapper) for one in model.modules()):
+        raise ValueError("its adapters cannot be merged here: merge and save it first (PeftModel.merge_and_unload())")
+    for name, one in layers:
+        one.merge(safe_merge=True)
+        model.set_submodule(name, one.get_base_layer())
+    model._hf_peft_config_loaded = False
+    del model.peft_config
+    say(f"the adapters of {source} are merged into their model: plain weights")
+    return model
 
 
 def _load_gguf(where: ModelSource, dtype: torch.dtype) -> Any:
@@ -208,4 +281,9 @@ class readable_errors:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             here = self.source == BUNDLED or Path(self.source).expanduser().exists()
             note = "" if here else " (no folder of this name is here)"  # it was asked of the hub
+            if "trust_remote_code" in str(error) and "custom code" in str(error):
+                first = (
+                    "it brings code of its own, which is run with --trust-remote-code (trust_remote_code=True) alone:"
+                    " read it first"
+                )
             raise InputError(f"cannot load the {self.what} {self.source!r}{note}: {first}") from error

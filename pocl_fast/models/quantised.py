@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -27,12 +27,14 @@ from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.models.fingerprints import hub_revision, source_fingerprint
 from pocl_fast.models.loading import load_model, require_bitsandbytes, resolve
 from pocl_fast.models.placement import Placement, input_device
+from pocl_fast.models.usable import make_savable
 from pocl_fast.system import console, ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json
 from pocl_fast.system.seal import damage, seal
 
 PROBE_TOKENS = 256  # supervised tokens at which the full model's logits are kept: 156 MB of a vocabulary of 152k
+MOSTLY = 0.9  # a smaller share of the layers' weights is said: less memory is saved than the name promises
 _RECORD = "quantised.json"
 _FORMAT = "2"  # of `_Made` as it is recorded: 1 had another name for `fidelity`
 
@@ -135,7 +137,15 @@ def load_quantised(
     placement = Placement({"": str(device)})
     model = load_model(str(target), dtype=dtype, placement=placement, trust_remote_code=trust_remote_code)
     seconds = time.perf_counter() - start
+    part = quantised_part(model)
+    if part.share == 0:
+        raise InputError(
+            f"{source} in {quantization}: bitsandbytes finds no layer in {type(model).__name__} that it quantises;"
+            " load it as it is (teacher_quantization none)"
+        )
     if ranks.is_first():
+        if part.share < MOSTLY:
+            say(f"{source} in {quantization}: {part.describe(dtype)}")
         made = _Made.read(target)
         size = sum(path.stat().st_size for path in target.iterdir()) / 2**20
         times = f"{seconds:.2f} s to load from {target} ({size:.0f} MiB), {made.seconds:.1f} s from the full weights"
@@ -193,7 +203,9 @@ def _make(recipe: _Recipe, target: Path, probe_samples: Sequence[EncodedSample])
         )
         seconds += time.perf_counter() - start
     with _written(target):
+        make_savable(model, console.say, "teacher")
         model.save_pretrained(partial)  # before it first runs: on a CPU that packs 4-bit weights in another way
+    _check_runs(model, recipe)
     made = _Made(seconds, None if want is None else fidelity(want, response_logits(model, probes)))
     del model
     with _written(target):
@@ -206,20 +218,68 @@ def _plain_weights(recipe: _Recipe, probes: Sequence[EncodedSample]) -> Iterator
     """A source of the full weights as safetensors, the full model's logits on the probes, and the seconds that making
     such a source took. The full model has left memory by then."""
     source = recipe.source
-    gguf = resolve(source).gguf_file is not None
+    where = resolve(source)
+    gguf, plain = where.gguf_file is not None, where.is_plain
     want, seconds = None, 0.0
-    with tempfile.TemporaryDirectory(prefix="pocl-fast-") if gguf else contextlib.nullcontext(source) as weights:
-        if gguf or probes:
+    with contextlib.nullcontext(source) if plain else tempfile.TemporaryDirectory(prefix="pocl-fast-") as weights:
+        if probes or not plain:
             start = time.perf_counter()
             # on a GPU as much of it as fits: that it does not is why it is quantised
             spread = Placement("auto") if recipe.device.type == "cuda" and not gguf else None
             full = load_model(source, dtype=recipe.dtype, placement=spread, trust_remote_code=recipe.trust_remote_code)
-            if gguf:
+            if not plain:
                 full.save_pretrained(weights)
                 seconds = time.perf_counter() - start
             want = response_logits(full, probes) if probes else None
             del full
         yield weights, want, seconds
+
+
+class QuantisedPart(NamedTuple):
+    """How much of a model's layers bitsandbytes has quantised: it takes linear layers alone."""
+
+    share: float  # of the weights of two and more dimensions, embeddings and lm_head aside
+    whole: tuple[str, ...]  # names of weights that it left whole, largest first
+
+    def describe(self, dtype: torch.dtype) -> str:
+        return (
+            f"only {100 * self.share:.0f} % of the layers' weights are quantised, as bitsandbytes takes linear layers"
+            f" alone; {self.whole[0]} and {len(self.whole) - 1} more stay in {str(dtype).removeprefix('torch.')}"
+        )
+
+
+def quantised_part(model: Any) -> QuantisedPart:
+    """What of a model in 8 or 4 bits is quantised."""
+    import bitsandbytes
+
+    kinds = (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, kinds)}
+    tables = [one for one in model.modules() if isinstance(one, torch.nn.Embedding)]
+    ends = [id(one.weight) for one in (*tables, model.get_output_embeddings())]
+    whole = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and id(weight) not in ends and name.rpartition(".")[0] not in layers
+    }
+    done = sum(one.in_features * one.out_features for one in layers.values())
+    names = sorted(whole, key=lambda name: -whole[name])
+    return QuantisedPart(done / max(1, done + sum(whole.values())), tuple(names))
+
+
+@torch.no_grad()
+def _check_runs(model: Any, recipe: _Recipe) -> None:
+    """Raises `InputError` where a quantised model does not run: a family may use its layers' weights by itself (Mamba),
+    and on a CPU 4 bits need sizes that are multiples of 64."""
+    try:
+        model(input_ids=torch.tensor([[1, 2, 3]], device=input_device(model)), use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, AssertionError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{recipe.source} does not run in {recipe.quantization}: bitsandbytes' layers do not fit"
+            f" {type(model).__name__} or its sizes ({first}). Load it as it is (teacher_quantization none)"
+        ) from error
 
 
 def _first_tokens(samples: Sequence[EncodedSample], most: int) -> list[EncodedSample]:

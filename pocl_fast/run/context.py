@@ -6,7 +6,7 @@ Knows how options name data, models and engines. Does not know what the steps do
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +18,20 @@ from pocl_fast.answers.engine import Engine
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.chat_template import unused_template
-from pocl_fast.data.encoding import SampleEncoder, SampleSet, encode_all, encoder_of
-from pocl_fast.data.records import read_samples
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
+from pocl_fast.data.records import Sample, read_samples
 from pocl_fast.models import loading
-from pocl_fast.models.cut import cut_layers
 from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import choose_precision
+from pocl_fast.models.usable import check_left_to_right, check_model, check_saved, make_savable
+from pocl_fast.models.vocabulary import check_special_tokens, configured_layers, configured_rows, known_ids, rows_of
 from pocl_fast.options import RunConfig
 from pocl_fast.run.directory import RunDirectory, required
+from pocl_fast.student.cut import cut_layers
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
+from pocl_fast.teacher.pair import Place, Vocabulary, check_same_vocabulary, check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +53,7 @@ class RunContext:
         self.precision = choose_precision(config.models.precision, self.device)
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
-        self._vocabularies_checked = False
+        self._template_said = False
 
     def begins(self, step: str, result: str) -> bool:
         """Whether the step is still to be done, on every rank; a step that is done says which file has its result.
@@ -80,15 +83,61 @@ class RunContext:
         return tokenizer
 
     def check_vocabularies(self) -> None:
-        """Raises `InputError` where student and teacher have different tokens."""
-        chosen = self.config.models
-        teacher = required(chosen.teacher, "--teacher")
-        if self.student_source != teacher and not self._vocabularies_checked:
-            theirs = loading.load_tokenizer(teacher, trust_remote_code=chosen.trust_remote_code)
-            loading.check_same_vocabulary(self.tokenizer, theirs)
-            if line := unused_template(self.encoder.chat, self.config.data.template, theirs):
+        """Raises `InputError` where student and teacher have different tokens or cut texts differently, or where one of
+        them has no row for a token of the samples that are loaded."""
+        chosen, student = self.config.models, self.student_source
+        teacher, trusted = required(chosen.teacher, "--teacher"), chosen.trust_remote_code
+        train = self._train_file if "_train_file" in vars(self) else None
+        if student != teacher:
+            theirs = loading.load_tokenizer(teacher, trust_remote_code=trusted)
+            check_same_vocabulary(self.tokenizer, theirs, train, self._place_in("train"), self.say)
+            line = unused_template(self.encoder.chat, self.config.data.template, theirs)
+            if line and not self._template_said:
                 self.say(line)
-            self._vocabularies_checked = True
+                self._template_said = True
+        if rows := configured_rows(student, trust_remote_code=trusted):
+            check_special_tokens(self.tokenizer, rows, "student")
+            self._check_tokens(Vocabulary("student", rows), dev=True)
+        if student != teacher:
+            self._check_tokens(Vocabulary("teacher", configured_rows(teacher, trust_remote_code=trusted)))
+
+    def _check_tokens(self, vocabulary: Vocabulary, *, dev: bool = False) -> None:
+        """Raises `InputError` where a sample that is loaded has a token that a model does not know; `dev` says whether
+        the model sees the held-out samples too."""
+        for name, kept in (("train", "_train_file"), ("dev", "dev_set")):
+            if kept in vars(self) and (dev or name == "train"):
+                check_tokens(getattr(self, kept), vocabulary, self.tokenizer, self._place_in(name))
+
+    def check_stream(self, stream: Iterable[Sequence[tuple[Sample, EncodedSample]]]) -> None:
+        """The same for the student and the training samples of a file that is read in pieces, where its tokenizer has
+        tokens without a row."""
+        rows = configured_rows(self.student_source, trust_remote_code=self.config.models.trust_remote_code)
+        if rows is None or max(known_ids(self.tokenizer)) < rows:
+            return
+        for piece in stream:
+            known: Any = {one.index: sample for sample, one in piece}
+            data = SampleSet(known, [one for _, one in piece])
+            check_tokens(data, Vocabulary("student", rows), self.tokenizer, self._place_in("train"))
+
+    def _place_in(self, data: str) -> Place:
+        path = getattr(self.config.data, data)
+        return lambda sample: f"{path}, line {sample.line}"
+
+    def check_sizes(self) -> None:
+        """Raises `InputError` where --student-layers asks for more layers than there are; says where the student is the
+        teacher."""
+        chosen = self.config.models
+        has = configured_layers(self.student_source, trust_remote_code=chosen.trust_remote_code)
+        keep = chosen.student_layers
+        if has is not None and keep is not None and keep > has:
+            raise InputError(f"--student-layers {keep}: the model to cut from has {has} layers, {self.student_source}")
+        same = chosen.teacher is not None and loading.same_source(self.student_source, chosen.teacher)
+        if same and keep in (None, has):
+            how = f"give --student-layers below its {has} layers" if has else "give --student-layers"
+            self.say(
+                f"the student is the teacher itself, {chosen.teacher}, whole: it will be no faster. For a smaller one"
+                f" {how}, or another --student"
+            )
 
     @cached_property
     def encoder(self) -> SampleEncoder:
@@ -137,6 +186,7 @@ class RunContext:
 
         self.check_vocabularies()
         model = self.teacher_model()
+        self._check_usable(model, "teacher")
         options = SimpleNamespace(**asdict(self.config.generation), max_length=self.config.data.max_length)
         with self.precision.autocast():
             return answered_by_teacher(
@@ -188,8 +238,17 @@ class RunContext:
             device=self.device,
             keep_body=self.config.rollouts.rollouts != "none",
             owned=True,
+            student_rows=self._student_rows(model),
             say=self._say_of("teacher"),
         )
+
+    def _student_rows(self, teacher: Any) -> int:
+        """The rows of the student's lm_head; of the teacher's where a student is cut from it."""
+        if self.student_source == self.config.models.teacher or self.config.cache.cache_mode != "topk":
+            return rows_of(teacher).lm_head  # hidden states are kept of any vocabulary
+        trusted = self.config.models.trust_remote_code
+        rows = configured_rows(self.student_source, trust_remote_code=trusted)
+        return rows_of(self.student().model).lm_head if rows is None else rows
 
     # -- the student ------------------------------------------------------------------------------------------------
 
@@ -223,6 +282,8 @@ class RunContext:
             )
         if chosen.student_layers is not None:
             student = cut_layers(student, chosen.student_layers)
+        make_savable(student, self.say, "student")
+        check_saved(self.tokenizer)
         return student.float()
 
     # -- every model ------------------------------------------------------------------------------------------------
@@ -230,11 +291,22 @@ class RunContext:
     def _ready(self, model: Any, whose: str) -> LoadedModel:
         """The model, with packed batches where these hold for it. Raises `InputError` where it has fewer positions than
         a sample, or a prompt and its answer, may have tokens, and where its logits are not its lm_head's."""
+        if whose in ("student", "teacher"):
+            self._check_usable(model, whose)
         data, answer = self.config.data, self.config.generation.max_new_tokens
         loading.check_positions(model, max(data.max_length, data.max_prompt_length + answer), whose)
         with self.precision.autocast():
             check_head(model, whose)
             return LoadedModel(model, packing_ready(model, self._say_of(whose)))
+
+    def _check_usable(self, model: Any, whose: str) -> None:
+        """Raises `InputError` for what is no causal language model, or has no rows for the tokens that it will see."""
+        check_model(model, f"--{whose}", may_be_offloaded=whose == "teacher")
+        check_left_to_right(model, f"--{whose}")
+        rows = rows_of(model)
+        if whose == "student" or self.config.data.data_source == "teacher":  # which answer, and are padded
+            check_special_tokens(self.tokenizer, rows.embedding, whose)
+        self._check_tokens(Vocabulary(whose, rows.both), dev=whose == "student")
 
     def _say_of(self, whose: str) -> Say:
         """Prints lines about one of the run's models, which name it."""

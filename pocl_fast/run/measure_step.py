@@ -92,4 +92,5 @@ def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
     stream = SampleStream(path, context.encoder, data.max_length, data.max_prompt_length, data.long_prompts)
     report = ranks.from_first(stream.check)
     context.say(report.describe(str(path)))
+    ranks.from_first(lambda: context.check_stream(stream))
     return stream, report.samples

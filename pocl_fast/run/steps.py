@@ -50,6 +50,7 @@ class Run:
         count, _ = len(context.train_set.encoded), context.dev_set
         stages_over(np.arange(count), np.zeros(count), context.config.schedule)
         context.check_vocabularies()
+        context.check_sizes()
 
     def measure(self) -> None:
         measure_step(self.context)

@@ -20,7 +20,9 @@ from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.placement import Placement
 from pocl_fast.models.precision import Precision
 from pocl_fast.models.quantised import load_quantised
+from pocl_fast.models.vocabulary import rows_of
 from pocl_fast.system.errors import InputError
+from pocl_fast.teacher.pair import check_top_k
 from pocl_fast.teacher.shards import HIDDEN_DTYPES
 from pocl_fast.teacher.teacher import Teacher
 
@@ -36,6 +38,17 @@ class CacheSettings(Protocol):
     def cache_dtype(self) -> str: ...
     @property
     def cache_top_k(self) -> int: ...
+
+
+def teacher_place(where: str, student: torch.device) -> torch.device:
+    """The device that a teacher's place names, which is none of several. Raises `InputError` for one that is not
+    there."""
+    if where == WITH_STUDENT:
+        return student
+    try:
+        return loading.choose_device(where, option="teacher_device")
+    except InputError as error:
+        raise InputError(f"{error}; or give {WITH_STUDENT} (the student's device), or {SPREAD}") from error
 
 
 def load_teacher(
@@ -65,7 +78,7 @@ def load_teacher(
             raise InputError("a quantised teacher lies on one device: give teacher_device a device, or no quantization")
         say(f"loading the teacher {source}, spread over the devices that have room")
         return loading.load_model(source, placement=Placement("auto", offload_folder=folder / "offloaded"), **common)
-    device = precision.device if where == WITH_STUDENT else loading.choose_device(where)
+    device = teacher_place(where, precision.device)
     if quantization == "none":
         say(f"loading the teacher {source}")
         return loading.load_model(source, device=device, **common)
@@ -82,10 +95,14 @@ def cached_teacher(
     device: torch.device,
     keep_body: bool,
     owned: bool,
+    student_rows: int,
     say: Callable[[str], object] = print,
 ) -> Teacher:
     """The teacher with its cache in `folder`. Its outputs lie on `device`. With `owned` nobody else reads the model's
-    weights, and those that were laid out anew for a CPU are dropped."""
+    weights, and those that were laid out anew for a CPU are dropped. `student_rows` are those of the student's lm_head.
+    Raises `InputError` where the cache cannot keep what such a student is to learn."""
+    if options.cache_mode == "topk":
+        check_top_k(student_rows, rows_of(model).lm_head)
     with precision.autocast():
         packed = packing_ready(model, say)  # before layers are laid out anew, which may round their products
     frozen = freeze_linears(decoder_of(model), precision.frozen_dtype)  # the lm_head's products stay fp32
@@ -97,6 +114,7 @@ def cached_teacher(
             cache_dtype=HIDDEN_DTYPES[options.cache_dtype],
             cache_mode=mode,
             top_k=options.cache_top_k,
+            student_entries=student_rows,
             precision=precision.name,
             device=device,
             keep_body=keep_body,

@@ -83,13 +83,15 @@ class HiddenEntries:
 
 @dataclass(frozen=True)
 class TopKEntries:
-    """The k largest log-probabilities, in fp32 so that the tail keeps its digits, and their tokens."""
+    """The k largest log-probabilities, in fp32 so that the tail keeps its digits, and their tokens; of the first
+    `entries` of the vocabulary where that is given, normalised over these."""
 
     k: int
+    entries: int | None = None
 
     @property
     def name(self) -> str:
-        return f"top{self.k}"
+        return f"top{self.k}" if self.entries is None else f"top{self.k}-of-{self.entries}"
 
     @property
     def columns(self) -> dict[str, Column]:

@@ -26,6 +26,7 @@ from pocl_fast.models.lm_head import LmHead, check_head, lm_head
 from pocl_fast.models.packed_forward import decoder_of, supervised_hidden
 from pocl_fast.models.packing_check import packing_holds
 from pocl_fast.models.placement import input_device
+from pocl_fast.models.vocabulary import rows_of
 from pocl_fast.system import console, ranks
 from pocl_fast.system.console import shared_progress
 from pocl_fast.system.errors import InputError
@@ -51,6 +52,7 @@ class Teacher:
         cache_dtype: torch.dtype = torch.bfloat16,
         cache_mode: Literal["hidden", "topk"] = "hidden",
         top_k: int = 64,
+        student_entries: int | None = None,
         precision: str = "",
         device: torch.device | str | None = None,
         keep_body: bool = False,
@@ -60,11 +62,12 @@ class Teacher:
         """`model` is a transformers causal language model whose packing is enabled.
 
         In mode "hidden" the cache keeps hidden states in `cache_dtype` (bfloat16, float32, or int8 with a scale a
-        token), in mode "topk" the `top_k` largest log-probabilities; `say` gets a line with what that loses. What was
-        computed in another `precision` is not read. Outputs lie on `device`, the teacher's own where left out.
-        `keep_body` keeps the body in memory for samples that come up while training (see `live`). `packed` says how
-        its batches are laid out, where that is known (see `packing_holds`). Raises `InputError` where the model's
-        logits are not its lm_head applied to its last hidden states.
+        token), in mode "topk" the `top_k` largest log-probabilities; `say` gets a line with what that loses. A student
+        whose lm_head has fewer rows compares the vocabulary's first `student_entries` alone: the top-k is then taken
+        among these, normalised over them. What was computed in another `precision` is not read. Outputs lie on
+        `device`, the teacher's own where left out. `keep_body` keeps the body in memory for samples that come up while
+        training (see `live`). `packed` says how its batches are laid out, where that is known (see `packing_holds`).
+        Raises `InputError` where the model's logits are not its lm_head applied to its last hidden states.
         """
         self._model: Any | None = model.requires_grad_(False).eval()
         self.config = model.config
@@ -77,13 +80,17 @@ class Teacher:
         self._say: Callable[[str], object] | None = say if ranks.is_first() else None  # until the first batch's loss
         check_head(model, "teacher")
         self._packed = packing_holds(model, self._say) if packed is None else packed
-        if cache_mode == "topk" and not 1 <= top_k <= self.vocab_size:
-            raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {self.vocab_size} tokens")
+        self.rows = rows_of(model)
+        self.parameters: int = model.num_parameters()
+        entries = min(self.vocab_size, student_entries or self.vocab_size)
+        if cache_mode == "topk" and not 1 <= top_k <= entries:
+            raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {entries} tokens")
+        top = TopKEntries(top_k, entries if entries < self.vocab_size else None)
         self.fingerprint = teacher_fingerprint(model, precision)
         self.cache = TeacherCache(
             cache_folder,
             teacher=self.fingerprint,
-            entries=TopKEntries(top_k) if cache_mode == "topk" else HiddenEntries(hidden_size, cache_dtype),
+            entries=top if cache_mode == "topk" else HiddenEntries(hidden_size, cache_dtype),
             writers=Writers.of_this_run(),
             say=say,
         )
@@ -124,7 +131,7 @@ class Teacher:
         a student's own answers. Raises RuntimeError once the body was released."""
         hidden = self._run(samples)
         if isinstance(self.cache.entries, TopKEntries):
-            top = most_likely(self.lm_head, hidden, self.cache.entries.k)
+            top = most_likely(self.lm_head, hidden, self.cache.entries.k, self.cache.entries.entries)
             return TopKTeacher(top.log_probs.to(self._device), top.indices.to(self._device))
         return self._linear(hidden.to(self._device, self._dtype))
 
@@ -219,7 +226,7 @@ class Teacher:
         if isinstance(entries, HiddenEntries):
             self.cache.put(samples, hidden)
         else:
-            self.cache.put(samples, top := most_likely(self.lm_head, hidden, entries.k))
+            self.cache.put(samples, top := most_likely(self.lm_head, hidden, entries.k, entries.entries))
         if self._say is not None:
             loss = (
                 rounding_loss(entries, lm_head(self._model), hidden[:CHUNK]).describe(entries.name)
@@ -257,11 +264,12 @@ def rounding_loss(entries: HiddenEntries, head: LmHead, hidden: Tensor) -> Round
 
 
 @torch.no_grad()
-def most_likely(head: LmHead, hidden: Tensor, k: int) -> TopK:
-    """The k most likely tokens after hidden states [N, H], without the logits of all N at once."""
+def most_likely(head: LmHead, hidden: Tensor, k: int, entries: int | None = None) -> TopK:
+    """The k most likely tokens after hidden states [N, H], without the logits of all N at once; with `entries` those of
+    the vocabulary's first ones, as if there were no others."""
     parts = []
     for rows in hidden.split(CHUNK):
-        logits = head.logits(rows.to(head.weight)).float()
+        logits = head.logits(rows.to(head.weight))[:, :entries].float()
         top = logits.topk(k)
         parts.append((top.values - logits.logsumexp(-1, keepdim=True), top.indices.to(torch.int32)))
     return TopK(torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts]))

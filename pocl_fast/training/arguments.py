@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from pocl_fast.curriculum.signals import teacher_columns
+from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.options import (
@@ -243,7 +244,14 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
 
         Raises `InputError` for what transformers refuses, too.
         """
-        options = config.trainer_options() | {"data_source": "data"}  # the samples have the teacher's answers already
+        # what a run does before it trains: the teacher's answers, the student's cut, the loading of the teacher
+        done = {
+            "data_source": "data",
+            "student_layers": None,
+            "teacher_quantization": "none",
+            "teacher_device": "student",
+        }
+        options = config.trainer_options() | done
         try:
             return cls(output_dir=str(output_dir), **({"disable_tqdm": True} | options | config.trainer.set))
         except InputError:
@@ -272,6 +280,18 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
 
 
 TRAINER_GROUPS: tuple[type, ...] = PoclConfig.__bases__[:-1]  # those of pocl_fast.options
+
+
+def check_arguments(args: Any, curriculum: Any, callbacks: Any, optimizers: Any) -> None:
+    """Raises `InputError` for arguments of a trainer that are of another kind than it takes."""
+    if not isinstance(args, PoclConfig):
+        raise InputError(f"args is a {type(args).__name__}: give a PoclConfig, which has TrainingArguments' fields too")
+    if curriculum is not None and not isinstance(curriculum, Curriculum):
+        raise InputError(f"curriculum is a {type(curriculum).__name__}: give a Curriculum, as Curriculum.load(path)")
+    if isinstance(callbacks, (TrainerCallback, type)) or not hasattr(callbacks, "__iter__"):
+        raise InputError("callbacks must be a list of transformers' TrainerCallback: put the one into a list")
+    if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
+        raise InputError("optimizers must be a pair: an optimizer and a learning rate's schedule, or None for each")
 
 
 def top_k_lacks(columns: Sequence[str]) -> str:

@@ -56,6 +56,19 @@ def check_none_after(folder: Path, step: int) -> None:
         )
 
 
+def check_resumable(checkpoint: Path, folder: Path) -> None:
+    """Raises `InputError` where a checkpoint holds the model alone: a training that went on from it would begin with an
+    empty optimizer and another learning rate."""
+    states = ("optimizer*", "global_step*")  # a file, FSDP's folder; DeepSpeed's folder
+    if any(True for pattern in states for _ in checkpoint.glob(pattern)):
+        return
+    raise InputError(
+        f"cannot go on from {checkpoint}: it holds the model alone (save_only_model), without the optimizer's state."
+        f" To train on from its weights as a new training, give the checkpoint as the student and another output"
+        f" folder; to start again, delete {folder}"
+    )
+
+
 def best_path(folder: Path, stage: int, step: int) -> Path:
     """Where the weights of a stage's best evaluation are, after so many steps."""
     return folder / f"stage-{stage + 1}-best-{step}.safetensors"

@@ -25,16 +25,18 @@ from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import read_samples, samples_from
-from pocl_fast.models import loading
-from pocl_fast.models.cut import as_trainable, cut_layers
+from pocl_fast.models import loading, usable
 from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import Precision, choose_precision
-from pocl_fast.models.probing import is_sharded
+from pocl_fast.models.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
+from pocl_fast.student.cut import cut_layers
+from pocl_fast.student.trainable import as_trainable, make_trainable
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
-from pocl_fast.teacher.loading import cached_teacher, load_teacher
+from pocl_fast.teacher.loading import SPREAD, WITH_STUDENT, cached_teacher, load_teacher, teacher_place
+from pocl_fast.teacher.pair import Place, Vocabulary, check_apart, check_pair, check_same_vocabulary, check_tokens
 from pocl_fast.teacher.references import teacher_answers
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig, value_of
@@ -65,17 +67,27 @@ def training_parts(
     """
     precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
     check_apart(student, teacher)
+    check_teacher_argument(teacher, args)
     student, tokenizer = student_of(student, tokenizer, peft_config, args)
-    make_trainable(student, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
+    make_trainable(student, _first_says, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
     encoder = encoder_of(tokenizer, args, Path(str(args.output_dir)), _first_says)
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
+    rows = rows_of(student)
+    check_special_tokens(tokenizer, rows.embedding, "student")
+    for data, place in ((samples, places(training, "train_dataset")), (held_out, places(dev, "eval_dataset"))):
+        if data is not None:
+            check_tokens(data, Vocabulary("student", rows.both), tokenizer, place)
+    if line := rowless_line(tokenizer, rows.both, "student"):
+        _first_says(line)
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
         check_head(causal_lm(student), "student")
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
         router = adds_router_loss(causal_lm(student), _first_says)
-    kept = teacher_of(teacher, encoder, args, precision, samples)
+    kept = teacher_of(teacher, encoder, args, precision, samples, places(training, "train_dataset"), rows.lm_head)
+    answers = args.data_source == "teacher"
+    check_pair(student, kept, tokenizer, samples, places(training, "train_dataset"), answers=answers, say=_first_says)
     check_lengths(student, kept, args, samples, held_out)
     if args.data_source == "teacher":
         encoder.stop_also_at(own_ends(kept.model))  # the student learns to end where its teacher ends
@@ -92,23 +104,31 @@ def _first_says(text: str) -> None:
 def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -> tuple[Any, Any]:
     """The student to train, and its tokenizer. One that is given by name is loaded in fp32, and cut to
     `student_layers`."""
-    if isinstance(model, str):
-        trust = args.trust_remote_code
-        tokenizer = tokenizer or loading.load_tokenizer(model, trust_remote_code=trust)
-        model = loading.load_model(model, device=args.device, trust_remote_code=trust)
+    by_name = isinstance(model, (str, os.PathLike))
+    if tokenizer is not None:
+        usable.check_tokenizer(tokenizer, "processing_class")
+    if by_name:
+        trust, name = args.trust_remote_code, os.fspath(model)
+        if tokenizer is None:
+            tokenizer = loading.load_tokenizer(name, trust_remote_code=trust)
+        model = loading.load_model(name, device=args.device, trust_remote_code=trust)
         if args.student_layers is not None:
             model = cut_layers(model, args.student_layers)
         model = as_trainable(model)
+    elif args.student_layers is not None:
+        raise InputError(
+            f"student_layers={args.student_layers} cuts a student that is given by name: give model its name, or leave"
+            " student_layers out"
+        )
+    usable.check_model(model, "model")
     if tokenizer is None:
         raise InputError("processing_class is missing: give the student's tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if peft_config is not None:
-        try:
-            from peft import get_peft_model
-        except ImportError as error:
-            raise InputError('peft_config needs peft: pip install "pocl-fast[peft]"') from error
-        model = get_peft_model(model, peft_config)
+        model = usable.with_adapters(model, peft_config, "peft_config")
+    elif getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError("model is quantised: only adapters on it can learn, so give a peft_config, or load it whole")
     peft_of = getattr(model, "active_peft_config", None)
     if getattr(peft_of, "is_prompt_learning", False):
         raise InputError(
@@ -116,58 +136,44 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         )
     if args.device.type == "cuda" and not sharded_later(args) and placeable(model):
         model = model.to(args.device)  # how it attends is chosen by where it is
+    usable.check_left_to_right(model, "model")
+    usable.make_savable(model, _first_says, "student")
+    usable.check_saved(tokenizer)
     return model, tokenizer
 
 
-def check_apart(student: Any, teacher: Any) -> None:
-    """Raises `InputError` where models given as objects share weights: training the student would change its
-    teacher."""
-    if isinstance(teacher, Teacher):
-        teacher = teacher.model if teacher.has_body else None
-    if not isinstance(student, torch.nn.Module) or not isinstance(teacher, torch.nn.Module):
+def check_teacher_argument(teacher: Any, args: PoclConfig) -> None:
+    """Raises `InputError` for a teacher that is none, and for options that only one given by name has."""
+    if isinstance(teacher, type) and issubclass(teacher, Teacher):
+        raise InputError("teacher is the class Teacher, and no Teacher: give Teacher(model, folder), a model or a name")
+    if teacher is None:
+        raise InputError("teacher is missing: give a model, its name, or a Teacher")
+    if isinstance(teacher, (str, os.PathLike)):
         return
-    theirs = {key for p in teacher.parameters() for key in (id(p), p.data_ptr() or None)} - {None}
-    ours = list(student.parameters())
-    if shared := sum(id(p) in theirs or p.data_ptr() in theirs for p in ours):
+    made = isinstance(teacher, Teacher)
+    too_late = {"teacher_quantization": args.teacher_quantization != "none"}
+    too_late["teacher_device"] = args.teacher_device != WITH_STUDENT if made else args.teacher_device == SPREAD
+    for name in (name for name, given in too_late.items() if given):
         raise InputError(
-            f"student and teacher share {shared} of the student's {len(ours)} weights: training the student, with"
-            " adapters too, would change or freeze them for the other. Give a copy as one of the two:"
-            " copy.deepcopy(model)"
+            f"{name}={getattr(args, name)!r} is for a teacher that is given by name: give teacher its name, or load the"
+            f" model as you want it and leave {name} out"
         )
+    if not made:
+        usable.check_model(teacher, "teacher", may_be_offloaded=True)
 
 
-def make_trainable(student: Any, *, mixes: bool) -> None:
-    """Makes weights in half precision fp32, in place, and says so: those that train, for the optimizer's small steps
-    would be rounded away; and all others, unless the device `mixes` precisions by autocast. Raises `InputError` where
-    nothing is to train."""
-    weights = list(student.parameters())
-    if not any(p.requires_grad for p in weights):
-        raise InputError(
-            "the student is frozen, none of its weights requires a gradient: call student.requires_grad_(True), or give"
-            " a peft_config"
-        )
-    if is_sharded(student):
-        return
-    only_trained = mixes or getattr(causal_lm(student), "is_quantized", False)
-    half = [p for p in weights if p.is_floating_point() and p.itemsize < 4 and (p.requires_grad or not only_trained)]
-    if not half:
-        return
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half[0].dtype, str(half[0].dtype))
-    count = sum(p.numel() for p in half)
-    if only_trained:
-        for p in half:
-            p.data = p.data.float()
-    else:
-        student.float()
-    _first_says(
-        f"the student trains with fp32 weights, made of its {count} in {kind}: there the optimizer's small steps would"
-        " be rounded away"
-    )
+def places(data: Any, name: str) -> Place:
+    """Where each sample of what is given as data stands, for messages."""
+    if isinstance(data, (str, Path)):
+        return lambda sample: f"{data}, line {sample.line}"
+    return lambda sample: f"{name}, record {sample.line}"
 
 
-def check_evaluations(args: PoclConfig) -> None:
+def check_evaluations(args: PoclConfig, dev: Any) -> None:
     """Raises `InputError` where options need evaluations and there are none."""
     if args.eval_strategy != "no":
+        if dev is None:
+            raise InputError(f'eval_strategy="{value_of(args.eval_strategy)}" needs samples: give eval_dataset')
         return
     if args.rollouts == "adaptive":
         raise InputError('rollouts="adaptive" follows the dev loss: give eval_dataset and eval_strategy')
@@ -213,22 +219,29 @@ def sharded_later(args: PoclConfig) -> bool:
 
 
 def teacher_of(
-    teacher: Any, encoder: SampleEncoder, args: PoclConfig, precision: Precision, samples: SampleSet
+    teacher: Any,
+    encoder: SampleEncoder,
+    args: PoclConfig,
+    precision: Precision,
+    samples: SampleSet,
+    place: Place,
+    student_rows: int,
 ) -> Teacher:
-    """The teacher with its cache in the output folder."""
+    """The teacher with its cache in the output folder. `student_rows` are those of the student's lm_head."""
     if isinstance(teacher, Teacher):
         return teacher
-    if teacher is None:
-        raise InputError("teacher is missing: give a model, its name, or a Teacher")
-    folder, by_name = Path(str(args.output_dir)), isinstance(teacher, str)
+    folder, by_name = Path(str(args.output_dir)), isinstance(teacher, (str, os.PathLike))
     if by_name:
-        trust = args.trust_remote_code
-        theirs = loading.load_tokenizer(teacher, trust_remote_code=trust)
-        loading.check_same_vocabulary(encoder.tokenizer, theirs)
+        trust, name = args.trust_remote_code, os.fspath(teacher)
+        theirs = loading.load_tokenizer(name, trust_remote_code=trust)
+        check_same_vocabulary(encoder.tokenizer, theirs, samples, place, _first_says)
         if line := unused_template(encoder.chat, args.template, theirs):
             _first_says(line)
+        configured = Vocabulary("teacher", configured_rows(name, trust_remote_code=trust))
+        # here, for a quantised teacher runs when it is made
+        check_tokens(samples, configured, encoder.tokenizer, place)
         teacher = load_teacher(
-            teacher,
+            name,
             folder / "teacher",
             precision=precision,
             quantization=args.teacher_quantization,  # type: ignore[arg-type]  # checked by PoclConfig
@@ -237,8 +250,9 @@ def teacher_of(
             trust_remote_code=trust,
             say=_first_says,
         )
-    elif placeable(teacher) and args.teacher_device == "student":
-        teacher = teacher.to(args.device)
+    elif placeable(teacher):
+        teacher = teacher.to(teacher_place(args.teacher_device, args.device))
+    usable.check_left_to_right(teacher, "teacher")
     return cached_teacher(
         teacher,
         folder / "teacher_cache",
@@ -247,6 +261,7 @@ def teacher_of(
         device=args.device,
         keep_body=args.rollouts != "none",
         owned=by_name,
+        student_rows=student_rows,
         say=_first_says,
     )
 

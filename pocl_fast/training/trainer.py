@@ -29,7 +29,7 @@ from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.system.stop_signals import StopSignals
 from pocl_fast.training import checkpoints, lines, measured
-from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.training.arguments import PoclConfig, check_arguments
 from pocl_fast.training.distilling_trainer import DistillingTrainer
 from pocl_fast.training.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.training.rollouts import Policy, Rollouts
@@ -81,12 +81,15 @@ class PoclTrainer(DistillingTrainer):
         callbacks: Sequence[Any] = (),
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        check_arguments(args, curriculum, callbacks, optimizers)
         if args.n_gpu > 1:  # not DataParallel: the others are for the teacher, or for one process each
             say(f"training on {args.device} of {args.n_gpu} GPUs: for all of them start with torchrun or accelerate")
             args._n_gpu = 1
         if eval_dataset is None and args.eval_strategy == "epoch":
             args.eval_strategy = "no"  # type: ignore[assignment]  # the default, which needs one
-        check_evaluations(args)
+        check_evaluations(args, eval_dataset)
+        if args.save_only_model and args.save_strategy != "no" and ranks.is_first():
+            say("save_only_model: a training that is stopped cannot go on from its checkpoints")
         check_optimisation(args)
         made = training_parts(model, teacher, args, train_dataset, eval_dataset, processing_class, peft_config)
         if args.remeasure or (curriculum is None and args.curriculum != "none"):
@@ -318,6 +321,8 @@ class PoclTrainer(DistillingTrainer):
         schedule = self.planned()
         self.args.max_steps = min(self.args.max_steps, schedule.total_steps)
         found = self.found_checkpoint(resume_from_checkpoint)
+        if found is not None and checkpoints.step_of(found) < schedule.total_steps:
+            checkpoints.check_resumable(found, self.folder)
         self._restore(found)
         if found is not None and ranks.is_first():
             say(lines.resumption_line(found, checkpoints.step_of(found), schedule.total_steps))

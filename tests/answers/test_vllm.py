@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from pocl_fast.answers import vllm as vllm_engine
 from pocl_fast.answers.decoding import generate
-from pocl_fast.models.cut import cut_layers
+from pocl_fast.student.cut import cut_layers
 from pocl_fast.system.errors import InputError
 
 GPU = torch.device("cuda")
@@ -36,6 +36,7 @@ class SamplingParams:
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     detokenize: bool = True
+    logit_bias: dict[int, float] | None = None
 
 
 class LLM:

@@ -115,10 +115,22 @@ def test_the_module_refuses_another_objective_when_it_is_made():
     ("loss", "change", "message"),
     [
         (dense, {"student_logits": torch.zeros(N, V).to_sparse()}, "student_logits must be a dense tensor, .* sparse"),
-        (dense, {"student_logits": torch.zeros(N, V, dtype=torch.complex64)}, "student_logits .* floating-point"),
-        (dense, {"teacher_logits": torch.zeros(N, V, dtype=torch.int64)}, "teacher_logits .* got torch.int64"),
+        (
+            dense,
+            {"student_logits": torch.zeros(N, V, dtype=torch.complex64)},
+            "must be fp32, bf16, fp16 or float64, got torch.complex64",
+        ),
+        (
+            dense,
+            {"teacher_logits": torch.zeros(N, V, dtype=torch.int64)},
+            "must be fp32, bf16, fp16 or float64, got .* torch.int64",
+        ),
         (dense, {"labels": torch.zeros(N)}, "labels must be int32 or int64, got torch.float32"),
-        (linear, {"student_weight": torch.zeros(V, H, dtype=torch.int8)}, "student_weight .* floating-point"),
+        (
+            linear,
+            {"student_weight": torch.zeros(V, H, dtype=torch.int8)},
+            "student_weight must be floating-point, got .* torch.int8",
+        ),
         (linear, {"teacher": DenseTeacher(torch.zeros(N, V).to_sparse())}, "teacher.logits must be a dense tensor"),
         (
             dense,

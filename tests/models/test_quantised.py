@@ -14,6 +14,7 @@ from ranks import gloo
 from tiny import save_tiny, tiny_model
 from tiny_cache import samples
 from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM, GraniteMoeConfig, LlamaConfig, MambaConfig, MixtralConfig
 
 from pocl_fast.data.packed import pack
 from pocl_fast.models import quantised
@@ -247,3 +248,59 @@ def test_one_rank_makes_it_and_all_have_it(two_ranks, tmp_path, source):
     assert (first, second) == (1, 0)
     assert a == b
     assert len(kept(tmp_path / "kept")) == 1
+
+
+def made_quantised(tmp_path, config, quantization, said):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    return load_quantised(str(tmp_path / "model"), quantization, tmp_path / "kept", say=said.append)
+
+
+EXPERTS = {"num_local_experts": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+# experts of a mixture are one tensor of three dimensions a layer, which is no linear layer
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize("config", [MixtralConfig(**SIZES, **EXPERTS), GraniteMoeConfig(**SIZES, **EXPERTS)])
+def test_how_little_of_a_mixture_of_experts_is_quantised_is_said(tmp_path, config, quantization):
+    said = []
+    model = made_quantised(tmp_path, config, quantization, said)
+    of_layers = {name: p.numel() for name, p in model.named_parameters() if "layers." in name and p.ndim > 1}
+    whole = sum(count for name, count in of_layers.items() if "experts" in name or "gate" in name or "router" in name)
+    attention = 2 * (2 * 64 * 64 + 2 * 64 * 32)
+    share = round(100 * attention / (attention + whole))
+    [line] = [line for line in said if "are quantised" in line]
+    assert f"only {share} % of the layers' weights are quantised" in line
+    assert "experts.gate_up_proj and " in line
+    assert "stay in float32" in line
+
+
+def test_a_model_of_linear_layers_has_no_such_line(tmp_path, source):
+    said = []
+    load_quantised(source, "8bit", tmp_path / "kept", say=said.append)
+    assert not [line for line in said if "are quantised" in line]
+
+
+@pytest.mark.parametrize(
+    ("config", "quantization"),
+    [
+        (MambaConfig(vocab_size=97, hidden_size=64, num_hidden_layers=1), "8bit"),  # multiplies by weights itself
+        (MambaConfig(vocab_size=97, hidden_size=64, num_hidden_layers=1), "4bit"),
+        (LlamaConfig(**(SIZES | {"hidden_size": 32, "intermediate_size": 48}), num_attention_heads=4), "4bit"),
+    ],
+    ids=["mamba in 8 bits", "mamba in 4 bits", "rows of 32"],
+)
+def test_a_model_that_does_not_run_quantised_is_refused_and_not_kept(tmp_path, config, quantization):
+    with pytest.raises(InputError, match=rf"does not run in {quantization}: .*\(teacher_quantization none\)"):
+        made_quantised(tmp_path, config, quantization, [])
+    assert not [folder for folder in kept(tmp_path / "kept") if not folder.name.endswith(".partial")]
+
+
+def test_a_model_without_a_layer_to_quantise_is_refused(tmp_path, monkeypatch, source):
+    from transformers import BitsAndBytesConfig
+
+    every = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model", "lm_head"])
+    monkeypatch.setattr("pocl_fast.models.loading._bitsandbytes", lambda *_: every)
+    with pytest.raises(InputError, match="bitsandbytes finds no layer in LlamaForCausalLM that it quantises"):
+        load_quantised(source, "8bit", tmp_path / "kept")

@@ -1,0 +1,208 @@
+"""What a user gives as a model, a tokenizer or adapters, checked before anything is computed with it: whether it is
+one, reads from left to right, and can be saved.
+
+Knows transformers and peft. Does not know teacher from student, nor what a model is used for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pocl_fast.models.lm_head import causal_lm
+from pocl_fast.models.placement import input_device
+from pocl_fast.system.errors import InputError
+
+# of the largest logit: what reads from left to right is exact, but for the rounding of experts' batches
+LEFT_TO_RIGHT_TOLERANCE, IN_HALF_PRECISION = 1e-4, 2e-2
+
+
+# -- what is given -----------------------------------------------------------------------------------------------------
+
+
+def check_model(model: Any, argument: str, *, may_be_offloaded: bool = False) -> None:
+    """Raises `InputError` unless `model`, given as `argument`, is a causal language model with its weights in memory;
+    those of a model that accelerate has placed may be elsewhere where it `may_be_offloaded`."""
+    kind = model.__name__ if isinstance(model, type) else type(model).__name__
+    expected = "give a transformers causal language model (AutoModelForCausalLM.from_pretrained(...)), or its name"
+    if isinstance(model, type):
+        raise InputError(f"{argument} is the class {kind}, and no model of it: {expected}")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{argument} is a {kind}, and no model: {expected}")
+    inner = causal_lm(model)
+    if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
+        raise InputError(f"{argument} is a {kind}, and no model of transformers: {expected}")
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise InputError(f"{argument} is a {kind}, which has an encoder of its own: {expected}")
+    head = inner.get_output_embeddings()
+    if head is None or not hasattr(head, "weight"):
+        raise InputError(f"{argument} is a {kind}, which has no lm_head: {expected}")
+    placed = may_be_offloaded and getattr(inner, "hf_device_map", None) is not None
+    empty = [name for name, parameter in inner.named_parameters() if parameter.is_meta]
+    if empty and not placed:
+        raise InputError(
+            f"{argument} has no weights in memory: {empty[0]} and {len(empty) - 1} more are on the meta device. Load it"
+            " whole, without init_empty_weights, torch.device('meta') or a device_map that offloads"
+        )
+
+
+@torch.no_grad()
+def check_left_to_right(model: Any, argument: str) -> None:
+    """Raises `InputError` where what a model predicts depends on later tokens, as an encoder's predictions do."""
+    inner = causal_lm(model)
+    if any(hasattr(parameter, "ds_id") for parameter in inner.parameters()):  # ZeRO-3's parts run in its engine alone
+        return
+    tokens = torch.arange(1, 7, device=input_device(inner))[None]
+    others = tokens.clone()
+    others[0, -1] = 0
+    was_training = inner.training
+    inner.eval()
+    try:
+        first, second = (inner(input_ids=ids, use_cache=False).logits[0, :-1] for ids in (tokens, others))
+    finally:
+        inner.train(was_training)
+    allowed = LEFT_TO_RIGHT_TOLERANCE if first.dtype == torch.float32 else IN_HALF_PRECISION
+    if float((first - second).float().abs().max()) > allowed * float(first.float().abs().max()):  # NaN: not here
+        raise InputError(
+            f"{argument} is a {type(inner).__name__} that also looks at later tokens, as an encoder does: what it"
+            " predicts would be known to it already. Give a causal language model"
+        )
+
+
+def check_tokenizer(tokenizer: Any, argument: str) -> None:
+    """Raises `InputError` unless `tokenizer`, given as `argument`, is one of transformers."""
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    if isinstance(tokenizer, (str, os.PathLike)):
+        instead = f"give the tokenizer itself, AutoTokenizer.from_pretrained({str(tokenizer)!r})"
+    elif hasattr(tokenizer, "tokenizer"):
+        instead = f"give its tokenizer, {argument}=processor.tokenizer"
+    elif hasattr(tokenizer, "get_vocab_size"):  # of the library tokenizers
+        instead = "wrap it, transformers.PreTrainedTokenizerFast(tokenizer_object=...)"
+    else:
+        instead = "give the tokenizer that belongs to the model, AutoTokenizer.from_pretrained(...)"
+    kind = tokenizer.__name__ if isinstance(tokenizer, type) else type(tokenizer).__name__
+    raise InputError(f"{argument} is a {kind}, and no tokenizer of transformers: {instead}")
+
+
+def with_adapters(model: Any, config: Any, argument: str) -> Any:
+    """The model with new adapters of peft. Raises `InputError` where `config`, given as `argument`, does not describe
+    adapters for this model."""
+    try:
+        from peft import PeftConfig, PeftModel, get_peft_model
+    except ImportError as error:
+        raise InputError(f'{argument} needs peft: pip install "pocl-fast[peft]"') from error
+    if not isinstance(config, PeftConfig):
+        kind = type(config).__name__
+        raise InputError(f"{argument} is a {kind}, and no configuration of peft: give one, as LoraConfig(r=16)")
+    if isinstance(model, PeftModel):
+        raise InputError(
+            f"the model has adapters already, and {argument} would put others on top: give the model without them"
+            " (merge_and_unload()), or leave the argument out to train those it has"
+        )
+    task = getattr(config.task_type, "value", config.task_type)
+    if task not in (None, "CAUSAL_LM"):
+        raise InputError(f"{argument} is for task_type {task}: a language model needs CAUSAL_LM")
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise InputError(f"{argument} does not fit {type(model).__name__}: {_first_line(error)}") from error
+
+
+# -- what can be saved -------------------------------------------------------------------------------------------------
+
+
+def make_savable(model: Any, say: Callable[[str], object], whose: str = "model") -> None:
+    """Sees to it that a training is not lost at its first checkpoint: settings of the model's generation config that
+    transformers does not save, as they have no effect, get their defaults, which `say` is told.
+
+    Raises `InputError` for what else transformers would refuse when it saves the model.
+    """
+    inner = causal_lm(model)
+    generation = getattr(inner, "generation_config", None)
+    if generation is not None:
+        _repair_generation_config(generation, say, whose)
+    with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
+        for one in (inner.config, generation):
+            if one is None:
+                continue
+            try:
+                one.save_pretrained(folder)
+            except (TypeError, ValueError, AttributeError, AssertionError) as error:
+                raise InputError(
+                    f"the {whose}'s {type(one).__name__} cannot be saved: {_first_line(error)}. Set it right before"
+                    " training, or its checkpoints would fail"
+                ) from error
+    if inner is model:  # with adapters these alone are saved
+        _check_shared(inner, whose)
+
+
+def check_saved(tokenizer: Any) -> None:
+    """Raises `InputError` where a tokenizer cannot be saved beside its model."""
+    with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"the tokenizer cannot be saved: {_first_line(error)}. Set it right before training, or its checkpoints"
+                " would fail"
+            ) from error
+
+
+def _repair_generation_config(config: Any, say: Callable[[str], object], whose: str) -> None:
+    wrong = ""
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError as error:
+        wrong = str(error)
+    defaults = type(config)()
+    names = [name for name in re.findall(r"^- `(\w+)`", wrong, re.MULTILINE) if hasattr(defaults, name)]
+    changed = {name: getattr(config, name) for name in names}
+    for name in changed:
+        setattr(config, name, getattr(defaults, name))
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise InputError(
+            f"the {whose}'s generation_config is none that transformers saves: {_first_line(error)}. Set it right"
+            " before training, or its checkpoints would fail"
+        ) from error
+    values = ", ".join(f"{name} {value}" for name, value in changed.items())
+    say(
+        f"the {whose}'s generation_config has {values}, which has no effect with its other settings and which"
+        " transformers does not save: left out of it"
+    )
+
+
+def _check_shared(model: Any, whose: str) -> None:
+    """Raises `InputError` where two of a model's weights are one tensor and the model does not declare it: safetensors
+    holds no tensor twice."""
+    by_place: dict[tuple[Any, ...], list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.is_meta or hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
+            continue
+        if weight.numel():
+            by_place.setdefault((weight.device, weight.data_ptr(), weight.numel()), []).append(name)
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    for names in by_place.values():
+        if len(undeclared := [name for name in names if name not in declared]) > 1:
+            raise InputError(
+                f"the {whose}'s {undeclared[0]} and {undeclared[1]} are one tensor, which the model does not declare"
+                " (_tied_weights_keys): it could not be saved. Copy one of them, or tie them as transformers does"
+                " (config.tie_word_embeddings)"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, in one line: up to its first item where it begins a list."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__

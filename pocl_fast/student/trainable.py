@@ -1,0 +1,55 @@
+"""A student's weights made ready to train, and counted.
+
+Knows precisions. Does not know how they are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pocl_fast.models.lm_head import causal_lm
+from pocl_fast.models.probing import is_sharded
+from pocl_fast.system.errors import InputError
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def as_trainable(model: Any) -> Any:
+    """The model with fp32 weights, all of them requiring a gradient: what the optimizer's small steps need."""
+    return model.to(torch.float32).requires_grad_(True)
+
+
+def make_trainable(student: Any, say: Callable[[str], object], *, mixes: bool) -> None:
+    """Makes weights in half precision fp32, in place, and tells `say`: those that train, for the optimizer's small
+    steps would be rounded away; and all others, unless the device `mixes` precisions by autocast. Raises `InputError`
+    where nothing is to train."""
+    weights = list(student.parameters())
+    if not any(p.requires_grad for p in weights):
+        raise InputError(
+            "the student is frozen, none of its weights requires a gradient: call student.requires_grad_(True), or give"
+            " a peft_config"
+        )
+    if is_sharded(student):
+        return
+    only_trained = mixes or getattr(causal_lm(student), "is_quantized", False)
+    half = [p for p in weights if p.is_floating_point() and p.itemsize < 4 and (p.requires_grad or not only_trained)]
+    if not half:
+        return
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half[0].dtype, str(half[0].dtype))
+    count = sum(p.numel() for p in half)
+    if only_trained:
+        for p in half:
+            p.data = p.data.float()
+    else:
+        student.float()
+    say(
+        f"the student trains with fp32 weights, made of its {count} in {kind}: there the optimizer's small steps would"
+        " be rounded away"
+    )
