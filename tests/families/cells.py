@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from tiny import arithmetic, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 from transformers import GenerationConfig, TrainerCallback
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.pytorch_utils import Conv1D
 
-from families.tiny_families import VOCABULARY, WINDOW, row_auto_class, row_config, runnable_model
+from families.tiny_families import LAYERS, VOCABULARY, WINDOW, row_auto_class, row_config, runnable_model
 from pocl_fast.answers.decoding import generate
 from pocl_fast.curriculum.stages import baby_steps
 from pocl_fast.data.encoding import EncodedSample, SampleSet
@@ -64,9 +66,19 @@ def ids_of(sample: EncodedSample) -> Tensor:
 
 def alone(model: Any, samples: Sequence[EncodedSample] = SAMPLES) -> list[Tensor]:
     """Logits [N, V] that predict each sample's response, of the sample by itself."""
-    return [
-        model(input_ids=ids_of(one), use_cache=False).logits[0, len(one.prompt_ids) - 1 : -1].float() for one in samples
-    ]
+    return [_logits(model, ids_of(one))[len(one.prompt_ids) - 1 : -1].float() for one in samples]
+
+
+def forget(model: Any) -> None:
+    """Lets a model whose positions depend on the longest sample it has seen forget that: a short one does."""
+    if "dynamic" in str(getattr(model.config.get_text_config(), "rope_parameters", None)):
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[3]]), use_cache=False)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    forget(model)
+    return model(input_ids=ids, use_cache=False).logits[0]
 
 
 @functools.lru_cache(maxsize=2)
@@ -183,6 +195,18 @@ def naive_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return ALPHA * nll_loss(log_softmax(s, -1), labels) + (1 - ALPHA) * TEMPERATURE**2 * divergence
 
 
+def _router_loss(model: Any) -> Tensor | float:
+    """The loss of a mixture's routers over all tokens, where its configuration asks for it."""
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    seen = [model(input_ids=ids_of(one), use_cache=False).router_logits for one in SAMPLES]
+    layers = tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
+    return config.router_aux_loss_coef * load_balancing_loss_func(
+        layers, config.num_local_experts, config.num_experts_per_tok
+    )
+
+
 def _step(student: Any, reference: Any) -> str:
     """A step of training by PoclTrainer: its loss and gradient against those of `reference`, the same model."""
     teacher, teacher_logits = other_side()
@@ -191,7 +215,9 @@ def _step(student: Any, reference: Any) -> str:
     if not torch.equal(alone(reference, SAMPLES[:1])[0], alone(reference, SAMPLES[:1])[0]):
         reference.eval()  # experts that are drawn by chance while training: compared as it is without
         student.eval().train = lambda mode=True: student
-    want = naive_loss(alone(reference), teacher_logits)
+    want = naive_loss(alone(reference), teacher_logits) + _router_loss(reference)
+    if not want.requires_grad:
+        return "none"  # transformers itself gives these parameters no gradient
     want.backward()
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(student, copy.deepcopy(teacher), Path(folder), callback)
@@ -286,7 +312,7 @@ def _check_answers(model: Any, prompts: Sequence[list[int]], answers: Sequence[l
         tokens = [*answer, *([end] if end is not None and len(answer) < NEW_TOKENS else [])]
         assert len(answer) == NEW_TOKENS or end is not None, f"an answer of {len(answer)} tokens without an end"
         assert end not in answer
-        logits = model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logits = _logits(model, torch.tensor([prompt + tokens]))[len(prompt) - 1 : -1]
         rows = torch.arange(len(tokens))
         gap = (logits.max(-1).values - logits[rows, torch.tensor(tokens)]) / logits.norm(dim=-1)
         wrong = (gap > TOLERANCE).nonzero().flatten().tolist()
@@ -297,6 +323,7 @@ def _check_answers(model: Any, prompts: Sequence[list[int]], answers: Sequence[l
 def _by_transformers(model: Any, prompt: list[int], count: int) -> list[int]:
     """transformers' own greedy answer, whose cache is what counts where positions depend on the length so far."""
     ids = torch.tensor([prompt])
+    forget(model)
     made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
     return made[0, len(prompt) :].tolist()
 
@@ -304,7 +331,7 @@ def _by_transformers(model: Any, prompt: list[int], count: int) -> list[int]:
 def cut(name: str) -> str:
     """A student of half the layers, against the whole model with the other layers skipped; and it can be saved."""
     model, reference = given(name), eager_copy(name)
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", LAYERS)
     keep = layers // 2
     smaller = cut_layers(model, keep)
     stack = layer_stack(reference, layers)
@@ -325,19 +352,15 @@ def cut(name: str) -> str:
 
 def _skipped(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
 
 
 def layer_stack(model: Any, count: int) -> Any:
     """The list of the decoder's `count` layers, and not of what sees pictures."""
-    lists = (
-        module
-        for module in model.get_decoder().modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
-    )
-    found = next(lists, None)
-    assert found is not None, f"no list of {count} layers"
-    return found
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count and not re.search("vis|image|audio", name):
+            return module
+    raise AssertionError(f"no list of {count} layers")
 
 
 def reload(name: str) -> str:
@@ -380,7 +403,7 @@ def adapted(model: Any) -> Any:
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
-        and "Router" not in type(module).__name__  # it gives more than one tensor, of which peft knows nothing
+        and not re.search("Router|Grouped", type(module).__name__)  # more than a matrix, of which peft knows nothing
         and module is not model.get_output_embeddings()
         and not (mamba and name.endswith("out_proj"))  # which peft refuses: Mamba's kernels read its weight
     ]

@@ -123,5 +123,7 @@ def _shown(row: str, outcome: Outcome | None, reasons: list[str]) -> str:
 
 
 def _without_names(said: str) -> str:
-    """A refusal without the name of the model's class, so that one reason has one number."""
-    return re.sub(r"\b[A-Z]\w*(?:For\w+|LMHead\w*|Decoder|Model)\b", "the model", " ".join(said.split()))
+    """A refusal without the name of the model's class and without figures, so that one reason has one number."""
+    words = re.sub(r"\b[A-Z]\w*(?:For\w+|LMHead\w*|Decoder|Model)\b", "the model", " ".join(said.split()))
+    words = re.sub(r"^(student|teacher) the model", "the model", words)
+    return re.sub(r"[\d.]+(e[+-]\d+)? of the largest", "much of the largest", words)

@@ -5,6 +5,8 @@ may be packed or padded. It may be refused by an `InputError`. It is never silen
 """
 
 import warnings
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,12 @@ def test_few_families_cannot_be_built_tiny():
         except NotTiny as reason:
             left_out[name] = str(reason)
     assert len(left_out) <= MOST_LEFT_OUT, left_out
+
+
+@pytest.mark.families(always=True)
+def test_the_page_of_families_lists_every_row_of_the_version_that_it_names():
+    page = (Path(__file__).resolve().parents[2] / "docs/families.md").read_text(encoding="utf-8")
+    if f"transformers {version('transformers')}" not in page:
+        pytest.skip("docs/families.md is of another version of transformers")
+    listed = {line.split()[1].rstrip(":") for line in page.splitlines() if line.startswith(("| ", "- "))}
+    assert set(rows()) - listed == set()
