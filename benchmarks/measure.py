@@ -30,9 +30,9 @@ from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encode_all
 from pocl_fast.data.records import read_samples
 from pocl_fast.models import loading
+from pocl_fast.models.cut import cut_layers
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.precision import choose_precision
-from pocl_fast.student.cut import cut_layers
 
 PLAIN_BATCH = 16
 

@@ -41,11 +41,10 @@ from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
 from pocl_fast.models import loading, packed_forward
+from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import BY_SAMPLE, enable_packing, needs_no_mask, packed_by_sample, packed_varlen
 from pocl_fast.models.precision import choose_precision
-from pocl_fast.student.cut import cut_layers
-from pocl_fast.student.trainable import as_trainable
 
 Attention = Callable[[Any, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -35,14 +35,13 @@ from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
 from pocl_fast.models import loading
+from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.frozen import freeze_linears
 from pocl_fast.models.lm_head import LmHead, lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.packed_forward import supervised_hidden
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.run.demo import bundled_data
-from pocl_fast.student.cut import cut_layers
-from pocl_fast.student.trainable import as_trainable
 from pocl_fast.system.fp32_products import fp32_products
 from pocl_fast.teacher.cache import TeacherCache
 from pocl_fast.teacher.shards import HIDDEN_DTYPES, HiddenEntries, row_bytes

@@ -145,9 +145,8 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     from pocl_fast.data.encoding import SampleEncoder, encode_all
     from pocl_fast.data.records import read_samples
     from pocl_fast.models import loading
+    from pocl_fast.models.cut import as_trainable, cut_layers
     from pocl_fast.models.precision import choose_precision
-    from pocl_fast.student.cut import cut_layers
-    from pocl_fast.student.trainable import as_trainable
 
     device = loading.choose_device("auto")
     if options.precision == "bf16":  # for every side; in fp32 the others' products are torch's own

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from pocl_fast.answers.decoding import generate, generation_batches
 from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.inputs.vocabulary import rows_of, tokenless_ids
 from pocl_fast.models.probing import evaluating
-from pocl_fast.models.vocabulary import rows_of, tokenless_ids
 from pocl_fast.system.console import Report
 
 

@@ -17,7 +17,7 @@ import torch
 
 from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine, own_ends
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.models.vocabulary import rows_of, tokenless_ids
+from pocl_fast.inputs.vocabulary import rows_of, tokenless_ids
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report
 from pocl_fast.system.errors import InputError

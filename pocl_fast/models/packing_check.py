@@ -26,7 +26,7 @@ from pocl_fast.models.packed_attention import (
     use,
     why_never_packed,
 )
-from pocl_fast.models.packed_forward import supervised_logits
+from pocl_fast.models.packed_forward import gives_row_masks, supervised_logits
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import (
     attending_by,
@@ -39,7 +39,6 @@ from pocl_fast.models.probing import (
     short_windows,
     undisturbed,
 )
-from pocl_fast.models.row_masks import gives_row_masks
 from pocl_fast.system.errors import InputError
 
 EXACT_TOLERANCE = 1e-4  # relative, of fp32: kernels differ by 1e-6 to 1e-5, lost caps and windows by 1e-2 and more

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.models.fingerprints import hub_revision, source_fingerprint
-from pocl_fast.models.loading import load_model, require_bitsandbytes, resolve
+from pocl_fast.models.loading import load_model, make_savable, require_bitsandbytes, resolve
 from pocl_fast.models.placement import Placement, input_device
-from pocl_fast.models.usable import make_savable
 from pocl_fast.system import console, ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json

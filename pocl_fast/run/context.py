@@ -20,15 +20,15 @@ from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.records import Sample, read_samples
+from pocl_fast.inputs.usable import check_left_to_right, check_model
+from pocl_fast.inputs.vocabulary import check_special_tokens, configured_layers, configured_rows, known_ids, rows_of
 from pocl_fast.models import loading
+from pocl_fast.models.cut import cut_layers
 from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import choose_precision
-from pocl_fast.models.usable import check_left_to_right, check_model, check_saved, make_savable
-from pocl_fast.models.vocabulary import check_special_tokens, configured_layers, configured_rows, known_ids, rows_of
 from pocl_fast.options import RunConfig
 from pocl_fast.run.directory import RunDirectory, required
-from pocl_fast.student.cut import cut_layers
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.pair import Place, Vocabulary, check_same_vocabulary, check_tokens
@@ -282,8 +282,8 @@ class RunContext:
             )
         if chosen.student_layers is not None:
             student = cut_layers(student, chosen.student_layers)
-        make_savable(student, self.say, "student")
-        check_saved(self.tokenizer)
+        loading.make_savable(student, self.say, "student")
+        loading.check_saved(self.tokenizer)
         return student.float()
 
     # -- every model ------------------------------------------------------------------------------------------------

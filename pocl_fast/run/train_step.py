@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.template_date import DATE_FILE
+from pocl_fast.models.cut import as_trainable, num_parameters
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.run.context import RunContext
-from pocl_fast.student.trainable import as_trainable, num_parameters
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.checkpoints import checkpoints

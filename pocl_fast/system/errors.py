@@ -24,3 +24,9 @@ class Interrupted(SystemExit):
 
 class OtherRankFailed(RuntimeError):
     """This rank of torchrun cannot go on because another one failed or ended; that one reports the cause."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: up to its first item where it begins a list."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 
 from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models import loading
 from pocl_fast.models.frozen import drop_weights, freeze_linears
 from pocl_fast.models.loading import Quantization
@@ -20,7 +21,6 @@ from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.placement import Placement
 from pocl_fast.models.precision import Precision
 from pocl_fast.models.quantised import load_quantised
-from pocl_fast.models.vocabulary import rows_of
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.pair import check_top_k
 from pocl_fast.teacher.shards import HIDDEN_DTYPES

@@ -15,8 +15,8 @@ from torch import nn
 
 from pocl_fast.data.encoding import EncodedSample, SampleSet
 from pocl_fast.data.records import Sample
+from pocl_fast.inputs.vocabulary import check_special_tokens, known_ids, named, rows_of
 from pocl_fast.models.lm_head import causal_lm
-from pocl_fast.models.vocabulary import check_special_tokens, known_ids, named, rows_of
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.shards import TopKEntries
 from pocl_fast.teacher.teacher import Teacher

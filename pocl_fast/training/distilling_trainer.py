@@ -19,9 +19,9 @@ from pocl_fast.data.encoding import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.output import LossOutput
+from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import LmHead, loss_within_forward
 from pocl_fast.models.unsharded import unsharded
-from pocl_fast.student.trainable import num_parameters
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.memory import FreedMemory, memory_in_use
 from pocl_fast.training.arguments import PoclConfig

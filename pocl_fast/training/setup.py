@@ -25,13 +25,14 @@ from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import read_samples, samples_from
-from pocl_fast.models import loading, usable
+from pocl_fast.inputs import usable
+from pocl_fast.inputs.trainable import make_trainable
+from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
+from pocl_fast.models import loading
+from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import Precision, choose_precision
-from pocl_fast.models.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
-from pocl_fast.student.cut import cut_layers
-from pocl_fast.student.trainable import as_trainable, make_trainable
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -137,8 +138,8 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
     if args.device.type == "cuda" and not sharded_later(args) and placeable(model):
         model = model.to(args.device)  # how it attends is chosen by where it is
     usable.check_left_to_right(model, "model")
-    usable.make_savable(model, _first_says, "student")
-    usable.check_saved(tokenizer)
+    loading.make_savable(model, _first_says, "student")
+    loading.check_saved(tokenizer)
     return model, tokenizer
 
 

@@ -31,10 +31,10 @@ from pocl_fast.data.packed import pack
 from pocl_fast.data.records import samples_from
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
+from pocl_fast.models.cut import cut_layers, evenly_spaced_layers
 from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.run.train_step import save_student
-from pocl_fast.student.cut import cut_layers, evenly_spaced_layers
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.trainer import PoclTrainer

@@ -1,5 +1,5 @@
 """What a user gives as a model, a tokenizer or adapters, checked before anything is computed with it: whether it is
-one, reads from left to right, and can be saved.
+one, and reads from left to right.
 
 Knows transformers and peft. Does not know teacher from student, nor what a model is used for.
 """
@@ -7,9 +7,6 @@ Knows transformers and peft. Does not know teacher from student, nor what a mode
 from __future__ import annotations
 
 import os
-import re
-import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +14,10 @@ from torch import nn
 
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.placement import input_device
-from pocl_fast.system.errors import InputError
+from pocl_fast.system.errors import InputError, first_line
 
 # of the largest logit: what reads from left to right is exact, but for the rounding of experts' batches
 LEFT_TO_RIGHT_TOLERANCE, IN_HALF_PRECISION = 1e-4, 2e-2
-
-
-# -- what is given -----------------------------------------------------------------------------------------------------
 
 
 def check_model(model: Any, argument: str, *, may_be_offloaded: bool = False) -> None:
@@ -114,95 +108,4 @@ def with_adapters(model: Any, config: Any, argument: str) -> Any:
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise InputError(f"{argument} does not fit {type(model).__name__}: {_first_line(error)}") from error
-
-
-# -- what can be saved -------------------------------------------------------------------------------------------------
-
-
-def make_savable(model: Any, say: Callable[[str], object], whose: str = "model") -> None:
-    """Sees to it that a training is not lost at its first checkpoint: settings of the model's generation config that
-    transformers does not save, as they have no effect, get their defaults, which `say` is told.
-
-    Raises `InputError` for what else transformers would refuse when it saves the model.
-    """
-    inner = causal_lm(model)
-    generation = getattr(inner, "generation_config", None)
-    if generation is not None:
-        _repair_generation_config(generation, say, whose)
-    with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
-        for one in (inner.config, generation):
-            if one is None:
-                continue
-            try:
-                one.save_pretrained(folder)
-            except (TypeError, ValueError, AttributeError, AssertionError) as error:
-                raise InputError(
-                    f"the {whose}'s {type(one).__name__} cannot be saved: {_first_line(error)}. Set it right before"
-                    " training, or its checkpoints would fail"
-                ) from error
-    if inner is model:  # with adapters these alone are saved
-        _check_shared(inner, whose)
-
-
-def check_saved(tokenizer: Any) -> None:
-    """Raises `InputError` where a tokenizer cannot be saved beside its model."""
-    with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
-        try:
-            tokenizer.save_pretrained(folder)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise InputError(
-                f"the tokenizer cannot be saved: {_first_line(error)}. Set it right before training, or its checkpoints"
-                " would fail"
-            ) from error
-
-
-def _repair_generation_config(config: Any, say: Callable[[str], object], whose: str) -> None:
-    wrong = ""
-    try:
-        config.validate(strict=True)
-        return
-    except ValueError as error:
-        wrong = str(error)
-    defaults = type(config)()
-    names = [name for name in re.findall(r"^- `(\w+)`", wrong, re.MULTILINE) if hasattr(defaults, name)]
-    changed = {name: getattr(config, name) for name in names}
-    for name in changed:
-        setattr(config, name, getattr(defaults, name))
-    try:
-        config.validate(strict=True)
-    except ValueError as error:
-        raise InputError(
-            f"the {whose}'s generation_config is none that transformers saves: {_first_line(error)}. Set it right"
-            " before training, or its checkpoints would fail"
-        ) from error
-    values = ", ".join(f"{name} {value}" for name, value in changed.items())
-    say(
-        f"the {whose}'s generation_config has {values}, which has no effect with its other settings and which"
-        " transformers does not save: left out of it"
-    )
-
-
-def _check_shared(model: Any, whose: str) -> None:
-    """Raises `InputError` where two of a model's weights are one tensor and the model does not declare it: safetensors
-    holds no tensor twice."""
-    by_place: dict[tuple[Any, ...], list[str]] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        if weight.is_meta or hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
-            continue
-        if weight.numel():
-            by_place.setdefault((weight.device, weight.data_ptr(), weight.numel()), []).append(name)
-    declared = getattr(model, "all_tied_weights_keys", None) or {}
-    for names in by_place.values():
-        if len(undeclared := [name for name in names if name not in declared]) > 1:
-            raise InputError(
-                f"the {whose}'s {undeclared[0]} and {undeclared[1]} are one tensor, which the model does not declare"
-                " (_tied_weights_keys): it could not be saved. Copy one of them, or tie them as transformers does"
-                " (config.tie_word_embeddings)"
-            )
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, in one line: up to its first item where it begins a list."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__
+        raise InputError(f"{argument} does not fit {type(model).__name__}: {first_line(error)}") from error

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocl_fast.models.cut_check import SMALL, StudentFails, differences, logits_apart, tolerance, with_large_weights
+from pocl_fast.models.cut_settings import Settings
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import evaluating, same_random_numbers
-from pocl_fast.student.cut_check import SMALL, StudentFails, differences, logits_apart, tolerance, with_large_weights
-from pocl_fast.student.cut_settings import Settings
-from pocl_fast.student.trainable import num_parameters
 from pocl_fast.system.errors import InputError
 
 SEARCHED = 1_000_000_000  # parameters; of so small a model other numbers of layers are tried where one is refused,
@@ -326,3 +325,13 @@ def _parts_of(weight: Tensor, shape: torch.Size, count: int, chosen: Sequence[in
     return parts.index_select(wrong[0], torch.tensor(list(chosen), device=weight.device)).flatten(
         wrong[0], wrong[0] + 1
     )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def as_trainable(model: Any) -> Any:
+    """The model with fp32 weights, all of them requiring a gradient: what the optimizer's small steps need."""
+    return model.to(torch.float32).requires_grad_(True)

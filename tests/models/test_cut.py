@@ -6,8 +6,7 @@ from tiny import tiny_model
 from tiny_family import FAMILIES, TEXT, tiny_family, with_seed
 from transformers import Gemma3Config
 
-from pocl_fast.student.cut import cut_layers, evenly_spaced_layers
-from pocl_fast.student.trainable import num_parameters
+from pocl_fast.models.cut import cut_layers, evenly_spaced_layers, num_parameters
 from pocl_fast.system.errors import InputError
 
 

@@ -20,8 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pocl_fast.models.loading import load_model, load_tokenizer
-from pocl_fast.models.usable import make_savable
+from pocl_fast.models.loading import load_model, load_tokenizer, make_savable
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig

@@ -1,4 +1,4 @@
-"""A student's weights made ready to train, and counted.
+"""A student's weights made ready to train.
 
 Knows precisions. Does not know how they are trained.
 """
@@ -9,21 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.probing import is_sharded
 from pocl_fast.system.errors import InputError
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once."""
-    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-
-
-def as_trainable(model: Any) -> Any:
-    """The model with fp32 weights, all of them requiring a gradient: what the optimizer's small steps need."""
-    return model.to(torch.float32).requires_grad_(True)
 
 
 def make_trainable(student: Any, say: Callable[[str], object], *, mixes: bool) -> None:
