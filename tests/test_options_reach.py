@@ -18,6 +18,7 @@ from tiny_options import CHANGED, SHOWN, reaches, trainer_with_options
 from tiny_run import make_inputs, read_json
 from tiny_training import curriculum_of
 
+from pocl_fast.answers import decoding
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.stages import Curriculum
@@ -183,6 +184,16 @@ def test_the_teachers_answers_replace_the_references(changed, run_of):
 # -- answers and difficulty --------------------------------------------------------------------------------------------
 
 
+def uncounted(tried, rows):
+    def call(*args):
+        before = len(rows)
+        result = tried(*args)
+        del rows[before:]
+        return result
+
+    return call
+
+
 @pytest.fixture
 def measured(run_of, monkeypatch):
     """Measures with these options; gives the answers, and the rows of each batch that was answered."""
@@ -194,6 +205,8 @@ def measured(run_of, monkeypatch):
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", counted)
+    for name in ("decoding_way", "shares_prefix"):  # which try the model out
+        monkeypatch.setattr(decoding, name, uncounted(getattr(decoding, name), rows))
 
     def measure(folder, **options):
         rows.clear()

@@ -280,6 +280,9 @@ def check_head(model: Any, whose: str = "") -> None:
         ids = random_ids(model, 1, 8)
         hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         theirs = model(input_ids=ids, use_cache=False).logits.float()
+        if theirs.isnan().any():
+            broken = [weight for weight, p in model.named_parameters() if not p.is_meta and p.isnan().any()]
+            raise InputError(f"the logits of {name} are NaN{': so is its ' + broken[0] if broken else ''}")
         ours = head.logits(hidden.to(head.weight.device, head.weight.dtype)).float().to(theirs.device)
         off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         if not off < (1e-4 if is_exact(model) else 2e-2):

@@ -132,12 +132,6 @@ def test_the_module_refuses_another_objective_when_it_is_made():
             "student_weight must be floating-point, got .* torch.int8",
         ),
         (linear, {"teacher": DenseTeacher(torch.zeros(N, V).to_sparse())}, "teacher.logits must be a dense tensor"),
-        (
-            dense,
-            {name: torch.zeros(N, V, device="meta") for name in ("student_logits", "teacher_logits")}
-            | {"labels": torch.zeros(N, dtype=torch.int64, device="meta")},
-            "meta device, without values",
-        ),
     ],
 )
 def test_a_tensor_without_plain_numbers_is_refused(loss, change, message):

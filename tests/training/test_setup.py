@@ -213,7 +213,9 @@ def answered(monkeypatch, folder, answers, said):
     monkeypatch.setattr("pocl_fast.answers.engine.TorchEngine.generate", generate)
     monkeypatch.setattr(setup, "say", said.append)
     options = SimpleNamespace(max_new_tokens=8, max_length=96, generation_batch_size=4, generation_batch_tokens=4096)
-    return setup.answered_by_teacher(samples, None, SampleEncoder(tokenizer), folder, fingerprint="t", options=options)
+    return setup.answered_by_teacher(
+        samples, tiny_model(), SampleEncoder(tokenizer), folder, fingerprint="t", options=options
+    )
 
 
 def test_empty_answers_of_the_teacher_are_counted(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from tiny_training import (
     student_model,
     teacher_model,
     train,
+    trainer_of,
     weights_of,
 )
 from torch.nn.functional import kl_div, log_softmax, nll_loss
@@ -201,14 +202,22 @@ def test_each_stage_has_its_temperature_alpha_and_samples_and_a_cosine_from_the_
     assert [rates[step] for step in (3, 5, 6)] == pytest.approx([5e-4, 7.5e-4, 2.5e-4])
 
 
-def test_a_nan_loss_stops_with_samples_stage_step_and_advice(tmp_path):
-    student = student_model()
-    with torch.no_grad():
-        student.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+def test_a_nan_loss_stops_with_samples_stage_step_and_advice(tmp_path, monkeypatch):
+    def damage(number, trainer, samples):
+        trainer.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+
+    before_each_batch(monkeypatch, damage)
     with pytest.raises(
         InputError, match=r"the loss of sample \d+ \(line \d+\), .* at stage 1, step 1: .*\(now 0.0001\)"
     ):
-        train(tmp_path, curriculum=curriculum_of(8, stages=1), student=student)
+        train(tmp_path, curriculum=curriculum_of(8, stages=1))
+
+
+def test_a_student_with_a_nan_weight_is_refused_before_it_trains(tmp_path):
+    student = student_model()
+    student.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match="student LlamaForCausalLM are NaN: so is its model.layers.0.mlp.up_proj"):
+        trainer_of(tmp_path, curriculum=curriculum_of(8, stages=1), student=student)
 
 
 def test_weights_that_turn_nan_between_two_logs_are_never_saved(tmp_path, monkeypatch):
