@@ -216,7 +216,7 @@ def test_a_nan_loss_stops_with_samples_stage_step_and_advice(tmp_path, monkeypat
 def test_a_student_with_a_nan_weight_is_refused_before_it_trains(tmp_path):
     student = student_model()
     student.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(InputError, match="student LlamaForCausalLM are NaN: so is its model.layers.0.mlp.up_proj"):
+    with pytest.raises(InputError, match=r"student LlamaForCausalLM are NaN: so is its model.layers.0.mlp.up_proj"):
         trainer_of(tmp_path, curriculum=curriculum_of(8, stages=1), student=student)
 
 
