@@ -160,7 +160,7 @@ def test_the_engine_of_the_options_answers(tmp_path, monkeypatch):
     setting = {"generation_engine": "vllm", "measure_temperature": 0.5, "measure_seed": 9}
     trainer_of(tmp_path / "vllm", **TWO_STAGES, **setting).train()
     assert asked == [(8, 0.5, 9)]
-    assert loads == [{"max_length": 80 + 2, "dtype": "float32"}]
+    assert loads == [{"max_length": 80 + 2, "dtype": "float32", "forbidden_ids": []}]
     assert answers_in(tmp_path / "vllm" / "stage-2") == [tiny_tokenizer().decode([55])] * 8
 
 
