@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pocl_fast.answers.steps import OwnSteps, PlainSteps, RoomySteps, SharedPrefix, Steps
 from pocl_fast.models.placement import input_device
-from pocl_fast.models.probing import apart, evaluating, plain_tokens, positions_of, same_random_numbers, windows_of
+from pocl_fast.models.probing import apart, evaluating, positions_of, random_ids, same_random_numbers, windows_of
 from pocl_fast.system.errors import InputError
 
 TOLERANCE = (
@@ -166,7 +166,7 @@ class _Probe:
         most = min(length_limit(model), positions_of(model.config)) - STEPS
         longest = max(12, max(windows, default=0) + 5)
         lengths = [min(n, max(1, most)) for n in (longest, 3, max(longest - 6, 5), 1)]
-        draw = plain_tokens(model.config, len(lengths), max(lengths) + PREFIX + STEPS).tolist()
+        draw = random_ids(model, len(lengths), max(lengths) + PREFIX + STEPS).tolist()
         self.rows = [row[: n + STEPS] for row, n in zip(draw, lengths, strict=True)]
         self.equal = [row[: lengths[2] + STEPS] for row in draw]
         self.roomy = most >= PREFIX + 9  # whether positions suffice for a prefix

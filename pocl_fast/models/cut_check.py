@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.models.placement import input_device
-from pocl_fast.models.probing import apart, plain_tokens, positions_of, windows_of
+from pocl_fast.models.probing import apart, positions_of, random_ids, windows_of
 from pocl_fast.system.errors import InputError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of logits, relative to the largest, by the weights' dtype
@@ -59,7 +58,7 @@ def logits_apart(source: Any, layers: Sequence[nn.Module], dropped: Sequence[int
     what they are given; relative to the largest logit, and infinite where a logit of one is NaN."""
     windows = [window for window in windows_of(source.config) if window <= LONGEST_WINDOW]
     count = min(max(TOKENS, max(windows, default=0) + 8), positions_of(source.config))
-    tokens = plain_tokens(source.config, 1, count).to(input_device(source))
+    tokens = random_ids(source, 1, count)
     with passed_over([layers[i] for i in dropped]):
         want = _logits(source, tokens)
     if isinstance(want, str):

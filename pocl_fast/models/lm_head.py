@@ -18,7 +18,7 @@ from pocl_fast.data.packed import PackedBatch, Rows
 from pocl_fast.models.packed_forward import Forward, decoder_of, forwards, in_batch_order, router_loss, run_anew
 from pocl_fast.models.placement import input_device, resident
 from pocl_fast.models.probing import is_exact, is_sharded, plain_run, random_ids
-from pocl_fast.system.errors import InputError
+from pocl_fast.system.errors import InputError, first_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +235,7 @@ def _logits_of(model: Any, sizes: tuple[float, ...]) -> list[tuple[Tensor, Tenso
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # whatever a family raises
-        raise InputError(f"{type(model).__name__} does not run on plain tokens: {_first_line(error)}") from error
+        raise InputError(f"{type(model).__name__} does not run on plain tokens: {first_line(error)}") from error
     if seen[0][0].shape != seen[0][1].shape:
         x, logits = (one.shape[-1] for one in seen[0])
         raise InputError(f"{type(model).__name__} gives {logits} logits a token, and its lm_head {x}")
@@ -285,7 +285,7 @@ def check_head(model: Any, whose: str = "") -> None:
             raise InputError(f"the logits of {name} are NaN{': so is its ' + broken[0] if broken else ''}")
         ours = head.logits(hidden.to(head.weight.device, head.weight.dtype)).float().to(theirs.device)
         off, both = math.inf, theirs.isfinite()
-        if torch.equal(ours.isfinite(), both):  # damaged weights are reported with the samples that meet them
+        if torch.equal(ours.isfinite(), both):  # −inf, which some families give for ids without a meaning
             ours, theirs = ours.where(both, 0.0), theirs.where(both, 0.0)
             off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         if not off < (1e-4 if is_exact(model) else 2e-2):
@@ -350,14 +350,10 @@ def adds_router_loss(model: Any, say: Callable[[str], object]) -> bool:
             own = model(**kwargs, labels=ids)
             theirs = own.loss - model(**kwargs | {"output_router_logits": False}, labels=ids).loss
         except (InputError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            say(f"{name} is not added: {_first_line(error)}")
+            say(f"{name} is not added: {first_line(error)}")
             return False
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4 * float(own.loss)):
         say(f"{name} is not added: its own forward adds {float(theirs):.3g} where pocl-fast finds {float(ours):.3g}")
         return False
     say(f"{name} is added, as in its own forward: {float(ours):.3g} for random tokens")
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

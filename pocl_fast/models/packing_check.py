@@ -29,6 +29,7 @@ from pocl_fast.models.packed_attention import (
 from pocl_fast.models.packed_forward import gives_row_masks, supervised_logits
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import (
+    apart,
     attending_by,
     exact_arithmetic,
     is_exact,
@@ -39,7 +40,7 @@ from pocl_fast.models.probing import (
     short_windows,
     undisturbed,
 )
-from pocl_fast.system.errors import InputError
+from pocl_fast.system.errors import InputError, first_line
 
 EXACT_TOLERANCE = 1e-4  # relative, of fp32: kernels differ by 1e-6 to 1e-5, lost caps and windows by 1e-2 and more
 KERNEL_TOLERANCE = 0.1  # between two attention kernels in bf16: 0.01 to 0.06, by depth
@@ -145,7 +146,7 @@ class Probe:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a family raises
-            raise InputError(f"{type(model).__name__} does not run on plain tokens: {_first_line(error)}") from error
+            raise InputError(f"{type(model).__name__} does not run on plain tokens: {first_line(error)}") from error
         return cls(before, other, sample, short, want, exact)
 
     def contexts(self, model: Any) -> Iterator[contextlib.AbstractContextManager[None]]:
@@ -170,7 +171,7 @@ class Probe:
         except LengthsLost:
             return "its layers do not pass the samples' lengths on to their attention"
         except Exception as error:  # whatever a family raises at a packed row, or at a mask it does not expect
-            return "" if gives_row_masks(model) else _first_line(error)
+            return "" if gives_row_masks(model) else first_line(error)
         return None
 
     def holds(self, model: Any, rows: Rows) -> bool:
@@ -211,11 +212,6 @@ def packing_errors(model: Any, probe: Probe) -> PackingErrors:
     return PackingErrors(leak or 1e-30, apart(behind_one, probe.want), _depends(model, probe))
 
 
-def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest of `b`; NaN where one is there."""
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-
-
 def _alone(model: Any, sample: EncodedSample) -> Tensor:
     """By the family's own attention."""
     with plain_run(model):
@@ -245,7 +241,3 @@ def _depends(model: Any, probe: Probe) -> bool:
     finally:
         hook.remove()
     return bool(gradient[0, : len(probe.before)].count_nonzero())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -59,42 +59,19 @@ def positions_of(config: Any) -> int:
     return found if isinstance(found, int) and found > 0 else 1 << 30
 
 
-def plain_tokens(config: Any, *shape: int) -> Tensor:
-    """Random token ids, the same at each call, but those with a meaning of their own: padding, ends, pictures."""
-    text = config.get_text_config(decoder=True)
-    own = {
-        value
-        for settings in (vars(config), vars(text))
-        for name, value in settings.items()
-        if "token" in name and ("id" in name or "index" in name) and type(value) is int
-    }
-    tokens = torch.randint(0, int(text.vocab_size), shape, generator=torch.Generator().manual_seed(0))
-    plain = next(token for token in range(int(text.vocab_size)) if token not in own)
-    return torch.where(torch.isin(tokens, torch.tensor(sorted(own) or [-1])), plain, tokens)
-
-
 def apart(got: Tensor, want: Tensor) -> float:
     """The largest difference, relative to the largest entry; infinite where one is NaN and the other is not."""
     same = got == want  # -inf too
-    error = (got - want).abs().masked_fill(same, 0).max() / want.masked_fill(want.isinf(), 0).abs().max().clamp_min(
-        1e-6
-    )
-    return float(error.nan_to_num(float("inf")))
+    largest = want.masked_fill(want.isinf(), 0).abs().max().clamp_min(1e-30)
+    return float(((got - want).abs().masked_fill(same, 0).max() / largest).nan_to_num(float("inf")))
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Within it the model is in evaluation mode and no gradient is kept; each module's mode and the random generators
     are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = input_device(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    with evaluating(model), same_random_numbers(input_device(model)), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager
