@@ -151,6 +151,28 @@ def test_the_reference_keeps_a_mask_of_the_lowest_number_a_number():
 # ---- the kernels ----
 
 
+def assert_each_row_matches(names, student, teacher, labels, objective, backend):
+    """Each row for itself, so that a row of small gradients is not measured by others."""
+    dtype, divergence = student.dtype, objective.divergence
+    got, gradient, want, exact_gradient = both(student, teacher, labels, objective, backend=backend, reduction="none")
+    steep = torch.tensor(["underflow" in pair for pair in names])  # logits of 100 have differences known to 1e-5
+    for name, value in want.per_token.items():
+        for rows, atol in ((~steep, 6e-6), (steep, 6e-5)):
+            torch.testing.assert_close(
+                got.per_token[name].double()[rows], value[rows], rtol=2e-6, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    assert not gradient.isnan().any()
+    unit = 2**-24 if dtype == torch.float16 else 0.0
+    for n, pair in enumerate(names):
+        if divergence == "tvd" and "close" in pair:  # whose sign is known where p and q are further apart than rounding
+            continue
+        tolerance = (20 if "underflow" in pair else 2) * GRADIENT_TOLERANCE[dtype]
+        error = relative_error(gradient[n], exact_gradient[n], unit)
+        # u and its mean are as large as D and known to fp32's rounding; where q is nearly 1 their difference is small
+        least = 4e-7 * max(1.0, float(want.per_token["divergence"][n].abs()))
+        assert error <= tolerance or (gradient[n] - exact_gradient[n]).abs().max() < least, (pair, error)
+
+
 def test_what_a_filtered_teacher_leaves_out_counts(backend):
     """Half of the student's mass is where the teacher has none, and the other way round."""
     teacher = torch.tensor([[0.5, 0.3, 0.2, 0.0, 0.0]]).log()
@@ -178,27 +200,10 @@ def test_what_a_filtered_teacher_leaves_out_counts(backend):
     ],
 )
 def test_filtered_sides_match(backend, divergence, V, tau, alpha, dtype):
-    """Each row for itself, so that a row of small gradients is not measured by others."""
     names = some(backend, list(PAIRS), 7)
     student, teacher, labels = pairs(names, V, dtype)
     objective = Objective(divergence, temperature=tau, alpha=alpha, beta=0.3, skew=0.2)
-    got, gradient, want, exact_gradient = both(student, teacher, labels, objective, backend=backend, reduction="none")
-    steep = torch.tensor(["underflow" in pair for pair in names])  # logits of 100 have differences known to 1e-5
-    for name, value in want.per_token.items():
-        for rows, atol in ((~steep, 3e-6), (steep, 3e-5)):
-            torch.testing.assert_close(
-                got.per_token[name].double()[rows], value[rows], rtol=2e-6, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-            )
-    assert not gradient.isnan().any()
-    unit = 2**-24 if dtype == torch.float16 else 0.0
-    for n, pair in enumerate(names):
-        if divergence == "tvd" and "close" in pair:  # whose sign is known where p and q are further apart than rounding
-            continue
-        tolerance = 20 * GRADIENT_TOLERANCE[dtype] if "underflow" in pair else GRADIENT_TOLERANCE[dtype]
-        error = relative_error(gradient[n], exact_gradient[n], unit)
-        # a mixture's u is known to 1e-7, and its difference to its mean may be small
-        least = 1e-7 if divergence in ("forward_kl", "reverse_kl") else 4e-7
-        assert error <= tolerance or (gradient[n] - exact_gradient[n]).abs().max() < least, (pair, error)
+    assert_each_row_matches(names, student, teacher, labels, objective, backend)
 
 
 @pytest.mark.pairwise("backend", "divergence")
@@ -210,9 +215,9 @@ def test_a_label_that_one_side_alone_thinks_impossible_matches(backend, divergen
         [torch.where(s.isfinite() & ~t.isfinite(), 1.0, 0.0).argmax() for s, t in zip(student, teacher, strict=True)]
     )
     sound = student.gather(1, labels[:, None])[:, 0].isfinite()  # else CE is infinite
-    sound &= torch.tensor(["underflow" not in pair for pair in names])  # logits of 100 have differences known to 1e-5
     objective = Objective(divergence, temperature=torch.rand(len(names))[sound] + 0.5, alpha=0.4)
-    assert_matches(student[sound], teacher[sound], labels[sound], objective, backend=backend)
+    names = [name for name, is_sound in zip(names, sound.tolist(), strict=True) if is_sound]
+    assert_each_row_matches(names, student[sound], teacher[sound], labels[sound], objective, backend)
 
 
 @pytest.mark.pairwise("backend", "divergence")
