@@ -85,7 +85,7 @@ def test_filtered_teachers_and_students_match(divergence, temperature, alpha):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_issue_of_a_filtered_teacher_has_its_true_value(divergence):
+def test_a_filtered_teacher_has_its_true_value(divergence):
     """A teacher of 0.5, 0.3, 0.2, 0, 0 against a student with 0.9 of its mass elsewhere."""
     teacher = torch.tensor([[0.5, 0.3, 0.2, 0.0, 0.0]]).log()
     student = torch.tensor([[0.05, 0.03, 0.02, 0.6, 0.3]]).log()
@@ -146,7 +146,7 @@ def test_without_a_gradient_the_divergence_is_the_same(divergence):
 
 
 @pytest.mark.parametrize("divergence", KINDS)
-@pytest.mark.parametrize(("V_s", "V_t"), [(V + 30, V), (V, V + 30)])
+@pytest.mark.parametrize(("V_s", "V_t"), [(V + 30, V), pytest.param(V, V + 30, marks=pytest.mark.full)])
 def test_unequal_vocabularies_with_minus_infinity_in_the_tail_match(divergence, V_s, V_t):
     student, teacher = logits(3, V_s), logits(3, V_t)
     student[0, -5:], teacher[0, -5:] = -math.inf, -math.inf
@@ -155,6 +155,7 @@ def test_unequal_vocabularies_with_minus_infinity_in_the_tail_match(divergence, 
     assert_rows_match(student, teacher, student.argmax(-1), Objective(divergence, temperature=1.3, alpha=0.3))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("divergence", KINDS)
 def test_scaled_and_softcapped_logits_match_where_some_are_minus_infinity(divergence):
     student, teacher = filtered_rows()
@@ -162,7 +163,14 @@ def test_scaled_and_softcapped_logits_match_where_some_are_minus_infinity(diverg
     assert_rows_match(student[:4], teacher[:4], student[:4].argmax(-1), Objective(divergence, alpha=0.3), **options)
 
 
-@pytest.mark.parametrize(("divergence", "bad"), [*((name, math.nan) for name in DIVERGENCES), ("jsd", math.inf)])
+@pytest.mark.parametrize(
+    ("divergence", "bad"),
+    [
+        ("forward_kl", math.nan),
+        ("jsd", math.inf),
+        *(pytest.param(name, math.nan, marks=pytest.mark.full) for name in DIVERGENCES if name != "forward_kl"),
+    ],
+)
 def test_a_nan_shows_whatever_the_other_side_is(divergence, bad):
     student, teacher = logits(4, V), logits(4, V)
     student[0], teacher[0, 3] = -math.inf, bad
@@ -204,7 +212,10 @@ def test_the_linear_loss_leaves_no_entry_out_that_a_bias_of_minus_infinity_masks
 # ---- K entries of the teacher ----
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "divergence",
+    ["forward_kl", "reverse_kl", "jsd", *(pytest.param(name, marks=pytest.mark.full) for name in DIVERGENCES[3:])],
+)
 @pytest.mark.parametrize("tail", TAILS)
 def test_listed_entries_that_the_student_lacks_have_their_mass(divergence, tail):
     """And students without a rest, without an entry, teachers without one, of all the mass or of too much."""
