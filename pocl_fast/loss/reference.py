@@ -18,6 +18,9 @@ from torch import Tensor
 from pocl_fast.loss.arguments import Settings, Tokens
 
 
+LEAST_MASS = 2.0**-23  # of a teacher's rest: below it is the rounding of K fp32 log-probabilities
+
+
 class Rows(NamedTuple):
     """What a loss knows of each token; all [N], and 0 where the label is ignored."""
 
@@ -74,7 +77,7 @@ def sparse_distillation_rows(
     """The loss and the metrics of each token where K entries of the teacher are known.
 
     tail "renormalise": D over those entries alone. "bucket": D over them and the rest as one more outcome, in which the
-    teacher's remaining mass is spread evenly over the entries that are not listed; of no mass its probability is 0.
+    teacher's remaining mass is spread evenly over the entries that are not listed; below `LEAST_MASS` it is 0.
     `student_entropy` and the student's largest logit are those of its whole vocabulary; `agreement` asks for an entry
     of D that also is the teacher's largest.
     """
@@ -114,8 +117,8 @@ def _rest(s: Tensor, t: Tensor, entries: Tensor, absent: Tensor, tau: Tensor) ->
     x = torch.where(
         nothing, -torch.inf, torch.logsumexp(torch.where(nothing, torch.zeros_like(x), x), -1, keepdim=True)
     )
-    mass = (1 - t.exp().sum(-1, keepdim=True)).clamp_min(0)
-    none = (mass == 0) | listed.all(-1, keepdim=True)
+    mass = 1 - t.exp().sum(-1, keepdim=True)
+    none = (mass < LEAST_MASS) | listed.all(-1, keepdim=True)
     y = torch.where(none, -torch.inf, (torch.where(none, 1.0, mass) / others).log() / tau + others.log())
     return x, y
 
