@@ -61,6 +61,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3n_text": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.5, 0.25, 0.0, 0.0],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 259,
+        "laurel_rank": 8,
+        "num_kv_shared_layers": 1,
+    },
     "gemma4_text": {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -7,6 +7,8 @@ right is in cut_check.py.
 from __future__ import annotations
 
 import copy
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.models.cut_check import SMALL, StudentFails, differences, logits_apart, tolerance, with_large_weights
-from pocl_fast.models.cut_settings import Settings
+from pocl_fast.models.cut_settings import Settings, owners_of_keys
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import evaluating, same_random_numbers
 from pocl_fast.system.errors import InputError
@@ -26,7 +28,8 @@ MOST_PROOFS = 8  # candidates whose layers are right and whose logits are compar
 
 
 def evenly_spaced_layers(num_layers: int, keep: int) -> list[int]:
-    """Which layers a cut model of `keep` layers takes: the first, the last, and the others evenly between them.
+    """Which layers a cut model of `keep` layers takes: the first, the last, and the others evenly between them. Where
+    layers share keys and values, `chosen_layers` moves some of these.
 
     The first layers read the embeddings and the last ones write for the lm_head, so both ends must stay for the cut
     model to speak at all; residual layers in between refine one stream, so an even choice loses least of any one step
@@ -39,16 +42,50 @@ def evenly_spaced_layers(num_layers: int, keep: int) -> list[int]:
     return [round(i * (num_layers - 1) / (keep - 1)) for i in range(keep)]
 
 
+def chosen_layers(model: Any, keep: int) -> list[int]:
+    """Which layers `cut_layers` keeps of a model: those of `evenly_spaced_layers`, but for layers that have no keys and
+    values of their own (Gemma 3n and 4). Such a layer reads those of an earlier layer, its owner, and stays only with
+    it: a missing owner takes the place of a chosen layer.
+
+    The first and the last layer stay; of two layers, the last one. As few layers as can be are replaced. Of such
+    choices it is the one in which a layer is replaced by one of its kind (of attention, with or without keys of its
+    own); then the one that moves the layers least.
+    """
+    return _chosen(model.config, len(_stack_of(model).layers), keep)
+
+
+def _chosen(config: Any, count: int, keep: int) -> list[int]:
+    even = evenly_spaced_layers(count, keep)
+    owners = owners_of_keys(config)
+    missing = sorted({owners[layer] for layer in even if layer in owners}.difference(even))
+    if not missing:
+        return even
+    kinds = list(config.get_text_config(decoder=True).layer_types)
+    natures = [(kind, layer in owners) for layer, kind in enumerate(kinds)]
+
+    def choices(replaced: int) -> Iterator[tuple[int, int, list[int]]]:
+        for gone in itertools.combinations(even[1:-1] or even[:1], replaced):
+            for new in itertools.combinations(missing, replaced):
+                chosen = sorted({*even, *new}.difference(gone))
+                if all(owners.get(layer, layer) in chosen for layer in chosen):
+                    others = Counter(natures[layer] for layer in gone) - Counter(natures[layer] for layer in new)
+                    moved = sum(abs(a - b) for a, b in zip(even, chosen, strict=True))
+                    yield others.total(), moved, chosen
+
+    # one such choice there always is: at most every layer between makes room, and then the last one's owner is enough
+    return min(next(found for replaced in range(1, keep) if (found := list(choices(replaced)))))[-1]
+
+
 def cut_layers(model: Any, keep: int) -> Any:
-    """A copy of a transformers causal language model with `keep` of its layers (see `evenly_spaced_layers`) and
-    everything else, embeddings, final norm and lm_head, as it is.
+    """A copy of a transformers causal language model with `keep` of its layers (see `chosen_layers`) and everything
+    else, embeddings, final norm and lm_head, as it is.
 
     The settings of the layers follow them. The cut model gives the logits of its source without the other layers; so it
     does when it is loaded from its folder. Raises `InputError` where no configuration of this family says that. The
     source stays as it is.
     """
     stack = _stack_of(model)
-    chosen = evenly_spaced_layers(len(stack.layers), keep)
+    chosen = _chosen(model.config, len(stack.layers), keep)
     _check_cuttable(model)
     settings = Settings(model.config, len(stack.layers), chosen)
     with same_random_numbers(input_device(model)), evaluating(model):
@@ -69,7 +106,7 @@ def _other_counts(model: Any, stack: _Stack, keep: int) -> list[int]:
     near = sorted((n for n in range(1, count) if n != keep), key=lambda n: (abs(n - keep), n))
     found: list[int] = []
     for n in near[:MOST_OTHERS]:
-        chosen = evenly_spaced_layers(count, n)
+        chosen = _chosen(model.config, count, n)
         if len(found) < 2 and _Cut(model, stack, chosen, Settings(model.config, count, chosen)).made() is not None:
             found.append(n)
     return sorted(found)

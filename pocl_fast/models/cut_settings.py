@@ -30,6 +30,20 @@ PERIODIC = (
 )
 NUMBERS_OF_LAYERS = ("layers", "ids", "indices", "idxs")  # a list of this name may be empty, and hold layers' numbers
 OF_DEPTH = ("depth", "residual")
+OF_SHARING = "num_kv_shared_layers"  # so many last layers have no keys and values of their own
+
+
+def owners_of_keys(config: Any) -> dict[int, int]:
+    """Of each layer that reads the keys and values of an earlier one, that layer: the last one with keys of its own and
+    the same kind of attention. Empty where every layer has its own."""
+    text = config.get_text_config(decoder=True)
+    shared = getattr(text, OF_SHARING, None) or 0
+    kinds = list(getattr(text, "layer_types", None) or ())
+    if not shared or not kinds:
+        return {}
+    own = len(kinds) - shared
+    last = {kind: layer for layer, kind in enumerate(kinds[:own])}
+    return {layer: last[kinds[layer]] for layer in range(own, len(kinds)) if kinds[layer] in last}
 
 
 class Settings:
@@ -37,6 +51,7 @@ class Settings:
 
     def __init__(self, config: Any, count: int, chosen: Sequence[int]) -> None:
         self.config, self.count, self.chosen = config, count, list(chosen)
+        self.sharing = owners_of_keys(config)
         self.path = _path_of_text(config)
         whole = config.to_dict()
         whole.pop("quantization_config", None)  # of weights that are no longer quantised
@@ -100,6 +115,8 @@ class Settings:
                 return []
             entries = {int(key): entry for key, entry in value.items()}
             return [{str(new): entries[old] for new, old in enumerate(self.chosen) if old in entries}]
+        if name == OF_SHARING and self.sharing:
+            return [sum(layer in self.sharing for layer in self.chosen)]
         if type(value) is int and value == self.count and name != self.name_of_count:
             return [value, len(self.chosen)] if "layers" in name or "blocks" in name else []
         if isinstance(value, str):

@@ -31,7 +31,7 @@ from pocl_fast.data.packed import pack
 from pocl_fast.data.records import samples_from
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
-from pocl_fast.models.cut import cut_layers, evenly_spaced_layers
+from pocl_fast.models.cut import chosen_layers, cut_layers
 from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.run.train_step import save_student
@@ -335,7 +335,7 @@ def cut(name: str) -> str:
     keep = layers // 2
     smaller = cut_layers(model, keep)
     stack = layer_stack(reference, layers)
-    chosen = evenly_spaced_layers(len(stack), keep)
+    chosen = chosen_layers(model, keep)
     for i, layer in enumerate(stack):
         if i not in chosen:
             layer.register_forward_hook(_skipped, with_kwargs=True)

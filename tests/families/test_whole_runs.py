@@ -24,8 +24,8 @@ from pocl_fast.models.packing_check import packing_ready
 
 ALWAYS = ("gemma3", "lfm2")  # in `make test` too
 NAMES = (
-    "gemma3", "gemma3_text", "gemma4-own-keys", "gemma4_text-own-keys", "gpt_oss", "granitemoehybrid", "lfm2",
-    "qwen3_5", "qwen3_5_text", "qwen3_next",
+    "gemma3", "gemma3_text", "gemma3n_text", "gemma4", "gemma4-own-keys", "gemma4_text", "gemma4_text-own-keys",
+    "gpt_oss", "granitemoehybrid", "lfm2", "qwen3_5", "qwen3_5_text", "qwen3_next",
 )  # fmt: skip
 
 

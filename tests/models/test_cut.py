@@ -6,7 +6,7 @@ from tiny import tiny_model
 from tiny_family import FAMILIES, TEXT, tiny_family, with_seed
 from transformers import Gemma3Config
 
-from pocl_fast.models.cut import cut_layers, evenly_spaced_layers, num_parameters
+from pocl_fast.models.cut import chosen_layers, cut_layers, evenly_spaced_layers, num_parameters
 from pocl_fast.system.errors import InputError
 
 
@@ -81,7 +81,7 @@ def check_cut(source, keep, folder):
     assert source.config.to_json_string() == said
     assert all(torch.equal(weight, before[name]) for name, weight in source.state_dict().items())
     layers = layers_of(source)
-    dropped = [i for i in range(len(layers)) if i not in evenly_spaced_layers(len(layers), keep)]
+    dropped = [i for i in range(len(layers)) if i not in chosen_layers(source, keep)]
     tokens = torch.randint(0, 250, (2, 25), generator=torch.Generator().manual_seed(1))
     want = without(source, layers, dropped, tokens)
     assert float(logits(source, tokens).sub(want).abs().max()) > 0.1  # the layers tell
@@ -119,10 +119,73 @@ def test_a_list_says_which_layers_have_no_experts_where_a_period_cannot(tmp_path
     assert student.config.mlp_only_layers == [0, 2, 3]
 
 
-def test_a_student_of_which_a_layer_needs_the_keys_of_one_that_is_gone_is_refused():
-    source = tiny_family("gemma4_text")  # its last layer reads the keys of layer 1
-    with pytest.raises(InputError, match=r"cannot cut Gemma4ForCausalLM to 3 of its 4 layers \(0, 2, 3\): "):
-        cut_layers(source, 3)
+TENTHS = ["sliding_attention"] * 4 + ["full_attention"]
+TEN = {"layers": 10, "layer_types": TENTHS * 2, "num_kv_shared_layers": 5}  # layers 5 to 8 read 3, layer 9 reads 4
+WIDE = {**TEN, "use_double_wide_mlp": True}
+SPARSE = {"activation_sparsity_pattern": [0.5, 0.25] + [0.0] * 8}
+
+
+# of four layers, the last one reads the keys of layer 1
+@pytest.mark.parametrize(
+    ("family", "settings", "chosen"),
+    [
+        ("gemma4_text", {}, [0, 1, 3]),
+        ("gemma4_text", {}, [1, 3]),
+        ("gemma4_text", WIDE, [0, 4, 9]),
+        ("gemma4_text", WIDE, [0, 3, 4, 9]),
+        ("gemma4_text", TEN, [0, 3, 4, 7, 9]),
+        ("gemma4_text", WIDE, [0, 1, 3, 4, 5, 6, 8, 9]),
+        ("gemma3n_text", {**TEN, **SPARSE}, [0, 3, 4, 7, 9]),
+        ("gemma3n_text", {**TEN, **SPARSE}, [0, 2, 3, 4, 6, 8, 9]),
+    ],
+)
+def test_a_layer_that_reads_the_keys_of_another_stays_with_it(family, settings, chosen, tmp_path):
+    source = tiny_family(family, **settings)
+    assert chosen_layers(source, len(chosen)) == chosen
+    student = check_cut(source, len(chosen), tmp_path)
+    first_shared = source.config.num_hidden_layers - source.config.num_kv_shared_layers
+    assert student.config.num_kv_shared_layers == sum(layer >= first_shared for layer in chosen)
+    assert student.config.layer_types == [source.config.layer_types[layer] for layer in chosen]
+
+
+class Sharing:
+    """A configuration whose last layers have no keys of their own."""
+
+    def __init__(self, kinds, shared):
+        self.layer_types, self.num_hidden_layers, self.num_kv_shared_layers = kinds, len(kinds), shared
+
+    def get_text_config(self, decoder):
+        return self
+
+
+# the sizes of Gemma 4 E2B and E4B, Gemma 3n E2B and E4B
+@pytest.mark.parametrize(("layers", "period", "shared"), [(35, 5, 20), (42, 6, 18), (30, 5, 10), (35, 5, 15)])
+def test_of_every_number_of_layers_those_are_chosen_that_run(layers, period, shared):
+    kinds = ["full_attention" if i % period == period - 1 else "sliding_attention" for i in range(layers)]
+    own = layers - shared
+    owner = {kind: max(i for i in range(own) if kinds[i] == kind) for kind in kinds}
+    source = torch.nn.Module()
+    source.config = Sharing(kinds, shared)
+    source.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in kinds)
+    for keep in range(1, layers + 1):
+        chosen = chosen_layers(source, keep)
+        even = evenly_spaced_layers(layers, keep)
+        assert len(chosen) == keep
+        assert chosen == sorted({*chosen})
+        assert {owner[kinds[i]] for i in chosen if i >= own} <= {*chosen}
+        assert chosen[-1] == even[-1]
+        assert chosen[0] == even[0] or keep == 2
+        assert len({*chosen} - {*even}) <= 2  # an owner of each kind
+
+
+def test_of_choices_with_every_owner_that_of_the_same_kinds_is_taken():
+    source = torch.nn.Module()
+    source.config = Sharing(["sliding", "full", "sliding", "sliding", "full", "full", "sliding", "full"], 2)
+    source.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(8))
+    assert evenly_spaced_layers(8, 5) == [0, 2, 4, 5, 7]
+    assert chosen_layers(source, 5) == [0, 2, 4, 5, 7]  # layer 7 reads layer 5
+    assert evenly_spaced_layers(8, 6) == [0, 1, 3, 4, 6, 7]
+    assert chosen_layers(source, 6) == [0, 1, 3, 5, 6, 7]  # a full one goes, the nearest
 
 
 def test_a_refusal_says_which_numbers_of_layers_are_right():
