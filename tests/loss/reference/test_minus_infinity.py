@@ -334,3 +334,20 @@ def test_the_linear_loss_knows_minus_infinity_too(divergence, kind):
         results.append([out.loss, *out.per_token.values(), *(leaf.grad for leaf in leaves)])
     for got, want in zip(*results, strict=True):
         assert relative_error(got, want) <= 1e-5
+
+
+@pytest.mark.pairwise("backend", "divergence")
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_rest_that_is_the_rounding_of_its_log_probabilities_is_none(backend, divergence):
+    """A teacher filtered by top-p whose k best are all that it has: as if it were given whole."""
+    student, teacher = logits(4, 97), torch.full((4, 97), -INF)
+    teacher[:, :6] = logits(4, 6)
+    log_probs, indices = torch.log_softmax(teacher, -1).topk(12)
+    listed = TopKTeacher(log_probs, indices)
+    objective, labels = Objective(divergence), torch.tensor([0, 1, 50, 96])
+    options = {"reduction": "none", "backend": backend}
+    got = distillation_loss(student, listed, labels, objective, **options).per_token["divergence"]
+    want = distillation_loss(student, teacher, labels, objective, **(options | {"backend": "reference"}))
+    if divergence == "tvd":  # the rest is one outcome, whose |p − q| is that of its entries together: the same where p is 0
+        assert want.per_token["divergence"].min() > 0
+    torch.testing.assert_close(got, want.per_token["divergence"].to(got.dtype), rtol=2e-5, atol=6e-6)
