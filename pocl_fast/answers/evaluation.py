@@ -25,13 +25,25 @@ from pocl_fast.system import ranks
 from pocl_fast.system.console import Report, shared_progress
 
 _THOUSANDS = r"(?<=\d),(?=\d{3}(?!\d))"
+_LETTER = r"[^\W\d_]"
+_LONE = rf"{_LETTER}(?!{_LETTER})"  # a variable, as "well-known" has none
+
+
+def _between(operators: str) -> str:
+    return rf"(?:{operators}|[ \t]+{operators}[ \t]+)"
+
+
 _MATHEMATICS = "|".join(
     (
         r"[+<=>|~]",  # Unicode has these among its mathematical symbols, all else of ASCII's as punctuation
-        r"(?<![^\W\d_])[-.](?=\.?\d)",  # a sign, a decimal point, a range; not "covid-19"
+        rf"(?<!{_LETTER})(?:-[ \t]*|\.)(?=\.?\d)",  # a sign, a decimal point, a range; not "covid-19"
+        rf"(?<![^\s(\[{{=+*/^<>|~,])-(?={_LONE}|\()",  # -x; not "-word", an item of a list
+        r"(?<![^\s(\[{=&|<>,])!+(?=[\w(])|!(?==)",  # not
         r"(?<=\d)[,:%](?=\d)",
         r"(?<=\d)%",
-        r"(?<=\w)[*/^]+(?=\d)|(?<=\d)[*/^]+(?=\w)",
+        rf"(?<=[\w)\]}}])(?<!{_LETTER}{_LETTER}){_between('[-*/^]+')}(?=[-+]?\.?(?:\d|{_LONE}|[(\[{{]))",
+        rf"(?<=\w){_between('[*^]+')}(?=\w)",  # between words too, as no emphasis is
+        rf"(?<=\w){_between('/+')}(?=\d)|(?<=\d)/+(?=\w)",  # not "and/or"
     )
 )
 _PUNCTUATION = re.compile(f"{_THOUSANDS}|({_MATHEMATICS})|[{re.escape(string.punctuation)}]")
@@ -147,10 +159,11 @@ def dev_scores(
 
 def references_of(sample: Sample, encoded: EncodedSample, encoder: SampleEncoder) -> list[str]:
     """What an answer to the sample is compared with: its references, or where the answer calls tools, the text that the
-    template makes of it, as a model would write it."""
+    template makes of it, read as a model's answer is."""
     if not sample.answer_turn.get("tool_calls"):
         return list(sample.references)
-    return [str(encoder.tokenizer.decode(list(encoded.response_ids), skip_special_tokens=True)).strip()]
+    said = encoded.response_ids if encoded.truncated else encoded.response_ids[:-1]
+    return encoder.answer_texts([said])
 
 
 def unseen_by_rouge(dev: SampleSet, tokenizer: Tokenizer, name: str) -> str | None:
@@ -163,9 +176,11 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     """Share of answers equal to one of their references, letter case, punctuation and spacing aside, as the code of
     Super-NaturalInstructions, MiniLLM and POCL counts; but for punctuation that means something there.
 
-    What stays of it: the symbols + < = > | ~, signs and decimal points before digits, what stands between digits (1:2,
-    1/2, 2^3, but no comma of thousands), a percent sign behind a digit, and all of a text that is nothing else. An
-    empty answer equals nothing.
+    What stays of it: the symbols + < = > | ~; a decimal point before and a percent sign behind a digit; : , % between
+    digits, but no comma of thousands; a minus before a digit, with blanks or not (but not in "covid-19"), and before
+    one letter alone; ! before what it negates; and - * / ^ between numbers, single letters and brackets, with blanks
+    on both sides or none, * and ^ between words too; and all of a text that is nothing else. So "1 - x" is not "1 x",
+    and "well-known" is "wellknown". An empty answer equals nothing.
     """
     hits = [_equals_one(_plain(answer), accepted) for answer, accepted in zip(answers, references, strict=True)]
     return float(np.mean(hits))

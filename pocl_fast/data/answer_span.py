@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -57,14 +58,11 @@ class AnswerFinder:
     template: ChatTemplate
     special: Collection[str] = ()  # the tokenizer's added tokens, special or not
     _ends: dict[str, str] = field(default_factory=dict)  # of each tail that was seen: what of it ends the turn
-    _shapes: list[Shape] = field(default_factory=list)
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """What the template writes around the answer to a plain question; what it refuses shows nothing."""
-        if not self._shapes:
-            self._shapes.append(self._learned())
-        return self._shapes[0]
+        return self._learned()
 
     def split(self, messages: Sequence[Any], tools: Sequence[Any], answer: Any) -> Split:
         """The conversation with this last turn, in two. Raises `TemplateRefusal` where the template renders it not, or
@@ -85,11 +83,13 @@ class AnswerFinder:
         elif continues:
             first = len(prompt)
         ended, upto = self._turn_end(whole, end, first, turns, tools)
-        for marked_from, marked_to in self.template.marked(turns, tools):
-            if continues and first < marked_to:
-                first = max(first, marked_from)
-                prompt = whole[:first]
-                break
+        marks = [(start, to) for start, to in self.template.marked(turns, tools) if continues and first < to]
+        if marks:
+            first, marked_to = max(first, marks[0][0]), marks[-1][1]
+            prompt = whole[:first]
+            ends = {shape.end.strip(), "" if end is None else whole[end:upto].strip()}
+            if marked_to < upto and whole[marked_to:upto].strip() not in ends:  # an answer must end, marked or not
+                ended, upto = False, marked_to
         split = _balanced(Split(prompt, whole[first:upto], ended), answer, continues)
         if not says and not any(name in split.answer for name in called_names(answer)):
             raise TemplateRefusal("the chat template does not write tool calls, which are all that the answer has")
@@ -223,11 +223,15 @@ class AnswerFinder:
             end = self._ends[tail] = self._learn_end(whole, len(before) + len(PROBE), turns, ())
             header_unasked = prompt == bare
             asked_text = before if header_unasked else prompt
-            return Shape(opening, tail, end, header_unasked, self._reasoning(messages, asked_text, opening))
+            tags = self._reasoning(messages, asked_text, opening)
+            opened = _reasoning_opened_by(asked_text, continues=before.startswith(asked_text))
+            if opened and (closing := _closing(opened)) != end:
+                tags.append(("", closing))
+            return Shape(opening, tail, end, header_unasked, tuple(dict.fromkeys(tag for tag in tags if tag[1])))
         return Shape()
 
-    def _reasoning(self, messages: Sequence[Any], prompt: str, opening: str) -> tuple[tuple[str, str], ...]:
-        """What opens and closes reasoning: as the template writes it, as it leaves it empty, as it asks for it."""
+    def _reasoning(self, messages: Sequence[Any], prompt: str, opening: str) -> list[tuple[str, str]]:
+        """What opens and closes reasoning: as the template writes it, as it leaves it empty."""
         tags = [REASONING_TAGS]
         thought = "Qz9thought9zQ"
         turn = {"role": "assistant", "content": PROBE, "reasoning_content": thought}
@@ -241,9 +245,7 @@ class AnswerFinder:
             tags.append((head[shared:].strip(), behind[: behind.index(PROBE)].strip()))
         if len(words := opening.split()) == 2 and words[0] != words[1]:
             tags.append((words[0], words[1]))
-        if opened := _OPENED.search(prompt):
-            tags.append(("", _closing(opened)))
-        return tuple(dict.fromkeys(tag for tag in tags if tag[1]))
+        return tags
 
 
 def common_length(one: str, other: str) -> int:
@@ -262,17 +264,20 @@ def _closing(opened: re.Match[str]) -> str:
     return f"{opened['left']}/{opened['name']}{opened['right']}"
 
 
-def _balanced(split: Split, answer: Any, continues: bool) -> Split:
-    """The split with each block of reasoning that the prompt opens closed in the answer, once.
+def _reasoning_opened_by(prompt: str, *, continues: bool) -> re.Match[str] | None:
+    """The <name> at the prompt's end that opens a block of reasoning. It does where the template's finished answers do
+    not continue that prompt, or where the name says so; another, such as <assistant>, is a header."""
+    opened = _OPENED.search(prompt)
+    return None if opened is None or (continues and not _REASONING.search(opened["name"])) else opened
 
-    A prompt that ends in <name> opens such a block where the template's finished answers do not continue that prompt,
-    or where the name says so.
-    """
+
+def _balanced(split: Split, answer: Any, continues: bool) -> Split:
+    """The split with each block of reasoning that the prompt opens closed in the answer, once."""
     closed = _CLOSED.search(split.prompt)
     if closed and not continues and (block := split.answer.partition(closed.group().strip()))[1]:
         return Split(split.prompt, block[2].lstrip(), split.ended)  # the prompt has the block already, an empty one
-    opened = _OPENED.search(split.prompt)
-    if opened is None or (continues and not _REASONING.search(opened["name"])):
+    opened = _reasoning_opened_by(split.prompt, continues=continues)
+    if opened is None:
         return split
     tag, closing = opened.group().strip(), _closing(opened)
     said = split.answer

@@ -260,13 +260,42 @@ def chosen_template(
     return ChatTemplate.chosen(tokenizer, **given, date=kept_date(folder, tokenizer, say)) if made.writes_date else made
 
 
-def unused_template(used: ChatTemplate | None, template: str, other: Any) -> str | None:
+def unused_template(used: ChatTemplate | None, template: str, other: Any, chosen: str | None = None) -> str | None:
     """A line that says that another tokenizer's chat template, the teacher's, is not used; None where nothing is to be
-    said."""
-    if used is not None or template != "auto" or not other.chat_template:
+    said, as where the user has `chosen` a template."""
+    if not other.chat_template or chosen is not None:
+        return None
+    if used is not None:
+        return _other_template(used, other)
+    if template != "auto":
         return None
     return (
         "the student's tokenizer has no chat template: prompts are in the Alpaca template, and the teacher's chat"
         " template is not used. To use it give it as a file, --chat-template FILE (chat_template.jinja of the teacher's"
         " folder); --template alpaca says that this is meant"
     )
+
+
+def _other_template(used: ChatTemplate, other: Any) -> str | None:
+    try:
+        texts = templates_of(other, None)
+    except InputError:
+        return None  # several, and none is the teacher's default
+    theirs = ChatTemplate(other, texts, used.kwargs, used.system_prompt)
+    if used.tokenizer.chat_template == other.chat_template or _probed(used) == _probed(theirs):
+        return None
+    return (
+        "student and teacher have different chat templates: the student's is used for both. To use the teacher's give"
+        " it as a file, --chat-template FILE (chat_template.jinja of the teacher's folder)"
+    )
+
+
+def _probed(template: ChatTemplate) -> tuple[str, ...]:
+    """What a template writes of a small conversation, asked on and ended; or its refusal."""
+    turns = [{"role": role, "content": _CONTENT} for role in ("user", "assistant", "user", "assistant")]
+    try:
+        return tuple(
+            template.render(template.messages(turns[:count]), prompt=asks) for count, asks in ((3, True), (4, False))
+        )
+    except TemplateRefusal as refusal:
+        return (str(refusal),)

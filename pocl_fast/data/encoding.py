@@ -6,6 +6,7 @@ Knows tokenizers. Does not know files (records.py), batches or models.
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "alpaca"]
+EARLIER_REASONING = "reasoning in earlier turns"
 
 # The templates of Stanford Alpaca, as in the code of MiniLLM, DistiLLM and POCL.
 ALPACA_NO_INPUT = (
@@ -76,7 +78,8 @@ class LengthReport:
         if self.unused:
             parts.append(unused_fields.describe(self.unused))
         for what, lines in self.unwritten:
-            parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)})")
+            purpose = ", as many templates do on purpose" if what == EARLIER_REASONING else ""
+            parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)}){purpose}")
         return "; ".join(parts)
 
 
@@ -290,11 +293,30 @@ def unwritten(messages: Sequence[Any], tools: Sequence[Any], answer: Any, split:
         lost.append("tools")
     if any(name not in split.answer for name in called_names(answer)):
         lost.append("tool calls")
-    reasoning, content = answer.get("reasoning_content"), answer.get("content")
-    left = isinstance(reasoning, str) and reasoning.strip() not in split.answer
-    if left or (isinstance(content, str) and REASONING_TAGS[1] in content and REASONING_TAGS[1] not in split.answer):
+    said = _said(answer)
+    if answer.get("tool_calls") and not any(form in split.answer for form in (said, json.dumps(said)[1:-1])):
+        lost.append("content beside tool calls")
+    if any(thought not in split.answer for thought in _thoughts(answer)):
         lost.append("reasoning")
+    if any(thought not in split.prompt for turn in messages for thought in _thoughts(turn)):
+        lost.append(EARLIER_REASONING)
     return lost
+
+
+def _said(turn: Any) -> str:
+    """What a turn says behind its reasoning."""
+    content = turn.get("content")
+    return content.rpartition(REASONING_TAGS[1])[2].strip() if isinstance(content, str) else ""
+
+
+def _thoughts(turn: Any) -> list[str]:
+    """A turn's reasoning, in its own field and in its content; an empty text is in every text."""
+    if turn["role"] != "assistant":
+        return []
+    texts = [turn.get("reasoning_content"), (turn.get("content") or "")]
+    own, content = (text if isinstance(text, str) else "" for text in texts)
+    inside = content.rpartition(REASONING_TAGS[1])[0].strip().removeprefix(REASONING_TAGS[0])
+    return [own.strip(), inside.strip()]
 
 
 def _name(tool: Any) -> str:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
-from pocl_fast.data.chat_template import ChatTemplate
+from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
 from pocl_fast.data.messages import Message
 from pocl_fast.data.records import OPTIONAL, Sample
 from pocl_fast.system.errors import InputError
@@ -33,7 +32,7 @@ class UnusedFields:
     def __init__(self, encoder: Encoder, name: str) -> None:
         """`name` stands for the data set in errors."""
         self._chat, self._alpaca, self._name = encoder.chat, encoder.chat is None, name
-        self._shown: dict[str, bool] = {}  # of what was looked at so far
+        self._shown: dict[str, bool] = {}  # of what was looked at so far, each once
         self._count: Counter[str] = Counter()
 
     @property
@@ -51,15 +50,14 @@ class UnusedFields:
             if self._alpaca and len(turns) > 2:
                 self._refuse(sample, "the Alpaca template has no place for earlier turns")
             return
-        unshown = self._unshown_by_alpaca(sample) if self._alpaca else self._unshown_by_chat(sample, turns)
-        self._count.update(f"{field} of messages" for field in unshown)
+        self._count.update(self._unshown_by_alpaca(sample) if self._alpaca else self._unshown_by_chat(sample, turns))
 
     def _unshown_by_alpaca(self, sample: Sample) -> list[str]:
         roles = sorted({turn["role"] for turn in sample.messages[:-1]})
         asked = [*(["tools"] if sample.tools else []), *roles, *(["tool calls"] if _calls(sample) else [])]
         if asked:
             self._refuse(sample, f"the Alpaca template has no place for {', '.join(asked)}")
-        return _own_fields((*sample.messages, sample.answer_turn))
+        return _described(_own_fields((*sample.messages, sample.answer_turn)))
 
     def _unshown_by_chat(self, sample: Sample, turns: Sequence[Message]) -> list[str]:
         if sample.tools and not self._shows("tools", sample, turns, ()):
@@ -72,42 +70,30 @@ class UnusedFields:
             if not self._shows(f"role {role}", sample, other, sample.tools):
                 self._refuse(sample, f'the chat template shows no messages of the role "{role}"')
         unshown = []
-        for field in _own_fields(turns):
-            if self._shown.get(field):
-                continue
-            without = [{name: value for name, value in turn.items() if name != field} for turn in turns]
-            if not self._shows(field, sample, without, sample.tools):
-                unshown.append(field)
-        for field in MEANS_MORE.intersection(unshown):
+        for role, field in _own_fields(turns):
+            without = [
+                {name: value for name, value in turn.items() if turn["role"] != role or name != field} for turn in turns
+            ]
+            if not self._shows(f"{field} of {role}", sample, without, sample.tools):
+                unshown.append((role, field))
+        for field in MEANS_MORE.intersection(field for _, field in unshown):
             self._refuse(sample, f'the chat template shows no "{field}"')
-        return unshown
+        return _described(unshown)
 
     def _shows(
         self, what: str, sample: Sample, others: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]]
     ) -> bool:
-        """Whether the template names the field, or prints this sample otherwise than these turns and tools."""
+        """Whether the template prints this sample otherwise than these turns and tools, or refuses them."""
         if what not in self._shown:
-            if what in self._names:
+            try:
+                printed = self._prints((*sample.messages, sample.answer_turn), sample.tools)
+            except TemplateRefusal:
+                return True  # the encoder says what is wrong with this sample
+            try:
+                self._shown[what] = printed != self._prints(others, tools)
+            except TemplateRefusal:
                 self._shown[what] = True
-            else:
-                try:
-                    printed = self._prints((*sample.messages, sample.answer_turn), sample.tools)
-                    self._shown[what] = printed != self._prints(others, tools)
-                except Exception:
-                    return True
         return self._shown[what]
-
-    @cached_property
-    def _names(self) -> frozenset[str]:
-        """The names and texts in the template's code, among which are the fields that it reads."""
-        from jinja2 import Environment, TemplateError  # here, not above: most records have no such field
-
-        assert self._chat is not None
-        try:
-            tokens = [token for source in self._chat.texts.values() for token in Environment().lex(source)]
-        except TemplateError:
-            return frozenset()
-        return frozenset(text.strip("\"'") for _, kind, text in tokens if kind in ("name", "string"))
 
     def _prints(self, turns: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
         assert self._chat is not None
@@ -130,10 +116,21 @@ def describe(counts: Sequence[tuple[str, int]]) -> str:
     return f"fields not used: {', '.join(parts)}" if parts else ""
 
 
-def _own_fields(turns: Sequence[Message]) -> list[str]:
-    """What turns have besides role, content and reasoning (of which the encoder counts what is left out), each once."""
+def _own_fields(turns: Sequence[Message]) -> list[tuple[str, str]]:
+    """What turns say besides role, content and reasoning (of which the encoder counts what is left out): role and
+    field, each once. An empty field says nothing."""
     seen = ("role", "content", "reasoning_content")
-    return list(dict.fromkeys(field for turn in turns for field in turn if field not in seen))
+    named = (
+        (turn["role"], field)
+        for turn in turns
+        for field, value in turn.items()
+        if field not in seen and value not in (None, "", [], {})
+    )
+    return list(dict.fromkeys(named))
+
+
+def _described(fields: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{field} of {role} messages" for role, field in fields]
 
 
 def _calls(sample: Sample) -> bool:

@@ -11,10 +11,15 @@ from torch import nn
 from pocl_fast.models.loading import readable_errors, resolve
 from pocl_fast.models.placement import resident
 
+_SUFFIXES = (".gguf", ".safetensors", ".bin", ".json", ".jinja", ".model", ".tiktoken", ".py")
+_VOCABULARIES = ("vocab.txt", "merges.txt")  # of tokenizers; other texts are notes
+_NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder of them
+
 
 def source_fingerprint(source: str) -> str:
-    """Identifies a model by its files without reading them whole: the source, and of each file of weights or settings
-    its name, its size, its first MiB and 4 KiB out of each 1/1024 of the rest. A hub id stands for itself."""
+    """Identifies a model by its files without reading them whole: the source, and of each file of weights, settings,
+    tokenizer or code its name, its size, its first MiB and 4 KiB out of each 1/1024 of the rest. A hub id stands for
+    itself."""
     where = resolve(source)
     folders = [Path(where.path), *([Path(where.adapter)] if where.adapter else [])]
     if not folders[-1].is_dir():
@@ -33,8 +38,11 @@ def source_fingerprint(source: str) -> str:
 
 
 def _files_of(folder: Path, gguf_file: str | None) -> list[str]:
-    names = [gguf_file] if gguf_file else sorted(path.name for path in folder.iterdir())
-    return [name for name in names if Path(name).suffix in (".gguf", ".safetensors", ".json", ".jinja")]
+    if gguf_file:
+        return [gguf_file]
+    paths = [*folder.iterdir(), *(folder / _NAMED_TEMPLATES).glob("*.jinja")]
+    read = [path for path in paths if path.suffix in _SUFFIXES or path.name in _VOCABULARIES]
+    return sorted(path.relative_to(folder).as_posix() for path in read)
 
 
 def hub_revision(source: str, *, trust_remote_code: bool = False) -> str | None:

@@ -91,7 +91,8 @@ class RunContext:
         if student != teacher:
             theirs = loading.load_tokenizer(teacher, trust_remote_code=trusted)
             check_same_vocabulary(self.tokenizer, theirs, train, self._place_in("train"), self.say)
-            line = unused_template(self.encoder.chat, self.config.data.template, theirs)
+            data = self.config.data
+            line = unused_template(self.encoder.chat, data.template, theirs, data.chat_template)
             if line and not self._template_said:
                 self.say(line)
                 self._template_said = True

@@ -90,7 +90,8 @@ def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
         known = context.train_set
         return rows_of(known.samples, known.encoded), len(known.encoded)
     stream = SampleStream(path, context.encoder, data.max_length, data.max_prompt_length, data.long_prompts)
-    report = ranks.from_first(stream.check)
+    report, ends = ranks.from_first(lambda: (stream.check(), context.encoder.end_ids))
+    context.encoder.stop_also_at(ends)  # those of the whole file, on every rank, before the first answer
     context.say(report.describe(str(path)))
     ranks.from_first(lambda: context.check_stream(stream))
     return stream, report.samples

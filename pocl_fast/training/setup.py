@@ -236,7 +236,7 @@ def teacher_of(
         trust, name = args.trust_remote_code, os.fspath(teacher)
         theirs = loading.load_tokenizer(name, trust_remote_code=trust)
         check_same_vocabulary(encoder.tokenizer, theirs, samples, place, _first_says)
-        if line := unused_template(encoder.chat, args.template, theirs):
+        if line := unused_template(encoder.chat, args.template, theirs, args.chat_template):
             _first_says(line)
         configured = Vocabulary("teacher", configured_rows(name, trust_remote_code=trust))
         # here, for a quantised teacher runs when it is made

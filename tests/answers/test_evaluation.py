@@ -41,6 +41,10 @@ def _without_punctuation(text):
         ("-5", "5"), ("x = -5", "x = 5"), ("(-3, 4)", "(3, 4)"), ("1.5", "15"), (".5", "5"), ("-.5", "5"),
         ("1:2", "12"), ("1/2", "12"), ("2^3", "23"), ("x^2", "x2"), ("2*3", "23"), ("2**3", "23"), ("50%", "50"),
         ("1990-2000", "19902000"), ("1,2,3", "123"), ("C++", "C"), ("p|q", "pq"), ("10:30", "1030"), ("3%2", "32"),
+        ("5 * 3", "5 / 3"), ("5 / 3", "5 - 3"), ("5 - 3", "5 3"), ("5 ^ 3", "5 * 3"), ("a*b", "a/b"), ("a/b", "ab"),
+        ("x-1", "x1"), ("1-x", "1x"), ("x - y", "x y"), ("-x", "x"), ("y = -x", "y = x"), ("!a", "a"), ("!(p)", "p"),
+        ("a != b", "a = b"), ("1e-5", "1e5"), ("- 5", "5"), ("(a+b)*(c)", "(a+b)/(c)"), ("2*(3)", "2(3)"),
+        ("width * height", "width height"), ("total - 5", "total 5"), ("5 * -3", "5 * 3"), ("x_1 - x_2", "x_1 x_2"),
     ],
 )  # fmt: skip
 def test_exact_match_keeps_what_mathematics_is_written_with(one, other):
@@ -52,8 +56,10 @@ def test_exact_match_keeps_what_mathematics_is_written_with(one, other):
     ("one", "other"),
     [
         ("1,234,567", "1234567"), ("The answer: 5.", "the answer 5"), ("(b)", "B"), ("well-known", "wellknown"),
-        ("COVID-19", "covid19"), ("No.5", "no5"), ("and/or", "andor"), ("**5**", "5"), ("5.", "5"), ("- 5", "5"),
+        ("COVID-19", "covid19"), ("No.5", "no5"), ("and/or", "andor"), ("**5**", "5"), ("5.", "5"), ("he/she", "heshe"),
         ('"yes"', "yes"), ("it's", "its"), ("e-mail!", "email"), ("snake_case", "snakecase"), ("Yes?", "yes"),
+        ("- cat\n- dog", "cat dog"), ("* one\n* two", "one two"), ("5-year", "5year"), ("Wow!! 5", "wow 5"),
+        ("so *very* good", "so very good"), ("Lima - the capital", "Lima the capital"),
     ],
 )  # fmt: skip
 def test_exact_match_passes_over_the_other_punctuation_as_the_published_code_does(one, other):
@@ -78,6 +84,26 @@ def test_a_tool_call_is_compared_as_the_template_writes_it():
     assert references_of(sample, one, SampleEncoder(tokenizer)) == [written]
     [plain] = samples_from([{"prompt": "q", "response": ["a", "b"]}], "data")
     assert references_of(plain, one, SampleEncoder(tokenizer)) == ["a", "b"]
+
+
+def test_a_tool_call_behind_reasoning_is_compared_with_what_a_perfect_answer_is_read_as():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (  # Qwen3's: an empty block of reasoning before the last answer
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
+        "{{ '<think>\n' + (m['reasoning_content'] or '') + '\n</think>\n\n' }}{% endif %}{{ m['content'] or '' }}"
+        "{% for c in m['tool_calls'] or [] %}{{ '<call>' + c['function']['name'] + '</call>' }}{% endfor %}"
+        "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+    )
+    encoder = SampleEncoder(tokenizer)
+    for reasoning in ("", "They ask for f."):
+        answer = {"role": "assistant", "content": "", "reasoning_content": reasoning}
+        answer["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+        [sample] = samples_from([{"messages": [{"role": "user", "content": "q"}, answer]}], "data")
+        one = encoder.encode(sample, max_length=200, max_prompt_length=100)
+        assert reasoning in tokenizer.decode(one.response_ids)
+        references = references_of(sample, one, encoder)
+        assert references == ["<call>f</call>"]
+        assert encoder.answer_texts([one.response_ids[:-1]], [references]) == references
 
 
 def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tmp_path, monkeypatch):

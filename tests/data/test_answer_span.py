@@ -226,6 +226,70 @@ def test_what_a_template_does_not_write_is_counted_with_lines():
     assert "does not write the reasoning of 1 (line 4)" in report.describe("x")
 
 
+def test_content_beside_tool_calls_that_the_template_leaves_out_is_counted():
+    user = {"role": "user", "content": "Hi"}
+    said = {**CALL, "content": 'I "add".'}
+    samples = [Sample(0, 3, (user,), ("x",), answer=said), Sample(1, 4, (user,), ("x",), answer=CALL)]
+    _, report = encode_all(samples, SampleEncoder(tokenizer_of(TOOL_ENDS)), **LIMITS)
+    assert report.describe("x").endswith("does not write the content beside tool calls of 1 (line 3)")
+    for write in ("{{ m['content'] }}", "{{ m['content'] | tojson }}"):
+        both = TOOL_ENDS.replace("{{ m['tool_calls'][0]", write + "{{ m['tool_calls'][0]")
+        _, report = encode_all(samples, SampleEncoder(tokenizer_of(both)), **LIMITS)
+        assert report.unwritten == ()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["own field", "in the content"])
+def test_reasoning_in_earlier_turns_that_the_template_leaves_out_is_counted_apart(inside):
+    thinks = {"role": "assistant", "content": "yes", "reasoning_content": "because"}
+    if inside:
+        thinks = {"role": "assistant", "content": "<think>\nbecause\n</think>\n\nyes"}
+    user = {"role": "user", "content": "Hi"}
+    sample = Sample(0, 6, (user, thinks, user), ("no",), answer={"role": "assistant", "content": "no"})
+    dropping = TURNS.replace("m['content']", "m['content'].split('</think>')[-1]")
+    _, report = encode_all([sample], SampleEncoder(tokenizer_of(dropping + HEADER)), **LIMITS)
+    want = "does not write the reasoning in earlier turns of 1 (line 6), as many templates do on purpose"
+    assert report.describe("x").endswith(want)
+    keeping = TURNS.replace("m['content']", "(m['reasoning_content'] or '') + m['content']")
+    _, report = encode_all([sample], SampleEncoder(tokenizer_of(keeping + HEADER)), **LIMITS)
+    assert report.unwritten == ()
+
+
+def marks(answer):
+    return (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        + answer
+        + "{% else %}{{ m['content'] + '<|eot|>\n' }}{% endif %}{% endfor %}"
+        + HEADER
+    )
+
+
+MARKED = {  # what the mark is around: how the answer is written, the response
+    "answer, end and line end": (
+        "{% generation %}{{ m['content'] + '<|eot|>\n' }}{% endgeneration %}", "yes<|eot|>"
+    ),
+    "the answer alone": (
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|eot|>\n' }}", "yes<|eot|>"
+    ),
+    "the answer, a note behind it not": (
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{{ ' (signed)<|eot|>\n' }}", "yes (signed)<|eot|>"
+    ),
+    "a part of what ends the turn": (
+        "{% generation %}{{ m['content'] + '.' }}{% endgeneration %}{{ ' (signed)<|eot|>\n' }}", "yes.<|end|>"
+    ),
+    "each of two parts": (
+        "{% generation %}{{ 'Well: ' }}{% endgeneration %}{{ '- ' }}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{{ '<|eot|>\n' }}", "Well: - yes<|eot|>"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_response_ends_where_its_mark_ends_or_with_the_end_of_turn_right_behind_the_answer(name):
+    written, response = MARKED[name]
+    assert encoded({"prompt": "Hi", "response": "yes"}, tokenizer_of(marks(written)))[1] == response
+
+
 # -- prompts that open a block of reasoning ----------------------------------------------------------------------------
 
 LAST_PART = "{{ '<|start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<|eot|>\n' }}"

@@ -90,6 +90,23 @@ def test_an_end_of_turn_in_plain_text_is_not_compared():
     assert read(chat, "Lima</turn>\nuser: and of Chile?") == "Lima"  # nothing stopped it there
 
 
+@pytest.mark.parametrize("header", ["<{}>", "[{}]"])
+@pytest.mark.parametrize("role", ["assistant", "model", "bot"])
+@pytest.mark.parametrize("asked", [True, False], ids=["asked for", "always there"])
+def test_a_header_in_brackets_opens_no_reasoning(header, role, asked):
+    opens, closes = header.format(role), header.format("/" + role)
+    prompt = f"{{{{ '{opens}' }}}}"
+    chat = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        f"{{{{ '{opens}' + m['content'] + '{closes}' }}}}"
+        "{% else %}{{ '<user>' + m['content'] + '</user>' }}{% endif %}{% endfor %}"
+    )
+    chat += f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}" if asked else ""
+    assert read(chat, "Lima" + closes) == "Lima"
+    assert read(chat, f"Peru. {closes}") == "Peru."
+    assert read(chat, "<think>\nPeru's.\n</think>\n\nLima" + closes) == "Lima"
+
+
 def test_without_a_chat_template_the_text_is_all():
     tokenizer = tiny_tokenizer(chat=False)
     ids = [tokenizer(text).input_ids for text in (" Lima\n", "a <|pad|> b", "")]

@@ -91,6 +91,21 @@ def test_that_a_teachers_template_is_not_used_is_said(tmp_path):
     assert unused_template(encoder(tmp_path, tiny_tokenizer()).chat, "auto", tiny_tokenizer()) is None
 
 
+def test_that_a_teachers_other_template_is_not_used_is_said_once_it_writes_another_text(tmp_path):
+    theirs = tiny_tokenizer()
+    theirs.chat_template = theirs.chat_template.replace("assistant", "bot")
+    base = encoder(tmp_path, tiny_tokenizer()).chat
+    said = unused_template(base, "auto", theirs)
+    assert said.startswith("student and teacher have different chat templates: the student's is used for both")
+    assert unused_template(base, "chat", theirs) == said
+    assert unused_template(base, "auto", theirs, "mine.jinja") is None  # chosen
+    assert unused_template(base, "auto", tiny_tokenizer(chat=False)) is None
+    theirs.chat_template = "{# the same text #}" + tiny_tokenizer().chat_template
+    assert unused_template(base, "auto", theirs) is None
+    theirs.chat_template = "{{ raise_exception('no') }}"
+    assert unused_template(base, "auto", theirs) == said
+
+
 # -- what it is given --------------------------------------------------------------------------------------------------
 
 

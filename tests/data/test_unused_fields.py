@@ -4,9 +4,11 @@ no place for it."""
 import pytest
 from tiny import CHAT_TEMPLATE, arithmetic, tiny_tokenizer, write_jsonl
 
+from pocl_fast.data.chat_template import ChatTemplate
 from pocl_fast.data.encoding import SampleEncoder, encode_all
 from pocl_fast.data.records import samples_from
 from pocl_fast.data.stream import SampleStream
+from pocl_fast.data.unused_fields import UnusedFields
 from pocl_fast.system.errors import InputError
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error"}
@@ -52,8 +54,43 @@ def test_a_stream_counts_the_same_fields(tmp_path):
 def test_fields_of_messages_that_the_template_does_not_show_are_counted():
     one = {"messages": [{**USER, "weight": 0}, {**ANSWER, "reasoning_content": "why", "weight": 1}]}
     said = report_of(one, one)
-    assert said.endswith("weight of messages (2 records); the template does not write the reasoning of 2 (lines 1, 2)")
-    assert report_of(one, template=WHOLE).endswith("fields not used: weight of messages (1 record)")
+    weights = "weight of user messages (%s), weight of assistant messages (%s)"
+    assert said.endswith(
+        weights % (("2 records",) * 2) + "; the template does not write the reasoning of 2 (lines 1, 2)"
+    )
+    assert report_of(one, template=WHOLE).endswith("fields not used: " + weights % (("1 record",) * 2))
+
+
+def test_a_field_is_shown_where_the_template_prints_it_for_that_role_not_where_it_names_it():
+    template = WHOLE.replace("{{ m['content'] }}", "{% if m.role == 'tool' %}{{ m.name }}{% endif %}{{ m['content'] }}")
+    template = "{% for t in tools or [] %}{{ t.function.name ~ t.weight }}{% endfor %}" + template
+    tool = {"role": "tool", "name": "f", "content": "1"}
+    record = {"messages": [{**USER, "name": "Ada", "weight": 1}, CALLING, tool, ANSWER], "tools": TOOLS}
+    said = report_of(record, record, template=template)
+    assert said.endswith("not used: name of user messages (2 records), weight of user messages (2 records)")
+
+
+def test_an_empty_field_says_nothing():
+    record = {"messages": [{**USER, "name": None, "weight": ""}, ANSWER]}
+    assert report_of(record) == "data: 1 samples"
+
+
+def test_a_field_is_looked_at_once_a_role(monkeypatch):
+    written = []
+    render = ChatTemplate.render
+
+    def counting(self, messages, tools=(), *, prompt):
+        written.append(messages)
+        return render(self, messages, tools, prompt=prompt)
+
+    records = [{"messages": [{**USER, "name": "Ada"}, {**ANSWER, "name": "Bo"}]}] * 5
+    tokenizer = tiny_tokenizer()
+    fields = UnusedFields(SampleEncoder(tokenizer), "data")
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    for sample in samples_from(records, "data"):
+        fields.see(sample)
+    assert len(written) == 4  # with and without, of each role
+    assert fields.counts == (("name of user messages", 5), ("name of assistant messages", 5))
 
 
 @pytest.mark.parametrize(

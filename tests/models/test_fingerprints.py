@@ -46,6 +46,24 @@ def test_a_source_has_another_fingerprint_when_its_settings_or_template_change_b
     assert source_fingerprint("org/model") == "org/model"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "additional_chat_templates/tool_use.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "modeling_own.py",
+        "pytorch_model.bin",
+    ],
+)  # fmt: skip
+def test_a_source_has_another_fingerprint_when_any_file_that_is_loaded_changes(tmp_path, name):
+    folder = save_tiny(tmp_path / "model")
+    prints = [source_fingerprint(str(folder))]
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    for text in ("a", "b"):
+        path.write_text(text)
+        prints.append(source_fingerprint(str(folder)))
+    assert len(set(prints)) == 3
+
+
 @pytest.mark.parametrize("commit", ["a" * 40, "b" * 40])
 def test_a_hub_model_is_told_from_its_next_version_by_its_commit(tmp_path, monkeypatch, commit):
     place = tmp_path / "models--org--tiny"

@@ -5,16 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from forked import Forked
 from ranks import gloo
+from tiny import tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, refusal, run, select
 
 from pocl_fast.answers import engine
 from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.run import measure_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -173,3 +177,32 @@ def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, t
     assert asked == [8, 8, 8]
     assert (output / "difficulty.parquet").read_bytes() == (whole / "difficulty.parquet").read_bytes()
     assert not (output / "difficulty.parts").exists()
+
+
+def _ends_before_the_first_answer(path):
+    """The tokens that end an answer, on this rank, once the pieces are about to be read."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (  # another end where a tool is called
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['tool_calls'] %}"
+        "{{ m['tool_calls'] | tojson + '<|pad|>' }}{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+    )
+    encoder = SampleEncoder(tokenizer)
+    data = SimpleNamespace(train=path, data_source="data", max_length=300, max_prompt_length=200, long_prompts="error")
+    nothing = {"say": lambda _: None, "check_stream": lambda _: None}
+    context = SimpleNamespace(config=SimpleNamespace(data=data), encoder=encoder, train_set_is_loaded=False, **nothing)
+    before, measure_step.IN_MEMORY = measure_step.IN_MEMORY, 0
+    try:
+        measure_step.train_pieces(context)
+    finally:
+        measure_step.IN_MEMORY = before
+    return sorted(tokenizer.convert_ids_to_tokens(sorted(encoder.end_ids)))
+
+
+@gloo
+def test_ranks_that_read_a_file_in_pieces_stop_answers_at_the_same_tokens(tmp_path, three_ranks):
+    user = {"role": "user", "content": "q"}
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    answers = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    path = write_jsonl(tmp_path / "train.jsonl", [{"messages": [user, answer]} for answer in answers])
+    assert three_ranks(_ends_before_the_first_answer, path) == [["<|end|>", "<|pad|>"]] * 3
