@@ -49,8 +49,8 @@ class TrainingState:
 
     def evaluated(self, score: float, step: int, cross_entropy: float, *, greater_is_better: bool) -> bool:
         """Notes an evaluation of the running stage after so many optimizer steps; says whether it is its best: of equal
-        scores the one with the lower cross-entropy, and of equal ones in both the later, where NaN is the worst. Only a better score or
-        cross-entropy counts against `evaluations_since_best`."""
+        scores the one with the lower cross-entropy, and of equal ones in both the later. NaN is the worst of either.
+        Only a better score or cross-entropy counts against `evaluations_since_best`."""
         best, sign = self.best.get(self.stage), 1 if greater_is_better else -1
         now = Best(score, step, cross_entropy)
         found = goodness(sign * score, cross_entropy)
