@@ -57,11 +57,14 @@ class Answerer:
     temperature: float = 1.0  # 0 is greedy
 
     @classmethod
-    def of(cls, model: Any, encoder: SampleEncoder, options: SampleAnswerOptions, *, temperature: float) -> Answerer:
-        """Answers by torch, as long and in such batches as the options say."""
+    def of(
+        cls, model: Any, encoder: SampleEncoder, options: SampleAnswerOptions, *, temperature: float, rows: int
+    ) -> Answerer:
+        """Answers by torch, as long and in such batches as the options say; with tokens below the `rows` of the model
+        that is to read them."""
         limits = AnswerLimits(options.max_new_tokens, options.max_length, encoder.end_id)
         ends = encoder.end_ids | own_ends(model)
-        return cls(TorchEngine.of(model, encoder, options), limits, ends, temperature)
+        return cls(TorchEngine.of(model, encoder, options, rows=rows), limits, ends, temperature)
 
     def __call__(self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], seed: int) -> list[list[int]]:
         return self.engine.generate(

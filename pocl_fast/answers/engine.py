@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from pocl_fast.answers.decoding import generate, generation_batches
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.inputs.vocabulary import rows_of, tokenless_ids
+from pocl_fast.inputs.vocabulary import unsayable_ids
+from pocl_fast.models.loading import readable_errors, resolve
 from pocl_fast.models.probing import evaluating
 from pocl_fast.system.console import Report
 
@@ -47,10 +48,30 @@ class Engine(Protocol):
 
 def own_ends(model: Any) -> frozenset[int]:
     """The tokens at which a model's own `generate` stops: `eos_token_id` of its generation config."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return _end_ids(getattr(model, "generation_config", None))
+
+
+def _end_ids(config: Any) -> frozenset[int]:
+    ends = getattr(config, "eos_token_id", None)
     if ends is None:
         return frozenset()
     return frozenset(map(int, ends if isinstance(ends, (list, tuple)) else [ends]))
+
+
+def configured_ends(source: str, *, trust_remote_code: bool = False) -> frozenset[int]:
+    """The same of the model behind `source`, before its weights are read; none where its files do not tell."""
+    from transformers import AutoConfig, GenerationConfig
+
+    where = resolve(source)
+    if where.gguf_file is not None:
+        return frozenset()
+    with readable_errors(source, "model"):
+        try:
+            known = GenerationConfig.from_pretrained(where.path)
+        except OSError:  # transformers makes one of the model's configuration
+            config = AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code)
+            known = GenerationConfig.from_model_config(config)
+    return _end_ids(known)
 
 
 class BatchOptions(Protocol):
@@ -80,10 +101,11 @@ class TorchEngine:
     forbidden_ids: Sequence[int] = ()  # that no answer has
 
     @classmethod
-    def of(cls, model: Any, encoder: SampleEncoder, options: BatchOptions) -> TorchEngine:
-        """The engine of a model with the encoder's tokenizer, whose answers have tokens of that alone."""
+    def of(cls, model: Any, encoder: SampleEncoder, options: BatchOptions, *, rows: int | None = None) -> TorchEngine:
+        """The engine of a model with the encoder's tokenizer, whose answers have tokens of that alone; where another
+        model is to read them, tokens below the `rows` that it has."""
         tokenizer: Any = encoder.tokenizer
-        forbidden = tokenless_ids(tokenizer, rows_of(model).lm_head)
+        forbidden = unsayable_ids(tokenizer, model, rows)
         batch = options.generation_batch_size, options.generation_batch_tokens
         return cls(model, tokenizer.pad_token_id, *batch, forbidden)
 

@@ -17,7 +17,7 @@ import torch
 
 from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine, own_ends
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.inputs.vocabulary import rows_of, tokenless_ids
+from pocl_fast.inputs.vocabulary import unsayable_ids
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report
 from pocl_fast.system.errors import InputError
@@ -49,7 +49,7 @@ def engine_of(
     if not by_vllm:
         return contextlib.nullcontext(TorchEngine.of(model, encoder, options))
     longest = max_prompt_length + options.max_new_tokens
-    forbidden = tokenless_ids(encoder.tokenizer, rows_of(model).lm_head)
+    forbidden = unsayable_ids(encoder.tokenizer, model)
     return loaded(model, max_length=longest, dtype="bfloat16" if bf16 else "float32", forbidden_ids=forbidden)
 
 

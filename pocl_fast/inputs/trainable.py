@@ -15,20 +15,26 @@ from pocl_fast.models.probing import is_sharded
 from pocl_fast.system.errors import InputError
 
 
-def make_trainable(student: Any, say: Callable[[str], object], *, mixes: bool) -> None:
-    """Makes weights in half precision fp32, in place, and tells `say`: those that train, for the optimizer's small
-    steps would be rounded away; and all others, unless the device `mixes` precisions by autocast. Raises `InputError`
-    where nothing is to train."""
-    weights = list(student.parameters())
-    if not any(p.requires_grad for p in weights):
+def check_trains(student: Any) -> None:
+    """Raises `InputError` where nothing of a student is to train."""
+    if not any(p.requires_grad for p in student.parameters()):
         raise InputError(
             "the student is frozen, none of its weights requires a gradient: call student.requires_grad_(True), or give"
             " a peft_config"
         )
+
+
+def make_trainable(student: Any, say: Callable[[str], object], *, mixes: bool) -> None:
+    """Makes weights in half precision fp32, in place, and tells `say`: those that train, for the optimizer's small
+    steps would be rounded away; and all others, unless the device `mixes` precisions by autocast."""
     if is_sharded(student):
         return
     only_trained = mixes or getattr(causal_lm(student), "is_quantized", False)
-    half = [p for p in weights if p.is_floating_point() and p.itemsize < 4 and (p.requires_grad or not only_trained)]
+    half = [
+        p
+        for p in student.parameters()
+        if p.is_floating_point() and p.itemsize < 4 and (p.requires_grad or not only_trained)
+    ]
     if not half:
         return
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half[0].dtype, str(half[0].dtype))

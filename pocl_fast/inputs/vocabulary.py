@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
+from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.loading import readable_errors, resolve
 from pocl_fast.system.errors import InputError
@@ -48,16 +51,34 @@ def configured_layers(source: str, *, trust_remote_code: bool = False) -> int | 
     return _configured(source, "num_hidden_layers", trust_remote_code)
 
 
+def configured_parameters(source: str, *, trust_remote_code: bool = False) -> int | None:
+    """The same for how many parameters it will have: it is made without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    if (config := _configuration(source, trust_remote_code)) is None:
+        return None
+    try:
+        with torch.device("meta"):
+            return num_parameters(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    except Exception:  # a model's own code may need memory for its weights: it is counted once it is loaded
+        return None
+
+
 def _configured(source: str, name: str, trust_remote_code: bool) -> int | None:
+    if (config := _configuration(source, trust_remote_code)) is None:
+        return None
+    value = getattr(config.get_text_config(), name, None)
+    return value if isinstance(value, int) else None
+
+
+def _configuration(source: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     where = resolve(source)
     if where.gguf_file is not None:  # its configuration is read with its weights
         return None
     with readable_errors(source, "model"):
-        config = AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code)
-    value = getattr(config.get_text_config(), name, None)
-    return value if isinstance(value, int) else None
+        return AutoConfig.from_pretrained(where.path, trust_remote_code=trust_remote_code)
 
 
 def known_ids(tokenizer: Any) -> frozenset[int]:
@@ -73,6 +94,14 @@ def tokenless_ids(tokenizer: Any, rows: int) -> list[int]:
     """The ids below `rows` that a tokenizer has no token for, as the rows that pad a vocabulary to a round number."""
     known = known_ids(tokenizer)
     return [i for i in range(rows) if i not in known]
+
+
+def unsayable_ids(tokenizer: Any, model: Any, rows: int | None = None) -> list[int]:
+    """The ids that no answer of a model has: those without a token, those that it cannot read, and those at or above
+    `rows`, which another model that is to read its answers has."""
+    own = rows_of(model)
+    most = own.both if rows is None else min(own.both, rows)
+    return [*tokenless_ids(tokenizer, most), *range(most, own.lm_head)]
 
 
 def rowless_line(tokenizer: Any, rows: int, whose: str) -> str | None:

@@ -7,8 +7,8 @@ from pocl_fast.run.context import RunContext
 
 def cache_step(context: RunContext) -> None:
     """Computes what the teacher's cache lacks of the training samples -> teacher_cache/."""
-    context.check_vocabularies()
     encoded = context.train_set.encoded
+    context.check_vocabularies()
     context.directory.record(context.config)
     teacher = context.take_cached_teacher()
     with context.precision.autocast():

@@ -14,16 +14,24 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pocl_fast.answers import vllm
-from pocl_fast.answers.engine import Engine
+from pocl_fast.answers.engine import Engine, configured_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.records import Sample, read_samples
 from pocl_fast.inputs.usable import check_left_to_right, check_model
-from pocl_fast.inputs.vocabulary import check_special_tokens, configured_layers, configured_rows, known_ids, rows_of
+from pocl_fast.inputs.vocabulary import (
+    Rows,
+    check_special_tokens,
+    configured_layers,
+    configured_parameters,
+    configured_rows,
+    known_ids,
+    rows_of,
+)
 from pocl_fast.models import loading
-from pocl_fast.models.cut import cut_layers
+from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import choose_precision
@@ -31,7 +39,15 @@ from pocl_fast.options import RunConfig
 from pocl_fast.run.directory import RunDirectory, required
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
-from pocl_fast.teacher.pair import Place, Vocabulary, check_same_vocabulary, check_tokens
+from pocl_fast.teacher.pair import (
+    Place,
+    Vocabulary,
+    check_same_vocabulary,
+    check_tokens,
+    check_top_k,
+    pair_lines,
+    places,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +69,8 @@ class RunContext:
         self.precision = choose_precision(config.models.precision, self.device)
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
-        self._template_said = False
+        self._compared: frozenset[str] | None = None  # the samples with which the vocabularies were compared
+        self._pair_said = False
 
     def begins(self, step: str, result: str) -> bool:
         """Whether the step is still to be done, on every rank; a step that is done says which file has its result.
@@ -84,28 +101,31 @@ class RunContext:
 
     def check_vocabularies(self) -> None:
         """Raises `InputError` where student and teacher have different tokens or cut texts differently, or where one of
-        them has no row for a token of the samples that are loaded."""
+        them has no row for a token of the samples that are loaded. Does it once for these."""
+        loaded = frozenset({"train_file", "dev_set"} & vars(self).keys())
+        if self._compared is not None and loaded <= self._compared:
+            return
         chosen, student = self.config.models, self.student_source
         teacher, trusted = required(chosen.teacher, "--teacher"), chosen.trust_remote_code
-        train = self._train_file if "_train_file" in vars(self) else None
         if student != teacher:
+            say: Say = self.say if self._compared is None else lambda _: None
+            train = self.train_file if "train_file" in loaded else None
             theirs = loading.load_tokenizer(teacher, trust_remote_code=trusted)
-            check_same_vocabulary(self.tokenizer, theirs, train, self._place_in("train"), self.say)
+            check_same_vocabulary(self.tokenizer, theirs, train, self._place_in("train"), say)
             data = self.config.data
-            line = unused_template(self.encoder.chat, data.template, theirs, data.chat_template)
-            if line and not self._template_said:
-                self.say(line)
-                self._template_said = True
+            if line := unused_template(self.encoder.chat, data.template, theirs, data.chat_template):
+                say(line)
         if rows := configured_rows(student, trust_remote_code=trusted):
             check_special_tokens(self.tokenizer, rows, "student")
             self._check_tokens(Vocabulary("student", rows), dev=True)
         if student != teacher:
             self._check_tokens(Vocabulary("teacher", configured_rows(teacher, trust_remote_code=trusted)))
+        self._compared = loaded
 
     def _check_tokens(self, vocabulary: Vocabulary, *, dev: bool = False) -> None:
         """Raises `InputError` where a sample that is loaded has a token that a model does not know; `dev` says whether
         the model sees the held-out samples too."""
-        for name, kept in (("train", "_train_file"), ("dev", "dev_set")):
+        for name, kept in (("train", "train_file"), ("dev", "dev_set")):
             if kept in vars(self) and (dev or name == "train"):
                 check_tokens(getattr(self, kept), vocabulary, self.tokenizer, self._place_in(name))
 
@@ -121,39 +141,62 @@ class RunContext:
             check_tokens(data, Vocabulary("student", rows), self.tokenizer, self._place_in("train"))
 
     def _place_in(self, data: str) -> Place:
-        path = getattr(self.config.data, data)
-        return lambda sample: f"{path}, line {sample.line}"
+        return places(getattr(self.config.data, data), f"--{data}")
 
     def check_sizes(self) -> None:
-        """Raises `InputError` where --student-layers asks for more layers than there are; says where the student is the
-        teacher."""
+        """Raises `InputError` where --student-layers asks for more layers than there are, and for a top-k that does not
+        stand for the student's vocabulary. Says how the two models differ, as far as their configurations tell."""
         chosen = self.config.models
-        has = configured_layers(self.student_source, trust_remote_code=chosen.trust_remote_code)
-        keep = chosen.student_layers
+        student, keep, teacher = self.student_source, chosen.student_layers, required(chosen.teacher, "--teacher")
+        trusted = {"trust_remote_code": chosen.trust_remote_code}
+        has = configured_layers(student, **trusted)
         if has is not None and keep is not None and keep > has:
-            raise InputError(f"--student-layers {keep}: the model to cut from has {has} layers, {self.student_source}")
-        same = chosen.teacher is not None and loading.same_source(self.student_source, chosen.teacher)
-        if same and keep in (None, has):
-            how = f"give --student-layers below its {has} layers" if has else "give --student-layers"
-            self.say(
-                f"the student is the teacher itself, {chosen.teacher}, whole: it will be no faster. For a smaller one"
-                f" {how}, or another --student"
-            )
+            raise InputError(f"--student-layers {keep}: the model to cut from has {has} layers, {student}")
+        if loading.same_source(student, teacher):
+            self._pair_said = True  # a cut student is smaller
+            if keep in (None, has):
+                how = f"give --student-layers below its {has} layers" if has else "give --student-layers"
+                self.say(
+                    f"the student is the teacher itself, {chosen.teacher}, whole: it will be no faster. For a smaller"
+                    f" one {how}, or another --student"
+                )
+            return
+        rows = [configured_rows(one, **trusted) for one in (student, teacher)]
+        if None in rows:
+            return
+        if self.config.cache.cache_mode == "topk":
+            check_top_k(*rows)
+        if keep is None:
+            sizes = [configured_parameters(one, **trusted) for one in (student, teacher)]
+            if None not in sizes:
+                self.say_pair(*rows, *sizes)
+
+    def say_pair(self, *rows_and_sizes: int) -> None:
+        """Says how the two models differ, once; see `pair_lines`."""
+        if not self._pair_said:
+            for line in pair_lines(*rows_and_sizes):
+                self.say(line)
+        self._pair_said = True
 
     @cached_property
     def encoder(self) -> SampleEncoder:
-        return encoder_of(self.tokenizer, self.config.data, self.path, self.say)
+        """Where the teacher's answers are trained on, answers end at its own stop tokens too."""
+        made = encoder_of(self.tokenizer, self.config.data, self.path, self.say)
+        chosen = self.config.models
+        if self.config.data.data_source == "teacher" and chosen.teacher is not None:
+            made.stop_also_at(configured_ends(chosen.teacher, trust_remote_code=chosen.trust_remote_code))
+        return made
 
     @cached_property
     def train_set(self) -> SampleSet:
         """The training samples, with the teacher's answers as references under `--data-source teacher`."""
         if self.config.data.data_source == "data":
-            return self._train_file
-        return self._answered_by_teacher(self._train_file)
+            return self.train_file
+        return self._answered_by_teacher(self.train_file)
 
     @property
-    def train_set_is_loaded(self) -> bool:
-        return "train_set" in vars(self)
+    def train_file_is_loaded(self) -> bool:
+        return "train_file" in vars(self)
 
     @cached_property
     def dev_set(self) -> SampleSet:
@@ -164,7 +207,8 @@ class RunContext:
         return dev
 
     @cached_property
-    def _train_file(self) -> SampleSet:
+    def train_file(self) -> SampleSet:
+        """The training samples as they are in the file."""
         return self._read(self.config.data.train, "--train")
 
     def _read(self, given: Path | None, option: str) -> SampleSet:
@@ -197,6 +241,7 @@ class RunContext:
                 self.path / "teacher_answers",
                 fingerprint=teacher_fingerprint(model, self.precision.name),
                 options=options,
+                student_rows=self._student_rows(model).both,
             )
 
     # -- the teacher ------------------------------------------------------------------------------------------------
@@ -207,7 +252,7 @@ class RunContext:
             from pocl_fast.teacher.loading import load_teacher
 
             chosen = self.config.models
-            probe = self._train_file.encoded if chosen.teacher_quantization != "none" else ()
+            probe = self.train_file.encoded if chosen.teacher_quantization != "none" else ()
             self._teacher_model = load_teacher(
                 required(chosen.teacher, "--teacher"),
                 self.path / "teacher",
@@ -239,17 +284,16 @@ class RunContext:
             device=self.device,
             keep_body=self.config.rollouts.rollouts != "none",
             owned=True,
-            student_rows=self._student_rows(model),
+            student_rows=self._student_rows(model).lm_head,
             say=self._say_of("teacher"),
         )
 
-    def _student_rows(self, teacher: Any) -> int:
-        """The rows of the student's lm_head; of the teacher's where a student is cut from it."""
-        if self.student_source == self.config.models.teacher or self.config.cache.cache_mode != "topk":
-            return rows_of(teacher).lm_head  # hidden states are kept of any vocabulary
-        trusted = self.config.models.trust_remote_code
-        rows = configured_rows(self.student_source, trust_remote_code=trusted)
-        return rows_of(self.student().model).lm_head if rows is None else rows
+    def _student_rows(self, teacher: Any) -> Rows:
+        """The student's rows; the teacher's where a student is cut from it."""
+        if self.student_source == self.config.models.teacher:
+            return rows_of(teacher)
+        rows = configured_rows(self.student_source, trust_remote_code=self.config.models.trust_remote_code)
+        return rows_of(self.student().model) if rows is None else Rows(rows, rows)
 
     # -- the student ------------------------------------------------------------------------------------------------
 
@@ -285,7 +329,7 @@ class RunContext:
             student = cut_layers(student, chosen.student_layers)
         loading.make_savable(student, self.say, "student")
         loading.check_saved(self.tokenizer)
-        return student.float()
+        return as_trainable(student)
 
     # -- every model ------------------------------------------------------------------------------------------------
 
@@ -315,10 +359,10 @@ class RunContext:
 
     def check_teacher_device(self) -> None:
         """Raises `InputError` where the teacher is to lie on a device that is not there."""
-        from pocl_fast.teacher.loading import SPREAD, WITH_STUDENT
+        from pocl_fast.teacher.loading import SPREAD, teacher_place
 
-        if (where := self.config.models.teacher_device) not in (WITH_STUDENT, SPREAD):
-            loading.choose_device(where, option="teacher_device")
+        if (where := self.config.models.teacher_device) != SPREAD:
+            teacher_place(where, self.device)
 
     def check_engine(self) -> bool:
         """Whether vLLM answers. Raises `InputError` where it is asked for and cannot."""

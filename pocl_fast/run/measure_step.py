@@ -85,7 +85,7 @@ def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
     a time; before that, one reading checks all of it."""
     data = context.config.data
     path = Path(required(data.train, "--train"))
-    whole = context.train_set_is_loaded or data.data_source != "data" or not path.is_file()
+    whole = context.train_file_is_loaded or data.data_source != "data" or not path.is_file()
     if whole or path.stat().st_size < IN_MEMORY:
         known = context.train_set
         return rows_of(known.samples, known.encoded), len(known.encoded)

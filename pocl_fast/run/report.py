@@ -19,6 +19,7 @@ from pocl_fast.run.difficulty_report import read_ranked, sample_rows, stage_rows
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 from pocl_fast.training.metrics import read_metrics
+from pocl_fast.training.state import goodness
 
 CE_COLOUR, DIVERGENCE_COLOUR, SCORE_COLOUR = "#1f5fa8", "#d1603d", "#3a7d44"
 
@@ -214,7 +215,7 @@ def _stages(run: Path) -> list[dict[str, Any]]:
 
 def _goodness(evaluation: dict[str, Any]) -> tuple[float, float, int]:
     """What training chooses a stage's best weights by: of equal scores the lower cross-entropy, then the later step."""
-    return evaluation["eval_rouge_l"], -evaluation["eval_cross_entropy"], evaluation["step"]
+    return *goodness(evaluation["eval_rouge_l"], evaluation["eval_cross_entropy"]), evaluation["step"]
 
 
 def _answers(run: Path, count: int = 8) -> list[AnswerRow]:

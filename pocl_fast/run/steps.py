@@ -47,7 +47,7 @@ class Run:
         trainer_arguments(context)
         context.check_teacher_device()
         context.check_engine()
-        count, _ = len(context.train_set.encoded), context.dev_set
+        count, _ = len(context.train_file.encoded), context.dev_set
         stages_over(np.arange(count), np.zeros(count), context.config.schedule)
         context.check_vocabularies()
         context.check_sizes()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.template_date import DATE_FILE
-from pocl_fast.models.cut import as_trainable, num_parameters
+from pocl_fast.inputs.vocabulary import rows_of
+from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.run.context import RunContext
 from pocl_fast.system import ranks
@@ -27,13 +27,9 @@ def train_step(context: RunContext) -> None:
     arguments = trainer_arguments(context)  # what is wrong with them is raised before the step begins
     if not context.begins("train", "student"):
         return
-    context.check_vocabularies()
     curriculum, _ = ranked_samples(context), context.dev_set  # what is wrong with a file is raised before models load
+    context.check_vocabularies()
     with context.directory.timed("train") as facts:
-        if (date := context.path / DATE_FILE).is_file() and ranks.is_first():  # the trainer's folder is another
-            (context.path / "checkpoints").mkdir(exist_ok=True)
-            shutil.copy(date, context.path / "checkpoints" / DATE_FILE)
-        ranks.barrier()
         trainer = make_trainer(context, curriculum, arguments)
         trainer.train(resume_from_checkpoint=True)
         with unsharded(trainer.model) as whole:
@@ -46,7 +42,7 @@ def train_step(context: RunContext) -> None:
 
 def ranked_samples(context: RunContext) -> Curriculum:
     """The order in which the samples are trained on. Raises `InputError` where it has samples that --train lacks."""
-    path, known = context.path / "curriculum.json", context.train_set
+    path, known = context.path / "curriculum.json", context.train_file
     curriculum = Curriculum.load(path)
     if unknown := set(curriculum.order.tolist()) - {sample.index for sample in known.encoded}:
         raise InputError(
@@ -61,19 +57,21 @@ def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclCon
     from pocl_fast.training.stage_flow import MetricsFile
     from pocl_fast.training.trainer import PoclTrainer
 
-    student = context.take_student().model
-    sizes = [_millions(num_parameters(model)) for model in (student, context.teacher_model())]
+    samples, student = context.train_set, context.take_student().model
+    both = student, context.teacher_model()
+    sizes = [num_parameters(model, adapters=False) for model in both]
+    context.say_pair(*(rows_of(model).lm_head for model in both), *sizes)
     context.say(
-        f"train: student of {sizes[0]} parameters, teacher of {sizes[1]};"
+        f"train: student of {_millions(sizes[0])} parameters, teacher of {_millions(sizes[1])};"
         f" on {context.device}, matrix products in {context.precision.name}"
     )
     return PoclTrainer(
-        as_trainable(student),
+        student,
         context.take_cached_teacher(),
         arguments,
-        context.train_set,
+        samples,
         context.dev_set,
-        context.tokenizer,
+        context.encoder,
         curriculum=curriculum,
         callbacks=[MetricsFile(context.path / "metrics.jsonl")],
     )

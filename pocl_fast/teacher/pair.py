@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from pocl_fast.data.encoding import EncodedSample, SampleSet
 from pocl_fast.data.records import Sample
 from pocl_fast.inputs.vocabulary import check_special_tokens, known_ids, named, rows_of
-from pocl_fast.models.lm_head import causal_lm
+from pocl_fast.models.cut import num_parameters
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.shards import TopKEntries
 from pocl_fast.teacher.teacher import Teacher
@@ -33,6 +34,13 @@ TEXTS = (
 )
 
 Place = Callable[[Sample], str]  # where a sample stands, for messages: "train.jsonl, line 3"
+
+
+def places(data: Any, name: str) -> Place:
+    """Where each sample of what is given as data stands, for messages."""
+    if isinstance(data, (str, Path)):
+        return lambda sample: f"{data}, line {sample.line}"
+    return lambda sample: f"{name}, record {sample.line}"
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
@@ -231,7 +239,7 @@ def check_pair(
     place: Place,
     *,
     answers: bool,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] | None = print,
 ) -> None:
     """Raises `InputError` where a teacher has no rows for the samples' tokens (where it `answers`, for padding), or
     keeps the most likely of other tokens than the student has. `say` is told where the two models' vocabularies or
@@ -247,11 +255,8 @@ def check_pair(
                 f"the Teacher's cache keeps the most likely of {entries} tokens, and the student's lm_head has {rows}"
                 f" rows: make it with Teacher(..., student_entries={rows})"
             )
-    inner = causal_lm(student)
-    whole = inner.num_parameters() - sum(p.numel() for name, p in inner.named_parameters() if "lora_" in name)
-    smaller = "give another student, or cut one from the teacher (student_layers)"
-    for line in (shared_line(rows, teacher.vocab_size), size_line(whole, teacher.parameters, smaller)):
-        if line:
+    if say is not None:
+        for line in pair_lines(rows, teacher.vocab_size, num_parameters(student, adapters=False), teacher.parameters):
             say(line)
 
 
@@ -262,6 +267,14 @@ def check_top_k(student_rows: int, teacher_rows: int) -> None:
             f"cache_mode topk: the student's lm_head has {student_rows} rows and the teacher's {teacher_rows}. What a"
             " top-k does not list would count the student's other entries too: take cache_mode hidden"
         )
+
+
+def pair_lines(student_rows: int, teacher_rows: int, student_size: int, teacher_size: int) -> list[str]:
+    """Lines about lm_heads of different lengths, and about a student that is no smaller than its teacher, by their
+    numbers of parameters."""
+    smaller = "give another student, or cut one from the teacher (student_layers)"
+    both = shared_line(student_rows, teacher_rows), size_line(student_size, teacher_size, smaller)
+    return [line for line in both if line]
 
 
 def shared_line(student_rows: int, teacher_rows: int) -> str | None:

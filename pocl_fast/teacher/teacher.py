@@ -22,6 +22,7 @@ from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import Rows, pack, token_budget_batches
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.loss.teacher_output import LinearTeacher, TopKTeacher
+from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.fingerprints import weights_fingerprint
 from pocl_fast.models.lm_head import LmHead, check_head, lm_head
 from pocl_fast.models.packed_forward import decoder_of, supervised_hidden
@@ -81,7 +82,7 @@ class Teacher:
         check_head(model, "teacher")
         self._packed = packing_holds(model, self._say) if packed is None else packed
         self.rows = rows_of(model)
-        self.parameters: int = model.num_parameters()
+        self.parameters = num_parameters(model, adapters=False)
         entries = min(self.vocab_size, student_entries or self.vocab_size)
         if cache_mode == "topk" and not 1 <= top_k <= entries:
             raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {entries} tokens")

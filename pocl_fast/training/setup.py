@@ -26,7 +26,7 @@ from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, enc
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.inputs import usable
-from pocl_fast.inputs.trainable import make_trainable
+from pocl_fast.inputs.trainable import check_trains, make_trainable
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
@@ -37,7 +37,15 @@ from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.loading import SPREAD, WITH_STUDENT, cached_teacher, load_teacher, teacher_place
-from pocl_fast.teacher.pair import Place, Vocabulary, check_apart, check_pair, check_same_vocabulary, check_tokens
+from pocl_fast.teacher.pair import (
+    Place,
+    Vocabulary,
+    check_apart,
+    check_pair,
+    check_same_vocabulary,
+    check_tokens,
+    places,
+)
 from pocl_fast.teacher.references import teacher_answers
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig, value_of
@@ -63,38 +71,49 @@ def training_parts(
 ) -> TrainingParts:
     """Loads what is given by name, reads what is given as a path or as records, and checks that all fits together.
 
-    With `data_source` "teacher" the teacher answers the training prompts here. Every rank must call. Raises
-    `InputError` for what does not fit.
+    `tokenizer` may be the `SampleEncoder` of a run, which has said how the two models differ. With `data_source`
+    "teacher" the teacher answers the training prompts here. Every rank must call. Raises `InputError` for what does not
+    fit, before weights of a model given as an object are changed.
     """
     precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
     check_apart(student, teacher)
     check_teacher_argument(teacher, args)
-    student, tokenizer = student_of(student, tokenizer, peft_config, args)
-    make_trainable(student, _first_says, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
-    encoder = encoder_of(tokenizer, args, Path(str(args.output_dir)), _first_says)
+    check_student_argument(student, args)
+    said = isinstance(tokenizer, SampleEncoder)
+    encoder = (
+        tokenizer if said else encoder_of(tokenizer_of(student, tokenizer, args), args, _folder(args), _first_says)
+    )
+    tokenizer = encoder.tokenizer
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
+    place = places(training, "train_dataset")
+    student = student_of(student, tokenizer, peft_config, args)
     rows = rows_of(student)
     check_special_tokens(tokenizer, rows.embedding, "student")
-    for data, place in ((samples, places(training, "train_dataset")), (held_out, places(dev, "eval_dataset"))):
-        if data is not None:
-            check_tokens(data, Vocabulary("student", rows.both), tokenizer, place)
+    check_tokens(samples, Vocabulary("student", rows.both), tokenizer, place)
+    if held_out is not None:
+        check_tokens(held_out, Vocabulary("student", rows.both), tokenizer, places(dev, "eval_dataset"))
     if line := rowless_line(tokenizer, rows.both, "student"):
         _first_says(line)
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
         check_head(causal_lm(student), "student")
+    kept = teacher_of(teacher, encoder, args, precision, samples, place, rows.lm_head)
+    answers = args.data_source == "teacher"
+    check_pair(student, kept, tokenizer, samples, place, answers=answers, say=None if said else _first_says)
+    check_lengths(student, kept, args, samples, held_out)
+    if answers:
+        asked: dict[str, Any] = {"fingerprint": kept.fingerprint, "options": args, "student_rows": rows.both}
+        samples = answered_by_teacher(samples, kept.model, encoder, _folder(args) / "teacher_answers", **asked)
+    make_trainable(student, _first_says, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
+    with half:
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
         router = adds_router_loss(causal_lm(student), _first_says)
-    kept = teacher_of(teacher, encoder, args, precision, samples, places(training, "train_dataset"), rows.lm_head)
-    answers = args.data_source == "teacher"
-    check_pair(student, kept, tokenizer, samples, places(training, "train_dataset"), answers=answers, say=_first_says)
-    check_lengths(student, kept, args, samples, held_out)
-    if args.data_source == "teacher":
-        encoder.stop_also_at(own_ends(kept.model))  # the student learns to end where its teacher ends
-        folder = Path(str(args.output_dir)) / "teacher_answers"
-        samples = answered_by_teacher(samples, kept.model, encoder, folder, fingerprint=kept.fingerprint, options=args)
     return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, router, kept)
+
+
+def _folder(args: PoclConfig) -> Path:
+    return Path(str(args.output_dir))
 
 
 def _first_says(text: str) -> None:
@@ -102,30 +121,41 @@ def _first_says(text: str) -> None:
         say(text)
 
 
-def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -> tuple[Any, Any]:
-    """The student to train, and its tokenizer. One that is given by name is loaded in fp32, and cut to
-    `student_layers`."""
-    by_name = isinstance(model, (str, os.PathLike))
-    if tokenizer is not None:
-        usable.check_tokenizer(tokenizer, "processing_class")
-    if by_name:
-        trust, name = args.trust_remote_code, os.fspath(model)
-        if tokenizer is None:
-            tokenizer = loading.load_tokenizer(name, trust_remote_code=trust)
-        model = loading.load_model(name, device=args.device, trust_remote_code=trust)
-        if args.student_layers is not None:
-            model = cut_layers(model, args.student_layers)
-        model = as_trainable(model)
-    elif args.student_layers is not None:
+def check_student_argument(model: Any, args: PoclConfig) -> None:
+    """Raises `InputError` for a student that is given as an object and is none, and for options that only one given by
+    name has."""
+    if isinstance(model, (str, os.PathLike)):
+        return
+    if args.student_layers is not None:
         raise InputError(
             f"student_layers={args.student_layers} cuts a student that is given by name: give model its name, or leave"
             " student_layers out"
         )
     usable.check_model(model, "model")
-    if tokenizer is None:
+
+
+def tokenizer_of(model: Any, tokenizer: Any, args: PoclConfig) -> Any:
+    """The student's tokenizer, which has a padding token: the one given, or that of a student given by name."""
+    if tokenizer is not None:
+        usable.check_tokenizer(tokenizer, "processing_class")
+    elif isinstance(model, (str, os.PathLike)):
+        tokenizer = loading.load_tokenizer(os.fspath(model), trust_remote_code=args.trust_remote_code)
+    else:
         raise InputError("processing_class is missing: give the student's tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -> Any:
+    """The student to train, with its adapters. One that is given by name is loaded in fp32, and cut to
+    `student_layers`."""
+    if isinstance(model, (str, os.PathLike)):
+        model = loading.load_model(os.fspath(model), device=args.device, trust_remote_code=args.trust_remote_code)
+        if args.student_layers is not None:
+            model = cut_layers(model, args.student_layers)
+        model = as_trainable(model)
+        usable.check_model(model, "model")
     if peft_config is not None:
         model = usable.with_adapters(model, peft_config, "peft_config")
     elif getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
@@ -140,7 +170,8 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
     usable.check_left_to_right(model, "model")
     loading.make_savable(model, _first_says, "student")
     loading.check_saved(tokenizer)
-    return model, tokenizer
+    check_trains(model)
+    return model
 
 
 def check_teacher_argument(teacher: Any, args: PoclConfig) -> None:
@@ -161,13 +192,6 @@ def check_teacher_argument(teacher: Any, args: PoclConfig) -> None:
         )
     if not made:
         usable.check_model(teacher, "teacher", may_be_offloaded=True)
-
-
-def places(data: Any, name: str) -> Place:
-    """Where each sample of what is given as data stands, for messages."""
-    if isinstance(data, (str, Path)):
-        return lambda sample: f"{data}, line {sample.line}"
-    return lambda sample: f"{name}, record {sample.line}"
 
 
 def check_evaluations(args: PoclConfig, dev: Any) -> None:
@@ -231,7 +255,7 @@ def teacher_of(
     """The teacher with its cache in the output folder. `student_rows` are those of the student's lm_head."""
     if isinstance(teacher, Teacher):
         return teacher
-    folder, by_name = Path(str(args.output_dir)), isinstance(teacher, (str, os.PathLike))
+    folder, by_name = _folder(args), isinstance(teacher, (str, os.PathLike))
     if by_name:
         trust, name = args.trust_remote_code, os.fspath(teacher)
         theirs = loading.load_tokenizer(name, trust_remote_code=trust)
@@ -305,13 +329,16 @@ def answered_by_teacher(
     *,
     fingerprint: str,
     options: SampleAnswerOptions,
+    student_rows: int,
 ) -> SampleSet:
     """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
 
-    Where answers are empty the end token alone is learnt, which a line counts. `fingerprint` identifies the teacher.
-    Every rank must call.
+    Answers have tokens alone for which the student has one of its `student_rows`. The student learns to end where its
+    teacher ends, and from then on `encoder` ends answers there too. Where answers are empty the end token alone is
+    learnt, which a line counts. `fingerprint` identifies the teacher. Every rank must call.
     """
-    ask = Answerer.of(teacher, encoder, options, temperature=0.0)
+    encoder.stop_also_at(own_ends(teacher))
+    ask = Answerer.of(teacher, encoder, options, temperature=0.0, rows=student_rows)
     encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
     texts = encoder.answer_texts([[id_ for id_ in one.response_ids if id_ != encoder.end_id] for one in encoded])
     answers = {one.index: text for one, text in zip(encoded, texts, strict=True)}

@@ -14,6 +14,12 @@ from pocl_fast.system.files import write_json
 STATE = "pocl_state.json"  # in each checkpoint
 
 
+def goodness(score: float, cross_entropy: float) -> tuple[float, float]:
+    """What evaluations are compared by: a score of which more is better, then the lower cross-entropy. NaN is the worst
+    of either."""
+    return -math.inf if math.isnan(score) else score, -math.inf if math.isnan(cross_entropy) else -cross_entropy
+
+
 @dataclass
 class Best:
     """A stage's best evaluation."""
@@ -43,14 +49,14 @@ class TrainingState:
 
     def evaluated(self, score: float, step: int, cross_entropy: float, *, greater_is_better: bool) -> bool:
         """Notes an evaluation of the running stage after so many optimizer steps; says whether it is its best: of equal
-        scores the one with the lower cross-entropy, and of equal ones in both the later. Only a better score or
-        cross-entropy counts against `evaluations_since_best`."""
+        scores the one with the lower cross-entropy, and of equal ones in both the later. NaN is the worst of either.
+        Only a better score or cross-entropy counts against `evaluations_since_best`."""
         best, sign = self.best.get(self.stage), 1 if greater_is_better else -1
         now = Best(score, step, cross_entropy)
-        before = (-math.inf, -math.inf) if best is None else (sign * best.score, -best.cross_entropy)
-        found = (sign * score, -cross_entropy)
-        self.evaluations_since_best = 0 if best is None or found > before else self.evaluations_since_best + 1
-        if best is not None and not found >= before:  # nor is NaN better
+        found = goodness(sign * score, cross_entropy)
+        before = None if best is None else goodness(sign * best.score, best.cross_entropy)
+        self.evaluations_since_best = 0 if before is None or found > before else self.evaluations_since_best + 1
+        if before is not None and found < before:
             return False
         self.best[self.stage] = now
         return True

@@ -55,7 +55,8 @@ class PoclTrainer(DistillingTrainer):
         train_dataset: a path of JSON Lines, records of one of its formats (a list of dicts, a `datasets.Dataset`), or
             a `SampleSet`.
         eval_dataset: the same; greedy ROUGE-L and cross-entropy are measured on it. None: no evaluation.
-        processing_class: the tokenizer; left out, that of a model given by name.
+        processing_class: the tokenizer, or the `SampleEncoder` that made a `SampleSet`; left out, the tokenizer of a
+            model given by name.
         curriculum: the order of the samples and the stages; left out, the student's difficulty with each sample is
             measured before training, as the options say, and kept in `output_dir`.
         peft_config: a configuration of peft's, to train adapters.
@@ -154,7 +155,8 @@ class PoclTrainer(DistillingTrainer):
         self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], seed: int
     ) -> Sequence[Sequence[int]]:
         with self.whole_student() as model:
-            return Answerer.of(model, self.encoder, self.args, temperature=1.0)(prompts, sample_ids, seed)
+            rows = self.teacher.rows.both
+            return Answerer.of(model, self.encoder, self.args, temperature=1.0, rows=rows)(prompts, sample_ids, seed)
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of the whole schedule, this rank's; not for accelerate to cut again."""

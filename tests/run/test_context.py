@@ -94,9 +94,9 @@ def test_lines_about_a_model_name_it(context):
 
 def test_the_files_are_read_once(context, inputs):
     run_context = context(student_layers=2)
-    assert not run_context.train_set_is_loaded
+    assert not run_context.train_file_is_loaded
     assert run_context.train_set is run_context.train_set
-    assert run_context.train_set_is_loaded
+    assert run_context.train_file_is_loaded
     assert run_context.said == [f"{inputs / 'train.jsonl'}: 24 samples"]
 
 

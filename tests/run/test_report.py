@@ -153,6 +153,17 @@ def test_a_log_whose_steps_were_all_skipped_is_left_out_of_the_curves(copied):
     assert write_report(copied).stat().st_size > 10_000
 
 
+def test_an_evaluation_without_a_number_is_no_stages_best(copied):
+    path = copied / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    before = table_rows(write_report(copied).read_text())
+    scored = next(r for r in records if r["stage"] == 3 and "eval_rouge_l" in r)
+    for broken in ({"eval_cross_entropy": float("nan")}, {"eval_rouge_l": float("nan")}):
+        first = scored | broken | {"step": 11}
+        path.write_text("".join(json.dumps(one) + "\n" for one in [first, *records]))
+        assert table_rows(write_report(copied).read_text()) == before
+
+
 def test_a_report_without_a_run_is_one_clear_error(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path} holds no run"):
         write_report(tmp_path)

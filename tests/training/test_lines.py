@@ -1,5 +1,7 @@
 """What training prints: each line says where it is, with counts."""
 
+import math
+
 import numpy as np
 import pytest
 from tiny_training import curriculum_of, trainer_of
@@ -120,3 +122,23 @@ def test_of_equal_scores_the_lower_cross_entropy_is_better_and_of_equal_ones_in_
         # steps 4 and 5 are later and no better: their weights are kept, and patience goes on counting
         assert seen == [(True, 1, 0), (True, 2, 0), (False, 2, 1), (True, 4, 2), (True, 5, 3)]
         assert not state.evaluated(0.0, 6, float("nan"), greater_is_better=greater_is_better)
+
+
+@pytest.mark.parametrize("greater_is_better", [True, False])
+@pytest.mark.parametrize(
+    ("evaluations", "best"),
+    [
+        ([(0, math.nan), (0, 2), (0, 1)], 3),
+        ([(0, math.nan), (0, 1), (0, 2)], 2),
+        ([(0, 2), (0, math.nan)], 1),
+        ([(math.nan, 1), (0, 9)], 2),
+        ([(math.nan, math.nan), (math.nan, 1)], 2),
+        ([(0, math.inf), (0, math.nan)], 2),  # equally bad: the later
+    ],
+)
+def test_nan_is_the_worst_evaluation(evaluations, best, greater_is_better):
+    state = TrainingState()
+    state.begin(0)
+    for step, (score, cross_entropy) in enumerate(evaluations, start=1):
+        state.evaluated(score, step, cross_entropy, greater_is_better=greater_is_better)
+    assert state.best[0].step == best

@@ -348,6 +348,4 @@ def test_a_rest_that_is_the_rounding_of_its_log_probabilities_is_none(backend, d
     options = {"reduction": "none", "backend": backend}
     got = distillation_loss(student, listed, labels, objective, **options).per_token["divergence"]
     want = distillation_loss(student, teacher, labels, objective, **(options | {"backend": "reference"}))
-    if divergence == "tvd":  # the rest is one outcome, whose |p − q| is that of its entries together: the same where p is 0
-        assert want.per_token["divergence"].min() > 0
     torch.testing.assert_close(got, want.per_token["divergence"].to(got.dtype), rtol=2e-5, atol=6e-6)
