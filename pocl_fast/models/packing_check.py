@@ -29,6 +29,7 @@ from pocl_fast.models.packed_attention import (
 from pocl_fast.models.packed_forward import gives_row_masks, supervised_logits
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import (
+    DEVICE_ERRORS,
     apart,
     attending_by,
     exact_arithmetic,
@@ -116,7 +117,8 @@ def _unpacked(model: Any, probe: Probe) -> Rows:
             with attending_by(model, implementation):
                 held = probe.holds(model, rows)
             if held:
-                use(model, Way(implementation, "")) if implementation != model.config._attn_implementation else None
+                if implementation != model.config._attn_implementation:
+                    use(model, Way(implementation, ""))
                 return rows
     return Rows.BY_LENGTH
 
@@ -143,7 +145,7 @@ class Probe:
         exact = is_exact(model)
         try:
             want = _alone(model, sample)
-        except torch.OutOfMemoryError:
+        except DEVICE_ERRORS:
             raise
         except Exception as error:  # whatever a family raises
             raise InputError(f"{type(model).__name__} does not run on plain tokens: {first_line(error)}") from error
@@ -166,7 +168,7 @@ class Probe:
                     tight = self.exact and number == 0 and not model.config._attn_implementation.startswith("flash")
                     if not errors.hold(EXACT_TOLERANCE if tight else KERNEL_TOLERANCE):
                         return ""
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the GPU's own
+        except DEVICE_ERRORS:
             raise
         except LengthsLost:
             return "its layers do not pass the samples' lengths on to their attention"
@@ -180,7 +182,7 @@ class Probe:
         try:
             with next(iter(self.contexts(model)), contextlib.nullcontext()):
                 got = supervised_logits(model, batch, packed=rows).float().split(batch.counts)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
+        except DEVICE_ERRORS:
             raise
         except Exception:  # whatever a family raises at padding
             return False

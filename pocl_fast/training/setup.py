@@ -30,9 +30,11 @@ from pocl_fast.inputs.trainable import make_trainable
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
+from pocl_fast.models.left_to_right import check_left_to_right
 from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import Precision, choose_precision
+from pocl_fast.models.probing import is_sharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -137,7 +139,7 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         )
     if args.device.type == "cuda" and not sharded_later(args) and placeable(model):
         model = model.to(args.device)  # how it attends is chosen by where it is
-    usable.check_left_to_right(model, "model")
+    check_left_to_right(model, "model")
     loading.make_savable(model, _first_says, "student")
     loading.check_saved(tokenizer)
     return model, tokenizer
@@ -253,7 +255,7 @@ def teacher_of(
         )
     elif placeable(teacher):
         teacher = teacher.to(teacher_place(args.teacher_device, args.device))
-    usable.check_left_to_right(teacher, "teacher")
+    check_left_to_right(teacher, "teacher")
     return cached_teacher(
         teacher,
         folder / "teacher_cache",
@@ -270,7 +272,7 @@ def teacher_of(
 def placeable(model: Any) -> bool:
     """Whether a model may be moved to another device: it is not spread, quantised or sharded."""
     chosen = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-    return not chosen and not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
+    return not chosen and not is_sharded(model)
 
 
 def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str, *, scored: bool = False) -> SampleSet:
