@@ -9,7 +9,6 @@ prompts are, nor how a token is chosen.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -25,7 +24,9 @@ from pocl_fast.models.probing import (
     DEVICE_ERRORS,
     LONGEST_WINDOW,
     apart,
+    circumstances,
     evaluating,
+    found_of,
     positions_of,
     random_ids,
     same_random_numbers,
@@ -102,9 +103,6 @@ class _Tried:
     prefix: bool | None = None  # whether a prefix may be shared; None where that was not needed yet
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[Any, _Tried]] = weakref.WeakKeyDictionary()
-
-
 def decoding_way(model: Any, pad_id: int, say: Callable[[str], object] | None = None) -> Way:
     """The fastest way that gives a model's answers the logits that each prompt has alone. `say` is told once where it
     is not the fastest of all, and why.
@@ -112,31 +110,30 @@ def decoding_way(model: Any, pad_id: int, say: Callable[[str], object] | None = 
     A model is tried once, and again where its attention, its device or its precision has changed. Raises `InputError`
     where no way is right.
     """
-    known, key = _known.setdefault(model, {}), _circumstances(model, pad_id)
+    known, key = found_of(model), _key(model, pad_id)
     if key not in known:
         with _trying(model):
             probe = _Probe(model, pad_id)
             known[key] = _Tried(_choose(model, probe), probe.allowed)
-        way = known[key].way
+        way: Way = known[key].way
         if say is not None and way.cache != "roomy":
             say(f"{type(model).__name__} is not answered in the fastest way ({way.why}): {way}")
-    return known[key].way
+    chosen: Way = known[key].way
+    return chosen
 
 
 def shares_prefix(model: Any, pad_id: int) -> bool:
     """Whether the prompts' common prefix may be computed once, with padding between it and the rest. Not where a layer
     sees a window of the tokens: there the padding would count. To be asked after `decoding_way`."""
-    tried = _known[model][_circumstances(model, pad_id)]
+    tried: _Tried = found_of(model)[_key(model, pad_id)]
     if tried.prefix is None:
         with _trying(model):
             tried.prefix = tried.way.cache == "roomy" and _Probe(model, pad_id, tried.allowed).shares_prefix()
     return tried.prefix
 
 
-def _circumstances(model: Any, pad_id: int) -> tuple[Any, ...]:
-    device = input_device(model)
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return getattr(model.config, "_attn_implementation", None), device, model.dtype, autocast, pad_id
+def _key(model: Any, pad_id: int) -> tuple[Any, ...]:
+    return "decoding", circumstances(model), pad_id
 
 
 @contextlib.contextmanager

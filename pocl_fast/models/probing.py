@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,28 @@ SHORT_WINDOW = 6  # tokens; what windows and chunks are cut to, where they are l
 LONGEST_WINDOW = 64  # tokens; a window up to this is left as it is: a probe is two of them long
 WINDOWS = "window|attention_chunk|local_attention"  # in the names of their numbers
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # the device's own, which say nothing of a model
+
+
+def found_of(model: nn.Module) -> dict[Any, Any]:
+    """What was found by trying a model out, by what was tried and in which circumstances. It is kept with the model,
+    and shared with whole copies of one that is spread over ranks, so that each thing is tried and said once."""
+    found: dict[Any, Any] = vars(model).setdefault("_found_by_pocl_fast", {})
+    return found
+
+
+def say_once(model: nn.Module, sentence: str, say: Callable[[str], object] | None) -> None:
+    """Tells `say` something of a model, unless it was said of it before."""
+    said = found_of(model).setdefault("said", set())
+    if say is not None and sentence not in said:
+        say(sentence)
+        said.add(sentence)
+
+
+def circumstances(model: Any) -> tuple[Any, ...]:
+    """In what a model runs now: its attention, its device, its dtype and autocast's."""
+    device = input_device(model)
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return getattr(model.config, "_attn_implementation", None), device, model.dtype, autocast
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pocl_fast.models.lm_head import causal_lm
-from pocl_fast.models.probing import is_sharded
+from pocl_fast.models.probing import found_of, is_sharded
 from pocl_fast.system.errors import InputError
 
 CHECKPOINTED = "_checkpoint_wrapped_module."  # in the names under FSDP's activation checkpointing
@@ -57,6 +57,7 @@ def _copy(model: Any, parameters: dict[str, torch.nn.Parameter]) -> Any:
         torch.set_default_dtype(default)
     if (known := vars(model).get("_logit_transform")) is not None:
         copy._logit_transform = known
+    vars(copy)["_found_by_pocl_fast"] = found_of(model)
     for name, into in copy.named_parameters():
         weight: Any = parameters[name]
         into.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
