@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pocl_fast.answers.steps import OwnSteps, PlainSteps, RoomySteps, SharedPrefix, Steps
-from pocl_fast.models.left_to_right import checked_logits
+from pocl_fast.inputs.left_to_right import checked_logits
 from pocl_fast.models.packed_forward import length_limit
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import (

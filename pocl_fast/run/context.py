@@ -20,11 +20,11 @@ from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.records import Sample, read_samples
+from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.inputs.usable import check_model
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_layers, configured_rows, known_ids, rows_of
 from pocl_fast.models import loading
 from pocl_fast.models.cut import cut_layers
-from pocl_fast.models.left_to_right import check_left_to_right
 from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import choose_precision

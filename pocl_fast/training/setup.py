@@ -26,11 +26,11 @@ from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, enc
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.inputs import usable
+from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.inputs.trainable import make_trainable
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
 from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
-from pocl_fast.models.left_to_right import check_left_to_right
 from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import Precision, choose_precision

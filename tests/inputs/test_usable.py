@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pocl_fast.models.left_to_right import check_left_to_right
+from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.models.loading import load_model, load_tokenizer, make_savable
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher

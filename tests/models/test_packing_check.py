@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from pocl_fast.data.packed import Rows, pack
+from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.models import packed_attention, packing_check
-from pocl_fast.models.left_to_right import check_left_to_right
 from pocl_fast.models.lm_head import check_head, loss_within_forward
 from pocl_fast.models.packed_attention import BY_SAMPLE, VARLEN, Way, enable_packing
 from pocl_fast.models.packed_forward import forward_kwargs, supervised_hidden, supervised_logits
