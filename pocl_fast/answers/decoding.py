@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocl_fast.answers.decoding_way import ALONE, Way, decoding_way, length_limit, shares_prefix, slowness
+from pocl_fast.answers.decoding_way import ALONE, Way, decoding_way, shares_prefix, slowness
 from pocl_fast.answers.steps import SharedPrefix
 from pocl_fast.models.frozen import frozen_linears
+from pocl_fast.models.packed_forward import length_limit
 from pocl_fast.models.placement import input_device
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report, say
@@ -125,7 +126,7 @@ class _Decoder:
         self.pad_id, self.temperature = pad_id, temperature
         self.device = input_device(model)
         self.forbidden = torch.empty(0, dtype=torch.int64, device=self.device)  # ids that are never chosen
-        self.limit = length_limit(model)
+        self.limit = length_limit(model.config)
         self.way = decoding_way(model, pad_id, say if ranks.is_first() else None)
         if shared:  # all ranks must cut the same batches; models of two machines may differ in a rounding
             self.way = max(ranks.gather(self.way), key=slowness)

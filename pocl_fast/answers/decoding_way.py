@@ -9,18 +9,30 @@ prompts are, nor how a token is chosen.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocl_fast.answers.steps import OwnSteps, PlainSteps, RoomySteps, SharedPrefix, Steps
+from pocl_fast.inputs.left_to_right import checked_logits
+from pocl_fast.models.packed_forward import length_limit
 from pocl_fast.models.placement import input_device
-from pocl_fast.models.probing import apart, evaluating, positions_of, random_ids, same_random_numbers, windows_of
-from pocl_fast.system.errors import InputError
+from pocl_fast.models.probing import (
+    DEVICE_ERRORS,
+    LONGEST_WINDOW,
+    apart,
+    circumstances,
+    evaluating,
+    found_of,
+    positions_of,
+    random_ids,
+    same_random_numbers,
+    windows_of,
+)
+from pocl_fast.system.errors import InputError, first_line
 
 TOLERANCE = (
     1e-4  # relative to the largest logit; fp32 rounds by 1e-6 to 1e-5, a state that counts padding is off by 1e-3
@@ -32,7 +44,6 @@ MOST_OF_A_CACHE = 0.002  # that a model's own cache rounds in fp32; in bf16 and 
 OFF = "its logits are off"
 STEPS = 3  # tokens after each prompt of the probe
 LEAVES = {1: [0, 2, 3], 2: [0, 2]}  # before these steps the probe keeps these of its rows: an answer ended
-LONGEST_WINDOW = 64  # tokens; the probe is longer than windows up to that
 PREFIX = 10  # tokens that the probe's prompts share
 
 
@@ -92,9 +103,6 @@ class _Tried:
     prefix: bool | None = None  # whether a prefix may be shared; None where that was not needed yet
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[Any, _Tried]] = weakref.WeakKeyDictionary()
-
-
 def decoding_way(model: Any, pad_id: int, say: Callable[[str], object] | None = None) -> Way:
     """The fastest way that gives a model's answers the logits that each prompt has alone. `say` is told once where it
     is not the fastest of all, and why.
@@ -102,31 +110,30 @@ def decoding_way(model: Any, pad_id: int, say: Callable[[str], object] | None = 
     A model is tried once, and again where its attention, its device or its precision has changed. Raises `InputError`
     where no way is right.
     """
-    known, key = _known.setdefault(model, {}), _circumstances(model, pad_id)
+    known, key = found_of(model), _key(model, pad_id)
     if key not in known:
         with _trying(model):
             probe = _Probe(model, pad_id)
             known[key] = _Tried(_choose(model, probe), probe.allowed)
-        way = known[key].way
+        way: Way = known[key].way
         if say is not None and way.cache != "roomy":
             say(f"{type(model).__name__} is not answered in the fastest way ({way.why}): {way}")
-    return known[key].way
+    chosen: Way = known[key].way
+    return chosen
 
 
 def shares_prefix(model: Any, pad_id: int) -> bool:
     """Whether the prompts' common prefix may be computed once, with padding between it and the rest. Not where a layer
     sees a window of the tokens: there the padding would count. To be asked after `decoding_way`."""
-    tried = _known[model][_circumstances(model, pad_id)]
+    tried: _Tried = found_of(model)[_key(model, pad_id)]
     if tried.prefix is None:
         with _trying(model):
             tried.prefix = tried.way.cache == "roomy" and _Probe(model, pad_id, tried.allowed).shares_prefix()
     return tried.prefix
 
 
-def _circumstances(model: Any, pad_id: int) -> tuple[Any, ...]:
-    device = input_device(model)
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return getattr(model.config, "_attn_implementation", None), device, model.dtype, autocast, pad_id
+def _key(model: Any, pad_id: int) -> tuple[Any, ...]:
+    return "decoding", circumstances(model), pad_id
 
 
 @contextlib.contextmanager
@@ -162,8 +169,8 @@ class _Probe:
 
     def __init__(self, model: Any, pad_id: int, allowed: float | None = None) -> None:
         self.model, self.pad_id, self.device = model, pad_id, input_device(model)
-        windows = [window for window in windows_of(model.config) if window <= LONGEST_WINDOW]
-        most = min(length_limit(model), positions_of(model.config)) - STEPS
+        windows = [window for window in windows_of(model) if window <= LONGEST_WINDOW]
+        most = min(length_limit(model.config), positions_of(model.config)) - STEPS
         longest = max(12, max(windows, default=0) + 5)
         lengths = [min(n, max(1, most)) for n in (longest, 3, max(longest - 6, 5), 1)]
         draw = random_ids(model, len(lengths), max(lengths) + PREFIX + STEPS).tolist()
@@ -185,19 +192,11 @@ class _Probe:
         """How far the logits of a prompt move with tokens behind it: by rounding alone, or because they depend on the
         sequence's length (a choice among equal scores). Raises `InputError` where they depend on later tokens."""
         row, n = self.rows[0], len(self.rows[0]) - STEPS
-        try:
-            alone = self._logits([row[:n]])[0]
-            whole, other = self._logits([row, [*row[:n], *row[n + 1 :], row[n]]])
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as failure:  # whatever a model's own code raises
-            raise InputError(f"{type(self.model).__name__} does not run on tokens alone: {_line(failure)}") from failure
-        if (error := apart(other[:n], whole[:n])) > self.most_noise:
-            raise InputError(
-                f"{type(self.model).__name__} cannot generate answers: a token's logits depend on the tokens after it "
-                f"(they move by {error:.2g} of the largest); load it as a decoder (is_decoder=True), or take a causal "
-                f"language model"
-            )
+        name = "the model that is to generate answers is a"
+        whole = checked_logits(self.model, name, row, n, self.most_noise)
+        if whole.isnan().any():
+            raise InputError(f"{type(self.model).__name__} cannot generate answers: its logits are NaN")
+        alone = self._logits([row[:n]])[0]
         noise = apart(alone, whole[:n])
         self.by_length = noise > self.most_noise
         self._wanted.update({} if self.by_length else {tuple(row): whole})
@@ -224,7 +223,7 @@ class _Probe:
         try:
             steps = ALONE.steps(self.model, self.pad_id, STEPS)
             error = self._error([self.rows[0]], steps, leave=False, limit=float("inf"))
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
+        except DEVICE_ERRORS:
             raise
         except Exception:  # the ways with this cache will say it
             return False
@@ -244,7 +243,7 @@ class _Probe:
         from pocl_fast.answers.kv_cache import RoomyLayer, roomy_cache  # imports transformers, which takes seconds
 
         layers = roomy_cache(self.model.config, 0).layers
-        if not all(isinstance(layer, RoomyLayer) for layer in layers) or windows_of(self.model.config):
+        if not all(isinstance(layer, RoomyLayer) for layer in layers) or windows_of(self.model):
             return False
         if not self.roomy:
             return False
@@ -256,10 +255,10 @@ class _Probe:
     def _fault(self, groups: Sequence[Sequence[list[int]]], steps: Callable[[], Steps], leave: bool) -> str | None:
         try:
             errors = [self._error(rows, steps(), leave and len(rows) > 1, self.allowed) for rows in groups]
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
+        except DEVICE_ERRORS:
             raise
         except Exception as failure:  # a model's own code may raise anything at a cache that it does not know
-            return _line(failure)
+            return first_line(failure, named=True)
         error = max(errors)
         return None if error <= self.allowed else f"{OFF} by {error:.1g} of the largest"
 
@@ -303,23 +302,3 @@ class _Probe:
         ids = torch.tensor([list(row) for row in rows], device=self.device)
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float()
-
-
-def _line(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {(str(failure).strip() or 'without a message').splitlines()[0]}"
-
-
-def length_limit(model: nn.Module) -> int:
-    """The length up to which no frequency of a rotary embedding depends on how long the sequence is. Beyond it a prompt
-    would change the others of its batch."""
-    limits = [1 << 30]
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for name, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
-                continue
-            parameters = getattr(module.config, "rope_parameters", None) or {}
-            parameters = parameters.get(name, parameters)
-            limit = parameters.get("original_max_position_embeddings") or getattr(module, "original_max_seq_len", None)
-            limits += [int(limit)] if limit else []
-    return min(limits)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.placement import input_device
 
 
@@ -105,7 +106,7 @@ class OwnSteps:
 
     def __init__(self, model: Any, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
-        self.own = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.own = causal_lm(model)
         self.device = input_device(model)
         self.arguments = _Arguments(model)
 
@@ -175,7 +176,7 @@ class _Arguments:
     """The names of the arguments that a model's forward takes."""
 
     def __init__(self, model: Any) -> None:
-        own = model.get_base_model() if hasattr(model, "get_base_model") else model
+        own = causal_lm(model)
         self.names = inspect.signature(type(own).forward).parameters
 
     @property

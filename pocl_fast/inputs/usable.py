@@ -1,5 +1,5 @@
 """What a user gives as a model, a tokenizer or adapters, checked before anything is computed with it: whether it is
-one, and reads from left to right.
+one.
 
 Knows transformers and peft. Does not know teacher from student, nor what a model is used for.
 """
@@ -9,15 +9,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import nn
 
 from pocl_fast.models.lm_head import causal_lm
-from pocl_fast.models.placement import input_device
 from pocl_fast.system.errors import InputError, first_line
-
-# of the largest logit: what reads from left to right is exact, but for the rounding of experts' batches
-LEFT_TO_RIGHT_TOLERANCE, IN_HALF_PRECISION = 1e-4, 2e-2
 
 
 def check_model(model: Any, argument: str, *, may_be_offloaded: bool = False) -> None:
@@ -43,29 +38,6 @@ def check_model(model: Any, argument: str, *, may_be_offloaded: bool = False) ->
         raise InputError(
             f"{argument} has no weights in memory: {empty[0]} and {len(empty) - 1} more are on the meta device. Load it"
             " whole, without init_empty_weights, torch.device('meta') or a device_map that offloads"
-        )
-
-
-@torch.no_grad()
-def check_left_to_right(model: Any, argument: str) -> None:
-    """Raises `InputError` where what a model predicts depends on later tokens, as an encoder's predictions do."""
-    inner = causal_lm(model)
-    if any(hasattr(parameter, "ds_id") for parameter in inner.parameters()):  # ZeRO-3's parts run in its engine alone
-        return
-    tokens = torch.arange(1, 7, device=input_device(inner))[None]
-    others = tokens.clone()
-    others[0, -1] = 0
-    was_training = inner.training
-    inner.eval()
-    try:
-        first, second = (inner(input_ids=ids, use_cache=False).logits[0, :-1] for ids in (tokens, others))
-    finally:
-        inner.train(was_training)
-    allowed = LEFT_TO_RIGHT_TOLERANCE if first.dtype == torch.float32 else IN_HALF_PRECISION
-    if float((first - second).float().abs().max()) > allowed * float(first.float().abs().max()):  # NaN: not here
-        raise InputError(
-            f"{argument} is a {type(inner).__name__} that also looks at later tokens, as an encoder does: what it"
-            " predicts would be known to it already. Give a causal language model"
         )
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pocl_fast.models.cut_check import SMALL, StudentFails, differences, logits_apart, tolerance, with_large_weights
 from pocl_fast.models.cut_settings import Settings, owners_of_keys
 from pocl_fast.models.placement import input_device
-from pocl_fast.models.probing import evaluating, same_random_numbers
-from pocl_fast.system.errors import InputError
+from pocl_fast.models.probing import DEVICE_ERRORS, evaluating, random_ids, same_random_numbers
+from pocl_fast.system.errors import InputError, first_line
 
 SEARCHED = 1_000_000_000  # parameters; of so small a model other numbers of layers are tried where one is refused,
 MOST_OTHERS = 6  # so many
@@ -193,7 +193,7 @@ class _Cut:
                 model = _empty(self.model, self.settings.build(changes))
             layers = model.get_submodule(self.stack.name)
         except Exception as failure:  # whatever a family's own checks raise
-            self._note(0, f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
+            self._note(0, first_line(failure, named=True))
             return None
         if len(layers) != len(self.chosen):
             self._note(0, f"it has {len(layers)} layers whatever its settings say")
@@ -222,7 +222,7 @@ class _Cut:
             self._take_precision(student)
             self._copy_weights(self.model, student)
         except (RuntimeError, KeyError) as failure:
-            self._note(2, f"weights that do not belong to one layer: {' '.join(str(failure).split())[:200]}")
+            self._note(2, f"weights that do not belong to one layer: {first_line(failure)}")
             return None
         student.tie_weights()
         student.generation_config = copy.deepcopy(self.model.generation_config)
@@ -323,7 +323,12 @@ def _ran(model: Any, modules: dict[str, nn.Module]) -> set[str]:
     ran: set[str] = set()
     hooks = [module.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, module in modules.items()]
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), use_cache=False)
+        model(input_ids=random_ids(model, 1, 2), use_cache=False)
+    except DEVICE_ERRORS:
+        raise
+    except Exception as failure:  # whatever a family raises
+        reason = f"it does not run on tokens alone ({first_line(failure, named=True)})"
+        raise InputError(f"cannot cut layers from {type(model).__name__}: {reason}") from failure
     finally:
         for hook in hooks:
             hook.remove()

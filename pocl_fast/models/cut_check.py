@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.models.probing import apart, positions_of, random_ids, windows_of
-from pocl_fast.system.errors import InputError
+from pocl_fast.models.probing import DEVICE_ERRORS, LONGEST_WINDOW, apart, positions_of, random_ids, windows_of
+from pocl_fast.system.errors import InputError, first_line
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of logits, relative to the largest, by the weights' dtype
 TOLERANCE_HALF = 3e-2
 TOKENS = 24  # of the sample that both models are given; more where a window is short
-LONGEST_WINDOW = 64
 OF_THE_MOMENT = ("training", "gradient_checkpointing")  # settings of a module that no configuration says
 SMALL = 50_000_000  # parameters; so small a model is also compared with other weights
 
@@ -56,7 +55,7 @@ class StudentFails(Exception):
 def logits_apart(source: Any, layers: Sequence[nn.Module], dropped: Sequence[int], cut: Any) -> float:
     """The largest difference between the logits of a cut model and those of its source, whose dropped layers pass on
     what they are given; relative to the largest logit, and infinite where a logit of one is NaN."""
-    windows = [window for window in windows_of(source.config) if window <= LONGEST_WINDOW]
+    windows = [window for window in windows_of(source) if window <= LONGEST_WINDOW]
     count = min(max(TOKENS, max(windows, default=0) + 8), positions_of(source.config))
     tokens = random_ids(source, 1, count)
     with passed_over([layers[i] for i in dropped]):
@@ -75,10 +74,10 @@ def _logits(model: Any, tokens: Tensor) -> Tensor | str:
     try:
         with torch.no_grad():
             logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
+    except DEVICE_ERRORS:
         raise
     except Exception as failure:
-        return f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+        return first_line(failure, named=True)
     return logits.float()
 
 
@@ -100,7 +99,10 @@ def _pass_on(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         for value in [*args, *kwargs.values()]
         if isinstance(value, Tensor) and value.shape == hidden.shape and value.is_floating_point()
     )
-    return type(output)([given, *output[1:]]) if isinstance(output, (tuple, list)) else given
+    if not isinstance(output, (tuple, list)):
+        return given
+    passed = [given, *output[1:]]
+    return output._make(passed) if hasattr(output, "_make") else type(output)(passed)
 
 
 def tolerance(model: Any) -> float:

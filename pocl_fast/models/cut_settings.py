@@ -85,8 +85,8 @@ class Settings:
         return [
             name
             for name, value in self.text.items()
-            if name.endswith(NUMBERS_OF_LAYERS) and (not value or _numbers_of(value, self.count)) and value != 0
-            if isinstance(value, (list, type(None)))
+            if name.endswith(NUMBERS_OF_LAYERS)
+            if value is None or value == [] or (isinstance(value, list) and _numbers_of(value, self.count))
         ]
 
     def single_steps(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pocl_fast.data.packed import PackedBatch, Rows
 from pocl_fast.models.packed_forward import Forward, decoder_of, forwards, in_batch_order, router_loss, run_anew
 from pocl_fast.models.placement import input_device, resident
-from pocl_fast.models.probing import is_exact, is_sharded, plain_run, random_ids
+from pocl_fast.models.probing import DEVICE_ERRORS, is_exact, is_sharded, plain_run, random_ids
 from pocl_fast.system.errors import InputError, first_line
 
 
@@ -173,14 +173,9 @@ def _configured(model: Any) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
-LARGE = 1e3  # of logits, as their mean square: any cap bends these
-SIZES = (
-    1e-2,
-    1.0,
-    1e2,
-    1e3,
-    1e4,
-)  # at one of them any cap bends logits a little, and at the last it has flattened them
+LARGE = 1e3  # of logits, as the root of their mean square: any cap bends these
+# at one of these sizes any cap bends logits a little, and at the last it has flattened them
+SIZES = (1e-2, 1.0, 1e2, 1e3, 1e4)
 
 
 def _measured(model: Any) -> LogitTransform:
@@ -232,7 +227,7 @@ def _logits_of(model: Any, sizes: tuple[float, ...]) -> list[tuple[Tensor, Tenso
             with _replaced(body, forward):
                 logits = model(input_ids=ids, use_cache=False).logits
             seen.append((head(hidden * size).flatten(0, 1), logits.flatten(0, 1)))
-    except (torch.OutOfMemoryError, InputError):
+    except (*DEVICE_ERRORS, InputError):
         raise
     except Exception as error:  # whatever a family raises
         raise InputError(f"{type(model).__name__} does not run on plain tokens: {first_line(error)}") from error
@@ -335,13 +330,15 @@ def _trained(head: Any) -> Iterator[bool]:
 @torch.no_grad()
 def adds_router_loss(model: Any, say: Callable[[str], object]) -> bool:
     """Whether a mixture of experts asks for the loss of its router (`output_router_logits`), and `router_loss` computes
-    what its own forward adds. `say` is told either way."""
-    config = model.config.get_text_config()
-    if not getattr(config, "output_router_logits", False) or is_sharded(model):
+    what its own forward adds. `say` is told either way, where it asks."""
+    if not getattr(model.config.get_text_config(), "output_router_logits", False):
+        return False
+    name = f"the loss of {type(model).__name__}'s router over experts (output_router_logits)"
+    if is_sharded(model):
+        say(f"{name} is not added: the model is sharded already, so that it cannot be tried")
         return False
     ids = random_ids(model, 1, 16)
     kwargs = {"input_ids": ids, "use_cache": False, "output_router_logits": True}
-    name = f"the loss of {type(model).__name__}'s router over experts (output_router_logits)"
     with plain_run(model):
         try:
             output = decoder_of(model)(**kwargs)
@@ -349,6 +346,8 @@ def adds_router_loss(model: Any, say: Callable[[str], object]) -> bool:
             ours = router_loss(model, routers, [Forward(kwargs, ids, None)])
             own = model(**kwargs, labels=ids)
             theirs = own.loss - model(**kwargs | {"output_router_logits": False}, labels=ids).loss
+        except DEVICE_ERRORS:
+            raise
         except (InputError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             say(f"{name} is not added: {first_line(error)}")
             return False

@@ -21,8 +21,9 @@ from torch import nn
 
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.placement import Placement
+from pocl_fast.models.probing import DEVICE_ERRORS
 from pocl_fast.system.console import say
-from pocl_fast.system.errors import InputError, first_line
+from pocl_fast.system.errors import InputError, OtherRankFailed, first_line
 
 Quantization = Literal["none", "8bit", "4bit"]
 BUNDLED = "bundled"
@@ -279,9 +280,11 @@ class readable_errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from safetensors import SafetensorError  # a damaged file of weights
 
-        known = (OSError, ValueError, KeyError, ImportError, SafetensorError)
-        if isinstance(error, known) and not isinstance(error, InputError):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        plain = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+        broken = (RuntimeError, TypeError, AttributeError, IndexError, AssertionError)  # out of a source's own parts
+        ours = (InputError, OtherRankFailed, *DEVICE_ERRORS)
+        if isinstance(error, (*plain, *broken)) and not isinstance(error, ours):
+            first = first_line(error, named=not isinstance(error, plain))
             here = self.source == BUNDLED or Path(self.source).expanduser().exists()
             note = "" if here else " (no folder of this name is here)"  # it was asked of the hub
             if "trust_remote_code" in str(error) and "custom code" in str(error):

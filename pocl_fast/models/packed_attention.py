@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.precision import exact_products
+from pocl_fast.models.probing import say_once
 
 # as transformers' `attn_implementation`
 VARLEN, BY_SAMPLE, BY_MASK = "pocl_packed_varlen", "pocl_packed_by_sample", "pocl_packed_by_mask"
@@ -63,13 +64,6 @@ def enable_packing(
     now = input_device(model)
     way = choose_way(model, now if device is None else torch.device(device), here=now, trains=trains)
     use(model, way, say)
-
-
-def _tell(model: Any, sentence: str, say: Callable[[str], object] | None) -> None:
-    """Says how a model attends, unless that was what was said of it last."""
-    if say is not None and getattr(model, "_packed_attention_said", None) != sentence:
-        say(sentence)
-        model._packed_attention_said = sentence
 
 
 def choose_way(model: Any, device: torch.device, *, here: torch.device, trains: bool = False) -> Way:
@@ -131,7 +125,7 @@ def use(model: Any, way: Way, say: Callable[[str], object] | None = None) -> Non
     if way.implementation is not None:
         register()
         model.set_attn_implementation(way.implementation)
-    _tell(model, f"{type(model).__name__} attends to packed rows by {way.says}", say)
+    say_once(model, f"{type(model).__name__} attends to packed rows by {way.says}", say)
 
 
 # ---- what a model and a machine allow ----

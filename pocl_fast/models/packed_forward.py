@@ -71,7 +71,7 @@ def forwards(body: Any, batch: PackedBatch, packed: Rows | bool) -> list[Forward
         groups = _equal(batch.lengths, batch.lengths)
     if len(groups) == 1:
         return [_forward(body, batch, packed, None)]
-    return [_forward(body, *(parts := batch.part(group))[:1], packed, parts[1]) for group in groups]
+    return [_forward(body, part, packed, places) for part, places in map(batch.part, groups)]
 
 
 def _forward(body: Any, batch: PackedBatch, packed: Rows | bool, places: Tensor | None) -> Forward:
@@ -159,6 +159,11 @@ def _equal(keys: Any, lengths: tuple[int, ...]) -> list[list[int]]:
     for i in range(len(lengths)):
         groups.setdefault(keys[i], []).append(i)
     return list(groups.values())
+
+
+def length_limit(config: Any) -> int:
+    """The number of tokens up to which no sample of a forward changes the RoPE of another."""
+    return min((threshold for _, threshold in _batch_ropes(config.get_text_config())), default=sys.maxsize)
 
 
 def _batch_ropes(config: Any) -> Iterator[tuple[str, int]]:

@@ -29,14 +29,18 @@ from pocl_fast.models.packed_attention import (
 from pocl_fast.models.packed_forward import gives_row_masks, supervised_logits
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import (
+    DEVICE_ERRORS,
     apart,
     attending_by,
+    circumstances,
     exact_arithmetic,
+    found_of,
     is_exact,
     is_sharded,
     longest_window,
     plain_run,
     random_ids,
+    say_once,
     short_windows,
     undisturbed,
 )
@@ -64,29 +68,48 @@ def packing_ready(
 def packing_holds(model: Any, say: Callable[[str], object] | None = None) -> Rows:
     """How the batches of a model with packing enabled are to be laid out: packed where packed samples get the logits
     that each has alone, by its family's own attention; else padded where that holds; else by their length. `say` is
-    told where packed rows do not hold, and why if that is known. Raises `InputError` as `packing_ready` does."""
+    told where packed rows do not hold, and why if that is known. Tried and said once a model, and again where its
+    attention, device or precision has changed. Raises `InputError` as `packing_ready` does."""
     register()
+    name = type(model).__name__
     if is_sharded(model):
-        if say is not None:
-            say(f"{type(model).__name__} is sharded already: it is not tried whether it supports packed batches")
+        say_once(model, f"{name} is sharded already: it is not tried whether it supports packed batches", say)
         return Rows.PADDED if why_never_packed(model) else Rows.PACKED
-    with undisturbed(model), short_windows(model):
-        probe = Probe.of(model)
-        reason = why_never_packed(model)
-        if reason is None:
-            reason = _made_to_hold(model, probe, say)
-            if reason is None:
-                return Rows.PACKED
-        rows = _unpacked(model, probe)
-    if say is not None:
-        why, name = f" ({reason})" if reason else "", type(model).__name__
+    found, key = found_of(model), ("packing", circumstances(model))
+    if key not in found:
+        found[key] = _tried(model, say)
+        found["packing", circumstances(model)] = found[key]  # it may attend otherwise by now
+    held: _Held = found[key]
+    if held.implementation != model.config._attn_implementation:
+        use(model, Way(held.implementation, ""))
+    if held.why is not None:
+        why = f" ({held.why})" if held.why else ""
         said = {
             Rows.PADDED: f"does not support packed batches{why}: they are padded instead, which is slower",
             Rows.BY_LENGTH: f"supports neither packed nor padded batches{why}: samples of one length share a forward"
             " instead, which is slow",
         }
-        say(f"{name} {said[rows]}")
-    return rows
+        say_once(model, f"{name} {said[held.rows]}", say)
+    return held.rows
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What was found of a model: how its batches are laid out, and transformers' name of how it attends then."""
+
+    rows: Rows
+    implementation: str
+    why: str | None = None  # why its batches are not packed, "" where that is not known; None where they are
+
+
+def _tried(model: Any, say: Callable[[str], object] | None) -> _Held:
+    with undisturbed(model), short_windows(model):
+        probe = Probe.of(model)
+        reason = why_never_packed(model)
+        if reason is None:
+            reason = _made_to_hold(model, probe, say)
+        rows = Rows.PACKED if reason is None else _unpacked(model, probe)
+        return _Held(rows, model.config._attn_implementation, reason)
 
 
 def _made_to_hold(model: Any, probe: Probe, say: Callable[[str], object] | None) -> str | None:
@@ -116,7 +139,8 @@ def _unpacked(model: Any, probe: Probe) -> Rows:
             with attending_by(model, implementation):
                 held = probe.holds(model, rows)
             if held:
-                use(model, Way(implementation, "")) if implementation != model.config._attn_implementation else None
+                if implementation != model.config._attn_implementation:
+                    use(model, Way(implementation, ""))
                 return rows
     return Rows.BY_LENGTH
 
@@ -143,7 +167,7 @@ class Probe:
         exact = is_exact(model)
         try:
             want = _alone(model, sample)
-        except torch.OutOfMemoryError:
+        except DEVICE_ERRORS:
             raise
         except Exception as error:  # whatever a family raises
             raise InputError(f"{type(model).__name__} does not run on plain tokens: {first_line(error)}") from error
@@ -166,7 +190,7 @@ class Probe:
                     tight = self.exact and number == 0 and not model.config._attn_implementation.startswith("flash")
                     if not errors.hold(EXACT_TOLERANCE if tight else KERNEL_TOLERANCE):
                         return ""
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the GPU's own
+        except DEVICE_ERRORS:
             raise
         except LengthsLost:
             return "its layers do not pass the samples' lengths on to their attention"
@@ -180,7 +204,7 @@ class Probe:
         try:
             with next(iter(self.contexts(model)), contextlib.nullcontext()):
                 got = supervised_logits(model, batch, packed=rows).float().split(batch.counts)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
+        except DEVICE_ERRORS:
             raise
         except Exception:  # whatever a family raises at padding
             return False

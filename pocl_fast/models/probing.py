@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,30 @@ from pocl_fast.system.fp32_products import fp32_products
 
 SHORT_WINDOW = 6  # tokens; what windows and chunks are cut to, where they are longer than a probe
 LONGEST_WINDOW = 64  # tokens; a window up to this is left as it is: a probe is two of them long
+WINDOWS = "window|attention_chunk|local_attention"  # in the names of their numbers
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # the device's own, which say nothing of a model
+
+
+def found_of(model: nn.Module) -> dict[Any, Any]:
+    """What was found by trying a model out, by what was tried and in which circumstances. It is kept with the model,
+    and shared with whole copies of one that is spread over ranks, so that each thing is tried and said once."""
+    found: dict[Any, Any] = vars(model).setdefault("_found_by_pocl_fast", {})
+    return found
+
+
+def say_once(model: nn.Module, sentence: str, say: Callable[[str], object] | None) -> None:
+    """Tells `say` something of a model, unless it was said of it before."""
+    said = found_of(model).setdefault("said", set())
+    if say is not None and sentence not in said:
+        say(sentence)
+        said.add(sentence)
+
+
+def circumstances(model: Any) -> tuple[Any, ...]:
+    """In what a model runs now: its attention, its device, its dtype and autocast's."""
+    device = input_device(model)
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return getattr(model.config, "_attn_implementation", None), device, model.dtype, autocast
 
 
 @contextlib.contextmanager
@@ -39,17 +63,6 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
     """What is drawn within it changes no later random number."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-def windows_of(config: Any) -> list[int]:
-    """The windows and chunks of attention in a configuration, in tokens: its numbers with such a name."""
-    settings = vars(config.get_text_config(decoder=True))
-    return [
-        value
-        for name, value in settings.items()
-        if ("window" in name or "chunk_size" in name) and "layers" not in name and "feed_forward" not in name
-        if type(value) is int and value > 0
-    ]
 
 
 def positions_of(config: Any) -> int:
@@ -112,12 +125,18 @@ def random_ids(model: Any, rows: int, length: int, seed: int = 0) -> Tensor:
     configs = [model.config, model.config.get_text_config()]
     named = [item for config in configs for item in vars(config).items()]
     special = {value for name, value in named if re.search(r"token_(id|index)", name) and type(value) is int}
-    sizes = [value for name, value in named if "vocab_size" in name and type(value) is int and value > 0]
+    named.append(("vocab_size", getattr(configs[1], "vocab_size", None)))  # a family may keep it under another name
+    sizes = [value for name, value in named if name.startswith("vocab_size") and type(value) is int and value > 0]
     most = min([*sizes, 1 << 16])
     usable = torch.tensor([i for i in range(most) if i not in special] or [0])
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(0, len(usable), (rows, length), generator=generator)
     return usable[chosen].to(input_device(model))
+
+
+def windows_of(model: nn.Module) -> list[int]:
+    """The windows and chunks of a model's attention and states, in tokens."""
+    return [value for _, name, value in _numbers(model, WINDOWS + "|chunk_size") if "feed_forward" not in name]
 
 
 def longest_window(model: nn.Module) -> int:
@@ -141,16 +160,20 @@ def short_windows(model: nn.Module) -> Iterator[None]:
 
 def _windows(model: nn.Module) -> list[tuple[dict[str, Any], str, int]]:
     """Where a model's windows and chunks of attention are kept: in its configurations and its layers."""
+    return _numbers(model, WINDOWS)
+
+
+def _numbers(model: nn.Module, named: str) -> list[tuple[dict[str, Any], str, int]]:
+    """Where the configurations and layers of a model keep whole numbers under such names, but for layers' numbers."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     for config in list(configs.values()):
         if hasattr(config, "get_text_config"):
             configs.setdefault(id(text := config.get_text_config()), text)
-    named = re.compile(r"window|attention_chunk|local_attention")
     return [
         (vars(owner), name, value)
         for owner in (*configs.values(), *model.modules())
         for name, value in vars(owner).items()
-        if named.search(name) and "layers" not in name and type(value) is int and value > 0
+        if re.search(named, name) and "layers" not in name and type(value) is int and value > 0
     ]
 
 

@@ -27,8 +27,9 @@ from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.models.fingerprints import hub_revision, source_fingerprint
 from pocl_fast.models.loading import load_model, make_savable, require_bitsandbytes, resolve
 from pocl_fast.models.placement import Placement, input_device
+from pocl_fast.models.probing import DEVICE_ERRORS
 from pocl_fast.system import console, ranks
-from pocl_fast.system.errors import InputError
+from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.system.files import write_json
 from pocl_fast.system.seal import damage, seal
 
@@ -271,13 +272,12 @@ def _check_runs(model: Any, recipe: _Recipe) -> None:
     and on a CPU 4 bits need sizes that are multiples of 64."""
     try:
         model(input_ids=torch.tensor([[1, 2, 3]], device=input_device(model)), use_cache=False)
-    except torch.OutOfMemoryError:
+    except DEVICE_ERRORS:
         raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{recipe.source} does not run in {recipe.quantization}: bitsandbytes' layers do not fit"
-            f" {type(model).__name__} or its sizes ({first}). Load it as it is (teacher_quantization none)"
+            f" {type(model).__name__} or its sizes ({first_line(error)}). Load it as it is (teacher_quantization none)"
         ) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pocl_fast.models.lm_head import causal_lm
+from pocl_fast.models.probing import found_of, is_sharded
 from pocl_fast.system.errors import InputError
 
 CHECKPOINTED = "_checkpoint_wrapped_module."  # in the names under FSDP's activation checkpointing
@@ -24,8 +25,7 @@ def unsharded(model: Any) -> Iterator[Any]:
     """
     plain = causal_lm(model)
     parameters = dict(plain.named_parameters())
-    sharded = any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in parameters.values())
-    if sharded and plain is not model and hasattr(model, "get_base_model"):
+    if is_sharded(plain) and plain is not model and hasattr(model, "get_base_model"):
         raise InputError('adapters cannot be evaluated under FSDP or ZeRO-3: give eval_strategy="no"')
     if any(hasattr(parameter, "full_tensor") for parameter in parameters.values()):
         yield _copy(plain, {name.replace(CHECKPOINTED, ""): parameter for name, parameter in parameters.items()})
@@ -57,6 +57,7 @@ def _copy(model: Any, parameters: dict[str, torch.nn.Parameter]) -> Any:
         torch.set_default_dtype(default)
     if (known := vars(model).get("_logit_transform")) is not None:
         copy._logit_transform = known
+    vars(copy)["_found_by_pocl_fast"] = found_of(model)
     for name, into in copy.named_parameters():
         weight: Any = parameters[name]
         into.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)

@@ -20,7 +20,8 @@ from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
 from pocl_fast.data.records import Sample, read_samples
-from pocl_fast.inputs.usable import check_left_to_right, check_model
+from pocl_fast.inputs.left_to_right import check_left_to_right
+from pocl_fast.inputs.usable import check_model
 from pocl_fast.inputs.vocabulary import (
     Rows,
     check_special_tokens,

@@ -26,7 +26,12 @@ class OtherRankFailed(RuntimeError):
     """This rank of torchrun cannot go on because another one failed or ended; that one reports the cause."""
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line: up to its first item where it begins a list."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__
+def first_line(error: BaseException, *, named: bool = False) -> str:
+    """What an error says, in one line: up to its first item where it begins a list; after its type's name where it is
+    `named`."""
+    name = type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return name
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{name}: {said}" if named else said

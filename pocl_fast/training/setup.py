@@ -26,6 +26,7 @@ from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, enc
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.records import read_samples, samples_from
 from pocl_fast.inputs import usable
+from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.inputs.trainable import check_trains, make_trainable
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
 from pocl_fast.models import loading
@@ -33,6 +34,7 @@ from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import Precision, choose_precision
+from pocl_fast.models.probing import is_sharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -167,7 +169,7 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         )
     if args.device.type == "cuda" and not sharded_later(args) and placeable(model):
         model = model.to(args.device)  # how it attends is chosen by where it is
-    usable.check_left_to_right(model, "model")
+    check_left_to_right(model, "model")
     loading.make_savable(model, _first_says, "student")
     loading.check_saved(tokenizer)
     check_trains(model)
@@ -277,7 +279,7 @@ def teacher_of(
         )
     elif placeable(teacher):
         teacher = teacher.to(teacher_place(args.teacher_device, args.device))
-    usable.check_left_to_right(teacher, "teacher")
+    check_left_to_right(teacher, "teacher")
     return cached_teacher(
         teacher,
         folder / "teacher_cache",
@@ -294,7 +296,7 @@ def teacher_of(
 def placeable(model: Any) -> bool:
     """Whether a model may be moved to another device: it is not spread, quantised or sharded."""
     chosen = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-    return not chosen and not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
+    return not chosen and not is_sharded(model)
 
 
 def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str, *, scored: bool = False) -> SampleSet:

@@ -7,8 +7,9 @@ from tiny_family import FAMILIES, tiny_family
 
 from pocl_fast.answers import decoding, decoding_way
 from pocl_fast.answers.decoding import generate
-from pocl_fast.answers.decoding_way import ALONE, WAYS, length_limit
+from pocl_fast.answers.decoding_way import ALONE, WAYS
 from pocl_fast.answers.engine import TorchEngine
+from pocl_fast.models.packed_forward import length_limit
 from pocl_fast.system.errors import InputError
 
 NEW = 9  # tokens of an answer: past the windows of 8
@@ -124,7 +125,7 @@ def test_every_way_gives_a_plain_model_the_same_answers(monkeypatch):
 
 
 def test_a_model_that_sees_later_tokens_is_refused():
-    with pytest.raises(InputError, match=r"BertLMHeadModel cannot generate answers: .* load it as a decoder"):
+    with pytest.raises(InputError, match=r"BertLMHeadModel that also looks at later .* Load it as a decoder"):
         generate(tiny_family("bert", is_decoder=False), [[1, 2]], max_new_tokens=2, end_ids=set(), pad_id=256)
 
 
@@ -155,7 +156,7 @@ ROPES = {
 def test_a_long_prompt_changes_no_other_where_frequencies_depend_on_length(rope):
     family, parameters, more = ROPES[rope]
     model = tiny_family(family, rope_parameters=parameters, **more)
-    assert length_limit(model) == 24
+    assert length_limit(model.config) == 24
     rows = [[7, 8, 9], [5] * 22, list(range(20, 70)), [42], [9, 9, 9, 1]]
     want = [own_answer(model, prompt, {258}) for prompt in rows]
     for order in (range(5), (2, 0, 4, 1, 3)):

@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.models.loading import load_model, load_tokenizer, make_savable
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher
@@ -137,6 +138,32 @@ def test_a_quantised_student_needs_adapters(tmp_path):
     student = load_model(str(save_tiny(tmp_path / "model", hidden=64)), quantization="8bit")
     with pytest.raises(InputError, match="model is quantised: only adapters on it can learn, so give a peft_config"):
         trainer(tmp_path / "out", model=student)
+
+
+@pytest.mark.parametrize("argument", ["model", "teacher"])
+def test_what_needs_more_than_tokens_is_refused_by_its_argument(tmp_path, argument):
+    model = tiny_model(layers=1)
+
+    def forward(**given):
+        raise RuntimeError("give pixel_values\nand more")
+
+    model.forward = forward
+    says = rf"{argument} is a LlamaForCausalLM that does not run on tokens alone \(RuntimeError: give pixel_values\)"
+    with pytest.raises(InputError, match=says):
+        trainer(tmp_path, **{argument: model})
+
+
+def test_modes_and_special_tokens_are_left_alone_by_the_check():
+    model = tiny_model(layers=1)
+    model.config.image_token_id = 3
+    model.train()
+    model.model.layers[0].mlp.eval()
+    before, seen = [module.training for module in model.modules()], []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    check_left_to_right(model, "model")
+    assert [module.training for module in model.modules()] == before
+    assert seen
+    assert not any((ids == 3).any() for ids in seen)
 
 
 def test_names_may_be_paths(tmp_path):

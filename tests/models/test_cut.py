@@ -1,5 +1,7 @@
 """Cutting a student out of a larger model."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -7,6 +9,7 @@ from tiny_family import FAMILIES, TEXT, tiny_family, with_seed
 from transformers import Gemma3Config
 
 from pocl_fast.models.cut import chosen_layers, cut_layers, evenly_spaced_layers, num_parameters
+from pocl_fast.models.cut_check import passed_over
 from pocl_fast.system.errors import InputError
 
 
@@ -257,3 +260,35 @@ def test_an_adapter_or_a_model_that_does_not_run_is_refused():
         cut_layers(get_peft_model(tiny_model(layers=3), LoraConfig(target_modules=["q_proj"])), 2)
     with pytest.raises(InputError, match="DeepseekV3ForCausalLM: it does not run on 24 tokens"):
         cut_layers(tiny_family("deepseek_v3", num_key_value_heads=2), 2)
+
+
+class Layer(torch.nn.Module):
+    def forward(self, hidden):
+        return LayerOutput(hidden + 1, 7)
+
+
+class LayerOutput(NamedTuple):
+    hidden: torch.Tensor
+    more: int
+
+
+def test_a_layer_is_passed_over_whatever_tuple_it_gives():
+    layer, hidden = Layer(), torch.ones(2, 3)
+    with passed_over([layer]):
+        output = layer(hidden)
+    assert isinstance(output, LayerOutput)
+    assert torch.equal(output.hidden, hidden)
+    assert output.more == 7
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused_in_its_own_words():
+    model = tiny_model(layers=4)
+    model.model.others = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))  # which list runs on text?
+
+    def forward(**given):
+        raise RuntimeError("give pixel_values\nand more")
+
+    model.forward = forward
+    says = r"layers from LlamaForCausalLM: it does not run on tokens alone \(RuntimeError: give pixel_values\)"
+    with pytest.raises(InputError, match=says):
+        cut_layers(model, 2)

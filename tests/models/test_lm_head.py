@@ -284,6 +284,13 @@ def test_a_routers_loss_that_is_not_found_is_said_not_to_be_added():
     assert "is not added" in said[0]
 
 
+def test_a_routers_loss_of_a_sharded_model_is_said_not_to_be_added():
+    model, said = model_of(MixtralConfig(**GQA, num_local_experts=4, output_router_logits=True)), []
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks its parts
+    assert not adds_router_loss(model, said.append)
+    assert "is not added: the model is sharded already" in said[0]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_loss_within_the_forward_has_the_gradients_of_one_on_the_logits(packed):
     batch = pack(three_samples())

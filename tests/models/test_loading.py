@@ -11,10 +11,10 @@ from tiny_training import encoded_samples
 
 from pocl_fast.data.packed import pack
 from pocl_fast.models.fingerprints import weights_fingerprint
-from pocl_fast.models.loading import choose_device, load_model, load_tokenizer, resolve
+from pocl_fast.models.loading import choose_device, load_model, load_tokenizer, readable_errors, resolve
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.packed_forward import supervised_logits
-from pocl_fast.system.errors import InputError
+from pocl_fast.system.errors import InputError, OtherRankFailed
 from pocl_fast.teacher.teacher import Teacher
 
 
@@ -127,3 +127,18 @@ def test_a_moved_gguf_file_is_found_by_its_path(tmp_path):
     shutil.copy(f"{where.path}/{where.gguf_file}", tmp_path / "mine.gguf")
     found = resolve(str(tmp_path / "mine.gguf"))
     assert (found.path, found.gguf_file) == (str(tmp_path), "mine.gguf")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, AttributeError, IndexError, AssertionError])
+def test_whatever_a_broken_source_raises_is_one_line(kind):
+    with (
+        pytest.raises(InputError, match=rf"cannot load the model 'bundled': {kind.__name__}: of a part$"),
+        readable_errors("bundled", "model"),
+    ):
+        raise kind("of a part\nand more")
+
+
+def test_a_fault_of_the_device_or_of_another_rank_is_not_the_sources():
+    for fault in (torch.OutOfMemoryError("full"), torch.AcceleratorError("illegal"), OtherRankFailed("ended")):
+        with pytest.raises(type(fault)), readable_errors("bundled", "model"):
+            raise fault

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from pocl_fast.data.packed import Rows, pack
+from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.models import packed_attention, packing_check
-from pocl_fast.models.lm_head import loss_within_forward
+from pocl_fast.models.lm_head import check_head, loss_within_forward
 from pocl_fast.models.packed_attention import BY_SAMPLE, VARLEN, Way, enable_packing
 from pocl_fast.models.packed_forward import forward_kwargs, supervised_hidden, supervised_logits
 from pocl_fast.models.packing_check import (
@@ -117,6 +118,8 @@ def test_a_chunk_that_is_lost_is_found_however_long_it_is(monkeypatch, chunk):
         patched.setattr(packed_attention, "_is_plain", lambda model: True)
         packing_ready(model, lambda _: None)
         assert model.config._attn_implementation != BY_SAMPLE
+    assert model.config.attention_chunk_size == chunk
+    model = model_of(config)
     assert packing_ready(model, lambda _: None)
     assert model.config._attn_implementation == BY_SAMPLE
     assert model.config.attention_chunk_size == chunk
@@ -273,6 +276,26 @@ def test_a_model_whose_long_rows_would_leak_is_padded_with_the_reason():
         " padded instead, which is slower"
     ]
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_is_tried_once_and_each_line_said_once(monkeypatch):
+    model, said, tried, probe = model_of(FalconConfig(**FALCON, alibi=True)), [], [], packing_check.Probe.of
+    monkeypatch.setattr(packing_check.Probe, "of", lambda model: tried.append(model) or probe(model))
+    rows = [packing_ready(model, None), packing_ready(model, said.append), packing_holds(model, said.append)]
+    assert rows == [Rows.PADDED] * 3
+    assert len(tried) == len(said) == 1
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_fault_of_the_device_is_no_fault_of_the_model(monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.AcceleratorError("an illegal memory access")
+
+    for fault in (check_head, check_left_to_right, packing_holds):
+        model = model_of(LlamaConfig(**GQA))
+        monkeypatch.setattr(model.model.layers[0], "forward", fails)
+        with pytest.raises(torch.AcceleratorError, match="illegal"):
+            fault(model, "model") if fault is check_left_to_right else fault(model)
 
 
 def test_a_model_that_refuses_packed_rows_is_padded_in_its_own_words(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from pocl_fast.models.probing import found_of
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system.errors import InputError
 
@@ -44,4 +45,5 @@ def test_a_sharded_model_is_copied_with_its_whole_weights_and_no_random_numbers_
         assert whole is not model
         assert all(torch.equal(parameter, want[name]) for name, parameter in whole.named_parameters())
         assert not whole.training
+        assert found_of(whole) is found_of(model)  # what is tried on a copy is not tried on the next one
     assert torch.equal(torch.get_rng_state(), before)
