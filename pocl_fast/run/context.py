@@ -162,15 +162,15 @@ class RunContext:
                     f" one {how}, or another --student"
                 )
             return
-        rows = [configured_rows(one, **trusted) for one in (student, teacher)]
-        if None in rows:
+        ours, theirs = (configured_rows(one, **trusted) for one in (student, teacher))
+        if ours is None or theirs is None:
             return
         if self.config.cache.cache_mode == "topk":
-            check_top_k(*rows)
+            check_top_k(ours, theirs)
         if keep is None:
-            sizes = [configured_parameters(one, **trusted) for one in (student, teacher)]
-            if None not in sizes:
-                self.say_pair(*rows, *sizes)
+            small, large = (configured_parameters(one, **trusted) for one in (student, teacher))
+            if small is not None and large is not None:
+                self.say_pair(ours, theirs, small, large)
 
     def say_pair(self, *rows_and_sizes: int) -> None:
         """Says how the two models differ, once; see `pair_lines`."""

@@ -81,10 +81,8 @@ def training_parts(
     check_apart(student, teacher)
     check_teacher_argument(teacher, args)
     check_student_argument(student, args)
-    said = isinstance(tokenizer, SampleEncoder)
-    encoder = (
-        tokenizer if said else encoder_of(tokenizer_of(student, tokenizer, args), args, _folder(args), _first_says)
-    )
+    folder, said = Path(str(args.output_dir)), isinstance(tokenizer, SampleEncoder)
+    encoder = tokenizer if said else encoder_of(tokenizer_of(student, tokenizer, args), args, folder, _first_says)
     tokenizer = encoder.tokenizer
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
@@ -106,16 +104,12 @@ def training_parts(
     check_lengths(student, kept, args, samples, held_out)
     if answers:
         asked: dict[str, Any] = {"fingerprint": kept.fingerprint, "options": args, "student_rows": rows.both}
-        samples = answered_by_teacher(samples, kept.model, encoder, _folder(args) / "teacher_answers", **asked)
+        samples = answered_by_teacher(samples, kept.model, encoder, folder / "teacher_answers", **asked)
     make_trainable(student, _first_says, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
     with half:
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
         router = adds_router_loss(causal_lm(student), _first_says)
     return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, router, kept)
-
-
-def _folder(args: PoclConfig) -> Path:
-    return Path(str(args.output_dir))
 
 
 def _first_says(text: str) -> None:
@@ -257,7 +251,7 @@ def teacher_of(
     """The teacher with its cache in the output folder. `student_rows` are those of the student's lm_head."""
     if isinstance(teacher, Teacher):
         return teacher
-    folder, by_name = _folder(args), isinstance(teacher, (str, os.PathLike))
+    folder, by_name = Path(str(args.output_dir)), isinstance(teacher, (str, os.PathLike))
     if by_name:
         trust, name = args.trust_remote_code, os.fspath(teacher)
         theirs = loading.load_tokenizer(name, trust_remote_code=trust)

@@ -111,3 +111,12 @@ def test_names_of_devices_are_read_in_any_case():
             choose_device("CUDA:0")
     with pytest.raises(InputError, match=r"^--teacher-device xpu: this torch .* cannot use it"):
         choose_device("xpu", option="--teacher-device")
+
+
+def test_an_answer_has_no_token_that_its_reader_has_no_row_for():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<tool>"])  # 259
+    model = padded_model()
+    encoder, options = SampleEncoder(tokenizer), GenerationOptions()
+    for rows, least in ((None, 260), (400, 260), (259, 259), (200, 200)):
+        assert TorchEngine.of(model, encoder, options, rows=rows).forbidden_ids == list(range(least, PADDED))

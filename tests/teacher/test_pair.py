@@ -294,3 +294,16 @@ def test_a_run_says_at_once_that_its_student_is_the_whole_teacher(tmp_path, caps
     (inputs / "teacher" / "model.safetensors").unlink()  # before anything is loaded
     run("distill", tmp_path / "out", *options(inputs, **given))
     assert "the student is the teacher itself, " in capsys.readouterr().out
+
+
+def test_a_run_reads_of_configurations_how_the_two_models_differ(tmp_path, capsys):
+    inputs = make_inputs(tmp_path, train=4, dev=2)
+    save_tiny(tmp_path / "student", layers=5, vocab_size=264)
+    (tmp_path / "student" / "model.safetensors").unlink()  # before anything is loaded
+    words = {"student": tmp_path / "student", "student_layers": None}
+    said = refusal(capsys, "distill", tmp_path / "a", *options(inputs, **words, cache_mode="topk"))
+    assert "the student's lm_head has 264 rows and the teacher's 259" in said
+    run("distill", tmp_path / "b", *options(inputs, **words))
+    said = capsys.readouterr().out
+    assert said.count("the student is larger than its teacher (") == 1
+    assert said.count("the divergence is over the 259 entries that both have") == 1

@@ -214,7 +214,7 @@ def answered(monkeypatch, folder, answers, said):
     monkeypatch.setattr(setup, "say", said.append)
     options = SimpleNamespace(max_new_tokens=8, max_length=96, generation_batch_size=4, generation_batch_tokens=4096)
     return setup.answered_by_teacher(
-        samples, tiny_model(), SampleEncoder(tokenizer), folder, fingerprint="t", options=options
+        samples, tiny_model(), SampleEncoder(tokenizer), folder, fingerprint="t", options=options, student_rows=259
     )
 
 

@@ -103,3 +103,14 @@ def test_the_routers_loss_of_a_mixture_of_experts_is_added_to_the_steps_loss(tmp
     without = trained(tmp_path / "without", student(False), **parts)[2][0]
     _, _, losses = trained(tmp_path / "with", student(True), **parts)
     assert losses[0] - without == pytest.approx(1.0, abs=0.2)  # of a balanced router; twice that if it were summed
+
+
+def test_a_refusal_leaves_a_student_in_half_precision_as_it_was(tmp_path):
+    for name, refused in (
+        ("frozen", {"student": tiny_model().bfloat16().requires_grad_(False)}),
+        ("top-k", {"student": tiny_model(vocab_size=264).bfloat16(), "cache_mode": "topk"}),
+    ):
+        teacher = tiny_model(layers=3, seed=1)
+        with pytest.raises(InputError):
+            trainer_of(tmp_path / name, curriculum=curriculum_of(4, stages=1), teacher=teacher, dev=False, **refused)
+        assert {p.dtype for p in refused["student"].parameters()} == {torch.bfloat16}
