@@ -109,7 +109,7 @@ class AnswerFinder:
             end = len(whole) - len(tail)
             for text in filter(None, texts):
                 if whole.endswith(text, 0, end):
-                    return end - len(text), end
+                    return self._behind_header(whole, end - len(text), asked, tools, text), end
         before, behind = self._around(asked, tools)  # rewritten, or in a conversation with another end
         if behind is not None and whole.endswith(behind) and len(behind) < len(whole):
             end = len(whole) - len(behind)
@@ -120,6 +120,15 @@ class AnswerFinder:
                 return found, found + len(text)
         shared = common_length(whole, before)
         return (shared if behind is not None and shared == len(before) else None), None
+
+    def _behind_header(self, whole: str, start: int, asked: Sequence[Any], tools: Sequence[Any], text: str) -> int:
+        """Where a text that was found at `start` begins: blanks that it begins with may be the header's, written
+        before an answer that was stripped."""
+        if not text[0].isspace():
+            return start
+        before, _ = self._around(asked, tools)
+        blanks = len(text) - len(text.lstrip())
+        return max(start, min(len(before), start + blanks)) if whole.startswith(before) else start
 
     def _around(self, asked: Sequence[Any], tools: Sequence[Any]) -> tuple[str, str | None]:
         """What the template writes before and behind a plain answer in this conversation."""
@@ -291,6 +300,6 @@ def _balanced(split: Split, answer: Any, continues: bool) -> Split:
     if said.lstrip().startswith(tag):  # the answer opens it again
         said = said.lstrip().removeprefix(tag).lstrip()
     if closing not in said:
-        blank = "\n" if "\n" in opened["blank"] else "\n\n"
+        blank = "" if "\n" in opened["blank"] else "\n\n"  # a second line end would become one token with the prompt's
         said = f"{blank}{closing}\n\n{said}"
     return Split(split.prompt, said, split.ended)
