@@ -128,6 +128,7 @@ class SampleEncoder:
         shape = PLAIN
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
+            self._unshown = unused_fields.UnshownTurns(self.chat)
             self._finder = AnswerFinder(self.chat, tokenizer.get_added_vocab())
             shape = self._finder.shape
             self._learn_end()
@@ -190,12 +191,24 @@ class SampleEncoder:
                 f"{where}: {refusal}{hint}. Change this record or take another template: --chat-template NAME or FILE,"
                 " --template alpaca"
             ) from refusal
-        for what in unwritten(self.chat.messages(sample.messages), sample.tools, sample.answer_turn, split):
+        messages = self.chat.messages(sample.messages)
+        self._check_turns(messages, sample, split, where)
+        for what in unwritten(messages, sample.tools, sample.answer_turn, split):
             self._unwritten.setdefault(what, []).append(sample.line)
         prompt, response = self._tokens(split)
         if not self._end_is_known:
             self.end_id, self._end_is_known = response[-1], True
         return prompt, response
+
+    def _check_turns(self, messages: Sequence[Any], sample: Sample, split: Split, where: str) -> None:
+        """Counts earlier turns that the template leaves out. Raises `InputError` where it leaves the question out."""
+        places = self._unshown.places(messages, sample.tools, split.prompt)
+        if not places:
+            return
+        asks = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        if not {asks, len(messages) - 1}.isdisjoint(places):
+            raise unused_fields.means_more(where, "the chat template leaves the question out, or a part of it")
+        self._unwritten.setdefault("earlier turns", []).append(sample.line)
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
         if len(sample.messages) > 1:

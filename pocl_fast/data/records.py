@@ -32,7 +32,8 @@ FORMATS = (
 QUESTIONS, ANSWERS, INPUTS = ("prompt", "instruction"), ("response", "output"), ("input", "context")
 OPTIONAL = (*INPUTS, "system", "history", "tools")  # what a record may have besides
 KNOWN = frozenset({"messages", *QUESTIONS, *ANSWERS, *OPTIONAL})
-KNOWN_IN_CHAT = KNOWN.difference(QUESTIONS, INPUTS)  # a question beside messages would be asked twice
+ONE_QUESTION = frozenset({*QUESTIONS, *INPUTS})  # what only a record without messages has
+KNOWN_IN_CHAT = KNOWN.difference(ONE_QUESTION)  # a question beside messages would be asked twice
 REQUIRED = frozenset({"messages", *QUESTIONS, *ANSWERS})  # one of them at least
 MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})  # half of the question, and no text
 
