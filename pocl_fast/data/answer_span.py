@@ -40,6 +40,7 @@ class Shape:
     opening: str = ""  # between the prompt and the answer
     tail: str = ""  # behind the answer, to the end of the text
     end: str = ""  # the part of the tail that ends the turn
+    leaves_out: bool = False  # no answer is written
     header_unasked: bool = False  # the template does not look at add_generation_prompt
     reasoning: tuple[tuple[str, str], ...] = (REASONING_TAGS,)  # what opens and closes it; "": the prompt opens it
 
@@ -76,7 +77,8 @@ class AnswerFinder:
         continues = whole.startswith(prompt)
         says = isinstance(answer.get("content"), str) and answer["content"].strip()
         if start is None and (not continues or (says and end is None)):
-            raise TemplateRefusal("the chat template leaves the answer out, or rewrites it")
+            every = "every answer" if shape.leaves_out else "the answer"
+            raise TemplateRefusal(f"the chat template leaves {every} out, or rewrites it")
         first = len(prompt) if start is None else start
         if shape.header_unasked and start is not None and not (continues and whole[len(prompt) : start].isspace()):
             prompt, continues = whole[:start], True
@@ -217,6 +219,7 @@ class AnswerFinder:
     # -- what a template writes of itself -----------------------------------------------------------------------------
 
     def _learned(self) -> Shape:
+        leaves_out = False
         for asked in ([_USER], [{"role": "system", "content": "Qz3system3zQ"}, _USER]):
             messages = self.template.messages(asked)
             turns = [*messages, {"role": "assistant", "content": PROBE}]
@@ -226,6 +229,7 @@ class AnswerFinder:
             except TemplateRefusal:
                 continue
             before, found, tail = whole.rpartition(PROBE)
+            leaves_out = not found
             if not found:
                 continue
             opening = before[len(prompt) :] if before.startswith(prompt) and prompt != bare else ""
@@ -236,8 +240,9 @@ class AnswerFinder:
             opened = _reasoning_opened_by(asked_text, continues=before.startswith(asked_text))
             if opened and (closing := _closing(opened)) != end:
                 tags.append(("", closing))
-            return Shape(opening, tail, end, header_unasked, tuple(dict.fromkeys(tag for tag in tags if tag[1])))
-        return Shape()
+            reasoning = tuple(dict.fromkeys(tag for tag in tags if tag[1]))
+            return Shape(opening, tail, end, header_unasked=header_unasked, reasoning=reasoning)
+        return Shape(leaves_out=leaves_out)
 
     def _reasoning(self, messages: Sequence[Any], prompt: str, opening: str) -> list[tuple[str, str]]:
         """What opens and closes reasoning: as the template writes it, as it leaves it empty."""

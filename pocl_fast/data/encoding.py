@@ -188,8 +188,8 @@ class SampleEncoder:
         except TemplateRefusal as refusal:
             hint = " (the system message is --system-prompt's)" if self.chat.system_prompt else ""
             raise InputError(
-                f"{where}: {refusal}{hint}. Change this record or take another template: --chat-template NAME or FILE,"
-                " --template alpaca"
+                f"{where}: {refusal}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
+                " another template: --chat-template NAME or FILE, --template alpaca"
             ) from refusal
         messages = self.chat.messages(sample.messages)
         self._check_turns(messages, sample, split, where)
