@@ -40,6 +40,7 @@ class Shape:
     opening: str = ""  # between the prompt and the answer
     tail: str = ""  # behind the answer, to the end of the text
     end: str = ""  # the part of the tail that ends the turn
+    leaves_out: bool = False  # no answer is written
     header_unasked: bool = False  # the template does not look at add_generation_prompt
     reasoning: tuple[tuple[str, str], ...] = (REASONING_TAGS,)  # what opens and closes it; "": the prompt opens it
 
@@ -76,7 +77,8 @@ class AnswerFinder:
         continues = whole.startswith(prompt)
         says = isinstance(answer.get("content"), str) and answer["content"].strip()
         if start is None and (not continues or (says and end is None)):
-            raise TemplateRefusal("the chat template leaves the answer out, or rewrites it")
+            every = "every answer" if shape.leaves_out else "the answer"
+            raise TemplateRefusal(f"the chat template leaves {every} out, or rewrites it")
         first = len(prompt) if start is None else start
         if shape.header_unasked and start is not None and not (continues and whole[len(prompt) : start].isspace()):
             prompt, continues = whole[:start], True
@@ -109,7 +111,7 @@ class AnswerFinder:
             end = len(whole) - len(tail)
             for text in filter(None, texts):
                 if whole.endswith(text, 0, end):
-                    return end - len(text), end
+                    return self._behind_header(whole, end - len(text), asked, tools, text), end
         before, behind = self._around(asked, tools)  # rewritten, or in a conversation with another end
         if behind is not None and whole.endswith(behind) and len(behind) < len(whole):
             end = len(whole) - len(behind)
@@ -120,6 +122,15 @@ class AnswerFinder:
                 return found, found + len(text)
         shared = common_length(whole, before)
         return (shared if behind is not None and shared == len(before) else None), None
+
+    def _behind_header(self, whole: str, start: int, asked: Sequence[Any], tools: Sequence[Any], text: str) -> int:
+        """Where a text that was found at `start` begins: blanks that it begins with may be the header's, written
+        before an answer that was stripped."""
+        if not text[0].isspace():
+            return start
+        before, _ = self._around(asked, tools)
+        blanks = len(text) - len(text.lstrip())
+        return max(start, min(len(before), start + blanks)) if whole.startswith(before) else start
 
     def _around(self, asked: Sequence[Any], tools: Sequence[Any]) -> tuple[str, str | None]:
         """What the template writes before and behind a plain answer in this conversation."""
@@ -208,6 +219,7 @@ class AnswerFinder:
     # -- what a template writes of itself -----------------------------------------------------------------------------
 
     def _learned(self) -> Shape:
+        leaves_out = False
         for asked in ([_USER], [{"role": "system", "content": "Qz3system3zQ"}, _USER]):
             messages = self.template.messages(asked)
             turns = [*messages, {"role": "assistant", "content": PROBE}]
@@ -217,6 +229,7 @@ class AnswerFinder:
             except TemplateRefusal:
                 continue
             before, found, tail = whole.rpartition(PROBE)
+            leaves_out = not found
             if not found:
                 continue
             opening = before[len(prompt) :] if before.startswith(prompt) and prompt != bare else ""
@@ -227,8 +240,9 @@ class AnswerFinder:
             opened = _reasoning_opened_by(asked_text, continues=before.startswith(asked_text))
             if opened and (closing := _closing(opened)) != end:
                 tags.append(("", closing))
-            return Shape(opening, tail, end, header_unasked, tuple(dict.fromkeys(tag for tag in tags if tag[1])))
-        return Shape()
+            reasoning = tuple(dict.fromkeys(tag for tag in tags if tag[1]))
+            return Shape(opening, tail, end, header_unasked=header_unasked, reasoning=reasoning)
+        return Shape(leaves_out=leaves_out)
 
     def _reasoning(self, messages: Sequence[Any], prompt: str, opening: str) -> list[tuple[str, str]]:
         """What opens and closes reasoning: as the template writes it, as it leaves it empty."""
@@ -291,6 +305,6 @@ def _balanced(split: Split, answer: Any, continues: bool) -> Split:
     if said.lstrip().startswith(tag):  # the answer opens it again
         said = said.lstrip().removeprefix(tag).lstrip()
     if closing not in said:
-        blank = "\n" if "\n" in opened["blank"] else "\n\n"
+        blank = "" if "\n" in opened["blank"] else "\n\n"  # a second line end would become one token with the prompt's
         said = f"{blank}{closing}\n\n{said}"
     return Split(split.prompt, said, split.ended)

@@ -23,8 +23,9 @@ class AnswerReader:
     def texts(self, answers: Sequence[Sequence[int]], references: Sequence[Sequence[str]] | None = None) -> list[str]:
         """The text of each answer, given as token ids without the end token, without special tokens and outer blanks.
 
-        A block of reasoning before the answer is left out, but where a reference has one too; what the template writes
-        between prompt and answer, such as an empty block, always.
+        A block of reasoning before the answer is left out, but where a reference has one too: there it gets the opening
+        tag and the blanks around tags that the reference has, for the prompt may have opened it. What the template
+        writes between prompt and answer, such as an empty block, is always left out.
         """
         plain = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
         raw = self._tokenizer.batch_decode(answers, skip_special_tokens=False)
@@ -32,7 +33,9 @@ class AnswerReader:
         for place, answer in enumerate(answers):
             before = self._before(raw[place], references[place] if references else ())
             text = plain[place]
-            if before:
+            if references and (block := self._reasoning_as_in(answer, raw[place], references[place])):
+                text = block
+            elif before:
                 first = self._first_behind(answer, before)
                 text = self._tokenizer.decode(list(answer[first:]), skip_special_tokens=True)
             texts.append(self._without_end(text).strip())
@@ -51,6 +54,32 @@ class AnswerReader:
             if found >= 0 and raw.startswith(opens, skipped):
                 return found + len(closes)
         return 0
+
+    def _reasoning_as_in(self, answer: Sequence[int], raw: str, references: Sequence[str]) -> str:
+        """The answer with its block of reasoning written as in the first reference that has one; empty where there is
+        no such reference, or no such block in the answer."""
+        opening = self._shape.opening.strip()
+        skipped = raw.find(opening) + len(opening) if opening and raw.lstrip().startswith(opening) else 0
+        for opens, closes in self._shape.reasoning:
+            reference = next((one for one in references if closes in one), None)
+            if reference is None or closes not in raw:
+                continue
+            tag = opens or closes.replace("/", "", 1)
+            start = skipped if closes in raw[skipped:] else 0  # behind an empty block that the template writes
+            if not raw[start:].lstrip().startswith(opens) and reference.lstrip().startswith(tag):
+                continue
+            begin, first = (
+                self._first_behind(answer, place) for place in (start, raw.index(closes, start) + len(closes))
+            )
+            block = self._tokenizer.decode(list(answer[begin:first]), skip_special_tokens=True)
+            said = self._tokenizer.decode(list(answer[first:]), skip_special_tokens=True)
+            thought = block.strip().removesuffix(closes).strip().removeprefix(tag).strip()
+            theirs, _, behind = reference.lstrip().partition(closes)
+            head = theirs[: len(theirs) - len(theirs.removeprefix(tag).lstrip())]
+            foot = theirs[max(len(head), len(theirs.rstrip())) :]
+            gap = behind[: len(behind) - len(behind.lstrip())]
+            return head + thought + foot + closes + gap + said.strip()
+        return ""
 
     def _first_behind(self, answer: Sequence[int], characters: int) -> int:
         """The first token that begins behind so many characters of the answer."""

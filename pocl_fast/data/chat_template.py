@@ -164,7 +164,12 @@ class ChatTemplate:
         known = sorted(self.variables - own - set(self.tokenizer.special_tokens_map))
         for name in self.kwargs:
             if name in own or name not in self.variables:
-                has = f"it reads {', '.join(known)}" if known else "it reads none"
+                if not known:
+                    raise InputError(
+                        f"--chat-template-kwargs {name}: the chat template reads no variables: leave"
+                        " --chat-template-kwargs out"
+                    )
+                has = f"it reads {', '.join(known)}"
                 raise InputError(
                     f"--chat-template-kwargs {name}: the chat template has no such variable to be"
                     f" given{did_you_mean(name, known)}; {has}"

@@ -22,6 +22,8 @@ def rows(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
 
     Raises `InputError` that says what to give for one that holds no records: splits, columns, tables, texts, tuples.
     """
+    if isinstance(data, type):
+        raise InputError(f"{name} is the class {data.__name__} and holds no records: {WANTED}")
     if isinstance(data, Mapping):
         raise InputError(_of_mapping(data, name))
     if not isinstance(data, (list, tuple)) and hasattr(data, "columns"):

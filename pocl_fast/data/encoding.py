@@ -19,10 +19,11 @@ from pocl_fast.data.answer_span import REASONING_TAGS, AnswerFinder, Split, call
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
 from pocl_fast.data.records import Sample
+from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.system.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "alpaca"]
 EARLIER_REASONING = "reasoning in earlier turns"
@@ -96,8 +97,8 @@ class SampleEncoder:
     paper's code.
 
     The last answer of a conversation is the response, the turns before it are the prompt. Both are tokenised as one
-    text, as a model reads them. A token that has characters of both belongs to the response, for it must be said; a
-    special token that swallows the blanks behind it stays in the prompt. Every response ends with the template's end of
+    text, as a model reads them, and cut as `TokenBorder` says: every answer to a question has the same prompt. Every
+    response ends with the template's end of
     turn, and with the end-of-sequence token where the template has none or writes one that is no single token, unless
     it is cut; generation stops at any of `end_ids`. Raises `InputError` for a tokenizer without an end-of-sequence
     token, and for `template` "chat" where it has no chat template.
@@ -119,7 +120,7 @@ class SampleEncoder:
         self.template: Template = template
         self._eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         self._special = frozenset(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
-        self._by_offsets = bool(tokenizer.is_fast)
+        self._border = TokenBorder(tokenizer, self._special)
         self.end_id, self._ends = self._eos, {self._eos}
         self._end_is_known = template == "alpaca"
         self._unwritten: dict[str, list[int]] = {}
@@ -127,6 +128,7 @@ class SampleEncoder:
         shape = PLAIN
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
+            self._unshown = unused_fields.UnshownTurns(self.chat)
             self._finder = AnswerFinder(self.chat, tokenizer.get_added_vocab())
             shape = self._finder.shape
             self._learn_end()
@@ -186,15 +188,27 @@ class SampleEncoder:
         except TemplateRefusal as refusal:
             hint = " (the system message is --system-prompt's)" if self.chat.system_prompt else ""
             raise InputError(
-                f"{where}: {refusal}{hint}. Change this record or take another template: --chat-template NAME or FILE,"
-                " --template alpaca"
+                f"{where}: {refusal}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
+                " another template: --chat-template NAME or FILE, --template alpaca"
             ) from refusal
-        for what in unwritten(self.chat.messages(sample.messages), sample.tools, sample.answer_turn, split):
+        messages = self.chat.messages(sample.messages)
+        self._check_turns(messages, sample, split, where)
+        for what in unwritten(messages, sample.tools, sample.answer_turn, split):
             self._unwritten.setdefault(what, []).append(sample.line)
         prompt, response = self._tokens(split)
         if not self._end_is_known:
             self.end_id, self._end_is_known = response[-1], True
         return prompt, response
+
+    def _check_turns(self, messages: Sequence[Any], sample: Sample, split: Split, where: str) -> None:
+        """Counts earlier turns that the template leaves out. Raises `InputError` where it leaves the question out."""
+        places = self._unshown.places(messages, sample.tools, split.prompt)
+        if not places:
+            return
+        asks = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        if not {asks, len(messages) - 1}.isdisjoint(places):
+            raise unused_fields.means_more(where, "the chat template leaves the question out, or a part of it")
+        self._unwritten.setdefault("earlier turns", []).append(sample.line)
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
         if len(sample.messages) > 1:
@@ -209,43 +223,13 @@ class SampleEncoder:
 
     def _tokens(self, split: Split, begin: Sequence[int] = ()) -> tuple[list[int], list[int]]:
         """The text's tokens before and from where the response starts, `begin` before them, an end behind them."""
-        encoded = self.tokenizer(split.prompt + split.answer, add_special_tokens=False)
-        ids = list(encoded.input_ids)
-        first = self._first_token(encoded, split) if self._by_offsets else self._first_other(ids, split)
-        response = ids[first:]
+        prompt, response = self._border.parts(split.prompt, split.answer)
         ended = split.ended and response and response[-1] in self._special
         if ended and response[-1] != self.tokenizer.unk_token_id:
             self._ends.add(response[-1])
         elif not response or response[-1] != self._eos:
             response.append(self._eos)
-        return [*begin, *ids[:first]], response
-
-    def _first_token(self, encoded: BatchEncoding, split: Split) -> int:
-        """The first token with a character of the answer, or one there that stands for no character, such as
-        SentencePiece's blank at the start of a word."""
-        ids, border = encoded.input_ids, len(split.prompt)
-        place = border
-        last = encoded.token_to_chars(len(ids) - 1) if ids else None
-        limit = last.end if last else border
-        first = None
-        while first is None and place < limit:  # blanks that the tokenizer drops are in no token
-            first, place = encoded.char_to_token(place), place + 1
-        if first is None:
-            return len(ids)
-        span = encoded.token_to_chars(first)
-        swallows = span is not None and span.start < border and split.answer[: span.end - border].isspace()
-        if swallows and ids[first] in self._special:
-            return first + 1
-        while first > 0 and (span := encoded.token_to_chars(first - 1)) is not None and span.start >= border:
-            first -= 1
-        return first
-
-    def _first_other(self, ids: Sequence[int], split: Split) -> int:
-        """The same of a tokenizer that does not tell where its tokens are: the first token that the prompt alone has
-        not."""
-        prompt = self.tokenizer(split.prompt, add_special_tokens=False).input_ids
-        pairs = zip(prompt, ids, strict=False)
-        return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(ids)))
+        return [*begin, *prompt], response
 
     def _tokens_before_a_text(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text; what it puts behind one would end the prompt."""

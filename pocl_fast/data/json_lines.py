@@ -17,7 +17,8 @@ from pocl_fast.system.errors import InputError
 _PACKED = "unpack it first"
 _TABLE = "write it as JSON Lines (`datasets.Dataset.to_json`), or give a trainer the `datasets.Dataset`"
 _UTF_16 = "write it as UTF-8 (`iconv -f UTF-16 -t UTF-8`)"
-# how files of other kinds begin; UTF-32 begins as UTF-16 does
+_UTF_32 = "write it as UTF-8 (`iconv -f UTF-32 -t UTF-8`)"
+# how files of other kinds begin; UTF-32 before UTF-16, which begins alike
 _KINDS = (
     (b"\x1f\x8b", "gzip", _PACKED),
     (b"BZh", "bzip2", _PACKED),
@@ -27,6 +28,10 @@ _KINDS = (
     (b"PAR1", "Parquet", _TABLE),
     (b"ARROW1", "Arrow", _TABLE),
     (b"\xff\xff\xff\xff", "Arrow", _TABLE),
+    (b"\xff\xfe\x00\x00", "UTF-32 text", _UTF_32),
+    (b"\x00\x00\xfe\xff", "UTF-32 text", _UTF_32),
+    (b"{\x00\x00\x00", "UTF-32 text", _UTF_32),
+    (b"\x00\x00\x00{", "UTF-32 text", _UTF_32),
     (b"\xff\xfe", "UTF-16 text", _UTF_16),
     (b"\xfe\xff", "UTF-16 text", _UTF_16),
     (b"{\x00", "UTF-16 text", _UTF_16),
@@ -100,10 +105,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
+def decoded(text: str) -> Any:
+    """The value of JSON text. Raises ValueError and RecursionError, which `in_words` names: for a field that is named
+    twice as well."""
+    return _DECODER.decode(text)
+
+
+def in_words(error: Exception) -> str:
+    """Why `decoded` failed."""
+    return _named_twice(error) if isinstance(error, _NamedTwice) else str(error)
+
+
+def _named_twice(error: Exception) -> str:
+    return f'the field "{error}" is named twice, and one of the two would be lost'
+
+
 def _reason(text: str, first: str, error: Exception) -> str:
     """Why a line is not read, in words; `first` is the file's first line that is not blank."""
     if isinstance(error, _NamedTwice):
-        return f'the field "{error}" is named twice, and one of the two would be lost'
+        return _named_twice(error)
     if isinstance(error, RecursionError):
         return "lists or objects are nested too deeply for Python's json"
     if not isinstance(error, json.JSONDecodeError):

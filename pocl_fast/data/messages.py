@@ -6,11 +6,19 @@ Knows roles, tools and their calls, and content in parts. Does not know records 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from pocl_fast.data import json_lines
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
+
+SHAREGPT = (
+    'these are turns of ShareGPT: rename "conversations" to "messages", "from" to "role" and "value" to "content", and'
+    ' write the roles as "user" (human), "assistant" (gpt) and "system"'
+)
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 
 class Message(TypedDict, total=False):
@@ -85,15 +93,20 @@ def _turn(message: Any, place: str) -> Message:
     if not calls and "function_call" in given:  # as it was called before there could be several
         calls = [{"type": "function", "function": given.pop("function_call")}]
     if not isinstance(role, str) or not ("content" in given or calls):
+        if "from" in given and "value" in given:
+            raise InputError(f"{place}: {SHAREGPT}")
         hint = "".join(did_you_mean(field, ["role", "content"]) for field in given if field != "content")
         raise InputError(f'{place}: expected "role" and "content"; it has {sorted(map(str, message))}{hint}')
+    check_encodable(role, f'{place}, "role"')
     content = _content(given.pop("content", ""), place)
+    if role.lower() in _ROLES:
+        raise InputError(f'{place}: the role "{role}" is written "{_ROLES[role.lower()]}" here')
     if calls:
         given["tool_calls"] = _tool_calls(calls, place)
     if not isinstance(given.get("reasoning_content", ""), str):
         raise InputError(f'{place}: "reasoning_content" must be text, got {kind_of(given["reasoning_content"])}')
     if (not content or content.isspace()) and role not in ("tool", "system") and not calls:
-        raise InputError(f'{place}: "content" must be a non-empty string')
+        raise InputError(f'{place}: "content" must be a non-empty string: give it text, or leave the record out')
     if given:
         check_encodable(given, place)
     return {"role": role, "content": content, **given}  # type: ignore[typeddict-item]  # a data set's own fields
@@ -125,7 +138,7 @@ def _part(part: Any, place: str) -> str:
 
 def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
     place = f'{place}, "tool_calls"'
-    calls = _from_json(value, place) if isinstance(value, str) else without_nulls(value)
+    calls = _from_json(value, place) if isinstance(value, str) else value
     if not is_list(calls):
         raise InputError(f"{place} must be a list of calls, or that list as JSON text; got {kind_of(calls)}")
     return [_tool_call(call, f"{place}, call {i}") for i, call in enumerate(calls)]
@@ -133,16 +146,18 @@ def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 def _tool_call(call: Any, place: str) -> dict[str, Any]:
     """A call with its arguments as an object, which is what templates print."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+    given = {field: one for field, one in call.items() if not is_absent(one)} if isinstance(call, Mapping) else {}
+    function = given.get("function", given)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f'{place}: expected {{"function": {{"name", "arguments"}}}}, got {call!r:.80}')
-    function = dict(function)
-    arguments = function.get("arguments")
+    function = {field: one for field, one in function.items() if not is_absent(one)}
+    arguments = function.get("arguments", "")
     if isinstance(arguments, str):
-        function["arguments"] = arguments = _from_json(arguments, f"{place}, arguments") if arguments.strip() else {}
-    if not isinstance(arguments, (Mapping, type(None))):
+        arguments = _from_json(arguments, f"{place}, arguments") if arguments.strip() else {}
+    if not isinstance(arguments, Mapping):
         raise InputError(f"{place}: arguments must be an object, or its JSON text; got {kind_of(arguments)}")
-    return {**call, "function": function} if "function" in call else function
+    function["arguments"] = dict(arguments)  # a null among them is what the call says
+    return {**given, "function": function} if "function" in given else function
 
 
 def calls_as_text(message: Message) -> str:
@@ -159,7 +174,7 @@ def text_of(value: Any, where: str, field: str, item: int | None = None) -> str:
         as_text = f'; write it as text: "{value}"' if isinstance(value, (int, float)) else ""
         raise InputError(f"{_place(where, field, item)} must be a string, got {kind_of(value)}{as_text}")
     if not value or value.isspace():
-        raise InputError(f"{_place(where, field, item)} is empty")
+        raise InputError(f"{_place(where, field, item)} is empty: give it text, or leave it out")
     if not value.isascii():
         check_encodable(value, _place(where, field, item))
     return value
@@ -173,7 +188,10 @@ def check_encodable(value: Any, place: str) -> None:
     """Raises `InputError` where text, or text within a value, has half of a surrogate pair, which no tokenizer has."""
     if isinstance(value, str) and value.isascii():
         return
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place} cannot be written as JSON ({error})") from error
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -191,8 +209,11 @@ def without_nulls(value: Any) -> Any:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a field's value says that there is none: null, or the NaN that pandas writes in its place."""
-    return value is None or (isinstance(value, float) and value != value)
+    """Whether a field's value says that there is none: null, or the NaN, NA or NaT that pandas writes in its place."""
+    if value is None or (isinstance(value, float) and value != value):
+        return True
+    pandas = sys.modules.get("pandas")  # not imported for this: who has its values has it
+    return pandas is not None and (value is pandas.NA or value is pandas.NaT)
 
 
 def is_list(value: Any) -> bool:
@@ -207,6 +228,6 @@ def kind_of(value: Any) -> str:
 
 def _from_json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json_lines.decoded(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is text that is not JSON ({error}): {text!r:.60}") from error
+        raise InputError(f"{place} is text that is not JSON ({json_lines.in_words(error)}): {text!r:.60}") from error

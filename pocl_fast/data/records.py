@@ -14,8 +14,10 @@ from typing import Any
 
 from pocl_fast.data import containers, json_lines
 from pocl_fast.data.messages import (
+    SHAREGPT,
     Message,
     calls_as_text,
+    check_encodable,
     conversation,
     is_absent,
     text_of,
@@ -27,12 +29,14 @@ from pocl_fast.system.typed_values import did_you_mean
 
 FORMATS = (
     'one of {"instruction", "input" (may be missing), "output"}, {"prompt", "response"} or'
-    ' {"messages": [{"role", "content"}]}; "output" and "response" are a string or a list of accepted references'
+    ' {"messages": [{"role", "content"}]}; "output" and "response" are a string or a list of accepted references,'
+    ' and each goes with "instruction" and "prompt" alike'
 )
 QUESTIONS, ANSWERS, INPUTS = ("prompt", "instruction"), ("response", "output"), ("input", "context")
 OPTIONAL = (*INPUTS, "system", "history", "tools")  # what a record may have besides
 KNOWN = frozenset({"messages", *QUESTIONS, *ANSWERS, *OPTIONAL})
-KNOWN_IN_CHAT = KNOWN.difference(QUESTIONS, INPUTS)  # a question beside messages would be asked twice
+ONE_QUESTION = frozenset({*QUESTIONS, *INPUTS})  # what only a record without messages has
+KNOWN_IN_CHAT = KNOWN.difference(ONE_QUESTION)  # a question beside messages would be asked twice
 REQUIRED = frozenset({"messages", *QUESTIONS, *ANSWERS})  # one of them at least
 MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})  # half of the question, and no text
 
@@ -106,7 +110,7 @@ def _instruction(given: dict[str, Any], index: int, line: int, where: str) -> Sa
     text, extra = _text(given, question, where), _extra_text(given, where)
     turns: tuple[Message, ...] = ({"role": "user", "content": f"{text}\n\n{extra}" if extra else text},)
     if "system" in given or "history" in given:
-        turns = (*_system(given, where), *_history(given, where), *turns)
+        turns = (*_with_system(given, _history(given, where), "history", where), *turns)
     return Sample(
         index,
         line,
@@ -115,7 +119,7 @@ def _instruction(given: dict[str, Any], index: int, line: int, where: str) -> Sa
         instruction=text,
         input=extra,
         tools=_tools(given, where) if "tools" in given else (),
-        unused=() if KNOWN.issuperset(given) else _unread(given, KNOWN),
+        unused=() if KNOWN.issuperset(given) else _unread(given, KNOWN, where),
     )
 
 
@@ -130,11 +134,7 @@ def _chat(given: dict[str, Any], index: int, line: int, where: str) -> Sample:
     *before, answer = messages
     if answer["role"] != "assistant":
         raise InputError(f'{where}: the last of "messages" must be the assistant\'s, got "{answer["role"]}"')
-    if system := _system(given, where):
-        if before[0]["role"] != "system":
-            before = [*system, *before]
-        elif before[0]["content"] != system[0]["content"]:
-            raise InputError(f'{where}: "system" and the system message in "messages" differ; leave one out')
+    before = list(_with_system(given, before, "messages", where))
     return Sample(
         index,
         line,
@@ -143,7 +143,7 @@ def _chat(given: dict[str, Any], index: int, line: int, where: str) -> Sample:
         instruction=before[-1]["content"],
         tools=_tools(given, where) if "tools" in given else (),
         answer=answer if len(answer) > 2 else None,
-        unused=_unread(given, KNOWN_IN_CHAT),
+        unused=_unread(given, KNOWN_IN_CHAT, where),
     )
 
 
@@ -156,6 +156,8 @@ def _check_fields(given: Mapping[str, Any], where: str) -> None:
     """Raises `InputError` for a record without any known field, and for one that is not of text alone."""
     if REQUIRED.isdisjoint(given):
         fields = sorted(map(str, given))
+        if "conversations" in given:
+            raise InputError(f"{where}: no known field in {fields}; {SHAREGPT}")
         tokens = "; records are texts here, not token ids" if "input_ids" in given else ""
         raise InputError(f"{where}: no known field in {fields}{_near(given)}{tokens}; expected {FORMATS}")
     if MEDIA.isdisjoint(given):
@@ -196,6 +198,17 @@ def _system(given: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     return ({"role": "system", "content": text_of(given["system"], where, "system")},)
 
 
+def _with_system(given: Mapping[str, Any], before: Sequence[Message], field: str, where: str) -> Sequence[Message]:
+    """The turns with the system message of the field "system" at their head. Raises `InputError` where the turns, those
+    of `field`, have another."""
+    system = _system(given, where)
+    if not system or not before or before[0]["role"] != "system":
+        return [*system, *before]
+    if before[0]["content"] != system[0]["content"]:
+        raise InputError(f'{where}: "system" and the system message in "{field}" differ; leave one out')
+    return before
+
+
 def _history(given: Mapping[str, Any], where: str) -> Sequence[Message]:
     return turns_before(given["history"], where) if given.get("history") else ()
 
@@ -216,20 +229,19 @@ def _references(given: Mapping[str, Any], field: str, where: str) -> tuple[str, 
     if value.__class__ is str or not isinstance(value, (list, tuple)):
         return (_text(given, field, where),)
     if not value:
-        raise InputError(f'{where}: field "{field}" is an empty list')
+        raise InputError(f'{where}: field "{field}" is an empty list: give it an answer, or leave the record out')
     for position, reference in enumerate(value):
-        if not isinstance(reference, str) or not reference or reference.isspace():
-            raise InputError(
-                f'{where}: field "{field}", item {position}: expected a non-empty string, got {reference!r}'
-            )
-        if not reference.isascii():  # the call costs as much as the rest, and some samples have many references
+        # the call costs as much as the rest, and some samples have many references
+        if reference.__class__ is not str or not reference.isascii() or not reference or reference.isspace():
             text_of(reference, where, field, position)
     return tuple(value)
 
 
-def _unread(given: Mapping[str, Any], known: frozenset[str]) -> tuple[str, ...]:
+def _unread(given: Mapping[str, Any], known: frozenset[str], where: str) -> tuple[str, ...]:
     """The names of fields outside of `known` that say something."""
-    left = (field for field, value in given.items() if field not in known and not _says_nothing(value))
+    left = [field for field, value in given.items() if field not in known and not _says_nothing(value)]
+    for field in left:
+        check_encodable(str(field), f"{where}: the name of a field")
     return tuple(sys.intern(str(field)) for field in left)  # each line's JSON makes them anew
 
 

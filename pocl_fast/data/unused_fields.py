@@ -9,14 +9,55 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from pocl_fast.data.answer_span import REASONING_TAGS
 from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
 from pocl_fast.data.messages import Message
-from pocl_fast.data.records import OPTIONAL, Sample
+from pocl_fast.data.records import KNOWN, ONE_QUESTION, OPTIONAL, Sample
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 
 MEANS_MORE = frozenset({"tools", "tool_calls"})  # without them the answer answers something else
 _OTHER_TEXT = "another text"
+
+
+_SHORT = 16  # a shorter text may be in a prompt by chance
+
+
+class UnshownTurns:
+    """Finds the turns before an answer that a template leaves out of the prompt, or ends before their end."""
+
+    def __init__(self, chat: ChatTemplate) -> None:
+        self._chat = chat
+        self._shown: set[tuple[tuple[str, ...], int]] = set()  # roles of a conversation, and the turn's place
+
+    def places(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: str) -> list[int]:
+        """Which of the messages are not, or not to their end, in their prompt. System messages are not looked at, nor
+        reasoning."""
+        roles = tuple(message["role"] for message in messages)
+        suspects, behind = [], 0
+        for place, message in enumerate(messages):
+            said = message["content"].rpartition(REASONING_TAGS[1])[2].strip()
+            if not said or message["role"] in ("system", "developer"):
+                continue
+            found = prompt.find(said, behind)
+            if found < 0 or (len(said) < _SHORT and (roles, place) not in self._shown):
+                suspects.append(place)
+            behind = max(behind, found + len(said)) if found >= 0 else behind
+        return [place for place in suspects if not self._is_shown(messages, tools, roles, place)]
+
+    def _is_shown(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], roles: tuple[str, ...], place: int
+    ) -> bool:
+        """Whether the template writes otherwise what this turn would say with more at its end."""
+        turn = messages[place]
+        longer = [*messages[:place], {**turn, "content": f"{turn['content']} {_OTHER_TEXT}"}, *messages[place + 1 :]]
+        try:
+            shown = self._chat.render(messages, tools, prompt=True) != self._chat.render(longer, tools, prompt=True)
+        except TemplateRefusal:
+            return True  # of the longer text alone: it is looked at, then
+        if shown and len(self._shown) < 10_000:
+            self._shown.add((roles, place))
+        return shown
 
 
 class Encoder(Protocol):
@@ -100,17 +141,25 @@ class UnusedFields:
         return self._chat.render(turns, tools, prompt=False)
 
     def _refuse(self, sample: Sample, why: str) -> None:
-        raise InputError(
-            f"{self._name}, line {sample.line}: {why}, and without it the answer would be to another question. Take a"
-            " tokenizer with a chat template that shows it (--template chat), or leave such records out"
-        )
+        raise means_more(f"{self._name}, line {sample.line}", why)
+
+
+def means_more(where: str, why: str) -> InputError:
+    """The error for a record of which something is left out without which the answer answers something else."""
+    return InputError(
+        f"{where}: {why}, and without it the answer would be to another question. Take a"
+        " tokenizer with a chat template that shows it, or give one as a file (--chat-template FILE), or leave such"
+        " records out"
+    )
 
 
 def describe(counts: Sequence[tuple[str, int]]) -> str:
     """The counted fields in words: "fields not used: id (12 records), inptu (1 record; did you mean input?)"."""
     parts = []
     for field, count in counts:
-        hint = did_you_mean(field, OPTIONAL).strip(" ()")
+        hint = "" if field in KNOWN else did_you_mean(field, OPTIONAL).strip(" ()")
+        if field in ONE_QUESTION:
+            hint = 'not read beside "messages"'
         records = "1 record" if count == 1 else f"{count:,} records"
         parts.append(f"{field} ({records}{'; ' + hint if hint else ''})")
     return f"fields not used: {', '.join(parts)}" if parts else ""

@@ -337,3 +337,15 @@ def test_a_role_in_brackets_opens_no_reasoning():
     template += "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
     prompt, said, _ = encoded({"prompt": "Hi", "response": "yes"}, tokenizer_of(template))
     assert (prompt, said) == ("<user>\nHi<|eot|>\n<assistant>\n", "yes<|eot|>")
+
+
+OLD_LLAMA_3 = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("end", ["{{ '<|start|>assistant\n\n' }}", ""], ids=["always there", "never asked for"])
+@pytest.mark.parametrize("answer", ["yes", "\nyes", "\n\nyes", "\n\n\nyes", " yes\n"])
+def test_blanks_of_a_header_are_not_those_of_an_answer_that_is_stripped(end, answer):
+    prompt, said, _ = encoded({"prompt": "Hi", "response": answer}, tokenizer_of(OLD_LLAMA_3 + end))
+    assert (prompt, said) == ("<|start|>user\n\nHi<|eot|><|start|>assistant\n\n", "yes<|eot|>")

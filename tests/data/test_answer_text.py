@@ -4,6 +4,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.records import samples_from
 
 END = "<|end|>"
 HEADER = "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
@@ -81,6 +82,33 @@ def test_tags_that_are_no_block_before_the_answer_stay(said):
 def test_reasoning_is_compared_where_the_reference_has_it():
     said = "<think>\nPeru's.\n</think>\n\nLima"
     assert read(PLAIN, said, reference=said) == said
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "<think>\nPeru's.\n</think>\n\nLima",
+        "<think>Peru's.</think>Lima",
+        "<think> Peru's. </think> Lima",
+        "Peru's.\n</think>\n\nLima",
+        "<think>\n</think>\nLima",
+    ],
+)
+@pytest.mark.parametrize("chat", [PLAIN, EMPTY, OPENED])
+def test_a_student_that_says_what_it_was_trained_on_is_read_as_its_reference(chat, reference, special):
+    tokenizer = tiny_tokenizer()
+    tags = ["<think>", "</think>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", *(tags if special else [])]})
+    tokenizer.chat_template = chat
+    encoder = SampleEncoder(tokenizer)
+    [sample] = samples_from([{"prompt": "Hi", "response": reference}], "x")
+    one = encoder.encode(sample, max_length=900, max_prompt_length=800)
+    assert one.response_ids[-1] == encoder.end_id
+    [text] = encoder.answer_texts([one.response_ids[:-1]], [[reference]])
+    assert text == reference
+    [wrong] = encoder.answer_texts([tokenizer("Chile's.</think>Lima").input_ids], [[reference]])
+    assert wrong != reference
 
 
 def test_an_end_of_turn_in_plain_text_is_not_compared():

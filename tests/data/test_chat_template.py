@@ -126,7 +126,7 @@ def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path):
         encoder(tmp_path, tokenizer, chat_template_kwargs={"enable_thinkng": False})
     with pytest.raises(InputError, match="messages: the chat template has no such variable to be given"):
         encoder(tmp_path, tokenizer, chat_template_kwargs={"messages": []})
-    with pytest.raises(InputError, match="it reads none"):
+    with pytest.raises(InputError, match="reads no variables: leave --chat-template-kwargs out"):
         encoder(tmp_path, tiny_tokenizer(), chat_template_kwargs={"enable_thinking": False})
 
 

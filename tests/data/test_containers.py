@@ -91,6 +91,8 @@ def test_a_data_frame_says_what_to_give():
         (ArrowTable(), r"data is a ArrowTable, .* give data\.to_pylist\(\)"),
         (Table(), "record 1: expected a dict, got str 'prompt'"),
         ([], "data holds no sample"),
+        (dict, "data is the class dict and holds no records: give a list of dicts"),
+        (Table, "data is the class Table"),
         (iter(()), "data holds no sample"),
         ([{"input_ids": [1], "labels": [1]}], "records are texts here, not token ids"),
         ([{1: "a", "b": 2}], r"no known field in \['1', 'b'\]"),

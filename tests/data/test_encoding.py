@@ -77,8 +77,15 @@ def test_no_prompt_within_the_limit_is_an_error_even_when_skipping(tmp_path):
 def test_a_template_that_leaves_the_answer_out_is_refused_with_file_and_line(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | upper")
-    with pytest.raises(InputError, match=r"a\.jsonl, line 1: the chat template leaves the answer out, or rewrites it"):
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: the chat template leaves every answer out, or re"):
         _encode(tmp_path, {"prompt": "a", "response": "b"}, tokenizer)
+
+
+def test_a_template_that_leaves_every_answer_out_is_to_blame_and_not_the_record():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("messages %}", "messages if m['role'] == 'user' %}")
+    with pytest.raises(InputError, match=r"x, line 1: the chat template leaves every answer out.*\. Take another"):
+        one_of(tokenizer, {"prompt": "Hi", "response": "yes"})
 
 
 def test_a_tokenizer_without_an_end_token_is_refused():
@@ -140,26 +147,63 @@ def test_the_alpaca_template_is_one_text_with_its_answer_too(scheme):
     assert list(one.prompt_ids + one.response_ids) == [*whole, tokenizer.eos_token_id]
 
 
-def test_an_added_token_across_the_border_is_the_responses():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["\nXY"])  # the header's line end and the answer's first letters
-    one = one_of(tokenizer, {"prompt": "a", "response": "XYZ"})
-    assert tokenizer.decode(one.prompt_ids).endswith("<|start|>assistant")
-    assert tokenizer.convert_ids_to_tokens(list(one.response_ids)) == ["\nXY", "Z", "<|end|>"]
-
-
-def test_a_merge_across_the_border_is_the_responses():
+def merging(*pairs):
+    """A byte-level tokenizer with these merges: "\\n\\n" one token, as in many families."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*alphabet, "<|pad|>", "<|start|>", "<|end|>", "ĊĊ"])}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = ["<|pad|>", "<|start|>", "<|end|>", *("".join(pair) for pair in pairs)]
+    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*alphabet, *made])}, merges=list(pairs)))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
     special = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "additional_special_tokens": ["<|start|>"]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.chat_template = tiny_tokenizer().chat_template
-    one = one_of(tokenizer, {"prompt": "a", "response": "\n\nb"})
+    return tokenizer
+
+
+@pytest.mark.parametrize("answer", ["b", "\nb", "\n\nb", "\n\n\nb", "XYZ", "> b"])
+@pytest.mark.parametrize("added", [[], ["\nXY"]], ids=["merges", "added token"])
+def test_the_prompt_is_as_asked_whatever_the_answer_begins_with(answer, added):
+    tokenizer = merging(("Ċ", "Ċ"), ("Ċ", ">"))
+    tokenizer.add_tokens(added)
+    one = one_of(tokenizer, {"prompt": "a", "response": answer})
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_dict=False
+    )
+    assert list(one.prompt_ids) == asked
+    assert tokenizer.decode(one.response_ids) == answer + "<|end|>"
+    if answer == "\n\nb":
+        assert tokenizer.convert_ids_to_tokens(list(one.response_ids)) == ["ĊĊ", "b", "<|end|>"]
+
+
+@pytest.mark.parametrize("closed", ["<think>\n", "<think>"])
+def test_a_prompt_that_opens_reasoning_is_as_asked_for_an_answer_without_any(closed):
+    tokenizer = merging(("Ċ", "Ċ"), (">", "Ċ"))
+    head, foot = tokenizer.chat_template.split("assistant\n")
+    tokenizer.chat_template = head + f"assistant\n{closed}" + foot
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_dict=False
+    )
+    for answer in ("b", "\nb", "<think>\nhmm\n</think>\n\nb", "<think>\n\nhmm\n</think>\n\nb"):
+        one = one_of(tokenizer, {"prompt": "a", "response": answer})
+        assert list(one.prompt_ids) == asked
+        assert tokenizer.decode(one.response_ids).endswith("b<|end|>")
+        assert tokenizer.decode(one.response_ids).count("</think>") == 1
+
+
+def test_a_blank_that_the_answers_first_token_takes_in_is_the_responses():
+    tokenizer = merging(("Ġ", "b"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("'\n'", "' '").replace("\n", " ")
+    one = one_of(tokenizer, {"prompt": "a", "response": "b"})
     assert tokenizer.decode(one.prompt_ids).endswith("<|start|>assistant")
-    assert tokenizer.convert_ids_to_tokens(list(one.response_ids)) == ["ĊĊ", "Ċ", "b", "<|end|>"]
+    assert tokenizer.convert_ids_to_tokens(list(one.response_ids)) == ["Ġb", "<|end|>"]
+
+
+def test_a_letter_of_the_prompt_is_no_part_of_the_answer():
+    tokenizer = merging(("]", "Ġ"))
+    tokenizer.chat_template = MISTRAL
+    one = one_of(tokenizer, {"prompt": "a", "response": "é"})
+    assert tokenizer.decode(one.prompt_ids).endswith("[/INST]")
+    assert tokenizer.decode(one.response_ids) == " é<|end|>"
 
 
 def test_a_special_token_that_swallows_blanks_stays_in_the_prompt():

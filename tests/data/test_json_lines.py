@@ -108,7 +108,9 @@ def test_pretty_printed_json_is_called_so(tmp_path):
         (ONE.encode("utf-16"), "UTF-16"),
         (ONE.encode("utf-16-be"), "UTF-16"),
         (ONE.encode("utf-16-le"), "UTF-16"),
-        (ONE.encode("utf-32"), "UTF-16"),
+        (ONE.encode("utf-32"), "UTF-32"),
+        (ONE.encode("utf-32-be"), "UTF-32"),
+        (ONE.encode("utf-32-le"), "UTF-32"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "Git LFS pointer"),
     ],
 )

@@ -67,6 +67,8 @@ def test_a_system_field_beside_messages_is_their_first_turn():
     assert '"system" and the system message in "messages" differ' in both
 
 
+RING: list = []
+RING.append(RING)
 NAN = float("nan")
 
 
@@ -98,7 +100,7 @@ def test_a_null_field_is_an_absent_field(record, none):
 
 def test_null_fields_of_messages_and_tools_are_absent_as_arrow_fills_them():
     message = {"tool_calls": None, "reasoning_content": None, "tool_call_id": None, "name": None}
-    call = {**CALL, "id": None, "function": {"name": "f", "arguments": {"x": "1", "y": None}}}
+    call = {**CALL, "id": None, "function": {"name": "f", "arguments": {"x": "1"}, "strict": None}}
     messages = [{**USER, **message}, {**ANSWER, **message, "tool_calls": [call]}]
     parameters = {"properties": {"x": {"type": "string"}, "y": None}}
     tools = [{"type": "function", "function": {"name": "f", "description": None, "parameters": parameters}}]
@@ -161,7 +163,16 @@ def test_fields_that_say_something_and_are_not_read_are_named():
         ({"prompt": "q", "response": True}, 'field "response" must be a string, got bool'),
         ({"prompt": 4.5, "response": "a"}, 'field "prompt" must be a string, got float; write it as text: "4.5"'),
         ({"prompt": "q", "response": float("inf")}, 'field "response" must be a string, got float'),
-        ({"prompt": "q", "response": ["a", None]}, 'field "response", item 1: expected a non-empty string, got None'),
+        ({"prompt": "q", "response": ["a", None]}, 'field "response", item 1 must be a string, got null'),
+        ({"prompt": "q", "response": ""}, 'field "response" is empty: give it text, or leave it out'),
+        ({"prompt": "q", "response": ["a", " "]}, 'field "response", item 1 is empty: give it text, or leave it out'),
+        ({"prompt": "q", "response": []}, 'field "response" is an empty list: give it an answer'),
+        ({"prompt": "q", "response": "a", "x\ud800": 1}, "the name of a field has half of a surrogate pair"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, 'rename "conversations" to "messages"'),
+        (
+            {"prompt": "q", "response": "a", "system": "s", "history": [{"role": "system", "content": "t"}, USER]},
+            '"system" and the system message in "history" differ',
+        ),
         ({"prompt": "q", "response": {"text": "a"}}, 'field "response" must be a string, got dict'),
         ({"prompt": "q", "response": "a", "output": "b"}, 'both "response" and "output" are given'),
         ({"prompt": "q", "instruction": "q", "output": "b"}, 'both "prompt" and "instruction" are given'),
@@ -201,7 +212,13 @@ def test_a_record_that_cannot_be_meant_so_is_refused_by_its_field(record, says):
     [
         ("a text", 'expected "role" and "content", got str'),
         ({"role": "user", "contnt": "q"}, "(did you mean content?)"),
-        ({"from": "human", "value": "q"}, "expected \"role\" and \"content\"; it has ['from', 'value']"),
+        ({"from": "human", "value": "q"}, 'rename "conversations" to "messages", "from" to "role"'),
+        ({"role": "human", "content": "q"}, 'the role "human" is written "user" here'),
+        ({"role": "GPT", "content": "a"}, 'the role "GPT" is written "assistant" here'),
+        ({"role": "us\ud800r", "content": "q"}, '"role" has half of a surrogate pair'),
+        ({**USER, "note\ud800": 1}, "half of a surrogate pair"),
+        ({**USER, "note": RING}, "cannot be written as JSON (Circular reference detected)"),
+        ({**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]}, 'the field "x" is named twice'),
         ({"role": None, "content": "q"}, 'expected "role" and "content"'),
         ({"role": "user", "content": None}, 'expected "role" and "content"'),
         ({"role": "user", "content": "  "}, '"content" must be a non-empty string'),
@@ -228,8 +245,36 @@ def test_a_message_that_is_none_is_refused_by_its_place(message, says):
 
 
 @pytest.mark.parametrize(
-    "messages", [[], [ANSWER], [USER, ANSWER, USER], [USER, {"role": "gpt", "content": "a"}], "[]", 3]
+    "messages", [[], [ANSWER], [USER, ANSWER, USER], [USER, {"role": "expert", "content": "a"}], "[]", 3]
 )
 def test_a_conversation_ends_with_the_assistants_answer(messages):
     said = refusal(messages=messages)
     assert "at least a user and an assistant message" in said or "assistant's" in said or "must be a list" in said
+
+
+@pytest.mark.parametrize("arguments", [None, NAN, "", " ", {}, "{}"])
+def test_a_call_without_arguments_has_none(arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    for calls in ([call], json.dumps([call])):
+        sample = sample_of(messages=[USER, {**ANSWER, "tool_calls": calls}])
+        assert sample.answer["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+def test_arguments_keep_their_nulls_as_text_and_as_an_object():
+    given = {"x": None, "y": [None, {"z": None}]}
+    for arguments in (given, json.dumps(given)):
+        sample = sample_of(messages=[USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": arguments}]}])
+        assert sample.answer["tool_calls"] == [{"name": "f", "arguments": given}]
+
+
+def test_a_system_message_that_history_repeats_is_there_once():
+    system = {"role": "system", "content": "s"}
+    sample = sample_of(prompt="q", response="a", system="s", history=[system, USER, ANSWER])
+    assert told(sample) == [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "q")]
+
+
+def test_pandas_na_is_absent():
+    pandas = pytest.importorskip("pandas")
+    for none in (pandas.NA, pandas.NaT):
+        sample = sample_of(prompt="q", response="a", input=none, system=none, note=none, messages=none)
+        assert sample == sample_of(prompt="q", response="a")

@@ -138,3 +138,43 @@ def test_what_changes_the_question_and_has_no_place_is_refused_with_its_line(rec
 def test_the_alpaca_template_takes_a_conversation_of_one_turn_and_counts_the_rest():
     record = {"messages": [USER, {**ANSWER, "reasoning_content": "why"}]}
     assert report_of(record, template=None).endswith("; the template does not write the reasoning of 1 (line 1)")
+
+
+LAST_ONLY = (
+    "{{ '<|start|>user\n' + (messages | selectattr('role', 'equalto', 'user') | list)[-1].content + '<|end|>\n' }}"
+    "{% if messages[-1].role == 'assistant' %}{{ '<|start|>assistant\n' + messages[-1].content + '<|end|>\n' }}"
+    "{% elif add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+WINDOW = "{% if messages | length > 3 %}{% set messages = messages[-3:] %}{% endif %}" + CHAT_TEMPLATE
+CUT = CHAT_TEMPLATE.replace("m['content']", "(m['content'] if m['role'] != 'user' else m['content'][:40])")
+NO_QUESTION = CHAT_TEMPLATE.replace("messages %}", "messages if m['role'] != 'user' %}")
+
+
+@pytest.mark.parametrize("earlier", ["u", "a longer question of an earlier turn"])
+@pytest.mark.parametrize("template", [LAST_ONLY, WINDOW])
+def test_earlier_turns_that_the_template_leaves_out_are_counted_with_lines(template, earlier):
+    record = {"messages": [{**USER, "content": earlier}, *(ANSWER, USER) * 2, ANSWER]}
+    said = report_of({"prompt": "q", "response": "a"}, record, record, template=template)
+    assert said.endswith("; the template does not write the earlier turns of 2 (lines 2, 3)")
+
+
+@pytest.mark.parametrize("question", ["a", "q?", "a question of some more words"])
+def test_a_question_that_the_template_leaves_out_is_refused(question):
+    said = refusal({"prompt": question, "response": "a"}, template=NO_QUESTION)
+    assert said.startswith("data, line 1: the chat template leaves the question out")
+
+
+def test_a_question_that_the_template_cuts_is_refused():
+    assert "or a part of it" in refusal({"prompt": "a word " * 8, "response": "a"}, template=CUT)
+
+
+@pytest.mark.parametrize("filter", ["upper", "tojson", "trim", "replace('q', 'Q')"])
+def test_turns_that_the_template_rewrites_are_not_left_out(filter):
+    written = CHAT_TEMPLATE.replace("m['content']", f"(m['content'] if loop.last else m['content'] | {filter})")
+    record = {"messages": [{**USER, "content": ' a "q"\n\t and more of it '}, ANSWER, USER, ANSWER]}
+    assert report_of(record, template=written) == "data: 1 samples"
+
+
+def test_a_question_beside_messages_is_named_without_a_hint_to_itself():
+    said = report_of({"messages": [USER, ANSWER], "input": "i"})
+    assert said.endswith('fields not used: input (1 record; not read beside "messages")')

@@ -1,0 +1,85 @@
+"""The tokens of a prompt and of its answer, out of the two as one text: which token begins the answer.
+
+Knows tokenizers. Does not know templates, nor what ends an answer (encoding.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+_ANCHORS = ("1", "a", ".", "\n", "]", "#")  # texts that stand before an answer to be tokenised without its prompt
+
+
+class TokenBorder:
+    """Cuts a tokenised text where the answer begins.
+
+    Prompt and answer are tokenised as one text, as a model reads them. A blank before the answer that its first token
+    takes in, as SentencePiece does, belongs to the answer. Any other text of the prompt stays in it: where a token
+    would take in some of it, such as the header's line end, prompt and answer are tokenised apart. So every answer to
+    a question has the prompt that a model is asked with. A special token that swallows the blanks behind it is the
+    prompt's.
+    """
+
+    def __init__(self, tokenizer: Any, special: Collection[int]) -> None:
+        """`special` are the ids of the tokenizer's added tokens."""
+        self._tokenizer, self._special = tokenizer, special
+
+    def parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """The prompt's tokens and the answer's."""
+        encoded = self._tokenizer(prompt + answer, add_special_tokens=False)
+        ids = list(encoded.input_ids)
+        if self._tokenizer.is_fast:
+            first, taken = self._first_token(encoded, prompt, answer)
+            # no merge crosses the border here; but blanks are split by what follows them
+            if not taken and prompt[-2:].isspace() and ids[:first] != (asked := self._ids(prompt)):
+                return asked, self._alone(answer) or ids[first:]
+        else:
+            first, taken = self._first_other(ids, prompt)
+        if taken.strip(" ▁Ġ") or len(taken) > 1:
+            apart = self._alone(answer)
+            if apart is not None:
+                return self._ids(prompt), apart
+        return ids[:first], ids[first:]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _alone(self, answer: str) -> list[int] | None:
+        """The answer's tokens behind a text that none of them takes in, so that it does not count as a text's
+        beginning; None where there is no such text."""
+        for anchor in _ANCHORS:
+            before, both = self._ids(anchor), self._ids(anchor + answer)
+            if before and both[: len(before)] == before:
+                return both[len(before) :]
+        return None
+
+    def _first_token(self, encoded: Any, prompt: str, answer: str) -> tuple[int, str]:
+        """The first token with a character of the answer, or one there that stands for no character, such as
+        SentencePiece's blank at the start of a word; and the text of the prompt that it takes in."""
+        ids, border = encoded.input_ids, len(prompt)
+        place = border
+        last = encoded.token_to_chars(len(ids) - 1) if ids else None
+        limit = last.end if last else border
+        first = None
+        while first is None and place < limit:  # blanks that the tokenizer drops are in no token
+            first, place = encoded.char_to_token(place), place + 1
+        if first is None:
+            return len(ids), ""
+        span = encoded.token_to_chars(first)
+        crosses = span is not None and span.start < border
+        if crosses and answer[: span.end - border].isspace() and ids[first] in self._special:
+            return first + 1, ""
+        while first > 0 and (before := encoded.token_to_chars(first - 1)) is not None and before.start >= border:
+            first -= 1
+        return first, prompt[span.start : border] if crosses else ""
+
+    def _first_other(self, ids: Sequence[int], prompt: str) -> tuple[int, str]:
+        """The same of a tokenizer that does not tell where its tokens are: the first token that the prompt alone has
+        not."""
+        asked = self._ids(prompt)
+        pairs = zip(asked, ids, strict=False)
+        first = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(asked), len(ids)))
+        if first == len(asked):
+            return first, ""
+        return first, "".join(self._tokenizer.convert_ids_to_tokens(asked[first:]))
