@@ -53,7 +53,7 @@ SHORTEST = 20  # tokens of a sample
 
 def packing_ready(
     model: nn.Module,
-    say: Callable[[str], object],
+    say: Callable[[str], object] | None,
     *,
     device: torch.device | str | None = None,
     trains: bool = False,
@@ -61,8 +61,14 @@ def packing_ready(
     """Enables packing (see `enable_packing`) and returns how the model's batches are to be laid out: packed, where that
     holds for it. `say` is told how the model attends, or that its samples are padded instead. Raises `InputError` where
     the model does not run at all."""
-    enable_packing(model, say, device=device, trains=trains)
-    return packing_holds(model, say)
+    attends: list[str] = []
+    found: list[str] = []
+    enable_packing(model, attends.append if say else None, device=device, trains=trains)
+    rows = packing_holds(model, found.append if say else None)
+    for line in attends + found if rows == Rows.PACKED else found[-1:]:
+        if say:
+            say(line)
+    return rows
 
 
 def packing_holds(model: Any, say: Callable[[str], object] | None = None) -> Rows:

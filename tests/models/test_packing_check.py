@@ -309,7 +309,7 @@ def test_a_model_that_refuses_packed_rows_is_padded_in_its_own_words(monkeypatch
     monkeypatch.setattr(LlamaForCausalLM, "forward", refuses)
     assert not packing_ready(model, said.append)
     assert "(cannot keep packed sequences apart): they are padded instead" in said[-1]
-    assert len(said) == 2  # the way it would attend, and this
+    assert len(said) == 1
 
 
 def test_a_family_that_wants_a_package_for_packed_rows_is_padded():

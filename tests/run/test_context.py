@@ -140,7 +140,10 @@ def test_words_that_are_no_variables_are_refused(inputs, tmp_path, capsys):
     words = select(options(inputs), "measure")
     for given, says in (
         (["enable_thinking"], "must be NAME=VALUE, got 'enable_thinking'"),
-        (["enable_thinking=false"], "--chat-template-kwargs enable_thinking: the chat template has no such variable"),
+        (
+            ["enable_thinking=false"],
+            "--chat-template-kwargs enable_thinking: the chat template reads no variables: leave",
+        ),
         ([], "--chat-template-kwargs needs NAME=VALUE words"),
     ):
         said = refusal(capsys, "measure", tmp_path / "out", *words, "--chat-template-kwargs", *given)
