@@ -23,7 +23,7 @@ from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.options import ModelNames, RunConfig, RunModels, TrainerArguments
-from pocl_fast.run import train_step
+from pocl_fast.run import context, train_step
 from pocl_fast.run.configuration import from_options
 from pocl_fast.run.steps import open_run
 from pocl_fast.system.errors import InputError
@@ -205,8 +205,9 @@ def measured(run_of, monkeypatch):
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", counted)
-    for name in ("decoding_way", "shares_prefix"):  # which try the model out
-        monkeypatch.setattr(decoding, name, uncounted(getattr(decoding, name), rows))
+    trials = ((decoding, "decoding_way"), (decoding, "shares_prefix"), (context, "check_left_to_right"))
+    for module, name in trials:  # which try the model out
+        monkeypatch.setattr(module, name, uncounted(getattr(module, name), rows))
 
     def measure(folder, **options):
         rows.clear()

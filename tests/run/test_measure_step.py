@@ -190,7 +190,7 @@ def _ends_before_the_first_answer(path):
     encoder = SampleEncoder(tokenizer)
     data = SimpleNamespace(train=path, data_source="data", max_length=300, max_prompt_length=200, long_prompts="error")
     nothing = {"say": lambda _: None, "check_stream": lambda _: None}
-    context = SimpleNamespace(config=SimpleNamespace(data=data), encoder=encoder, train_set_is_loaded=False, **nothing)
+    context = SimpleNamespace(config=SimpleNamespace(data=data), encoder=encoder, train_file_is_loaded=False, **nothing)
     before, measure_step.IN_MEMORY = measure_step.IN_MEMORY, 0
     try:
         measure_step.train_pieces(context)
