@@ -145,6 +145,9 @@ def _trying(model: Any) -> Iterator[None]:
 def _choose(model: Any, probe: _Probe) -> Way:
     reasons: list[str] = []
     for way in WAYS:
+        if way.lengths == "any" and getattr(model.config.get_text_config(decoder=True), "index_topk", None):
+            reasons.append("it attends to tokens that an indexer chooses, and padding moves its choice")
+            continue
         reason = probe.fault(way)
         if reason is not None and reason.startswith(OFF) and probe.allow_for_the_cache():
             reason = probe.fault(way)
