@@ -34,9 +34,8 @@ from pocl_fast.models.probing import (
 )
 from pocl_fast.system.errors import InputError, first_line
 
-TOLERANCE = (
-    1e-4  # relative to the largest logit; fp32 rounds by 1e-6 to 1e-5, a state that counts padding is off by 1e-3
-)
+# relative to the largest logit; fp32 rounds by 1e-6 to 1e-5, a state that counts padding is off by 1e-3
+TOLERANCE = 1e-4
 NOISE = 4  # times the rounding that a model has between two lengths of one prompt (bf16: 1e-2 in 30 layers)
 MOST_NOISE = 0.01  # more is no rounding (fp32 by TF32 or bf16 products: 5e-3),
 MOST_NOISE_HALF = 0.1  # in bf16 and fp16 (0.06 between two kernels in a deep model)
@@ -145,6 +144,7 @@ def _trying(model: Any) -> Iterator[None]:
 def _choose(model: Any, probe: _Probe) -> Way:
     reasons: list[str] = []
     for way in WAYS:
+        # by its configuration, for a few random tokens meet the choices that padding moves by chance alone
         if way.lengths == "any" and getattr(model.config.get_text_config(decoder=True), "index_topk", None):
             reasons.append("it attends to tokens that an indexer chooses, and padding moves its choice")
             continue

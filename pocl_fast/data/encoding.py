@@ -6,7 +6,6 @@ Knows tokenizers. Does not know files (records.py), batches or models.
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pocl_fast.data import unused_fields
-from pocl_fast.data.answer_span import REASONING_TAGS, AnswerFinder, Split, called_names
+from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
 from pocl_fast.data.records import Sample
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "alpaca"]
-EARLIER_REASONING = "reasoning in earlier turns"
 
 # The templates of Stanford Alpaca, as in the code of MiniLLM, DistiLLM and POCL.
 ALPACA_NO_INPUT = (
@@ -79,7 +77,7 @@ class LengthReport:
         if self.unused:
             parts.append(unused_fields.describe(self.unused))
         for what, lines in self.unwritten:
-            purpose = ", as many templates do on purpose" if what == EARLIER_REASONING else ""
+            purpose = ", as many templates do on purpose" if what == unused_fields.EARLIER_REASONING else ""
             parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)}){purpose}")
         return "; ".join(parts)
 
@@ -98,10 +96,9 @@ class SampleEncoder:
 
     The last answer of a conversation is the response, the turns before it are the prompt. Both are tokenised as one
     text, as a model reads them, and cut as `TokenBorder` says: every answer to a question has the same prompt. Every
-    response ends with the template's end of
-    turn, and with the end-of-sequence token where the template has none or writes one that is no single token, unless
-    it is cut; generation stops at any of `end_ids`. Raises `InputError` for a tokenizer without an end-of-sequence
-    token, and for `template` "chat" where it has no chat template.
+    response ends with the template's end of turn, and with the end-of-sequence token where the template has none or
+    writes one that is no single token, unless it is cut; generation stops at any of `end_ids`. Raises `InputError` for
+    a tokenizer without an end-of-sequence token, and for `template` "chat" where it has no chat template.
     """
 
     def __init__(
@@ -193,7 +190,7 @@ class SampleEncoder:
             ) from refusal
         messages = self.chat.messages(sample.messages)
         self._check_turns(messages, sample, split, where)
-        for what in unwritten(messages, sample.tools, sample.answer_turn, split):
+        for what in unused_fields.unwritten(messages, sample.tools, sample.answer_turn, split):
             self._unwritten.setdefault(what, []).append(sample.line)
         prompt, response = self._tokens(split)
         if not self._end_is_known:
@@ -263,50 +260,6 @@ def encoder_of(
     if options.chat_template is not None:
         make_default(tokenizer, options.chat_template)  # whoever loads the student asks it as it was trained
     return SampleEncoder(tokenizer, "chat" if chat else "alpaca", chat=chat)
-
-
-def unwritten(messages: Sequence[Any], tools: Sequence[Any], answer: Any, split: Split) -> list[str]:
-    """What a conversation has and the text that a template wrote of it has not, in words."""
-    text = split.prompt + split.answer
-    lost = []
-    for message in messages:
-        said = message.get("content")
-        if message["role"] == "system" and isinstance(said, str) and said.strip() not in text:
-            lost.append("system message")
-    if tools and not any(_name(tool) in text for tool in tools):
-        lost.append("tools")
-    if any(name not in split.answer for name in called_names(answer)):
-        lost.append("tool calls")
-    said = _said(answer)
-    if answer.get("tool_calls") and not any(form in split.answer for form in (said, json.dumps(said)[1:-1])):
-        lost.append("content beside tool calls")
-    if any(thought not in split.answer for thought in _thoughts(answer)):
-        lost.append("reasoning")
-    if any(thought not in split.prompt for turn in messages for thought in _thoughts(turn)):
-        lost.append(EARLIER_REASONING)
-    return lost
-
-
-def _said(turn: Any) -> str:
-    """What a turn says behind its reasoning."""
-    content = turn.get("content")
-    return content.rpartition(REASONING_TAGS[1])[2].strip() if isinstance(content, str) else ""
-
-
-def _thoughts(turn: Any) -> list[str]:
-    """A turn's reasoning, in its own field and in its content; an empty text is in every text."""
-    if turn["role"] != "assistant":
-        return []
-    texts = [turn.get("reasoning_content"), (turn.get("content") or "")]
-    own, content = (text if isinstance(text, str) else "" for text in texts)
-    inside = content.rpartition(REASONING_TAGS[1])[0].strip().removeprefix(REASONING_TAGS[0])
-    return [own.strip(), inside.strip()]
-
-
-def _name(tool: Any) -> str:
-    """The name of a tool's or a call's function; text that is in every text where it has none."""
-    inner = tool.get("function", tool) if isinstance(tool, dict) else {}
-    return str(inner.get("name", "")) if isinstance(inner, dict) else ""
 
 
 def encode_all(

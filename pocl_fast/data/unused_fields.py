@@ -5,11 +5,12 @@ Knows chat templates by what they read and what they print. Does not know how a 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from pocl_fast.data.answer_span import REASONING_TAGS
+from pocl_fast.data.answer_span import REASONING_TAGS, Split, called_names
 from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
 from pocl_fast.data.messages import Message
 from pocl_fast.data.records import KNOWN, ONE_QUESTION, OPTIONAL, Sample
@@ -17,9 +18,8 @@ from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 
 MEANS_MORE = frozenset({"tools", "tool_calls"})  # without them the answer answers something else
+EARLIER_REASONING = "reasoning in earlier turns"
 _OTHER_TEXT = "another text"
-
-
 _SHORT = 16  # a shorter text may be in a prompt by chance
 
 
@@ -36,7 +36,7 @@ class UnshownTurns:
         roles = tuple(message["role"] for message in messages)
         suspects, behind = [], 0
         for place, message in enumerate(messages):
-            said = message["content"].rpartition(REASONING_TAGS[1])[2].strip()
+            said = _said(message)
             if not said or message["role"] in ("system", "developer"):
                 continue
             found = prompt.find(said, behind)
@@ -58,6 +58,50 @@ class UnshownTurns:
         if shown and len(self._shown) < 10_000:
             self._shown.add((roles, place))
         return shown
+
+
+def unwritten(messages: Sequence[Any], tools: Sequence[Any], answer: Any, split: Split) -> list[str]:
+    """What a conversation has and the text that a template wrote of it has not, in words."""
+    text = split.prompt + split.answer
+    lost = []
+    for message in messages:
+        said = message.get("content")
+        if message["role"] == "system" and isinstance(said, str) and said.strip() not in text:
+            lost.append("system message")
+    if tools and not any(_name(tool) in text for tool in tools):
+        lost.append("tools")
+    if any(name not in split.answer for name in called_names(answer)):
+        lost.append("tool calls")
+    said = _said(answer)
+    if answer.get("tool_calls") and not any(form in split.answer for form in (said, json.dumps(said)[1:-1])):
+        lost.append("content beside tool calls")
+    if any(thought not in split.answer for thought in _thoughts(answer)):
+        lost.append("reasoning")
+    if any(thought not in split.prompt for turn in messages for thought in _thoughts(turn)):
+        lost.append(EARLIER_REASONING)
+    return lost
+
+
+def _said(turn: Any) -> str:
+    """What a turn says behind its reasoning."""
+    content = turn.get("content")
+    return content.rpartition(REASONING_TAGS[1])[2].strip() if isinstance(content, str) else ""
+
+
+def _thoughts(turn: Any) -> list[str]:
+    """A turn's reasoning, in its own field and in its content; an empty text is in every text."""
+    if turn["role"] != "assistant":
+        return []
+    texts = [turn.get("reasoning_content"), (turn.get("content") or "")]
+    own, content = (text if isinstance(text, str) else "" for text in texts)
+    inside = content.rpartition(REASONING_TAGS[1])[0].strip().removeprefix(REASONING_TAGS[0])
+    return [own.strip(), inside.strip()]
+
+
+def _name(tool: Any) -> str:
+    """The name of a tool's or a call's function; text that is in every text where it has none."""
+    inner = tool.get("function", tool) if isinstance(tool, dict) else {}
+    return str(inner.get("name", "")) if isinstance(inner, dict) else ""
 
 
 class Encoder(Protocol):

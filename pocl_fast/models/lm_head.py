@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pocl_fast.data.packed import PackedBatch, Rows
 from pocl_fast.models.packed_forward import Forward, decoder_of, forwards, in_batch_order, router_loss, run_anew
 from pocl_fast.models.placement import input_device, resident
-from pocl_fast.models.probing import DEVICE_ERRORS, is_exact, is_sharded, plain_run, random_ids
+from pocl_fast.models.probing import DEVICE_ERRORS, found_of, is_exact, is_sharded, plain_run, random_ids
 from pocl_fast.system.errors import InputError, first_line
 
 
@@ -158,10 +158,10 @@ def logit_transform(model: Any) -> LogitTransform:
     """What a model does to its lm_head's output: measured once, for no two families name it alike, and kept with the
     model. Where that is sharded already, its configuration is believed. Raises `InputError` where it is something
     else."""
-    known: LogitTransform | None = vars(model).get("_logit_transform")
-    if known is None:
-        known = _configured(model) if is_sharded(model) else _measured(model)
-        model._logit_transform = known
+    found = found_of(model)
+    if "logit transform" not in found:
+        found["logit transform"] = _configured(model) if is_sharded(model) else _measured(model)
+    known: LogitTransform = found["logit transform"]
     return known
 
 

@@ -308,29 +308,25 @@ def make_savable(model: Any, say: Callable[[str], object], whose: str = "model")
     generation = getattr(inner, "generation_config", None)
     if generation is not None:
         _repair_generation_config(generation, say, whose)
-    with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
-        for one in (inner.config, generation):
-            if one is None:
-                continue
-            try:
-                one.save_pretrained(folder)
-            except (TypeError, ValueError, AttributeError, AssertionError) as error:
-                raise InputError(
-                    f"the {whose}'s {type(one).__name__} cannot be saved: {first_line(error)}. Set it right before"
-                    " training, or its checkpoints would fail"
-                ) from error
+    for one in (inner.config, generation):
+        if one is not None:
+            _check_saved(one, f"{whose}'s {type(one).__name__}")
     if inner is model:  # with adapters these alone are saved
         _check_shared(inner, whose)
 
 
 def check_saved(tokenizer: Any) -> None:
     """Raises `InputError` where a tokenizer cannot be saved beside its model."""
+    _check_saved(tokenizer, "tokenizer")
+
+
+def _check_saved(one: Any, what: str) -> None:
     with tempfile.TemporaryDirectory(prefix="pocl-fast-") as folder:
         try:
-            tokenizer.save_pretrained(folder)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            one.save_pretrained(folder)
+        except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise InputError(
-                f"the tokenizer cannot be saved: {first_line(error)}. Set it right before training, or its checkpoints"
+                f"the {what} cannot be saved: {first_line(error)}. Set it right before training, or its checkpoints"
                 " would fail"
             ) from error
 

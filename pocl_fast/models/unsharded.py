@@ -55,8 +55,6 @@ def _copy(model: Any, parameters: dict[str, torch.nn.Parameter]) -> Any:
             copy: Any = kind(model.config)
     finally:
         torch.set_default_dtype(default)
-    if (known := vars(model).get("_logit_transform")) is not None:
-        copy._logit_transform = known
     vars(copy)["_found_by_pocl_fast"] = found_of(model)
     for name, into in copy.named_parameters():
         weight: Any = parameters[name]
