@@ -36,7 +36,6 @@ from transformers import AttentionInterface
 
 from pocl_fast.data.encoding import SampleEncoder, encode_all
 from pocl_fast.data.packed import pack
-from pocl_fast.data.records import read_samples
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
@@ -45,6 +44,7 @@ from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import BY_SAMPLE, enable_packing, needs_no_mask, packed_by_sample, packed_varlen
 from pocl_fast.models.precision import choose_precision
+from pocl_fast.records.samples import read_samples
 
 Attention = Callable[[Any, Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -187,7 +187,7 @@ def trained(
 
     from pocl_fast import PoclConfig, PoclTrainer, SampleSet
     from pocl_fast.curriculum.stages import no_curriculum
-    from pocl_fast.data.records import Sample
+    from pocl_fast.records.samples import Sample
 
     losses: list[float] = []
 

@@ -30,7 +30,6 @@ import torch
 
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encode_all
 from pocl_fast.data.packed import pack
-from pocl_fast.data.records import read_samples
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
@@ -41,6 +40,7 @@ from pocl_fast.models.lm_head import LmHead, lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.packed_forward import supervised_hidden
 from pocl_fast.models.precision import choose_precision
+from pocl_fast.records.samples import read_samples
 from pocl_fast.run.demo import bundled_data
 from pocl_fast.system.fp32_products import fp32_products
 from pocl_fast.teacher.cache import TeacherCache

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import no_curriculum
-from pocl_fast.data.encoding import EncodedSample, SampleSet
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.sample_set import SampleSet
 
 LEARNING_RATE, SEED = 1e-4, 42
 STUDENT_SEED, TEACHER_SEED, DATA_SEED = 1, 2, 3

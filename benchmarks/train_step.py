@@ -143,10 +143,10 @@ def whole_schedule(middle: dict[str, Any], options: argparse.Namespace) -> None:
 def run_side(options: argparse.Namespace) -> dict[str, Any]:
     """Trains one side; its seconds a step by epoch, its losses, and the peak of its memory."""
     from pocl_fast.data.encoding import SampleEncoder, encode_all
-    from pocl_fast.data.records import read_samples
     from pocl_fast.models import loading
     from pocl_fast.models.cut import as_trainable, cut_layers
     from pocl_fast.models.precision import choose_precision
+    from pocl_fast.records.samples import read_samples
 
     device = loading.choose_device("auto")
     if options.precision == "bf16":  # for every side; in fp32 the others' products are torch's own

@@ -145,7 +145,7 @@ def train_ours(
 
 
 def read_all(options: argparse.Namespace) -> Any:
-    from pocl_fast.data.records import read_samples
+    from pocl_fast.records.samples import read_samples
 
     return read_samples(options.data)
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from pocl_fast.answers.decoding import generate
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.data.records import Sample
 from pocl_fast.models import loading
 from pocl_fast.models.precision import choose_precision
+from pocl_fast.records.samples import Sample
 from pocl_fast.system.console import progress_bar
 
 TRAIN, DEV = 1080, 120

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from pocl_fast.answers.rouge import RougeL, rouge_l
     from pocl_fast.curriculum.fusion import RankFusion, reciprocal_rank_fusion
     from pocl_fast.curriculum.stages import Curriculum, Stage, baby_steps, no_curriculum
-    from pocl_fast.data.encoding import SampleEncoder, SampleSet
-    from pocl_fast.data.records import read_samples
+    from pocl_fast.data.encoding import SampleEncoder
+    from pocl_fast.data.sample_set import SampleSet
     from pocl_fast.loss.dense import DistillationLoss, distillation_loss, shift_labels
     from pocl_fast.loss.linear import linear_distillation_loss
     from pocl_fast.loss.objective import Objective
     from pocl_fast.loss.output import LossOutput
     from pocl_fast.loss.teacher_output import DenseTeacher, LinearTeacher, TopKTeacher
     from pocl_fast.loss.vocabulary_shards import VocabularyShards
+    from pocl_fast.records.samples import read_samples
     from pocl_fast.system.errors import InputError, Interrupted
     from pocl_fast.teacher.cache import TeacherCache
     from pocl_fast.teacher.shards import HiddenEntries, TopK, TopKEntries
@@ -71,8 +72,9 @@ _MODULES = {
     "loss.objective": ("Objective",),
     "loss.output": ("LossOutput",),
     "answers.rouge": ("RougeL", "rouge_l"),
-    "data.encoding": ("SampleEncoder", "SampleSet"),
-    "data.records": ("read_samples",),
+    "data.encoding": ("SampleEncoder",),
+    "data.sample_set": ("SampleSet",),
+    "records.samples": ("read_samples",),
     "teacher.teacher": ("Teacher",),
     "teacher.cache": ("TeacherCache",),
     "teacher.shards": ("HiddenEntries", "TopK", "TopKEntries"),

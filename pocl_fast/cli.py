@@ -73,7 +73,7 @@ class Command:
 
 
 _DATA = ("models", "data")
-_TRAINING = ("loss", "stages", "optimisation", "logging", "trainer", "rollouts", "cache")
+_TRAINING = ("adapters", "loss", "stages", "optimisation", "logging", "trainer", "rollouts", "cache")
 COMMANDS: dict[str, Command] = {
     "distill": Command(
         "Distil a teacher into a student: measure, rank, train, evaluate, report; stops and resumes at any point.",

@@ -44,10 +44,12 @@ class ModelNames:
 class DataFiles:
     """The two sets of samples."""
 
-    train: Path | None = None
-    """JSON Lines of training samples: instruction/input/output, prompt/response, or chat messages."""
-    dev: Path | None = None
-    """JSON Lines of held-out samples; answers are scored against all of a sample's references."""
+    train: str | None = None
+    """Training samples: a file of JSON Lines, a JSON array or Parquet (.gz and .zst too), a folder of
+    datasets.save_to_disk, or hf:ORG/NAME[:CONFIG]:SPLIT of the hub. Records are prompt/response,
+    instruction/input/output, prompt/completion, messages or conversations."""
+    dev: str | None = None
+    """The same for held-out samples; answers are scored against all of a sample's references."""
 
 
 # -- what a run and a trainer have -------------------------------------------------------------------------------------
@@ -80,8 +82,21 @@ class ModelOptions:
 
 @dataclass
 class DataOptions:
-    """How samples become tokens, and their lengths in tokens."""
+    """How records become samples and samples tokens, and their lengths in tokens."""
 
+    fields: dict[str, str] = field(default_factory=dict)
+    """NAME=FIELD ...: which field of the records stands for prompt, response and the like, such as prompt=question
+    response=answer. In YAML a dict."""
+    bad_records: Literal["error", "skip"] = "error"
+    """What to do about a record that is none or that the template refuses: stop before anything runs, or leave it out
+    and count it by what is wrong."""
+    train_on: Literal["last", "all"] = "all"
+    """Which answers of a conversation are trained on: the last one, or every turn of the assistant."""
+    reasoning: Literal["keep", "strip", "only"] = "keep"
+    """What to do with reasoning in answers (reasoning_content, or a block of <think>): train on it too, take it out, or
+    train on it alone."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """What a control token written in a record's text is, such as <|im_end|>: text like any other, or the token."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt format: the tokenizer's chat template where it has one ("auto"), or the paper's Alpaca template."""
     chat_template: str | None = None
@@ -95,12 +110,31 @@ class DataOptions:
     max_length: Count = 512
     """Most tokens of prompt and response together; longer responses are cut, counted and reported."""
     max_prompt_length: Count = 256
-    """Most tokens of a prompt."""
-    long_prompts: Literal["error", "skip"] = "error"
-    """What to do about a prompt over that limit: stop before anything runs, or leave the sample out and count it."""
+    """Most tokens of a prompt; of a conversation whose answers are all trained on, most tokens before the first of
+    them."""
+    long_prompts: Literal["error", "skip", "truncate-left"] = "error"
+    """What to do about a prompt over that limit: stop before anything runs, leave the sample out, or take away its
+    oldest turns and then the beginning of its question; each is counted."""
     data_source: Literal["data", "teacher"] = "data"
     """Where the training responses come from. "teacher": its greedy answers to the training prompts, generated once,
     replace the references (sequence-level distillation)."""
+
+
+@dataclass
+class AdapterOptions:
+    """Adapters of peft, which are trained in place of the student's own weights."""
+
+    lora_rank: Count | None = None
+    """Train LoRA adapters of this rank (arXiv 2106.09685)."""
+    lora_alpha: Positive | None = None
+    """The adapters' scale times their rank; without it, twice the rank."""
+    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the layers that get adapters, such as q_proj v_proj; "all-linear" is every linear layer but the
+    lm_head."""
+    peft_config: Path | None = None
+    """Any other adapters: a peft configuration as JSON (adapter_config.json), instead of lora_rank."""
+    merge_adapters: bool = False
+    """Save the student whole, with its adapters merged into its weights, and not the adapters alone."""
 
 
 @dataclass
@@ -296,6 +330,7 @@ class RunConfig:
 
     models: RunModels = field(default_factory=RunModels)
     data: RunData = field(default_factory=RunData)
+    adapters: AdapterOptions = field(default_factory=AdapterOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     difficulty: DifficultyOptions = field(default_factory=DifficultyOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)

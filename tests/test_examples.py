@@ -15,7 +15,7 @@ import torch
 from tiny import arithmetic, save_tiny, tiny_model, tiny_tokenizer, write_jsonl
 
 from pocl_fast.cli import main
-from pocl_fast.data.records import read_samples
+from pocl_fast.records.samples import read_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"

@@ -10,9 +10,10 @@ import torch
 from tiny import arithmetic, tiny_model, tiny_tokenizer
 
 from pocl_fast.curriculum.stages import Curriculum, baby_steps
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all
-from pocl_fast.data.records import samples_from
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encode_all
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.models.packed_attention import enable_packing
+from pocl_fast.records.samples import samples_from
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.stage_flow import MetricsFile

@@ -18,9 +18,10 @@ from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
 from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder
 from pocl_fast.data.packed import Rows
-from pocl_fast.data.records import Sample
+from pocl_fast.data.sample_set import SampleSet
+from pocl_fast.records.samples import Sample
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report, shared_progress
 
@@ -193,7 +194,7 @@ def _equals_one(answer: str, accepted: Sequence[str]) -> bool:
 def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: Rows | bool) -> float:
     """Cross-entropy of the references, in nats, each response token weighing alike. Every rank must call, works on its
     share, and has the same result."""
-    counts = np.array([len(sample.response_ids) for sample in encoded], dtype=float)
+    counts = np.array([sample.supervised_count for sample in encoded], dtype=float)
     mine = ranks.share([len(sample) for sample in encoded])
     losses = np.empty(len(encoded))
     theirs = ranks.gather((mine, cross_entropy(model, [encoded[i] for i in mine], packed=packed)))

@@ -24,8 +24,8 @@ from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder
 from pocl_fast.data.packed import token_budget_batches
-from pocl_fast.data.records import Sample
 from pocl_fast.models.frozen import frozen_linears
+from pocl_fast.records.samples import Sample
 from pocl_fast.system.console import shared_progress
 from pocl_fast.system.resumable_table import Job, make_table, pieces_of
 

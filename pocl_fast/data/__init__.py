@@ -1,3 +1,3 @@
-"""From a record to tokens to a packed row.
+"""From a sample to tokens to a packed row.
 
 Knows tokenizers, but no model."""

@@ -1,6 +1,6 @@
 """From a sample to tokens: the chat template or the Alpaca template, length limits, and what these did to a data set.
 
-Knows tokenizers. Does not know files (records.py), batches or models.
+Knows tokenizers. Does not know files (records/sources.py), batches or models.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pocl_fast.data import unused_fields
 from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
-from pocl_fast.data.records import Sample
 from pocl_fast.data.token_border import TokenBorder
+from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "alpaca"]
+Span: TypeAlias = tuple[int, int]  # from, to
 
 # The templates of Stanford Alpaca, as in the code of MiniLLM, DistiLLM and POCL.
 ALPACA_NO_INPUT = (
@@ -40,21 +41,38 @@ ALPACA_WITH_INPUT = (
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as token ids. `response_ids` end with the end-of-turn token unless `truncated`."""
+    """A sample as token ids: what a model is asked with, and the answer to it. `response_ids` end with the end-of-turn
+    token unless `truncated`."""
 
     index: int
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     truncated: bool
+    supervised: tuple[Span, ...] = ()  # the tokens that are trained on, where these are not the response alone
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All tokens."""
+        return self.prompt_ids + self.response_ids
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The supervised tokens, as places among `ids`: from, to; ascending, apart, none empty, none at place 0."""
+        return self.supervised or ((len(self.prompt_ids), len(self)),)
+
+    @property
+    def supervised_count(self) -> int:
+        """How many tokens are supervised."""
+        return sum(end - start for start, end in self.spans)
+
     @cached_property  # asked for at every step
     def fingerprint(self) -> bytes:
-        """16 bytes that identify the tokens, and which of them are the response."""
-        digest = hashlib.sha256(str(len(self.prompt_ids)).encode())
-        digest.update(array("q", self.prompt_ids + self.response_ids).tobytes())
+        """16 bytes that identify the tokens, and which of them are supervised and the response."""
+        digest = hashlib.sha256(str((len(self.prompt_ids), *self.supervised)).encode())
+        digest.update(array("q", self.ids).tobytes())
         return digest.digest()[:16]
 
 
@@ -80,14 +98,6 @@ class LengthReport:
             purpose = ", as many templates do on purpose" if what == unused_fields.EARLIER_REASONING else ""
             parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)}){purpose}")
         return "; ".join(parts)
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """Samples, and those of them that fit as tokens; `encoded[i].index` is a position in `samples`."""
-
-    samples: Sequence[Sample]
-    encoded: Sequence[EncodedSample]
 
 
 class SampleEncoder:

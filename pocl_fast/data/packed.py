@@ -36,7 +36,7 @@ class PackedBatch:
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, from 0 in each sample
     lengths: tuple[int, ...]  # B sample lengths; they add up to T
-    supervised: Tensor  # [N] int64: positions whose next token is in a response
+    supervised: Tensor  # [N] int64: positions whose next token is trained on
     labels: Tensor  # [N] int64: these next tokens
     counts: tuple[int, ...]  # supervised tokens of each sample; they add up to N
 
@@ -74,11 +74,11 @@ def pack(samples: Sequence[EncodedSample]) -> PackedBatch:
     supervised: list[int] = []
     labels: list[int] = []
     for sample in samples:
-        first = len(input_ids) + len(sample.prompt_ids) - 1  # the prompt's last token predicts the response's first
-        supervised.extend(range(first, first + len(sample.response_ids)))
-        labels.extend(sample.response_ids)
-        input_ids.extend(sample.prompt_ids)
-        input_ids.extend(sample.response_ids)
+        ids, first = sample.ids, len(input_ids)
+        for start, end in sample.spans:
+            supervised.extend(range(first + start - 1, first + end - 1))  # the token before predicts a token
+            labels.extend(ids[start:end])
+        input_ids.extend(ids)
         position_ids.extend(range(len(sample)))
     return PackedBatch(
         input_ids=torch.tensor([input_ids]),
@@ -86,7 +86,7 @@ def pack(samples: Sequence[EncodedSample]) -> PackedBatch:
         lengths=tuple(len(sample) for sample in samples),
         supervised=torch.tensor(supervised),
         labels=torch.tensor(labels),
-        counts=tuple(len(sample.response_ids) for sample in samples),
+        counts=tuple(sample.supervised_count for sample in samples),
     )
 
 

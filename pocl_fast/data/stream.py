@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, check_limits, over_the_limit
-from pocl_fast.data.records import Sample, iter_samples
+from pocl_fast.data.sample_set import SetOptions
 from pocl_fast.data.unused_fields import UnusedFields
+from pocl_fast.records.bad_records import BadRecords
+from pocl_fast.records.samples import Sample, iter_samples
+from pocl_fast.records.sources import Source
 from pocl_fast.system import resumable_table
 
 
@@ -20,20 +21,18 @@ from pocl_fast.system import resumable_table
 class SampleStream:
     """Iterating gives lists of the samples within the length limits, with their tokens, in file order."""
 
-    path: Path
+    source: Source
     encoder: SampleEncoder
-    max_length: int
-    max_prompt_length: int
-    long_prompts: Literal["error", "skip"]
+    options: SetOptions
 
     def check(self) -> LengthReport:
         """Reads the whole file, keeping nothing. Raises `InputError` where `read_samples` or `encode_all` would."""
-        check_limits(self.max_length, self.max_prompt_length)
+        check_limits(self.options.max_length, self.options.max_prompt_length)
         skipped: list[int] = []
         truncated: list[int] = []
         count = longest = 0
         self.encoder.take_unwritten()
-        fields = UnusedFields(self.encoder, str(self.path))
+        fields = UnusedFields(self.encoder, self.source.name)
         for sample, one in self._encoded(fields.see):
             count += 1
             if one is None:
@@ -42,8 +41,8 @@ class SampleStream:
             elif one.truncated:
                 truncated.append(sample.line)
         left_out = self.encoder.take_unwritten()
-        if skipped and (self.long_prompts == "error" or len(skipped) == count):
-            raise over_the_limit(str(self.path), skipped, count, longest, self.max_prompt_length)
+        if skipped and (self.options.long_prompts == "error" or len(skipped) == count):
+            raise over_the_limit(self.source.name, skipped, count, longest, self.options.max_prompt_length)
         return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out)
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
@@ -60,7 +59,7 @@ class SampleStream:
     def _encoded(
         self, see: Callable[[Sample], object] = lambda _: None
     ) -> Iterator[tuple[Sample, EncodedSample | None]]:
-        for sample in iter_samples(self.path):
+        for sample in iter_samples(self.source, fields=self.options.fields, bad=BadRecords(self.options.bad_records)):
             see(sample)
-            limits = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
-            yield sample, self.encoder.encode(sample, **limits, name=str(self.path))
+            limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
+            yield sample, self.encoder.encode(sample, **limits, name=self.source.name)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from pocl_fast.data.answer_span import REASONING_TAGS, Split, called_names
 from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
-from pocl_fast.data.messages import Message
-from pocl_fast.data.records import KNOWN, ONE_QUESTION, OPTIONAL, Sample
+from pocl_fast.records.messages import Message
+from pocl_fast.records.samples import KNOWN, ONE_QUESTION, OPTIONAL, Sample
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 

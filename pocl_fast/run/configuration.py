@@ -17,7 +17,7 @@ from pocl_fast.options import RunConfig, flag, option_name
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
 
-PAIRS = ("set", "chat_template_kwargs")  # options that are dicts: NAME=VALUE words on the command line
+PAIRS = ("set", "chat_template_kwargs", "fields")  # options that are dicts: NAME=VALUE words on the command line
 
 
 def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, where: str = "") -> RunConfig:
@@ -74,6 +74,8 @@ def _value(name: str, given: Any, group: Any) -> Any:
         return dict(before) if isinstance(given, list) else {}
     if name == "chat_template_kwargs":
         return before | variables(given) if isinstance(given, list) else dict(given)
+    if name == "fields":
+        return before | dict(_pair(word) for word in given) if isinstance(given, list) else dict(given)
     from pocl_fast.run.other_arguments import other_arguments  # loads transformers
 
     if isinstance(given, list):  # words add to what was given before, a file's dict takes its place

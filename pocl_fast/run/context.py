@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ from pocl_fast.answers.engine import Engine, configured_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.chat_template import unused_template
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
-from pocl_fast.data.records import Sample, read_samples
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encoder_of
+from pocl_fast.data.sample_set import SampleSet, read_set
 from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.inputs.usable import check_model
 from pocl_fast.inputs.vocabulary import (
@@ -37,6 +36,7 @@ from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.options import RunConfig
+from pocl_fast.records.samples import Sample
 from pocl_fast.run.directory import RunDirectory, required
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -212,19 +212,11 @@ class RunContext:
         """The training samples as they are in the file."""
         return self._read(self.config.data.train, "--train")
 
-    def _read(self, given: Path | None, option: str) -> SampleSet:
-        path, data = Path(required(given, option)), self.config.data
-        samples = read_samples(path)
-        encoded, report = encode_all(
-            samples,
-            self.encoder,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-            long_prompts=data.long_prompts,
-            name=str(path),
-        )
-        self.say(report.describe(str(path)))
-        return SampleSet(samples, encoded)
+    def _read(self, given: str | None, option: str) -> SampleSet:
+        name = required(given, option)
+        samples, report = read_set(name, self.encoder, self.config.data, name)
+        self.say(report.describe(name))
+        return samples
 
     def _answered_by_teacher(self, samples: SampleSet) -> SampleSet:
         from pocl_fast.teacher.teacher import teacher_fingerprint

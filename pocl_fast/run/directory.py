@@ -18,6 +18,7 @@ from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teach
 from pocl_fast.data.template_date import DATE_FILE
 from pocl_fast.models.fingerprints import source_fingerprint
 from pocl_fast.options import RunConfig, option_name
+from pocl_fast.records.sources import source_of
 from pocl_fast.run.configuration import to_yaml
 from pocl_fast.system import ranks
 from pocl_fast.system.console import measured
@@ -65,7 +66,7 @@ READS = {
         ("difficulty", "schedule"), ("measure_temperature", "measure_seed"), ("difficulty.parquet", TEACHER_SCORES)
     ),
     "train": Reads(
-        ("models", "data", "generation", "difficulty", "schedule", *_TRAINING),
+        ("models", "data", "adapters", "generation", "difficulty", "schedule", *_TRAINING),
         (
             *_DEVICES, "generation_batch_size", "generation_batch_tokens", "activation_checkpointing",
             "logging_steps", "report_to", "save_minutes",
@@ -193,7 +194,7 @@ class RunDirectory:
         made_from: dict[str, Any] = {}
         for name, value in reads.options(config).items():
             if name in ("train", "dev"):
-                made_from[f"{name} data"] = file_fingerprint(required(every[name], f"--{name}"))
+                made_from[f"{name} data"] = source_of(required(every[name], f"--{name}")).fingerprint()
             elif name == "teacher":
                 made_from[name] = source_fingerprint(required(value, _teacher_flag(step, every)))
             elif name == "student":

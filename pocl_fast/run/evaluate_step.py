@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pocl_fast.answers import evaluation
-from pocl_fast.data.encoding import SampleSet
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.directory import WRITES
 from pocl_fast.system import ranks

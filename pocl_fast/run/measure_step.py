@@ -12,11 +12,11 @@ from pocl_fast.curriculum.measurer import Row, measure, measure_teacher, rows_of
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.data.stream import SampleStream
+from pocl_fast.records.sources import source_of
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.directory import required
 from pocl_fast.system import ranks
 
-IN_MEMORY = 1 << 28  # bytes; a larger file of training samples is read in pieces, where it would take ten times as much
 Pieces = Callable[[], tuple[Iterable[Sequence[Row]], int]]  # the training samples in pieces, and how many they are
 
 
@@ -84,14 +84,13 @@ def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
     """The training samples in pieces, and how many they are. A large file that no step has read yet is read a piece at
     a time; before that, one reading checks all of it."""
     data = context.config.data
-    path = Path(required(data.train, "--train"))
-    whole = context.train_file_is_loaded or data.data_source != "data" or not path.is_file()
-    if whole or path.stat().st_size < IN_MEMORY:
+    source = source_of(required(data.train, "--train"))
+    if context.train_file_is_loaded or data.data_source != "data" or not source.is_large():
         known = context.train_set
         return rows_of(known.samples, known.encoded), len(known.encoded)
-    stream = SampleStream(path, context.encoder, data.max_length, data.max_prompt_length, data.long_prompts)
+    stream = SampleStream(source, context.encoder, data)
     report, ends = ranks.from_first(lambda: (stream.check(), context.encoder.end_ids))
     context.encoder.stop_also_at(ends)  # those of the whole file, on every rank, before the first answer
-    context.say(report.describe(str(path)))
+    context.say(report.describe(source.name))
     ranks.from_first(lambda: context.check_stream(stream))
     return stream, report.samples

@@ -182,6 +182,8 @@ def _plain(value: Any, kind: Any) -> Any:
         if not isinstance(value, (str, Path)):
             raise wrong
         return Path(value)
+    if kind is str and isinstance(value, Path):
+        return str(value)
     if isinstance(kind, type) and isinstance(value, kind):
         return value
     raise wrong

@@ -159,7 +159,7 @@ class TeacherCache:
         if not missing:
             return
         self._become_writer(f"; it lacks {len(missing)} of {len(samples)} samples")
-        tokens = sum(len(sample.response_ids) for sample in missing)
+        tokens = sum(sample.supervised_count for sample in missing)
         need = tokens * row_bytes(self.entries) + len(missing) * _INDEX_BYTES
         free = shutil.disk_usage(self.folder).free
         what = f"{_size(need)} for {tokens} supervised tokens of {len(missing)} samples ({self.entries.name})"
@@ -179,7 +179,7 @@ class TeacherCache:
         cannot be written.
         """
         first = values if isinstance(values, Tensor) else values.log_probs
-        counts = [len(sample.response_ids) for sample in samples]
+        counts = [sample.supervised_count for sample in samples]
         if len(first) != sum(counts):
             raise ValueError(f"{len(samples)} samples have {sum(counts)} supervised tokens, got {len(first)} rows")
         if not bool(torch.isfinite(first).all()):
@@ -245,7 +245,7 @@ class TeacherCache:
     def _read(self, samples: Sequence[EncodedSample]) -> Columns:
         if absent := self._absent(samples):
             raise MissingSamples(f"{len(absent)} of {len(samples)} samples are not in the teacher cache {self.folder}")
-        counts = [len(sample.response_ids) for sample in samples]
+        counts = [sample.supervised_count for sample in samples]
         out = {name: np.empty((sum(counts), c.row_bytes), np.uint8) for name, c in self.entries.columns.items()}
         at = 0
         for sample, count, place in zip(samples, counts, self._index.find(keys_of(samples)).tolist(), strict=True):

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from pocl_fast.data.encoding import EncodedSample, SampleSet
-from pocl_fast.data.records import Sample
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.inputs.vocabulary import check_special_tokens, known_ids, named, rows_of
 from pocl_fast.models.cut import num_parameters
+from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.shards import TopKEntries
 from pocl_fast.teacher.teacher import Teacher

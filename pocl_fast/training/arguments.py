@@ -21,6 +21,7 @@ from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.options import (
+    AdapterOptions,
     CacheOptions,
     DataOptions,
     DifficultyOptions,
@@ -76,6 +77,7 @@ PAPER = "paper"  # as a temperature scaling: what the published code does for ea
 class PoclConfig(  # type: ignore[misc]  # two options are narrower than transformers' arguments of these names
     ModelOptions,
     DataOptions,
+    AdapterOptions,
     GenerationOptions,
     DifficultyOptions,
     ScheduleOptions,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.answers import evaluation
-from pocl_fast.data.encoding import SampleSet
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.output import LossOutput

@@ -20,8 +20,9 @@ from pocl_fast.answers.likelihood import TEACHER_COLUMNS, TOKENS_A_BATCH, Loaded
 from pocl_fast.answers.rouge_words import Tokenizer
 from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, StageSettings, make_curriculum
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder
 from pocl_fast.data.packed import pack, token_budget_batches
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher

@@ -22,9 +22,9 @@ from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.chat_template import unused_template
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, SampleSet, encode_all, encoder_of
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encoder_of
 from pocl_fast.data.packed import Rows
-from pocl_fast.data.records import read_samples, samples_from
+from pocl_fast.data.sample_set import SampleSet, read_set
 from pocl_fast.inputs import usable
 from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.inputs.trainable import check_trains, make_trainable
@@ -297,19 +297,8 @@ def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str, *
     """Samples as tokens, from a path, records or samples; `scored`: answers will be compared with their references."""
     if isinstance(data, SampleSet):
         return data
-    if isinstance(data, (str, Path)):
-        samples, name = read_samples(data), str(data)
-    else:
-        samples = samples_from(data, name)
-    encoded, report = encode_all(
-        samples,
-        encoder,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        long_prompts=args.long_prompts,  # type: ignore[arg-type]
-        name=name,
-    )
-    made = SampleSet(samples, encoded)
+    name = str(data) if isinstance(data, (str, Path)) else name
+    made, report = read_set(data, encoder, args, name)
     if ranks.is_first():
         print(report.describe(name))
         if scored and (line := unseen_by_rouge(made, args.rouge_tokenizer, name)):  # type: ignore[arg-type]

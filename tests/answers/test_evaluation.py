@@ -11,7 +11,7 @@ from pocl_fast.answers import evaluation
 from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.answers.evaluation import evaluate, exact_match, mean_token_cross_entropy, references_of
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder
-from pocl_fast.data.records import samples_from
+from pocl_fast.records.samples import samples_from
 
 
 def test_cross_entropy_of_a_set_weighs_every_token_alike(tmp_path):

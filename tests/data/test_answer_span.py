@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from pocl_fast.data.encoding import SampleEncoder, encode_all
-from pocl_fast.data.records import Sample, samples_from
+from pocl_fast.records.samples import Sample, samples_from
 from pocl_fast.system.errors import InputError
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "x"}

@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.data.records import samples_from
+from pocl_fast.records.samples import samples_from
 
 END = "<|end|>"
 HEADER = "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"

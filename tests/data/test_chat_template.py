@@ -5,9 +5,10 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer, write_jsonl
 
 from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import SampleEncoder, encode_all, encoder_of
-from pocl_fast.data.records import Sample, read_samples, samples_from
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.options import DataOptions
+from pocl_fast.records.samples import Sample, read_samples, samples_from
+from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "train.jsonl"}
@@ -175,7 +176,9 @@ def test_what_a_template_refuses_is_said_with_file_and_line(tmp_path, fault):
     with pytest.raises(InputError, match=where + f".*{words}"):
         encode_all(read_samples(path), SampleEncoder(tokenizer), **LIMITS)
     with pytest.raises(InputError, match=where + f".*{words}"):
-        SampleStream(path, SampleEncoder(tokenizer), 900, 800, "error").check()
+        SampleStream(
+            source_of(path), SampleEncoder(tokenizer), DataOptions(max_length=900, max_prompt_length=800)
+        ).check()
 
 
 def test_a_template_that_refuses_the_system_prompt_says_whose_it_is(tmp_path):

@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from pocl_fast.data.encoding import SampleEncoder, encode_all
-from pocl_fast.data.records import read_samples, samples_from
+from pocl_fast.records.samples import read_samples, samples_from
 from pocl_fast.system.errors import InputError
 
 LIMITS = {"max_length": 100, "max_prompt_length": 80, "long_prompts": "error", "name": "a.jsonl"}

@@ -8,8 +8,10 @@ from tiny import arithmetic, tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, refusal, run, select
 
 from pocl_fast.data.encoding import SampleEncoder, encode_all
-from pocl_fast.data.records import read_samples
 from pocl_fast.data.stream import SampleStream
+from pocl_fast.options import DataOptions
+from pocl_fast.records.samples import read_samples
+from pocl_fast.records.sources import source_of
 from pocl_fast.run import context as run_module
 from pocl_fast.system import resumable_table
 from pocl_fast.system.errors import InputError
@@ -18,7 +20,8 @@ LIMITS = {"max_length": 96, "max_prompt_length": 80}
 
 
 def stream(path, long_prompts="skip", **limits):
-    return SampleStream(path, SampleEncoder(tiny_tokenizer()), **(LIMITS | limits), long_prompts=long_prompts)
+    chosen = DataOptions(**(LIMITS | limits), long_prompts=long_prompts)
+    return SampleStream(source_of(path), SampleEncoder(tiny_tokenizer()), chosen)
 
 
 def uneven(folder, count=20):
@@ -93,8 +96,8 @@ def test_a_large_file_is_measured_out_of_the_stream_to_the_same_tables(tmp_path,
     words = (*select(options(inputs), "measure"), "--signals", "mean_kl")
     monkeypatch.setattr(resumable_table, "PIECE", 10)
     assert run("measure", tmp_path / "whole", *words) == 0
-    monkeypatch.setattr("pocl_fast.run.measure_step.IN_MEMORY", 0)
-    monkeypatch.setattr(run_module, "read_samples", lambda path: pytest.fail("the file was read at once"))
+    monkeypatch.setattr("pocl_fast.records.sources.LARGE", 0)
+    monkeypatch.setattr(run_module, "read_set", lambda *_: pytest.fail("the file was read at once"))
     capsys.readouterr()
     assert run("measure", tmp_path / "streamed", *words) == 0
     assert f"{inputs / 'train.jsonl'}: 24 samples" in capsys.readouterr().out

@@ -6,9 +6,11 @@ from tiny import CHAT_TEMPLATE, arithmetic, tiny_tokenizer, write_jsonl
 
 from pocl_fast.data.chat_template import ChatTemplate
 from pocl_fast.data.encoding import SampleEncoder, encode_all
-from pocl_fast.data.records import samples_from
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.data.unused_fields import UnusedFields
+from pocl_fast.options import DataOptions
+from pocl_fast.records.samples import samples_from
+from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error"}
@@ -47,7 +49,9 @@ def test_fields_that_are_not_read_are_counted_in_the_sets_line():
 
 def test_a_stream_counts_the_same_fields(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{**one, "id": 7} for one in arithmetic(5)])
-    stream = SampleStream(path, SampleEncoder(tiny_tokenizer()), 96, 80, "error")
+    stream = SampleStream(
+        source_of(path), SampleEncoder(tiny_tokenizer()), DataOptions(max_length=96, max_prompt_length=80)
+    )
     assert stream.check().describe("x") == "x: 5 samples; fields not used: id (5 records)"
 
 

@@ -26,14 +26,15 @@ from transformers.pytorch_utils import Conv1D
 from families.tiny_families import LAYERS, VOCABULARY, WINDOW, row_auto_class, row_config, runnable_model
 from pocl_fast.answers.decoding import generate
 from pocl_fast.curriculum.stages import baby_steps
-from pocl_fast.data.encoding import EncodedSample, SampleSet
+from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.packed import pack
-from pocl_fast.data.records import samples_from
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.cut import chosen_layers, cut_layers
 from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.records.samples import samples_from
 from pocl_fast.run.train_step import save_student
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig

@@ -17,10 +17,10 @@ from families.cells import check_each
 from families.tiny_families import row_model
 from pocl_fast.data.encoding import SampleEncoder, encode_all
 from pocl_fast.data.packed import pack
-from pocl_fast.data.records import read_samples
 from pocl_fast.models.loading import load_model
 from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.records.samples import read_samples
 
 ALWAYS = ("gemma3", "lfm2")  # in `make test` too
 NAMES = (

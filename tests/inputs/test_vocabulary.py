@@ -9,10 +9,10 @@ from tiny_training import LIMITS
 from pocl_fast.answers.decoding import generate
 from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.data.encoding import SampleEncoder, encode_all
-from pocl_fast.data.records import samples_from
 from pocl_fast.inputs.vocabulary import configured_rows, rows_of, tokenless_ids
 from pocl_fast.models.loading import choose_device
 from pocl_fast.options import GenerationOptions
+from pocl_fast.records.samples import samples_from
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig

@@ -18,6 +18,7 @@ from tiny_run import make_inputs, options, refusal, run, select
 from pocl_fast.answers import engine
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.records import sources
 from pocl_fast.run import measure_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -191,11 +192,11 @@ def _ends_before_the_first_answer(path):
     data = SimpleNamespace(train=path, data_source="data", max_length=300, max_prompt_length=200, long_prompts="error")
     nothing = {"say": lambda _: None, "check_stream": lambda _: None}
     context = SimpleNamespace(config=SimpleNamespace(data=data), encoder=encoder, train_file_is_loaded=False, **nothing)
-    before, measure_step.IN_MEMORY = measure_step.IN_MEMORY, 0
+    before, sources.LARGE = sources.LARGE, 0
     try:
         measure_step.train_pieces(context)
     finally:
-        measure_step.IN_MEMORY = before
+        sources.LARGE = before
     return sorted(tokenizer.convert_ids_to_tokens(sorted(encoder.end_ids)))
 
 

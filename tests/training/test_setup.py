@@ -16,7 +16,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from pocl_fast.data.encoding import SampleEncoder, SampleSet
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.system.errors import InputError

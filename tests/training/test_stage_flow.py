@@ -7,7 +7,7 @@ import pytest
 from tiny_training import before_each_batch, curriculum_of, encoded_samples, same_bits, train, trainer_of, weights_of
 from transformers import TrainerCallback
 
-from pocl_fast.data.encoding import SampleSet
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.metrics import read_metrics
 from pocl_fast.training.trainer import PoclTrainer

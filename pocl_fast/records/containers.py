@@ -1,7 +1,7 @@
 """Records out of what a user gives to hold them, and what is said of containers that are none.
 
 Knows Python's containers, and the others by what they can do: no pandas, datasets or torch is imported. Does not know
-what a record has (records.py).
+what a record has (samples.py).
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ import pytest
 from tiny import tiny_tokenizer
 
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.data.records import read_samples
 from pocl_fast.data.stream import SampleStream
+from pocl_fast.options import DataOptions
+from pocl_fast.records.samples import read_samples
+from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
 
 ONE, TWO = '{"prompt": "a", "response": "é"}', '{"prompt": "c", "response": "d"}'
@@ -151,4 +153,6 @@ def test_a_stream_says_the_same_of_a_bad_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{ONE}\n{{"prompt": "a", "prompt": "b"}}\n')
     with pytest.raises(InputError, match='line 2: the field "prompt" is named twice'):
-        SampleStream(path, SampleEncoder(tiny_tokenizer()), 96, 80, "error").check()
+        SampleStream(
+            source_of(path), SampleEncoder(tiny_tokenizer()), DataOptions(max_length=96, max_prompt_length=80)
+        ).check()

@@ -1,6 +1,6 @@
 """The turns of a conversation as a chat template is given them, out of the ways in which data sets write them.
 
-Knows roles, tools and their calls, and content in parts. Does not know records (records.py) nor templates.
+Knows roles, tools and their calls, and content in parts. Does not know records (samples.py) nor templates.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from pocl_fast.data import json_lines
+from pocl_fast.records import json_lines
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pocl_fast.data.records import samples_from
+from pocl_fast.records.samples import samples_from
 from pocl_fast.system.errors import InputError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

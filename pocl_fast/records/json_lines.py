@@ -1,6 +1,6 @@
 """The lines of a JSON Lines file as dicts; what is wrong with a file or a line that is none, in one error.
 
-Knows bytes, UTF-8 and JSON. Does not know what the objects mean (records.py).
+Knows bytes, UTF-8 and JSON. Does not know what the objects mean (samples.py).
 """
 
 from __future__ import annotations

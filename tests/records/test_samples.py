@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import write_jsonl
 
-from pocl_fast.data.records import read_samples
+from pocl_fast.records.samples import read_samples
 from pocl_fast.system.errors import InputError
 
 

@@ -5,7 +5,7 @@ from collections import UserDict
 import pytest
 from tiny import arithmetic
 
-from pocl_fast.data.records import samples_from
+from pocl_fast.records.samples import samples_from
 from pocl_fast.system.errors import InputError
 
 

@@ -7,13 +7,14 @@ conversation (messages.py), nor tokens (encoding.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocl_fast.data import containers, json_lines
-from pocl_fast.data.messages import (
+from pocl_fast.records import containers
+from pocl_fast.records.bad_records import BadRecord, BadRecords
+from pocl_fast.records.messages import (
     SHAREGPT,
     Message,
     calls_as_text,
@@ -24,6 +25,7 @@ from pocl_fast.data.messages import (
     tools_of,
     turns_before,
 )
+from pocl_fast.records.sources import Source, source_of
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 
@@ -55,6 +57,7 @@ class Sample:
     tools: tuple[dict[str, Any], ...] = ()  # schemas of the tools that the conversation may call
     answer: Message | None = None  # the whole last turn, where it has more than its text: reasoning, tool calls
     unused: tuple[str, ...] = ()  # fields of the record that say something and are not read
+    earlier: tuple[int, ...] = ()  # which of `messages` are answers too, that `--train-on all` trains on
 
     @property
     def answer_turn(self) -> Message:
@@ -62,35 +65,52 @@ class Sample:
         return self.answer or {"role": "assistant", "content": self.references[0]}
 
 
-def read_samples(path: str | Path) -> list[Sample]:
-    """The samples of a JSON Lines file, in file order; blank lines are skipped.
+def read_samples(
+    given: str | Path, *, fields: Mapping[str, str] | None = None, bad: BadRecords | None = None
+) -> list[Sample]:
+    """The samples of a file, or of what else `--train` may name, in its order.
 
-    Raises `InputError` naming file, line and field where something is missing, empty or of the wrong type.
+    `fields` says which field of a record stands for "prompt", "response" and so on. Raises `InputError` naming file,
+    line and field where something is missing, empty or of the wrong type; with `bad`, such records may be left out.
     """
-    return list(iter_samples(path))
+    return list(iter_samples(source_of(given), fields=fields, bad=bad))
 
 
-def iter_samples(path: str | Path) -> Iterator[Sample]:
-    """The samples of `read_samples` one at a time, without keeping them; a bad line raises when it is reached."""
-    path, name = Path(path), str(path)
-    index = -1
-    for index, (line, record) in enumerate(json_lines.objects(path, FORMATS)):
-        yield _sample(record, index, line, f"{name}, line {line}")
-    if index < 0:
-        raise InputError(f"{path} holds no sample; expected JSON Lines, {FORMATS}")
+def iter_samples(
+    source: Source, *, fields: Mapping[str, str] | None = None, bad: BadRecords | None = None
+) -> Iterator[Sample]:
+    """The samples of `read_samples` one at a time, without keeping them; a bad record raises when it is reached."""
+    named = ((number, record, f"{source.name}, {source.unit} {number}") for number, record in source.records(FORMATS))
+    yield from _samples(named, source.name, fields or {}, bad or BadRecords())
 
 
-def samples_from(records: Any, name: str) -> list[Sample]:
+def samples_from(
+    records: Any, name: str, *, fields: Mapping[str, str] | None = None, bad: BadRecords | None = None
+) -> list[Sample]:
     """The samples of records with the fields of one of the file formats: a list of dicts, a `datasets.Dataset`, a
     generator, or whatever else `containers.rows` takes.
 
     Raises `InputError` as `read_samples` does; `line` is the record's number, from 1.
     """
-    each = enumerate(containers.rows(records, name))
-    samples = [_sample(record, i, i + 1, f"{name}, record {i + 1}") for i, record in each]
-    if not samples:
+    each = enumerate(containers.rows(records, name), start=1)
+    named = ((number, record, f"{name}, record {number}") for number, record in each)
+    return list(_samples(named, name, fields or {}, bad or BadRecords()))
+
+
+def _samples(
+    records: Iterable[tuple[int, Mapping[str, Any], str]], name: str, fields: Mapping[str, str], bad: BadRecords
+) -> Iterator[Sample]:
+    index = 0
+    for number, record, where in records:
+        try:
+            sample = _sample(record, index, number, where)
+        except BadRecord as error:
+            bad.found(error, number)
+            continue
+        index += 1
+        yield sample
+    if not index:
         raise InputError(f"{name} holds no sample; expected {FORMATS}")
-    return samples
 
 
 def _sample(record: Mapping[str, Any], index: int, line: int, where: str) -> Sample:

@@ -1,0 +1,59 @@
+"""A data set as samples and tokens: out of what a user names or holds, with a report of what was left out of it.
+
+Does not know how a sample becomes tokens (encoding.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, encode_all
+from pocl_fast.records.bad_records import BadRecords
+from pocl_fast.records.samples import Sample, read_samples, samples_from
+
+
+class SetOptions(Protocol):
+    """How records become samples, and how long these may be: a run's options, a trainer's arguments."""
+
+    @property
+    def fields(self) -> dict[str, str]: ...
+    @property
+    def bad_records(self) -> Any: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def max_prompt_length(self) -> int: ...
+    @property
+    def long_prompts(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Samples, and those of them that fit as tokens; `encoded[i].index` is a position in `samples`."""
+
+    samples: Sequence[Sample]
+    encoded: Sequence[EncodedSample]
+
+
+def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str) -> tuple[SampleSet, LengthReport]:
+    """The samples of a path, or of records, as tokens. `name` stands for records in messages.
+
+    Raises `InputError` for what `read_samples` and `encode_all` refuse.
+    """
+    reading: dict[str, Any] = {"fields": options.fields, "bad": BadRecords(options.bad_records)}
+    if isinstance(given, (str, Path)):
+        name, samples = str(given), read_samples(given, **reading)
+    else:
+        samples = samples_from(given, name, **reading)
+    encoded, report = encode_all(
+        samples,
+        encoder,
+        max_length=options.max_length,
+        max_prompt_length=options.max_prompt_length,
+        long_prompts=options.long_prompts,
+        name=name,
+    )
+    return SampleSet(samples, encoded), report
