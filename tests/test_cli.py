@@ -4,6 +4,7 @@ import fcntl
 import re
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from tiny import arithmetic, save_tiny, tiny_model, tiny_tokenizer, write_jsonl

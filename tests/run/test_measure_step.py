@@ -18,6 +18,7 @@ from tiny_run import make_inputs, options, refusal, run, select
 from pocl_fast.answers import engine
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.options import RunData
 from pocl_fast.records import sources
 from pocl_fast.run import measure_step
 
@@ -189,7 +190,7 @@ def _ends_before_the_first_answer(path):
         "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
     )
     encoder = SampleEncoder(tokenizer)
-    data = SimpleNamespace(train=path, data_source="data", max_length=300, max_prompt_length=200, long_prompts="error")
+    data = RunData(train=str(path), max_length=300, max_prompt_length=200)
     nothing = {"say": lambda _: None, "check_stream": lambda _: None}
     context = SimpleNamespace(config=SimpleNamespace(data=data), encoder=encoder, train_file_is_loaded=False, **nothing)
     before, sources.LARGE = sources.LARGE, 0
