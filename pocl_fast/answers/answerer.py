@@ -39,8 +39,9 @@ class AnswerLimits:
 
 
 def answered(sample: EncodedSample, answer: Sequence[int], limits: AnswerLimits) -> EncodedSample:
-    """The sample with an answer as its response. The end token follows the answer unless the answer was cut: by
-    `max_new_tokens` when it was generated, or by `max_length` here. An empty answer is the end token alone."""
+    """The sample with an answer as its response, which alone is supervised. The end token follows the answer unless the
+    answer was cut: by `max_new_tokens` when it was generated, or by `max_length` here. An empty answer is the end token
+    alone."""
     room = limits.max_length - len(sample.prompt_ids)
     cut = len(answer) >= limits.max_new_tokens
     response = tuple(int(token) for token in answer) + (() if cut else (limits.end_id,))

@@ -52,12 +52,13 @@ _PUNCTUATION = re.compile(f"{_THOUSANDS}|({_MATHEMATICS})|[{re.escape(string.pun
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one model on one set. ROUGE-L and exact match in percent, cross-entropy in nats a response token."""
+    """Scores of one model on one set. ROUGE-L and exact match in percent, of the answer to each sample's last question;
+    cross-entropy in nats a token that is trained on."""
 
     rouge_l: float  # mean over the seeds of the mean over the samples
     rouge_l_spread: float  # standard deviation over the seeds
     exact_match: float
-    cross_entropy: float  # of the references, mean over all response tokens
+    cross_entropy: float  # of the references, mean over all tokens that are trained on
     seeds: tuple[int, ...]
     samples: int
 
@@ -192,8 +193,8 @@ def _equals_one(answer: str, accepted: Sequence[str]) -> bool:
 
 
 def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: Rows | bool) -> float:
-    """Cross-entropy of the references, in nats, each response token weighing alike. Every rank must call, works on its
-    share, and has the same result."""
+    """Cross-entropy of the references, in nats, each token that is trained on weighing alike. Every rank must call,
+    works on its share, and has the same result."""
     counts = np.array([sample.supervised_count for sample in encoded], dtype=float)
     mine = ranks.share([len(sample) for sample in encoded])
     losses = np.empty(len(encoded))

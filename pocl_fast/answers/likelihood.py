@@ -1,4 +1,4 @@
-"""How likely student and teacher find each sample's response: means over its tokens of what the fused loss computes.
+"""How likely student and teacher find each sample's answers: means over their tokens of what the fused loss computes.
 
 Knows models, packed rows and the names of these means, which are columns of the difficulty tables. Does not know
 answers, files or the curriculum.
@@ -48,7 +48,7 @@ class LoadedModel:
 
 
 def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: Rows | bool) -> np.ndarray:
-    """Mean cross-entropy of each sample's response, in nats a token. [samples] float64."""
+    """Mean cross-entropy of each sample's supervised tokens, in nats a token. [samples] float64."""
     return response_scores(LoadedModel(model, packed), samples)["cross_entropy"]
 
 
@@ -56,7 +56,7 @@ def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: Rows 
 def response_scores(
     student: LoadedModel, samples: Sequence[EncodedSample], teacher: LoadedModel | None = None
 ) -> dict[str, np.ndarray]:
-    """Means over the tokens of each sample's response, in nats. Column -> [samples] float64.
+    """Means over the supervised tokens of each sample, in nats. Column -> [samples] float64.
 
     The columns are `STUDENT_COLUMNS`: `cross_entropy` is the student's; and with a teacher `TEACHER_COLUMNS`:
     `teacher_cross_entropy`, and `mean_kl`, which is KL(teacher || student) at temperature 1.

@@ -133,7 +133,7 @@ def _measured(
             "index": pa.array([one.index for one in encoded], pa.int64()),
             "rouge_l": pa.array(rouge_l(texts, references, tokenizer=rouge_tokenizer).fmeasure),
             **{name: pa.array(scores[name]) for name in STUDENT_COLUMNS},
-            "answer_length": pa.array([len(one.response_ids) for one in encoded], pa.int64()),  # as trained on
+            "answer_length": pa.array([one.supervised_count for one in encoded], pa.int64()),
             "prompt": pa.array([sample.messages[-1]["content"] for sample, _ in rows], pa.string()),
             "reference": pa.array([sample.references[0] for sample, _ in rows], pa.string()),
             "answer": pa.array(texts, pa.string()),

@@ -64,7 +64,7 @@ BUILT_IN = {
     for signal in (
         _column("rouge_l", "high", "ROUGE-L of the student's answer"),
         _column("cross_entropy", "low", "cross-entropy of the reference, nats a token"),
-        _column("answer_length", "low", "length of the reference, tokens"),
+        _column("answer_length", "low", "length of what is trained on, tokens"),
         _column("teacher_cross_entropy", "low", "the teacher's cross-entropy of the reference, nats a token"),
         Signal(
             "cross_entropy_gap",

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
 
@@ -23,20 +23,32 @@ _REASONING = re.compile(r"think|thought|reason", re.IGNORECASE)
 REASONING_TAGS = ("<think>", "</think>")  # of models whose template does not show theirs
 
 
+class Turn(NamedTuple):
+    """Where an earlier answer is in a conversation's text, in characters; where `ended`, with its end of turn."""
+
+    start: int
+    end: int
+    ended: bool
+    place: int  # among the conversation's messages
+
+
 @dataclass(frozen=True)
 class Split:
     """A conversation's text in two: `prompt`, which the model is given, and `answer`, which it is to say. `ended` says
-    whether the answer's last token is the end of turn that the template writes."""
+    whether the answer's last token is the end of turn that the template writes. `earlier` answers in the prompt are
+    trained on too."""
 
     prompt: str
     answer: str
     ended: bool
+    earlier: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a template writes around an answer."""
 
+    header: str = ""  # what a prompt ends with for being one
     opening: str = ""  # between the prompt and the answer
     tail: str = ""  # behind the answer, to the end of the text
     end: str = ""  # the part of the tail that ends the turn
@@ -78,7 +90,9 @@ class AnswerFinder:
         says = isinstance(answer.get("content"), str) and answer["content"].strip()
         if start is None and (not continues or (says and end is None)):
             every = "every answer" if shape.leaves_out else "the answer"
-            raise TemplateRefusal(f"the chat template leaves {every} out, or rewrites it")
+            raise TemplateRefusal(
+                f"the chat template leaves {every} out, or rewrites it", "the template leaves the answer out"
+            )
         first = len(prompt) if start is None else start
         if shape.header_unasked and start is not None and not (continues and whole[len(prompt) : start].isspace()):
             prompt, continues = whole[:start], True
@@ -94,7 +108,10 @@ class AnswerFinder:
                 ended, upto = False, marked_to
         split = _balanced(Split(prompt, whole[first:upto], ended), answer, continues)
         if not says and not any(name in split.answer for name in called_names(answer)):
-            raise TemplateRefusal("the chat template does not write tool calls, which are all that the answer has")
+            raise TemplateRefusal(
+                "the chat template does not write tool calls, which are all that the answer has",
+                "tool calls are not shown",
+            )
         return split
 
     # -- where the answer is ------------------------------------------------------------------------------------------
@@ -241,7 +258,8 @@ class AnswerFinder:
             if opened and (closing := _closing(opened)) != end:
                 tags.append(("", closing))
             reasoning = tuple(dict.fromkeys(tag for tag in tags if tag[1]))
-            return Shape(opening, tail, end, header_unasked=header_unasked, reasoning=reasoning)
+            header = prompt[len(bare) :] if prompt.startswith(bare) else ""
+            return Shape(header, opening, tail, end, header_unasked=header_unasked, reasoning=reasoning)
         return Shape(leaves_out=leaves_out)
 
     def _reasoning(self, messages: Sequence[Any], prompt: str, opening: str) -> list[tuple[str, str]]:

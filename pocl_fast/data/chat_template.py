@@ -42,7 +42,11 @@ class TemplateOptions(Protocol):
 
 
 class TemplateRefusal(Exception):
-    """What a template says of a conversation that it does not render."""
+    """What a template says of a conversation that it does not render; `kind` is what is wrong in a few words."""
+
+    def __init__(self, message: str, kind: str = "the template refuses it") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)

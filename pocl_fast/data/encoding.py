@@ -11,13 +11,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from pocl_fast.data import unused_fields
+from pocl_fast.data.answer_choice import (
+    ENDS_EARLIER,
+    AnswerChoice,
+    ChoiceOptions,
+    TrainOn,
+    Turns,
+    texts_of,
+)
 from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
+from pocl_fast.data.length_report import LengthReport, check_limits, nothing_trained, over_the_limit
+from pocl_fast.data.reasoning import Reasoning
 from pocl_fast.data.token_border import TokenBorder
+from pocl_fast.data.turn_spans import TurnFinder, up_to
+from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
 
@@ -77,27 +89,12 @@ class EncodedSample:
 
 
 @dataclass(frozen=True)
-class LengthReport:
-    """What the length limits did to a data set; `skipped` and `truncated` hold line numbers."""
+class Fitted:
+    """A sample as it is used, and its tokens: it may end earlier than it was given, and be without reasoning."""
 
-    samples: int
-    skipped: tuple[int, ...]
-    truncated: tuple[int, ...]
-    unused: tuple[tuple[str, int], ...] = ()  # fields that no model is told, and how many records have them
-    unwritten: tuple[tuple[str, tuple[int, ...]], ...] = ()  # what the template left out, and of which lines
-
-    def describe(self, name: str) -> str:
-        parts = [f"{name}: {self.samples} samples"]
-        if self.skipped:
-            parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({_some_lines(self.skipped)})")
-        if self.truncated:
-            parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({_some_lines(self.truncated)})")
-        if self.unused:
-            parts.append(unused_fields.describe(self.unused))
-        for what, lines in self.unwritten:
-            purpose = ", as many templates do on purpose" if what == unused_fields.EARLIER_REASONING else ""
-            parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)}){purpose}")
-        return "; ".join(parts)
+    sample: Sample
+    encoded: EncodedSample | None
+    asked: int  # tokens before the first answer that is trained on; 0 where none is
 
 
 class SampleEncoder:
@@ -107,14 +104,23 @@ class SampleEncoder:
     The last answer of a conversation is the response, the turns before it are the prompt. Both are tokenised as one
     text, as a model reads them, and cut as `TokenBorder` says: every answer to a question has the same prompt. Every
     response ends with the template's end of turn, and with the end-of-sequence token where the template has none or
-    writes one that is no single token, unless it is cut; generation stops at any of `end_ids`. Raises `InputError` for
-    a tokenizer without an end-of-sequence token, and for `template` "chat" where it has no chat template.
+    writes one that is no single token, unless it is cut; generation stops at any of `end_ids`. Answers within the
+    prompt are supervised too where `train_on` is "all", each as far as it is what a model says (see `TurnFinder`).
+    Raises `InputError` for a tokenizer without an end-of-sequence token, and for `template` "chat" where it has no chat
+    template.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto", *, chat: ChatTemplate | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template = "auto",
+        *,
+        chat: ChatTemplate | None = None,
+        train_on: TrainOn = "all",
+        reasoning: Reasoning = "keep",
     ) -> None:
-        """`chat` is the chat template where it is not the tokenizer's own without further variables."""
+        """`chat` is the chat template where it is not the tokenizer's own without further variables. `train_on` and
+        `reasoning` say which answers of a conversation are trained on, and what of them."""
         if template == "chat" and not (tokenizer.chat_template or chat):
             raise InputError("--template chat: the tokenizer has no chat template; use --template alpaca")
         if tokenizer.eos_token_id is None:
@@ -131,17 +137,20 @@ class SampleEncoder:
         self.end_id, self._ends = self._eos, {self._eos}
         self._end_is_known = template == "alpaca"
         self._unwritten: dict[str, list[int]] = {}
+        self._begin: list[int] = []
+        self.longest_prompt = 0  # tokens before the last answer, of all samples so far
         self.chat: ChatTemplate | None = None
-        shape = PLAIN
+        finder, shape = None, PLAIN
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
             self._unshown = unused_fields.UnshownTurns(self.chat)
             self._finder = AnswerFinder(self.chat, tokenizer.get_added_vocab())
-            shape = self._finder.shape
+            finder, shape = TurnFinder(self._finder), self._finder.shape
             self._learn_end()
         else:
             self._begin = self._tokens_before_a_text()
         self._reader = AnswerReader(tokenizer, shape)
+        self.choice = AnswerChoice(tokenizer, shape.reasoning, finder, train_on, reasoning)
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -152,23 +161,47 @@ class SampleEncoder:
         """Adds stop tokens of a model whose answers are trained on."""
         self._ends.update(ids)
 
+    def has_seen(self, ends: Iterable[int], longest_prompt: int) -> None:
+        """Takes over what another encoder learnt of samples: its `end_ids` and its longest prompt."""
+        self.stop_also_at(ends)
+        self.longest_prompt = max(self.longest_prompt, longest_prompt)
+
     def encode(
         self, sample: Sample, *, max_length: int, max_prompt_length: int, name: str = ""
     ) -> EncodedSample | None:
-        """Prompt and response tokens of one sample, or None where the prompt is over `max_prompt_length` tokens.
+        """The tokens that `fit` gives, or None where it gives none."""
+        return self.fit(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name).encoded
 
-        A response that passes `max_length` in all is cut and marked `truncated`; at least one token of it always stays.
-        Raises `InputError` with the sample's line, and the `name` of its file, where the template cannot render it.
+    def fit(self, sample: Sample, *, max_length: int, max_prompt_length: int, name: str = "") -> Fitted:
+        """A sample with its tokens. It has none where more than `max_prompt_length` tokens are before the first answer
+        that is trained on, or where none is.
+
+        A response that passes `max_length` in all is cut and marked `truncated`. Of a conversation that passes it the
+        answers that begin behind are left out, with their questions; at least one token of an answer always stays.
+        Raises `BadRecord` with the sample's line, and the `name` of its file, where the template cannot render it.
         """
-        prompt_ids, response_ids = self._tokens_of(sample, name)
-        if len(prompt_ids) > max_prompt_length:
-            return None
-        room = max_length - len(prompt_ids)
-        return EncodedSample(sample.index, tuple(prompt_ids), tuple(response_ids[:room]), len(response_ids) > room)
+        where = f"{name}, line {sample.line}" if name else f"line {sample.line}"
+        used, lost = self.choice.prepared(sample, where), 0
+        while True:
+            turns = self._turns_of(used, where)
+            asked = turns.trained[0][1][0] if turns.trained else 0
+            if not turns.trained or asked > max_prompt_length:
+                return Fitted(used, None, asked)
+            if len(turns.prompt) < max_length:
+                break
+            kept = [place for place, (start, _) in turns.trained if start < max_length]
+            lost += len(turns.trained) - len(kept)
+            used = up_to(used, kept[-1])
+        self.choice.note(ENDS_EARLIER, sample.line, lost)
+        self.longest_prompt = max(self.longest_prompt, len(turns.prompt))
+        prompt, response = tuple(turns.prompt), tuple(turns.response[: max_length - len(turns.prompt)])
+        cut = len(response) < len(turns.response)
+        return Fitted(used, EncodedSample(used.index, prompt, response, cut, turns.spans(max_length)), asked)
 
     def encode_prompt(self, sample: Sample) -> list[int]:
         """The prompt's tokens, up to where the answer starts."""
-        return self._tokens_of(sample, "")[0]
+        where = f"line {sample.line}"
+        return self._turns_of(self.choice.prepared(sample, where), where).prompt
 
     def answer_texts(
         self, answers: Sequence[Sequence[int]], references: Sequence[Sequence[str]] | None = None
@@ -185,27 +218,28 @@ class SampleEncoder:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _tokens_of(self, sample: Sample, name: str) -> tuple[list[int], list[int]]:
-        where = f"{name}, line {sample.line}" if name else f"line {sample.line}"
+    def _turns_of(self, sample: Sample, where: str) -> Turns:
+        split = self._text_of(sample, where)
+        return self.choice.turns(sample, split, self._tokens(split))
+
+    def _text_of(self, sample: Sample, where: str) -> Split:
         if self.template == "alpaca":
-            return self._tokens(self._alpaca(sample, where), self._begin)
+            return self._alpaca(sample, where)
         assert self.chat is not None
         try:
             split = self._finder.split(sample.messages, sample.tools, sample.answer_turn)
         except TemplateRefusal as refusal:
             hint = " (the system message is --system-prompt's)" if self.chat.system_prompt else ""
-            raise InputError(
+            raise BadRecord(
                 f"{where}: {refusal}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
-                " another template: --chat-template NAME or FILE, --template alpaca"
+                " another template: --chat-template NAME or FILE, --template alpaca",
+                refusal.kind,
             ) from refusal
         messages = self.chat.messages(sample.messages)
         self._check_turns(messages, sample, split, where)
         for what in unused_fields.unwritten(messages, sample.tools, sample.answer_turn, split):
             self._unwritten.setdefault(what, []).append(sample.line)
-        prompt, response = self._tokens(split)
-        if not self._end_is_known:
-            self.end_id, self._end_is_known = response[-1], True
-        return prompt, response
+        return self.choice.with_earlier(split, sample, messages)
 
     def _check_turns(self, messages: Sequence[Any], sample: Sample, split: Split, where: str) -> None:
         """Counts earlier turns that the template leaves out. Raises `InputError` where it leaves the question out."""
@@ -214,29 +248,52 @@ class SampleEncoder:
             return
         asks = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         if not {asks, len(messages) - 1}.isdisjoint(places):
-            raise unused_fields.means_more(where, "the chat template leaves the question out, or a part of it")
+            raise unused_fields.means_more(
+                where,
+                "the chat template leaves the question out, or a part of it",
+                "the template leaves the question out",
+            )
         self._unwritten.setdefault("earlier turns", []).append(sample.line)
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
         if len(sample.messages) > 1:
-            raise InputError(f"{where}: a conversation of several turns needs a tokenizer with a chat template")
+            raise BadRecord(
+                f"{where}: a conversation of several turns needs a tokenizer with a chat template",
+                "the Alpaca template has no place for earlier turns",
+            )
         if sample.tools or sample.answer_turn.get("tool_calls"):
-            raise InputError(f"{where}: tools and tool calls need a tokenizer with a chat template")
+            raise BadRecord(
+                f"{where}: tools and tool calls need a tokenizer with a chat template",
+                "the Alpaca template has no place for tools",
+            )
         if sample.answer_turn.get("reasoning_content"):
             self._unwritten.setdefault("reasoning", []).append(sample.line)
         form = ALPACA_WITH_INPUT if sample.input else ALPACA_NO_INPUT
         prompt = form.format(instruction=sample.instruction, input=sample.input)
         return Split(prompt, sample.references[0], ended=False)
 
-    def _tokens(self, split: Split, begin: Sequence[int] = ()) -> tuple[list[int], list[int]]:
-        """The text's tokens before and from where the response starts, `begin` before them, an end behind them."""
-        prompt, response = self._border.parts(split.prompt, split.answer)
-        ended = split.ended and response and response[-1] in self._special
-        if ended and response[-1] != self.tokenizer.unk_token_id:
-            self._ends.add(response[-1])
-        elif not response or response[-1] != self._eos:
+    def _tokens(self, split: Split) -> list[list[int]]:
+        """The tokens of a conversation's parts (`texts_of`), the template's beginning before them, an end behind."""
+        made = (
+            self._border.turns(texts_of(split)) if split.earlier else [*self._border.parts(split.prompt, split.answer)]
+        )
+        for turn, said in zip(split.earlier, made[1::2], strict=False):
+            if turn.ended:
+                self._ends_with(said)
+        response = made[-1]
+        if not (split.ended and self._ends_with(response)) and (not response or response[-1] != self._eos):
             response.append(self._eos)
-        return [*begin, *prompt], response
+        made[0] = [*self._begin, *made[0]]
+        if not self._end_is_known:
+            self.end_id, self._end_is_known = response[-1], True
+        return made
+
+    def _ends_with(self, said: Sequence[int]) -> bool:
+        """Whether an answer's last token, which the template writes, can end answers; it is one of `end_ids` then."""
+        ends = bool(said) and said[-1] in self._special and said[-1] != self.tokenizer.unk_token_id
+        if ends:
+            self._ends.add(said[-1])
+        return ends
 
     def _tokens_before_a_text(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text; what it puts behind one would end the prompt."""
@@ -254,25 +311,46 @@ class SampleEncoder:
                 split = self._finder.split(messages, (), {"role": "assistant", "content": "b"})
             except TemplateRefusal:
                 continue
-            self.end_id, self._end_is_known = self._tokens(split)[1][-1], True
+            self._tokens(split)
             return
 
 
+class EncoderOptions(TemplateOptions, ChoiceOptions, Protocol):
+    """What samples become: a run's options, a trainer's arguments."""
+
+
 def encoder_of(
-    tokenizer: PreTrainedTokenizerBase, options: TemplateOptions, folder: Path, say: Callable[[str], object]
+    tokenizer: PreTrainedTokenizerBase, options: EncoderOptions, folder: Path, say: Callable[[str], object]
 ) -> SampleEncoder:
     """The encoder that a run's options or a trainer's arguments ask for.
 
     The date of a template that writes it is kept in `folder`; a template that the options choose becomes the
-    tokenizer's own. Every rank must call. Raises `InputError` as `chosen_template` and `SampleEncoder` do.
+    tokenizer's own. Where the teacher's answers are trained on, these are the last ones alone. Every rank must call.
+    Raises `InputError` as `chosen_template` and `SampleEncoder` do, and for reasoning that the teacher writes.
     """
+    by_teacher = options.data_source == "teacher"
+    if by_teacher and options.reasoning != "keep":
+        raise InputError(
+            f"--reasoning {options.reasoning}: with --data-source teacher the teacher's own answers are trained on, as"
+            " it writes them; leave one of the two out, or tell its template not to reason (--chat-template-kwargs"
+            " enable_thinking=false, where it reads that)"
+        )
     chat = chosen_template(tokenizer, options, folder, say)
     if options.chat_template is not None:
         make_default(tokenizer, options.chat_template)  # whoever loads the student asks it as it was trained
-    return SampleEncoder(tokenizer, "chat" if chat else "alpaca", chat=chat)
+    chosen: dict[str, Any] = {"train_on": "last" if by_teacher else options.train_on, "reasoning": options.reasoning}
+    return SampleEncoder(tokenizer, "chat" if chat else "alpaca", chat=chat, **chosen)
 
 
 def encode_all(
+    samples: Sequence[Sample], encoder: SampleEncoder, **given: Any
+) -> tuple[list[EncodedSample], LengthReport]:
+    """The tokens of every sample that fits, in order, and a report of those that did not; see `fit_all`."""
+    fitted, report = fit_all(samples, encoder, **given)
+    return [one for _, one in fitted], report
+
+
+def fit_all(
     samples: Sequence[Sample],
     encoder: SampleEncoder,
     *,
@@ -280,54 +358,33 @@ def encode_all(
     max_prompt_length: int,
     long_prompts: Literal["error", "skip"],
     name: str,
-) -> tuple[list[EncodedSample], LengthReport]:
-    """Every sample that fits, in order, and a report of those that did not; `name` stands for the file in messages.
+) -> tuple[list[tuple[Sample, EncodedSample]], LengthReport]:
+    """Every sample that fits, as it is used, with its tokens, in order, and a report of those that did not; `name`
+    stands for the file in messages.
 
-    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", or where all are over it.
+    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", where all are over it, or where
+    no sample has an answer that is trained on.
     """
     check_limits(max_length, max_prompt_length)
     encoder.take_unwritten()
-    encoded: list[EncodedSample] = []
+    encoder.choice.take_notes()
+    fitted: list[tuple[Sample, EncodedSample]] = []
     skipped: list[int] = []
+    untrained: list[int] = []
+    longest = 0
     fields = unused_fields.UnusedFields(encoder, name)
     for sample in samples:
         fields.see(sample)
-        one = encoder.encode(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
-        if one is None:
-            skipped.append(sample.line)
+        one = encoder.fit(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
+        if one.encoded is not None:
+            fitted.append((one.sample, one.encoded))
         else:
-            encoded.append(one)
-    left_out = encoder.take_unwritten()
-    if skipped and (long_prompts == "error" or not encoded):
-        longest = max(len(encoder.encode_prompt(sample)) for sample in samples)
+            (skipped if one.asked else untrained).append(sample.line)
+            longest = max(longest, one.asked)
+    if skipped and (long_prompts == "error" or not fitted):
         raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
-    line_of = {sample.index: sample.line for sample in samples}
-    truncated = tuple(line_of[one.index] for one in encoded if one.truncated)
-    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out)
-
-
-def check_limits(max_length: int, max_prompt_length: int) -> None:
-    """Raises `InputError` where a longest prompt would leave no room for a response."""
-    if not 0 < max_prompt_length < max_length:
-        raise InputError(
-            f"--max-prompt-length ({max_prompt_length}) must be at least 1 and below --max-length ({max_length}),"
-            " so that every response has room"
-        )
-
-
-def over_the_limit(name: str, lines: Sequence[int], samples: int, longest: int, max_prompt_length: int) -> InputError:
-    """The error that says which prompts are over the limit, and what to do."""
-    return InputError(
-        f"{name}: {len(lines)} of {samples} prompts are over --max-prompt-length {max_prompt_length} tokens"
-        f" ({_some_lines(lines)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
-        " or pass --long-prompts skip to leave these samples out"
-    )
-
-
-def _responses(count: int) -> str:
-    return "1 response" if count == 1 else f"{count} responses"
-
-
-def _some_lines(lines: Sequence[int]) -> str:
-    shown = ", ".join(str(line) for line in lines[:5])
-    return f"line{'s' if len(lines) > 1 else ''} {shown}{', ...' if len(lines) > 5 else ''}"
+    if not fitted:
+        raise nothing_trained(name, untrained)
+    truncated = tuple(sample.line for sample, one in fitted if one.truncated)
+    given = fields.counts, encoder.take_unwritten(), tuple(untrained), encoder.choice.take_notes()
+    return fitted, LengthReport(len(fitted), tuple(skipped), truncated, *given)

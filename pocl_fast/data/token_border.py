@@ -5,7 +5,8 @@ Knows tokenizers. Does not know templates, nor what ends an answer (encoding.py)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 _ANCHORS = ("1", "a", ".", "\n", "]", "#")  # texts that stand before an answer to be tokenised without its prompt
@@ -21,7 +22,7 @@ class TokenBorder:
     prompt's.
     """
 
-    def __init__(self, tokenizer: Any, special: Collection[int]) -> None:
+    def __init__(self, tokenizer: Any, special: frozenset[int]) -> None:
         """`special` are the ids of the tokenizer's added tokens."""
         self._tokenizer, self._special = tokenizer, special
 
@@ -42,13 +43,51 @@ class TokenBorder:
                 return self._ids(prompt), apart
         return ids[:first], ids[first:]
 
+    def turns(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of the texts that make one conversation: what stands before an answer and the answer, by turns.
+
+        Each answer has the tokens that `parts` gives of it as the last one: where a token of the whole text crosses the
+        border before or behind an answer, the texts are tokenised apart.
+        """
+        return (self._joint(texts) if self._tokenizer.is_fast else None) or self._apart(texts)
+
+    def _joint(self, texts: Sequence[str]) -> list[list[int]] | None:
+        """The tokens of all as one text; None where one of them crosses a border."""
+        whole = "".join(texts)
+        encoded = self._tokenizer(whole, add_special_tokens=False)
+        ids = list(encoded.input_ids)
+        cuts, place = [0], 0
+        for number, text in enumerate(texts[:-1]):
+            place += len(text)
+            first, taken = self._first_token(encoded, whole[:place], whole[place:])
+            begins = number % 2 == 0
+            if taken.strip(" ▁Ġ") or len(taken) > (1 if begins else 0):
+                return None
+            if not taken and text[-2:].isspace() and len(text) > 1:  # blanks are split by what follows them
+                asked = self._ids(text)[-4:]
+                if ids[first - len(asked) : first] != asked:
+                    return None
+            cuts.append(first)
+        return [ids[start:end] for start, end in pairwise([*cuts, len(ids)])]
+
+    def _apart(self, texts: Sequence[str]) -> list[list[int]]:
+        made: list[list[int]] = []
+        for before, answer in zip(texts[::2], texts[1::2], strict=True):
+            asked, said = self.parts(before, answer)
+            if made:
+                last = made[-1][-1:]
+                ends = self._tokenizer.convert_ids_to_tokens(last) if self._special.issuperset(last) else []
+                asked = asked if (alone := self._alone(before, *ends)) is None else alone
+            made += [asked, said]
+        return made
+
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _alone(self, answer: str) -> list[int] | None:
+    def _alone(self, answer: str, *anchors: str) -> list[int] | None:
         """The answer's tokens behind a text that none of them takes in, so that it does not count as a text's
-        beginning; None where there is no such text."""
-        for anchor in _ANCHORS:
+        beginning: one of `anchors` where one will do; None where there is no such text."""
+        for anchor in (*anchors, *_ANCHORS):
             before, both = self._ids(anchor), self._ids(anchor + answer)
             if before and both[: len(before)] == before:
                 return both[len(before) :]

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from pocl_fast.data.answer_span import REASONING_TAGS, Split, called_names
 from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
+from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.messages import Message
 from pocl_fast.records.samples import KNOWN, ONE_QUESTION, OPTIONAL, Sample
-from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 
 MEANS_MORE = frozenset({"tools", "tool_calls"})  # without them the answer answers something else
@@ -126,14 +126,14 @@ class UnusedFields:
         return tuple(self._count.items())
 
     def see(self, sample: Sample) -> None:
-        """Counts a sample's fields. Raises `InputError` with its line where the template has no place for what changes
+        """Counts a sample's fields. Raises `BadRecord` with its line where the template has no place for what changes
         the question or the answer: turns, tools and their calls."""
         if sample.unused:
             self._count.update(sample.unused)
         turns = (*sample.messages, sample.answer_turn)
         if not sample.tools and all(len(turn) == 2 and turn["role"] in ("user", "assistant") for turn in turns):
             if self._alpaca and len(turns) > 2:
-                self._refuse(sample, "the Alpaca template has no place for earlier turns")
+                self._refuse(sample, why := "the Alpaca template has no place for earlier turns", why)
             return
         self._count.update(self._unshown_by_alpaca(sample) if self._alpaca else self._unshown_by_chat(sample, turns))
 
@@ -141,19 +141,20 @@ class UnusedFields:
         roles = sorted({turn["role"] for turn in sample.messages[:-1]})
         asked = [*(["tools"] if sample.tools else []), *roles, *(["tool calls"] if _calls(sample) else [])]
         if asked:
-            self._refuse(sample, f"the Alpaca template has no place for {', '.join(asked)}")
+            self._refuse(sample, why := f"the Alpaca template has no place for {', '.join(asked)}", why)
         return _described(_own_fields((*sample.messages, sample.answer_turn)))
 
     def _unshown_by_chat(self, sample: Sample, turns: Sequence[Message]) -> list[str]:
         if sample.tools and not self._shows("tools", sample, turns, ()):
-            self._refuse(sample, 'the chat template shows no "tools"')
+            self._refuse(sample, 'the chat template shows no "tools"', "tools are not shown")
         for place, turn in enumerate(turns):
             role = turn["role"]
             if role in ("user", "assistant") or self._shown.get(f"role {role}"):
                 continue
             other = [*turns[:place], {**turn, "content": _OTHER_TEXT}, *turns[place + 1 :]]
             if not self._shows(f"role {role}", sample, other, sample.tools):
-                self._refuse(sample, f'the chat template shows no messages of the role "{role}"')
+                why = f'the chat template shows no messages of the role "{role}"'
+                self._refuse(sample, why, f'the role "{role}" is not shown')
         unshown = []
         for role, field in _own_fields(turns):
             without = [
@@ -162,7 +163,7 @@ class UnusedFields:
             if not self._shows(f"{field} of {role}", sample, without, sample.tools):
                 unshown.append((role, field))
         for field in MEANS_MORE.intersection(field for _, field in unshown):
-            self._refuse(sample, f'the chat template shows no "{field}"')
+            self._refuse(sample, f'the chat template shows no "{field}"', f"{field.replace('_', ' ')} are not shown")
         return _described(unshown)
 
     def _shows(
@@ -184,16 +185,17 @@ class UnusedFields:
         assert self._chat is not None
         return self._chat.render(turns, tools, prompt=False)
 
-    def _refuse(self, sample: Sample, why: str) -> None:
-        raise means_more(f"{self._name}, line {sample.line}", why)
+    def _refuse(self, sample: Sample, why: str, kind: str) -> None:
+        raise means_more(f"{self._name}, line {sample.line}", why, kind)
 
 
-def means_more(where: str, why: str) -> InputError:
+def means_more(where: str, why: str, kind: str) -> BadRecord:
     """The error for a record of which something is left out without which the answer answers something else."""
-    return InputError(
+    return BadRecord(
         f"{where}: {why}, and without it the answer would be to another question. Take a"
         " tokenizer with a chat template that shows it, or give one as a file (--chat-template FILE), or leave such"
-        " records out"
+        " records out",
+        kind,
     )
 
 

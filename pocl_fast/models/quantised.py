@@ -33,7 +33,7 @@ from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.system.files import write_json
 from pocl_fast.system.seal import damage, seal
 
-PROBE_TOKENS = 256  # supervised tokens at which the full model's logits are kept: 156 MB of a vocabulary of 152k
+PROBE_TOKENS = 256  # tokens of last answers at which the full model's logits are kept: 156 MB of a vocabulary of 152k
 MOSTLY = 0.9  # a smaller share of the layers' weights is said: less memory is saved than the name promises
 _RECORD = "quantised.json"
 _FORMAT = "2"  # of `_Made` as it is recorded: 1 had another name for `fidelity`

@@ -326,13 +326,18 @@ class RunContext:
 
     # -- every model ------------------------------------------------------------------------------------------------
 
+    @property
+    def _longest_prompt(self) -> int:
+        """The most tokens of a prompt that may be answered; samples are read before models are loaded."""
+        return max(self.config.data.max_prompt_length, self.encoder.longest_prompt)
+
     def _ready(self, model: Any, whose: str) -> LoadedModel:
         """The model, with packed batches where these hold for it. Raises `InputError` where it has fewer positions than
         a sample, or a prompt and its answer, may have tokens, and where its logits are not its lm_head's."""
         if whose in ("student", "teacher"):
             self._check_usable(model, whose)
         data, answer = self.config.data, self.config.generation.max_new_tokens
-        loading.check_positions(model, max(data.max_length, data.max_prompt_length + answer), whose)
+        loading.check_positions(model, max(data.max_length, self._longest_prompt + answer), whose)
         with self.precision.autocast():
             check_head(model, whose)
             return LoadedModel(model, packing_ready(model, self._say_of(whose)))
@@ -367,7 +372,7 @@ class RunContext:
             model,
             self.encoder,
             self.config.generation,
-            max_prompt_length=self.config.data.max_prompt_length,
+            max_prompt_length=self._longest_prompt,
             by_vllm=self.check_engine(),
             bf16=self.precision.name == "bf16",
         )

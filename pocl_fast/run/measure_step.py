@@ -89,8 +89,9 @@ def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
         known = context.train_set
         return rows_of(known.samples, known.encoded), len(known.encoded)
     stream = SampleStream(source, context.encoder, data)
-    report, ends = ranks.from_first(lambda: (stream.check(), context.encoder.end_ids))
-    context.encoder.stop_also_at(ends)  # those of the whole file, on every rank, before the first answer
+    encoder = context.encoder
+    report, ends, longest = ranks.from_first(lambda: (stream.check(), encoder.end_ids, encoder.longest_prompt))
+    encoder.has_seen(ends, longest)  # all of the file, on every rank, before the first answer
     context.say(report.describe(source.name))
     ranks.from_first(lambda: context.check_stream(stream))
     return stream, report.samples

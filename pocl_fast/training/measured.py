@@ -186,7 +186,7 @@ def student_engine(
 ) -> contextlib.AbstractContextManager[Engine]:
     """What generates the student's answers: vLLM with the student in it, in bf16 or fp32, or torch."""
     by_vllm = vllm_answers(student, options, next(student.parameters()).device)
-    most = options.max_prompt_length
+    most = max(options.max_prompt_length, encoder.longest_prompt)
     return vllm.engine_of(student, encoder, options, max_prompt_length=most, by_vllm=by_vllm, bf16=bf16)
 
 

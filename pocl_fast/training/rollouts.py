@@ -12,7 +12,8 @@
   full, the student answers and the answers go into the buffer; else the batch is drawn from the buffer.
 
 Where a batch is the student's its loss is the divergence alone, as in GKD and DistiLLM: a student's cross-entropy on
-its own samples teaches nothing. Knows samples and chances. Does not know models or losses: it is given a function that
+its own samples teaches nothing. The student answers the last question of a conversation, and is trained on that answer
+alone. Knows samples and chances. Does not know models or losses: it is given a function that
 generates.
 """
 
@@ -24,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -222,10 +224,13 @@ def _random(seed: int, step: int, purpose: str) -> np.random.Generator:
 
 def _record(sample: EncodedSample) -> dict[str, Any]:
     """For JSON; tokens as one string, a list of numbers would be a line each in an indented file."""
-    prompt, response = (" ".join(map(str, ids)) for ids in (sample.prompt_ids, sample.response_ids))
-    return {"index": sample.index, "prompt": prompt, "response": response, "truncated": sample.truncated}
+    names = {"prompt": sample.prompt_ids, "response": sample.response_ids, "supervised": chain(*sample.supervised)}
+    texts = {name: " ".join(map(str, numbers)) for name, numbers in names.items()}
+    return {"index": sample.index, "truncated": sample.truncated, **texts}
 
 
 def _sample(record: Mapping[str, Any]) -> EncodedSample:
-    prompt, response = (tuple(map(int, record[name].split())) for name in ("prompt", "response"))
-    return EncodedSample(record["index"], prompt, response, record["truncated"])
+    names = ("prompt", "response", "supervised")
+    prompt, response, borders = (tuple(map(int, record[name].split())) for name in names)
+    spans = tuple(zip(borders[::2], borders[1::2], strict=True))
+    return EncodedSample(record["index"], prompt, response, record["truncated"], spans)

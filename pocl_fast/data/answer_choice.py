@@ -1,0 +1,143 @@
+"""Which answers of a sample are trained on, and how far each: the options `train_on` and `reasoning`.
+
+Knows samples and the texts and tokens that became of them. Does not know how texts become tokens (encoding.py), nor
+where in a text an answer is (answer_span.py, turn_spans.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate, chain
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from pocl_fast.data.answer_span import Split
+from pocl_fast.data.reasoning import Reasoning, Tags, closed_in, is_empty, stripped
+from pocl_fast.data.turn_spans import TurnFinder
+from pocl_fast.records.bad_records import BadRecord
+from pocl_fast.records.messages import Message
+from pocl_fast.records.samples import Sample
+
+TrainOn = Literal["last", "all"]
+Span: TypeAlias = tuple[int, int]  # from, to
+Notes: TypeAlias = tuple[tuple[str, int, tuple[int, ...]], ...]  # what was decided, of how many answers, of which lines
+STRIPPED = "answers from which reasoning was taken out: {count} ({lines})"
+NO_REASONING = "answers without reasoning, which are not trained on: {count} ({lines})"
+ENDS_EARLIER = "conversations that end earlier for --max-length: {records} ({lines}), with {count} answers left out"
+
+
+class ChoiceOptions(Protocol):
+    """Which answers are trained on: a run's options, a trainer's arguments."""
+
+    @property
+    def train_on(self) -> Any: ...
+    @property
+    def reasoning(self) -> Any: ...
+    @property
+    def data_source(self) -> Any: ...
+
+
+class Turns(NamedTuple):
+    """A conversation's tokens up to its last answer and from there on, and which of them are trained on."""
+
+    prompt: list[int]
+    response: list[int]
+    trained: list[tuple[int, Span]]  # the answer's place among the messages, its tokens
+
+    def spans(self, max_length: int) -> tuple[Span, ...]:
+        """What is trained on of so many tokens; empty where that is the response alone, as far as it goes."""
+        ends = len(self.prompt) + len(self.response)
+        found = tuple((start, min(end, max_length)) for _, (start, end) in self.trained if start < max_length)
+        return () if found == ((len(self.prompt), min(ends, max_length)),) else found
+
+
+class AnswerChoice:
+    """Chooses the answers of samples, and notes what is not trained on."""
+
+    def __init__(self, tokenizer: Any, tags: Tags, turns: TurnFinder | None, train_on: TrainOn, reasoning: Reasoning):
+        """`tags` are around reasoning; `turns` is None where there is no chat template."""
+        self._tokenizer, self._tags, self._finder = tokenizer, tags, turns
+        self._train_on, self._reasoning = train_on, reasoning
+        self._noted: dict[str, dict[int, int]] = {}  # what was decided -> how many answers, by line
+
+    def note(self, what: str, line: int, count: int) -> None:
+        """Keeps what was decided about so many answers of a record, in place of what it was before."""
+        if count:
+            self._noted.setdefault(what, {})[line] = count
+        elif what in self._noted:
+            self._noted[what].pop(line, None)
+
+    def take_notes(self) -> Notes:
+        """What was decided since the last call."""
+        taken = tuple((what, sum(lines.values()), tuple(lines)) for what, lines in self._noted.items() if lines)
+        self._noted.clear()
+        return taken
+
+    def prepared(self, sample: Sample, where: str) -> Sample:
+        """The sample without reasoning where that is to be taken out. Raises `BadRecord` where nothing else is said."""
+        if self._reasoning != "strip" or (made := stripped(sample, self._tags)) is sample:
+            return sample
+        before, after = ((*one.messages, one.answer_turn) for one in (sample, made))
+        if any(turn["role"] == "assistant" and is_empty(turn) for turn in after):
+            raise BadRecord(
+                f"{where}: an answer is nothing but reasoning, and --reasoning strip leaves nothing of it: leave this"
+                " record out",
+                "nothing but reasoning",
+            )
+        self.note(STRIPPED, sample.line, sum(one != other for one, other in zip(before, after, strict=True)))
+        return made
+
+    def with_earlier(self, split: Split, sample: Sample, messages: Sequence[Any]) -> Split:
+        """The split with the earlier answers that are trained on. `messages` are those of the sample as the template is
+        given them."""
+        if self._train_on == "last" or not sample.earlier or self._finder is None:
+            return split
+        shift = len(messages) - len(sample.messages)  # a system prompt
+        wanted = [place + shift for place in sample.earlier]
+        found = self._finder.find(split, messages, sample.tools, sample.answer_turn, wanted)
+        for what, count in found.left:
+            self.note(what, sample.line, count)
+        return replace(split, earlier=tuple(turn._replace(place=turn.place - shift) for turn in found.turns))
+
+    def turns(self, sample: Sample, split: Split, tokens: Sequence[list[int]]) -> Turns:
+        """What is trained on of a sample whose texts (`texts_of`) have these tokens."""
+        texts, response = texts_of(split)[1::2], tokens[-1]
+        places = [*(turn.place for turn in split.earlier), len(sample.messages)]
+        starts = list(accumulate((len(ids) for ids in tokens), initial=0))[1::2]
+        trained = []
+        for place, text, ids, start in zip(places, texts, tokens[1::2], starts, strict=True):
+            turn = sample.answer_turn if place == len(sample.messages) else sample.messages[place]
+            length = len(ids) if self._reasoning != "only" else self._reasoning_length(turn, text, ids)
+            if length:
+                trained.append((place, (start, start + length)))
+        self.note(NO_REASONING, sample.line, len(places) - len(trained))
+        return Turns(list(chain(*tokens[:-1])), response, trained)
+
+    def _reasoning_length(self, turn: Message, text: str, ids: Sequence[int]) -> int:
+        """How many of an answer's tokens are its reasoning, with what closes it."""
+        closed = closed_in(text, turn, self._tags)
+        if closed is None:
+            return 0
+        lengths = range(1, len(ids) + 1)
+
+        def holds(length: int) -> bool:
+            return self._tokenizer.decode(list(ids[:length])).count(closed.tag) >= closed.times
+
+        found = bisect_left(lengths, True, key=holds)
+        return lengths[found] if found < len(lengths) else 0
+
+
+def texts_of(split: Split) -> list[str]:
+    """The conversation's text in parts: what stands before an answer that is trained on and the answer, by turns."""
+    texts, place = [], 0
+    for turn in split.earlier:
+        texts += [split.prompt[place : turn.start], split.prompt[turn.start : turn.end]]
+        place = turn.end
+    return [*texts, split.prompt[place:], split.answer]
+
+
+def described(notes: Notes, some_lines: Any) -> Iterable[str]:
+    """The notes in words; `some_lines` names a few of many lines."""
+    for what, count, lines in notes:
+        yield what.format(count=count, records=len(lines), lines=some_lines(lines))

@@ -1,0 +1,283 @@
+"""Where the earlier answers of a conversation are in the text that a chat template writes of it.
+
+Knows texts, templates and the turns of a conversation. Does not know token ids (encoding.py), nor how a template's last
+answer is found (answer_span.py), which it asks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
+
+from pocl_fast.data.answer_span import PROBE, AnswerFinder, Split, Turn
+from pocl_fast.data.chat_template import TemplateRefusal
+from pocl_fast.data.reasoning import reasoning_in, thoughts_of
+from pocl_fast.records.messages import calls_as_text
+from pocl_fast.records.samples import Sample
+
+Place: TypeAlias = tuple[int, int]  # from, to, in characters
+
+
+UNREASONED = (
+    "earlier answers not trained on, because the template leaves their reasoning out: {count} ({lines}); --reasoning"
+    " strip trains on them without it"
+)
+LOST = (
+    "earlier answers not trained on, because it is not clear where in the template's text they are: {count} ({lines})"
+)
+
+
+class Found(NamedTuple):
+    """The earlier answers of a conversation that can be trained on, and how many cannot, by why."""
+
+    turns: tuple[Turn, ...]
+    left: tuple[tuple[str, int], ...] = ()
+
+
+def up_to(sample: Sample, place: int) -> Sample:
+    """The sample that ends with the answer at this place of its messages."""
+    answer, before = sample.messages[place], sample.messages[:place]
+    content = answer.get("content") or ""
+    return replace(
+        sample,
+        messages=before,
+        references=(content if content.strip() else calls_as_text(answer),),
+        instruction=before[-1]["content"] if before else "",
+        input="",
+        answer=answer if len(answer) > 2 else None,
+        earlier=tuple(one for one in sample.earlier if one < place),
+    )
+
+
+@dataclass(frozen=True)
+class TurnFinder:
+    """Finds each earlier answer from behind the header that a model is asked with to its end of turn.
+
+    The text is compared with what the template writes of the same turns with other words in them. Where it is that
+    text with the contents put back, all places follow at once. Where it is not, a turn is looked for as the last one of
+    its own conversation. An end of turn that the template writes behind earlier answers alone is not taken: a model
+    that learns it would end its answers otherwise than it is asked to.
+    """
+
+    finder: AnswerFinder
+    _skeletons: dict[tuple[str, ...], _Skeleton | None] = field(default_factory=dict)  # of plain turns, by their roles
+    _behind_calls: dict[str, tuple[str, str]] = field(default_factory=dict)  # next role: how calls end, what follows
+
+    def find(
+        self, split: Split, messages: Sequence[Any], tools: Sequence[Any], answer: Any, wanted: Iterable[int]
+    ) -> Found:
+        """Where the `wanted` ones of the messages are in the split's prompt. `messages` are those before the answer, as
+        the template is given them."""
+        talk = _Talk(self.finder, split, messages, tools, self._contents(split.prompt, messages, tools))
+        marks = self.finder.template.marked([*messages, answer], tools)
+        turns: list[Turn] = []
+        unreasoned = lost = 0
+        for place in wanted:
+            turn = self._turn(talk, place)
+            if turn is None or turn.start < (turns[-1].end if turns else 1):
+                lost += 1
+                continue
+            turn = self._within_marks(turn, split.prompt, marks)
+            said = split.prompt[turn.start : turn.end]
+            if any(thought not in said for thought in thoughts_of(messages[place], self.finder.shape.reasoning)):
+                unreasoned += 1
+            else:
+                turns.append(turn)
+        return Found(tuple(turns), ((UNREASONED, unreasoned), (LOST, lost)))
+
+    # -- a turn -------------------------------------------------------------------------------------------------------
+
+    def _turn(self, talk: _Talk, place: int) -> Turn | None:
+        start = self._start(talk, place)
+        if start is None:
+            return self._as_last(talk, place)
+        if talk.messages[place].get("tool_calls"):
+            return self._calling(talk, place, start)
+        if place not in talk.contents or not self.finder.shape.tail:
+            return self._as_last(talk, place)
+        _, end = talk.contents[place]
+        closing = self.finder.shape.end
+        ended = bool(closing) and talk.text.startswith(closing, end)
+        return Turn(start, end + len(closing) if ended else end, ended, place)
+
+    def _start(self, talk: _Talk, place: int) -> int | None:
+        """Behind the header that a model is asked with; None where the text has another one."""
+        header = talk.header(place)
+        if header is None:
+            return None
+        behind = talk.contents[place - 1][1]
+        if talk.text.startswith(header, behind):
+            return behind + len(header)
+        if place not in talk.contents:
+            return None
+        start = talk.contents[place][0]
+        written = talk.text[behind:start]
+        if header.startswith(written) and self._is_block(header[len(written) :]):
+            return start  # only an asked answer has it
+        shape = self.finder.shape  # or what ends the text stands before the header of an asked answer alone
+        _, found, opening = written.rpartition(shape.header) if shape.header.strip() else ("", "", "")
+        return start - len(opening) if found and opening in ("", shape.opening) else None
+
+    def _is_block(self, text: str) -> bool:
+        """Whether a text opens a block of reasoning, and perhaps closes it."""
+        said = "".join(text.split())
+        blocks = ((opens or closes.replace("/", "", 1), closes) for opens, closes in self.finder.shape.reasoning)
+        return any(said in (opens, opens + closes) for opens, closes in blocks)
+
+    def _calling(self, talk: _Talk, place: int, start: int) -> Turn | None:
+        """A turn that calls tools, whose text only the template knows: up to what it writes between such a turn and the
+        next one."""
+        following = talk.contents.get(place + 1)
+        role = talk.messages[place + 1]["role"] if place + 1 < len(talk.messages) else ""
+        if following and (known := self._behind_calls.get(role)):
+            ends, between = known
+            end = following[0] - len(between)
+            if talk.text.startswith(between, end) and talk.text.endswith(ends, start, end):
+                return Turn(start, end, True, place)
+        turn = self._as_last(talk, place)
+        if turn is not None and turn.ended and following and turn.end <= following[0]:
+            said = talk.text[turn.start : turn.end]
+            ends = next((token for token in self.finder.special if said.endswith(token)), said[-1:])
+            self._behind_calls[role] = ends, talk.text[turn.end : following[0]]
+        return turn
+
+    def _as_last(self, talk: _Talk, place: int) -> Turn | None:
+        """The turn as the last one of its own conversation, where the text begins with that one."""
+        try:
+            alone = self.finder.split(talk.messages[:place], talk.tools, talk.messages[place])
+        except TemplateRefusal:
+            return None
+        start, shape = len(alone.prompt), self.finder.shape
+        if not talk.text.startswith(alone.prompt):
+            return None
+        for said in (alone.answer, alone.answer.removeprefix(shape.opening)):
+            if talk.text.startswith(said, start):
+                return Turn(start, start + len(said), alone.ended, place)
+        for said in (alone.answer, alone.answer.removeprefix(shape.opening)):
+            bare = said.removesuffix(shape.end) if shape.end else said
+            if talk.text.startswith(bare, start):
+                return Turn(start, start + len(bare), False, place)
+        return None
+
+    def _within_marks(self, turn: Turn, text: str, marks: Sequence[Place]) -> Turn:
+        """The turn as far as the template's marks say that the model writes it; its end of turn is the model's."""
+        inside = [(start, end) for start, end in marks if start < turn.end and turn.start < end]
+        if not inside:
+            return turn
+        start, end = max(turn.start, inside[0][0]), inside[-1][1]
+        if end < turn.end and text[end : turn.end].strip() != self.finder.shape.end.strip():
+            return Turn(start, end, False, turn.place)
+        return turn._replace(start=start)
+
+    # -- the contents of all turns ------------------------------------------------------------------------------------
+
+    def _contents(self, text: str, messages: Sequence[Any], tools: Sequence[Any]) -> dict[int, Place]:
+        """Where the contents of the messages are in the text; none where it is not clear."""
+        tags = self.finder.shape.reasoning
+        heads = [reasoning_in(message, tags) for message in messages]
+        plain = not tools and not any(heads) and all(len(message) == 2 for message in messages)
+        roles = tuple(message["role"] for message in messages)
+        if plain and roles in self._skeletons:
+            skeleton = self._skeletons[roles]
+        else:
+            skeleton = self._skeleton(messages, tools, heads)
+            if plain and len(self._skeletons) < 10_000:
+                self._skeletons[roles] = skeleton
+        return {} if skeleton is None else skeleton.places(text, messages, heads)
+
+    def _skeleton(self, messages: Sequence[Any], tools: Sequence[Any], heads: Sequence[str]) -> _Skeleton | None:
+        """What the template writes around the contents. Turns that call tools stay as they are."""
+        probes = {i: PROBE.replace("7", f"7n{i}n") for i, one in enumerate(messages) if not one.get("tool_calls")}
+        others = [{**one, "content": heads[i] + probes[i]} if i in probes else one for i, one in enumerate(messages)]
+        try:
+            text = self.finder.template.render(others, tools, prompt=True)
+        except TemplateRefusal:
+            return None
+        pieces, behind = [], 0
+        for place, probe in probes.items():
+            found = text.find(probe, behind)
+            if found < 0:
+                continue  # a turn that the template leaves out
+            pieces.append((place, text[behind:found]))
+            behind = found + len(probe)
+        return _Skeleton(tuple(pieces), text[behind:])
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """What a template writes before the content of each turn, and behind the last."""
+
+    pieces: tuple[tuple[int, str], ...]
+    tail: str
+
+    def places(self, text: str, messages: Sequence[Any], heads: Sequence[str]) -> dict[int, Place]:
+        """Where the contents are in a text that is made so; none where it is not."""
+        found: dict[int, Place] = {}
+        behind = 0
+        followed = [piece for _, piece in self.pieces[1:]]
+        for (place, piece), following in zip(self.pieces, [*followed, None], strict=True):
+            start = behind + len(piece)
+            if not text.startswith(piece, behind):
+                return {}
+            forms = _forms(messages[place].get("content") or "", heads[place])
+            ends = [start + len(form) for form in forms if text.startswith(form, start)]
+            if following is None:
+                behind = next((end for end in ends if text[end:] == self.tail), ends[0] if ends else -1)
+            else:
+                behind = next((end for end in ends if text.startswith(following, end)), -1)
+            if behind < 0:
+                return {}
+            found[place] = (start, behind)
+        return found
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """A conversation and its text."""
+
+    finder: AnswerFinder
+    split: Split
+    messages: Sequence[Any]
+    tools: Sequence[Any]
+    contents: Mapping[int, Place]  # of the messages, where they are known
+    _headers: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return self.split.prompt
+
+    def header(self, place: int) -> str | None:
+        """What a model is asked with behind the content of the turn before; None where that is not known."""
+        if place - 1 not in self.contents:
+            return None
+        last = len(self.messages) - 1
+        role = self.messages[place - 1]["role"]
+        if role == self.messages[last]["role"] and last in self.contents:
+            return self.text[self.contents[last][1] :]
+        if role not in self._headers:
+            self._headers[role] = self._asked(place)
+        return self._headers[role]
+
+    def _asked(self, place: int) -> str | None:
+        probe = {"role": "assistant", "content": PROBE}
+        try:
+            prompt = self.finder.split(self.messages[:place], self.tools, probe).prompt
+        except TemplateRefusal:
+            return None
+        behind = self.contents[place - 1][1]
+        return prompt[behind:] if prompt[:behind] == self.text[:behind] else None
+
+
+def _forms(content: str, head: str) -> Iterable[str]:
+    """The ways in which templates write a content, without its `head`."""
+    said = content[len(head) :]
+    yield said
+    yield said.strip()
+    yield said.lstrip()
+    yield said.rstrip()
+    yield said.lstrip("\n")
+    yield said.strip("\n")
+    yield json.dumps(said)[1:-1]
+    yield json.dumps(said, ensure_ascii=False)[1:-1]
