@@ -24,7 +24,7 @@ Span: TypeAlias = tuple[int, int]  # from, to
 Notes: TypeAlias = tuple[tuple[str, int, tuple[int, ...]], ...]  # what was decided, of how many answers, of which lines
 STRIPPED = "answers from which reasoning was taken out: {count} ({lines})"
 NO_REASONING = "answers without reasoning, which are not trained on: {count} ({lines})"
-ENDS_EARLIER = "conversations that end earlier for --max-length: {records} ({lines}), with {count} answers left out"
+ENDS_EARLIER = "conversations that end earlier for --max-length: {records} ({lines}); answers left out with that: {count}"
 
 
 class ChoiceOptions(Protocol):
