@@ -91,10 +91,11 @@ class DataOptions:
     """What to do about a record that is none or that the template refuses: stop before anything runs, or leave it out
     and count it by what is wrong."""
     train_on: Literal["last", "all"] = "all"
-    """Which answers of a conversation are trained on: the last one, or every turn of the assistant."""
+    """Which answers of a conversation are trained on: the last one, or every turn of the assistant, in one pass over
+    it. With data_source "teacher" the last one alone, which is the teacher's."""
     reasoning: Literal["keep", "strip", "only"] = "keep"
-    """What to do with reasoning in answers (reasoning_content, or a block of <think>): train on it too, take it out, or
-    train on it alone."""
+    """What to do with reasoning in answers (reasoning_content, or a block of <think>): train on it too, take it out of
+    answers and references, or train on it alone, up to its closing tag."""
     special_tokens: Literal["text", "parse"] = "text"
     """What a control token written in a record's text is, such as <|im_end|>: text like any other, or the token."""
     template: Literal["auto", "chat", "alpaca"] = "auto"

@@ -3,7 +3,7 @@ that are read, the file that is written. An option without such a test fails the
 is in test_options_reach_training.py."""
 
 import importlib
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from pocl_fast.answers import decoding
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.data import sample_set
 from pocl_fast.options import ModelNames, RunConfig, RunModels, TrainerArguments
 from pocl_fast.run import context, train_step
 from pocl_fast.run.configuration import from_options
@@ -159,6 +160,30 @@ def test_prompts_are_in_the_chosen_chat_template_with_its_variables_and_the_syst
     run.train()  # the student is saved with the template that it was asked in
     saved = transformers.AutoTokenizer.from_pretrained(run.path / "student")
     assert saved.get_chat_template() == "({{ tone }})" + CHAT_TEMPLATE
+
+
+@reaches("train_on")
+def test_the_last_answer_alone_is_trained_on(changed, run_of, tmp_path, monkeypatch):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    train = write_jsonl(tmp_path / "talk.jsonl", [{"messages": turns}])
+    read = sample_set.read_samples
+    monkeypatch.setattr(
+        sample_set, "read_samples", lambda *given, **how: [replace(one, earlier=(1,)) for one in read(*given, **how)]
+    )
+    counts = {}
+    for which in (*changed.values(), "all"):
+        [one] = run_of(which, train=train, max_length=200, train_on=which).context.train_set.encoded
+        counts[which] = len(one.spans)
+    assert counts == {"last": 1, "all": 2}
+
+
+@reaches("reasoning")
+def test_answers_are_trained_on_without_their_reasoning(changed, run_of, tmp_path):
+    record = {"prompt": "a", "response": "<think>so</think>yes"}
+    train = write_jsonl(tmp_path / "thinking.jsonl", [record])
+    context = run_of(train=train, **changed).context
+    assert context.tokenizer.decode(context.train_set.encoded[0].response_ids) == "yes<|end|>"
+    assert context.train_set.samples[0].references == ("yes",)
 
 
 @reaches("max_length", "max_prompt_length", "long_prompts")

@@ -19,6 +19,8 @@ CHANGED = {
     "trust_remote_code": True,
     "train": "three.jsonl",
     "dev": "two.jsonl",
+    "train_on": "last",
+    "reasoning": "strip",
     "template": "alpaca",
     "chat_template": "kind",
     "chat_template_kwargs": {"tone": "warm"},

@@ -24,7 +24,9 @@ Span: TypeAlias = tuple[int, int]  # from, to
 Notes: TypeAlias = tuple[tuple[str, int, tuple[int, ...]], ...]  # what was decided, of how many answers, of which lines
 STRIPPED = "answers from which reasoning was taken out: {count} ({lines})"
 NO_REASONING = "answers without reasoning, which are not trained on: {count} ({lines})"
-ENDS_EARLIER = "conversations that end earlier for --max-length: {records} ({lines}); answers left out with that: {count}"
+UNASKED = "earlier answers not trained on, because nothing is asked before them: {count} ({lines})"
+ENDS_EARLIER = "conversations that end earlier for --max-length: {records} ({lines}); answers left out so: {count}"
+_NO_QUESTION = {"system", "developer", "assistant"}
 
 
 class ChoiceOptions(Protocol):
@@ -94,14 +96,19 @@ class AnswerChoice:
         if self._train_on == "last" or not sample.earlier or self._finder is None:
             return split
         shift = len(messages) - len(sample.messages)  # a system prompt
-        wanted = [place + shift for place in sample.earlier]
+        roles = [turn["role"] for turn in messages]
+        asked = next((i for i, role in enumerate(roles) if role not in _NO_QUESTION), len(roles))
+        wanted = [place + shift for place in sample.earlier if place + shift > asked]
         found = self._finder.find(split, messages, sample.tools, sample.answer_turn, wanted)
-        for what, count in found.left:
+        for what, count in (*found.left, (UNASKED, len(sample.earlier) - len(wanted))):
             self.note(what, sample.line, count)
         return replace(split, earlier=tuple(turn._replace(place=turn.place - shift) for turn in found.turns))
 
     def turns(self, sample: Sample, split: Split, tokens: Sequence[list[int]]) -> Turns:
         """What is trained on of a sample whose texts (`texts_of`) have these tokens."""
+        if not split.earlier and self._reasoning != "only":
+            before, response = tokens
+            return Turns(before, response, [(len(sample.messages), (len(before), len(before) + len(response)))])
         texts, response = texts_of(split)[1::2], tokens[-1]
         places = [*(turn.place for turn in split.earlier), len(sample.messages)]
         starts = list(accumulate((len(ids) for ids in tokens), initial=0))[1::2]

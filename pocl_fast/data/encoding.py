@@ -192,7 +192,8 @@ class SampleEncoder:
             kept = [place for place, (start, _) in turns.trained if start < max_length]
             lost += len(turns.trained) - len(kept)
             used = up_to(used, kept[-1])
-        self.choice.note(ENDS_EARLIER, sample.line, lost)
+        if lost:
+            self.choice.note(ENDS_EARLIER, sample.line, lost)
         self.longest_prompt = max(self.longest_prompt, len(turns.prompt))
         prompt, response = tuple(turns.prompt), tuple(turns.response[: max_length - len(turns.prompt)])
         cut = len(response) < len(turns.response)
@@ -283,7 +284,7 @@ class SampleEncoder:
         response = made[-1]
         if not (split.ended and self._ends_with(response)) and (not response or response[-1] != self._eos):
             response.append(self._eos)
-        made[0] = [*self._begin, *made[0]]
+        made[0][:0] = self._begin
         if not self._end_is_known:
             self.end_id, self._end_is_known = response[-1], True
         return made

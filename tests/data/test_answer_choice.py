@@ -152,7 +152,7 @@ def test_conversations_that_end_earlier_are_counted_and_have_their_own_reference
     limits = {"max_length": 100, "max_prompt_length": 60, "long_prompts": "error", "name": "x"}
     fitted, report = fit_all(samples, SampleEncoder(tokenizer), **limits)
     assert [used.references[0][0] for used, _ in fitted] == ["b", "b", "b"]
-    want = "conversations that end earlier for --max-length: 2 (lines 1, 2); answers left out with that: 4"
+    want = "conversations that end earlier for --max-length: 2 (lines 1, 2); answers left out so: 4"
     assert want in report.describe("x")
 
 
@@ -188,7 +188,7 @@ def test_a_stream_gives_the_same_samples_tokens_and_report(tmp_path, monkeypatch
     streamed = SampleStream(source_of(path), SampleEncoder(tokenizer), options)
     assert streamed.check() == report
     assert [row for piece in streamed for row in piece] == fitted
-    assert "answers left out with that: 2" in report.describe("x")
+    assert "answers left out so: 2" in report.describe("x")
     assert SampleSet([used for used, _ in fitted], [one for _, one in fitted]).samples[0].references == ("b" * 20,)
 
 

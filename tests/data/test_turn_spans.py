@@ -248,6 +248,19 @@ def test_a_turn_that_the_template_rewrites_is_not_trained_on_and_counted():
     assert (count, lines) == (1, (1,))
 
 
+def test_a_greeting_that_answers_nothing_is_not_trained_on_and_counted():
+    tokenizer = tokenizer_of(TURNS + HEADER)
+    greeting = [said("assistant", "Hello"), said("user", "a"), said("assistant", "b"), said("user", "c")]
+    encoder = SampleEncoder(tokenizer)
+    one = encoder.encode(sample_of([*greeting, said("assistant", "d")]), **WIDE)
+    assert [tokenizer.decode(one.ids[start:end]) for start, end in one.spans] == ["b<|eot|>", "d<|eot|>"]
+    [(what, count, _)] = encoder.choice.take_notes()
+    assert (what.partition(":")[0], count) == (
+        "earlier answers not trained on, because nothing is asked before them",
+        1,
+    )
+
+
 def test_train_on_last_supervises_the_last_answer_alone():
     tokenizer = tokenizer_of(TURNS + HEADER)
     every, last = (SampleEncoder(tokenizer, train_on=which).encode(conversation(), **WIDE) for which in ("all", "last"))
