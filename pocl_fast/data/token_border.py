@@ -73,21 +73,26 @@ class TokenBorder:
     def _apart(self, texts: Sequence[str]) -> list[list[int]]:
         made: list[list[int]] = []
         for before, answer in zip(texts[::2], texts[1::2], strict=True):
-            asked, said = self.parts(before, answer)
-            if made:
-                last = made[-1][-1:]
-                ends = self._tokenizer.convert_ids_to_tokens(last) if self._special.issuperset(last) else []
-                asked = asked if (alone := self._alone(before, *ends)) is None else alone
-            made += [asked, said]
+            made += self._behind(made[-1], before, answer) if made else self.parts(before, answer)
         return made
+
+    def _behind(self, last: Sequence[int], before: str, answer: str) -> tuple[list[int], list[int]]:
+        """The `parts` of texts that follow the answer with these tokens, so that they do not begin a text."""
+        ends = self._tokenizer.convert_ids_to_tokens([last[-1]]) if last and last[-1] in self._special else []
+        for anchor in (*ends, *_ANCHORS):
+            known = self._ids(anchor)
+            asked, said = self.parts(anchor + before, answer)
+            if known and asked[: len(known)] == known:
+                return asked[len(known) :], said
+        return self.parts(before, answer)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _alone(self, answer: str, *anchors: str) -> list[int] | None:
+    def _alone(self, answer: str) -> list[int] | None:
         """The answer's tokens behind a text that none of them takes in, so that it does not count as a text's
-        beginning: one of `anchors` where one will do; None where there is no such text."""
-        for anchor in (*anchors, *_ANCHORS):
+        beginning; None where there is no such text."""
+        for anchor in _ANCHORS:
             before, both = self._ids(anchor), self._ids(anchor + answer)
             if before and both[: len(before)] == before:
                 return both[len(before) :]

@@ -47,8 +47,9 @@ def answers(tokenizer, sample, **options):
     whole = SampleEncoder(tokenizer, **options).encode(sample, **WIDE)
     alone = SampleEncoder(tokenizer, train_on="last", **options)
     ends = [up_to(sample, place) for place in sample.earlier]
-    last = [alone.encode(one, **WIDE).response_ids for one in (*ends, sample)]
-    return [whole.ids[start:end] for start, end in whole.spans], last
+    last = [alone.encode(one, **WIDE) for one in (*ends, sample)]
+    assert [whole.ids[start - 1] for start, _ in whole.spans] == [one.prompt_ids[-1] for one in last]  # the header's
+    return [whole.ids[start:end] for start, end in whole.spans], [one.response_ids for one in last]
 
 
 @cache
@@ -87,7 +88,10 @@ KINDS = ["words", "across words", "sentencepiece first", "sentencepiece always",
 def test_every_answer_has_the_tokens_that_it_has_as_the_last_one(name, kind):
     tokenizer = tokenizer_of(SHAPES[name][0]) if kind == "bytes" else trained(kind)
     tokenizer.chat_template = SHAPES[name][0]
-    found, last = answers(tokenizer, conversation(system=kind == "bytes"))
+    sample = conversation(system=kind == "bytes")
+    whole, usual = (SampleEncoder(tokenizer, train_on=which).encode(sample, **WIDE) for which in ("all", "last"))
+    assert tokenizer.decode(whole.ids) == tokenizer.decode(usual.ids)
+    found, last = answers(tokenizer, sample)
     assert len(found) == len(TALK)
     assert found[-1] == last[-1]
     for said, want in zip(found[:-1], last[:-1], strict=True):
