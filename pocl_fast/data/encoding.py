@@ -18,6 +18,8 @@ from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
 from pocl_fast.data.token_border import TokenBorder
+from pocl_fast.records import bad_records
+from pocl_fast.records.bad_records import BadRecord, BadRecords, some_lines
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 Template = Literal["auto", "chat", "alpaca"]
 Span: TypeAlias = tuple[int, int]  # from, to
+
+REFUSED = unused_fields.REFUSED  # the kind of records that the template does not take
 
 # The templates of Stanford Alpaca, as in the code of MiniLLM, DistiLLM and POCL.
 ALPACA_NO_INPUT = (
@@ -85,18 +89,21 @@ class LengthReport:
     truncated: tuple[int, ...]
     unused: tuple[tuple[str, int], ...] = ()  # fields that no model is told, and how many records have them
     unwritten: tuple[tuple[str, tuple[int, ...]], ...] = ()  # what the template left out, and of which lines
+    bad: bad_records.Counts = ()  # what was wrong with the records that were left out for it, and their lines
 
     def describe(self, name: str) -> str:
         parts = [f"{name}: {self.samples} samples"]
+        if self.bad:
+            parts.append(bad_records.describe(self.bad))
         if self.skipped:
-            parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({_some_lines(self.skipped)})")
+            parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({some_lines(self.skipped)})")
         if self.truncated:
-            parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({_some_lines(self.truncated)})")
+            parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({some_lines(self.truncated)})")
         if self.unused:
             parts.append(unused_fields.describe(self.unused))
         for what, lines in self.unwritten:
             purpose = ", as many templates do on purpose" if what == unused_fields.EARLIER_REASONING else ""
-            parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)}){purpose}")
+            parts.append(f"the template does not write the {what} of {len(lines)} ({some_lines(lines)}){purpose}")
         return "; ".join(parts)
 
 
@@ -194,9 +201,10 @@ class SampleEncoder:
             split = self._finder.split(sample.messages, sample.tools, sample.answer_turn)
         except TemplateRefusal as refusal:
             hint = " (the system message is --system-prompt's)" if self.chat.system_prompt else ""
-            raise InputError(
+            raise BadRecord(
                 f"{where}: {refusal}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
-                " another template: --chat-template NAME or FILE, --template alpaca"
+                " another template: --chat-template NAME or FILE, --template alpaca",
+                REFUSED,
             ) from refusal
         messages = self.chat.messages(sample.messages)
         self._check_turns(messages, sample, split, where)
@@ -219,9 +227,9 @@ class SampleEncoder:
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
         if len(sample.messages) > 1:
-            raise InputError(f"{where}: a conversation of several turns needs a tokenizer with a chat template")
+            raise BadRecord(f"{where}: a conversation of several turns needs a tokenizer with a chat template", REFUSED)
         if sample.tools or sample.answer_turn.get("tool_calls"):
-            raise InputError(f"{where}: tools and tool calls need a tokenizer with a chat template")
+            raise BadRecord(f"{where}: tools and tool calls need a tokenizer with a chat template", REFUSED)
         if sample.answer_turn.get("reasoning_content"):
             self._unwritten.setdefault("reasoning", []).append(sample.line)
         form = ALPACA_WITH_INPUT if sample.input else ALPACA_NO_INPUT
@@ -280,30 +288,39 @@ def encode_all(
     max_prompt_length: int,
     long_prompts: Literal["error", "skip"],
     name: str,
+    bad: BadRecords | None = None,
 ) -> tuple[list[EncodedSample], LengthReport]:
     """Every sample that fits, in order, and a report of those that did not; `name` stands for the file in messages.
 
-    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", or where all are over it.
+    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", or where all are over it; and
+    for a sample that the template refuses, unless `bad` leaves it out, or where it refuses all.
     """
     check_limits(max_length, max_prompt_length)
+    bad = bad or BadRecords()
     encoder.take_unwritten()
     encoded: list[EncodedSample] = []
-    skipped: list[int] = []
+    long: list[Sample] = []
     fields = unused_fields.UnusedFields(encoder, name)
     for sample in samples:
-        fields.see(sample)
-        one = encoder.encode(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
+        try:
+            fields.see(sample)
+            one = encoder.encode(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
+        except BadRecord as error:
+            bad.found(error, sample.line)
+            continue
         if one is None:
-            skipped.append(sample.line)
+            long.append(sample)
         else:
             encoded.append(one)
     left_out = encoder.take_unwritten()
-    if skipped and (long_prompts == "error" or not encoded):
-        longest = max(len(encoder.encode_prompt(sample)) for sample in samples)
+    skipped = tuple(sample.line for sample in long)
+    if long and (long_prompts == "error" or not encoded):
+        longest = max(len(encoder.encode_prompt(sample)) for sample in long)
         raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
+    bad.check_left(len(encoded), name)
     line_of = {sample.index: sample.line for sample in samples}
     truncated = tuple(line_of[one.index] for one in encoded if one.truncated)
-    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out)
+    return encoded, LengthReport(len(encoded), skipped, truncated, fields.counts, left_out, bad.counts)
 
 
 def check_limits(max_length: int, max_prompt_length: int) -> None:
@@ -319,15 +336,10 @@ def over_the_limit(name: str, lines: Sequence[int], samples: int, longest: int, 
     """The error that says which prompts are over the limit, and what to do."""
     return InputError(
         f"{name}: {len(lines)} of {samples} prompts are over --max-prompt-length {max_prompt_length} tokens"
-        f" ({_some_lines(lines)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
+        f" ({some_lines(lines)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
         " or pass --long-prompts skip to leave these samples out"
     )
 
 
 def _responses(count: int) -> str:
     return "1 response" if count == 1 else f"{count} responses"
-
-
-def _some_lines(lines: Sequence[int]) -> str:
-    shown = ", ".join(str(line) for line in lines[:5])
-    return f"line{'s' if len(lines) > 1 else ''} {shown}{', ...' if len(lines) > 5 else ''}"

@@ -43,11 +43,11 @@ def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str)
 
     Raises `InputError` for what `read_samples` and `encode_all` refuse.
     """
-    reading: dict[str, Any] = {"fields": options.fields, "bad": BadRecords(options.bad_records)}
+    bad = BadRecords(options.bad_records)
     if isinstance(given, (str, Path)):
-        name, samples = str(given), read_samples(given, **reading)
+        name, samples = str(given), read_samples(given, fields=options.fields, bad=bad)
     else:
-        samples = samples_from(given, name, **reading)
+        samples = samples_from(given, name, fields=options.fields, bad=bad)
     encoded, report = encode_all(
         samples,
         encoder,
@@ -55,5 +55,6 @@ def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str)
         max_prompt_length=options.max_prompt_length,
         long_prompts=options.long_prompts,
         name=name,
+        bad=bad,
     )
     return SampleSet(samples, encoded), report

@@ -5,13 +5,13 @@ The samples and tokens are those that `encoding.encode_all` gives of the whole f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, check_limits, over_the_limit
 from pocl_fast.data.sample_set import SetOptions
 from pocl_fast.data.unused_fields import UnusedFields
-from pocl_fast.records.bad_records import BadRecords
+from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.samples import Sample, iter_samples
 from pocl_fast.records.sources import Source
 from pocl_fast.system import resumable_table
@@ -32,8 +32,8 @@ class SampleStream:
         truncated: list[int] = []
         count = longest = 0
         self.encoder.take_unwritten()
-        fields = UnusedFields(self.encoder, self.source.name)
-        for sample, one in self._encoded(fields.see):
+        fields, bad = self._fields(), BadRecords(self.options.bad_records)
+        for sample, one in self._encoded(bad, fields):
             count += 1
             if one is None:
                 skipped.append(sample.line)
@@ -43,11 +43,12 @@ class SampleStream:
         left_out = self.encoder.take_unwritten()
         if skipped and (self.options.long_prompts == "error" or len(skipped) == count):
             raise over_the_limit(self.source.name, skipped, count, longest, self.options.max_prompt_length)
-        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out)
+        bad.check_left(count - len(skipped), self.source.name)
+        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out, bad.counts)
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
         piece: list[tuple[Sample, EncodedSample]] = []
-        for sample, one in self._encoded():
+        for sample, one in self._encoded(BadRecords(self.options.bad_records), self._fields()):
             if one is not None:
                 piece.append((sample, one))
             if len(piece) == resumable_table.PIECE:
@@ -56,10 +57,17 @@ class SampleStream:
         if piece:
             yield piece
 
-    def _encoded(
-        self, see: Callable[[Sample], object] = lambda _: None
-    ) -> Iterator[tuple[Sample, EncodedSample | None]]:
-        for sample in iter_samples(self.source, fields=self.options.fields, bad=BadRecords(self.options.bad_records)):
-            see(sample)
-            limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
-            yield sample, self.encoder.encode(sample, **limits, name=self.source.name)
+    def _fields(self) -> UnusedFields:
+        return UnusedFields(self.encoder, self.source.name)
+
+    def _encoded(self, bad: BadRecords, fields: UnusedFields) -> Iterator[tuple[Sample, EncodedSample | None]]:
+        """Each sample and its tokens. `bad` and `fields` are of this pass alone."""
+        limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
+        for sample in iter_samples(self.source, fields=self.options.fields, bad=bad):
+            try:
+                fields.see(sample)  # which refuses some, in each pass alike
+                one = self.encoder.encode(sample, **limits, name=self.source.name)
+            except BadRecord as error:
+                bad.found(error, sample.line)
+                continue
+            yield sample, one
