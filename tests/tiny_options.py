@@ -19,6 +19,8 @@ CHANGED = {
     "trust_remote_code": True,
     "train": "three.jsonl",
     "dev": "two.jsonl",
+    "fields": {"instruction": "question", "output": "answers.text"},
+    "bad_records": "skip",
     "template": "alpaca",
     "chat_template": "kind",
     "chat_template_kwargs": {"tone": "warm"},

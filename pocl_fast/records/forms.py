@@ -145,23 +145,23 @@ def _near(given: Mapping[str, Any], known: tuple[str, ...] = (*CHATS, *QUESTIONS
 def check_names(fields: Mapping[Any, Any]) -> None:
     """Raises `InputError` for a mapping of fields with a name that is none, that names two fields for one thing, or
     one field for two."""
-    if not isinstance(fields, Mapping):
-        raise InputError(f"--fields must be a dict, or NAME=FIELD words, got {fields!r:.60}")
     of: dict[str, str] = {}
     for name, field in fields.items():
         if name not in KNOWN:
-            known = [*(one for one in sorted(KNOWN) if one not in OPTIONAL), *OPTIONAL]
+            known = [*CHATS, *QUESTIONS, *ANSWERS, *OPTIONAL]
+            swapped = isinstance(field, str) and field in KNOWN
+            hint = f" (did you mean {field}={name}?)" if swapped else did_you_mean(str(name), known)
             raise InputError(
-                f"--fields {name}={field}: there is no {name!r} here{did_you_mean(str(name), known)}; NAME is one of"
-                f" {', '.join(known)}, and FIELD is what your records call it"
+                f"{name}={field}: nothing is called {name!r} here{hint}; NAME is one of"
+                f" {', '.join(known)}, and FIELD is what the records call it"
             )
         if not isinstance(field, str) or not field:
-            raise InputError(f"--fields {name}={field}: expected the name of a field, got {field!r:.60}")
+            raise InputError(f"{name}={field}: expected the name of a field of the records, got {field!r:.60}")
         if (other := of.setdefault(field, name)) != name:
-            raise InputError(f'--fields: both {other} and {name} are "{field}": a field is one of them')
+            raise InputError(f'both {other} and {name} are "{field}": a field is one of them')
     for alternatives in ALTERNATIVES:
         if len(both := [name for name in fields if name in alternatives]) > 1:
-            raise InputError(f"--fields: of {' and '.join(both)} a record has one: name that one")
+            raise InputError(f"of {' and '.join(both)} a record has one: name that one")
 
 
 class FieldNames:
@@ -170,7 +170,10 @@ class FieldNames:
 
     def __init__(self, fields: Mapping[str, str]) -> None:
         """Raises `InputError` as `check_names` does."""
-        check_names(fields)
+        try:
+            check_names(fields)
+        except InputError as error:
+            raise InputError(f"--fields: {error}") from error
         self._fields = dict(fields)
         self._unseen = {name for name in fields if name in OPTIONAL}
         self._columns: list[str] = []  # of the first record
