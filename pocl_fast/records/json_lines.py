@@ -39,6 +39,7 @@ _KINDS = (
     (b"\x00{", "UTF-16 text", _UTF_16),
     (b"version https://git-lfs", "Git LFS pointer", "get the file itself with `git lfs pull`"),
 )
+DEEP = "nested too deeply"  # the kind of such a record
 _BOM = "\ufeff"  # of UTF-8: Excel and PowerShell put it before a file's text, and `cat` between two
 
 
@@ -81,7 +82,7 @@ def _objects(path: Path, lines: io.TextIOWrapper, expected: str) -> Iterator[tup
         except (ValueError, RecursionError) as error:
             reason = _reason(text, first, error)
             said = f"{path}, line {number}: {reason}; expected one object a line, {expected}"
-            yield number, BadRecord(said, "not JSON")
+            yield number, BadRecord(said, DEEP if isinstance(error, RecursionError) else "not JSON")
             continue
         if not isinstance(value, dict):
             kind = type(value).__name__

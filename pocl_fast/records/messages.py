@@ -35,7 +35,8 @@ _ROLES = {
     "system": "system",
 }
 _PLAIN = ("user", "assistant", "system")
-_TRAIN = {"weight": "0 or 1", "train": "true or false"}  # OpenAI's and axolotl's switch: whether a turn is trained on
+# the switches of OpenAI, axolotl and ms-swift: whether a turn is trained on -> their values
+_TRAIN = {"weight": "0 or 1", "train": "true or false", "loss": "true or false"}
 
 _TEXT = ("text", "input_text", "output_text")  # the last two: OpenAI's responses
 # parts that say something which a message has a place of its own for -> where
@@ -191,7 +192,7 @@ def _is_trained(turn: Message, place: str) -> bool:
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise BadRecord(f'{place}: "{name}" must be {_TRAIN[name]}, got {value!r:.40}', f"{name} of a turn")
     if len({bool(value) for value in said.values()}) > 1:
-        raise BadRecord(f'{place}: "weight" and "train" contradict each other', "weight of a turn")
+        raise BadRecord(f"{place}: {' and '.join(said)} contradict each other", f"{min(said)} of a turn")
     return all(said.values())
 
 

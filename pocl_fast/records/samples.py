@@ -15,6 +15,7 @@ from typing import Any
 from pocl_fast.records import containers
 from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.forms import FORMATS, INPUTS, KNOWN, ONE_QUESTION, TWO_FORMS, FieldNames, Form, form_of
+from pocl_fast.records.json_lines import DEEP
 from pocl_fast.records.messages import Message, Turns, conversation, turns_before
 from pocl_fast.records.sources import Source, source_of
 from pocl_fast.records.texts import check_encodable, is_absent, is_list, listed, says_nothing, text_of
@@ -140,13 +141,17 @@ class _Reading:
         return replace(sample, unused=(*sample.unused, *_interned(unread, where))) if unread else sample
 
     def _read(self, record: Mapping[str, Any], index: int, number: int, where: str) -> Sample:
-        given = {field: value for field, value in record.items() if value.__class__ is str or not is_absent(value)}
+        given = {
+            field: value if value.__class__ is str else listed(value)
+            for field, value in record.items()
+            if value.__class__ is str or not is_absent(value)
+        }
         form = form_of(given, where)
         make = _chat if form.is_chat else _instruction
         try:
             sample = make(given, form, index, number, where)
         except RecursionError as error:
-            raise BadRecord(f"{where}: lists or objects are nested too deeply", "nested too deeply") from error
+            raise BadRecord(f"{where}: lists or objects are nested too deeply", DEEP) from error
         if form is not self._form:
             self._check_form(form, number, where)
         return sample
@@ -167,7 +172,7 @@ class _Reading:
 def _instruction(given: dict[str, Any], form: Form, index: int, line: int, where: str) -> Sample:
     """A sample of one question and its answer."""
     question = given.get(form.question)
-    if question.__class__ is not str and is_list(listed(question)):
+    if question.__class__ is not str and is_list(question):
         return _prompt_of_messages(given, form, index, line, where)
     text, extra = text_of(question, where, form.question), _extra_text(given, where)
     turns: tuple[Message, ...] = ({"role": "user", "content": f"{text}\n\n{extra}" if extra else text},)
@@ -191,7 +196,7 @@ def _instruction(given: dict[str, Any], form: Form, index: int, line: int, where
 
 def _prompt_of_messages(given: dict[str, Any], form: Form, index: int, line: int, where: str) -> Sample:
     """A sample of the turns before an answer, and the turns from it on: of those alone the answers are trained on."""
-    before, behind = given[form.question], listed(given[form.answer])
+    before, behind = given[form.question], given[form.answer]
     if form.answer != "completion" or not _of_messages(behind):
         raise BadRecord(
             f'{where}: field "{form.question}" is a list, and "{form.answer}" is no list of messages: give both as'
@@ -312,7 +317,7 @@ def _tools(given: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 
 def _references(given: Mapping[str, Any], field: str, where: str) -> tuple[str, ...]:
     value = given[field]
-    if value.__class__ is str or not is_list(value := listed(value)):
+    if value.__class__ is str or not is_list(value):
         return (text_of(value, where, field),)
     if not value:
         raise BadRecord(

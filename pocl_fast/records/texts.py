@@ -57,12 +57,14 @@ def from_json(text: str, place: str) -> Any:
     try:
         return json_lines.decoded(text)
     except (ValueError, RecursionError) as error:
+        kind = json_lines.DEEP if isinstance(error, RecursionError) else "not JSON"
         reason = json_lines.in_words(error)
-        raise BadRecord(f"{place} is text that is not JSON ({reason}): {text!r:.60}", "not JSON") from error
+        raise BadRecord(f"{place} is text that is not JSON ({reason}): {text!r:.60}", kind) from error
 
 
 def without_nulls(value: Any) -> Any:
     """The value without fields that are null, at every depth."""
+    value = listed(value)
     if isinstance(value, Mapping):
         return {field: without_nulls(one) for field, one in value.items() if not is_absent(one)}
     return [without_nulls(one) for one in value] if is_list(value) else value
@@ -78,7 +80,7 @@ def is_absent(value: Any) -> bool:
 
 def says_nothing(value: Any) -> bool:
     """Whether a value is an empty text, list or object."""
-    return not value and isinstance(value, (str, list, tuple, dict))
+    return isinstance(value, (str, list, tuple, dict)) and not value
 
 
 def is_list(value: Any) -> bool:
@@ -87,7 +89,8 @@ def is_list(value: Any) -> bool:
 
 
 def listed(value: Any) -> Any:
-    """A NumPy array, which pandas makes of a column of lists, as a list; any other value as it is."""
+    """A NumPy array, which pandas makes of a list in a column, as a list, and a NumPy number as Python's; any other
+    value as it is."""
     return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
 
 

@@ -58,7 +58,7 @@ def call_turn(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:
-    """A call with its arguments as an object, which is what templates print."""
+    """A call with its arguments as an object, which is what templates print, as transformers has it."""
     given = {field: one for field, one in call.items() if not is_absent(one)} if isinstance(call, Mapping) else {}
     function = given.get("function", given)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -72,7 +72,10 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise BadRecord(f"{place}: arguments must be an object, or its JSON text; got {kind_of(arguments)}", BAD_CALL)
     function["arguments"] = dict(arguments)  # a null among them is what the call says
-    return {**given, "function": function} if "function" in given else function
+    if "function" in given:
+        return {**given, "function": function}
+    about = {field: function.pop(field) for field in ("id", "type") if field in function}
+    return {"type": "function", **about, "function": function}
 
 
 def calls_as_text(message: Mapping[str, Any]) -> str:

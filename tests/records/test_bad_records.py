@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, arithmetic, tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, refusal, run
@@ -64,16 +64,18 @@ def test_a_bad_line_is_an_error_or_counted_by_what_is_wrong(tmp_path, line):
     assert bad.counts == ((BAD[line], (3,)),)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(sorted(BAD)), st.integers(0, 30)), min_size=1, max_size=12))
+LINES = sorted(line for line, kind in BAD.items() if kind != "nested too deeply")  # that depends on who calls
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(st.lists(st.one_of(st.sampled_from(LINES), st.integers(0, 30)), min_size=1, max_size=12))
 def test_what_is_left_is_what_a_file_without_the_bad_lines_gives(tmp_path_factory, lines):
     folder, good = tmp_path_factory.mktemp("bad"), [one for one in lines if isinstance(one, int)]
     known = arithmetic(31)
     path = folder / "a.jsonl"
     path.write_text("".join(f"{json.dumps(known[one]) if isinstance(one, int) else one}\n" for one in lines))
-    first = next((one for one in lines if isinstance(one, int) or BAD[one] == "another form than the first"), None)
-    if not isinstance(first, int):
-        return  # where the other form comes first, the rest is what is of another
+    mixed = [one for one in lines if isinstance(one, int) or BAD[one] == "another form than the first"]
+    assume(mixed and isinstance(mixed[0], int) and len(mixed) <= 2 * len(good))  # else the first is the odd one
     bad = BadRecords("skip")
     read = read_samples(path, bad=bad)
     want = samples_from([known[one] for one in good], "x")

@@ -273,7 +273,7 @@ def test_arguments_keep_their_nulls_as_text_and_as_an_object():
     given = {"x": None, "y": [None, {"z": None}]}
     for arguments in (given, json.dumps(given)):
         sample = sample_of(messages=[USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": arguments}]}])
-        assert sample.answer["tool_calls"] == [{"name": "f", "arguments": given}]
+        assert sample.answer["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": given}}]
 
 
 def test_a_system_message_that_history_repeats_is_there_once():

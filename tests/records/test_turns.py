@@ -78,7 +78,11 @@ def test_a_sample_up_to_an_earlier_answer_has_all_of_that_answer():
     sample = sample_of(messages=turns("uaua", _1=calling), tools=[{"name": "f"}], id=7)
     before = sample.up_to(1)
     assert (before.references, before.instruction) == (('{"name": "f", "arguments": {"x": "1"}}',), "0")
-    assert before.answer_turn == {"role": "assistant", **calling}
+    assert before.answer_turn == {
+        "role": "assistant",
+        **calling,
+        "tool_calls": [{"type": "function", "function": CALL}],
+    }
     assert (before.tools, before.line, before.earlier, before.unused) == (sample.tools, 1, (), ())
 
 
@@ -100,8 +104,11 @@ def test_answers_move_with_a_system_message_before_them():
 # -- which turns are trained on ----------------------------------------------------------------------------------------
 
 
-# as OpenAI writes it, as axolotl does, as Arrow makes numbers of a column with nulls
-@pytest.mark.parametrize(("off", "on"), [({"weight": 0}, {"weight": 1}), ({"train": False}, {"train": True})])
+# as OpenAI writes it, as axolotl and ms-swift do, as Arrow makes numbers of a column with nulls
+@pytest.mark.parametrize(
+    ("off", "on"),
+    [({"weight": 0}, {"weight": 1}), ({"train": False}, {"train": True}), ({"loss": False}, {"loss": True})],
+)
 @pytest.mark.parametrize("form", [lambda value: value, float])
 def test_a_turn_that_is_switched_off_is_no_answer(off, on, form):
     off, on = ({name: form(value) for name, value in one.items()} for one in (off, on))
@@ -136,7 +143,7 @@ def test_a_conversation_without_a_turn_to_train_on_is_refused(switch):
         ({"weight": "0"}, "\"weight\" must be 0 or 1, got '0'"),
         ({"train": "false"}, "\"train\" must be true or false, got 'false'"),
         ({"train": [False]}, '"train" must be true or false, got [False]'),
-        ({"weight": 1, "train": False}, '"weight" and "train" contradict each other'),
+        ({"weight": 1, "train": False}, "weight and train contradict each other"),
     ],
 )
 def test_a_switch_that_is_neither_on_nor_off_is_refused(switch, says):
@@ -167,7 +174,7 @@ def test_a_call_and_its_result_are_those_of_messages(who, result, value):
     assert list(sample.messages) == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
         {"role": "tool", "content": "1"},
     ]
     assert (sample.earlier, sample.references) == ((2,), ("a",))
@@ -235,4 +242,9 @@ def test_numpy_arrays_are_lists():
     frame = pandas.DataFrame({"messages": [numpy.array(asked, dtype=object)]})
     [sample] = samples_from(frame.to_dict("records"), "data")
     assert (sample.messages[0]["content"], sample.references) == ("q", ("0",))
+    assert sample_of(prompt="q", response="a", history=numpy.array([["h", "i"], ["j", "k"]], dtype=object)).earlier == (
+        1,
+        3,
+    )
+    assert 'write it as text: "42"' in refusal(prompt="q", response=numpy.int64(42))
     assert sample_of(prompt="q", response=numpy.array(["a", "b"], dtype=object)).references == ("a", "b")
