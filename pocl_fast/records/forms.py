@@ -77,7 +77,8 @@ def missing(given: Mapping[str, Any], field: str, where: str) -> BadRecord:
     """The error for a record without a field that its form has."""
     fields = sorted(map(str, given))
     return BadRecord(
-        f'{where}: field "{field}" is missing; the line has {fields}{_near(given, (field,))}{_preference(given)}',
+        f'{where}: field "{field}" is missing; the line has {fields}'
+        f"{_near(given, (field,)) or _preference(given) or f'; --fields {field}=FIELD says what else it is called'}",
         MISSING,
     )
 

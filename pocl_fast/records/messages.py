@@ -131,22 +131,28 @@ def _any_turn(
 ) -> Message:
     """A turn that has more than a role and plain text. `given` is the message without these, and without nulls."""
     if role is None and "from" in given:
-        role, content = given.pop("from"), _only(content, given.pop("value", None), "content", "value", place)
+        role, content = given.pop("from"), _only(content, given.get("value"), "content", "value", place)
     else:
         role = _only(role, given.get("from"), "role", "from", place)
-        content = given.pop("value", None) if content is None else content
+        content = given.get("value") if content is None else content
+    key = "content" if content is not given.get("value") else "value"
+    if key == "value":
+        given.pop("value", None)
     calls = given.pop("tool_calls", None)
     calls = calls if calls is None else listed(calls)
     if not calls and "function_call" in given:  # as it was called before there could be several
         calls = [{"type": "function", "function": given.pop("function_call")}]
     if not isinstance(role, str) or (content is None and not calls):
         hint = "".join(did_you_mean(field, ["role", "content"]) for field in given if field != "content")
-        raise BadRecord(f'{place}: expected "role" and "content"; it has {sorted(map(str, message))}{hint}', NO_MESSAGE)
+        raise BadRecord(
+            f'{place}: expected "role" and "content" (or "from" and "value"); it has {sorted(map(str, message))}{hint}',
+            NO_MESSAGE,
+        )
     check_encodable(role, f'{place}, "role"')
     role = _role(role, spelt, place)
     if role == _CALL:
         role, content, calls = "assistant", "", call_turn(content, place)
-    content = _content("" if content is None else content, place)
+    content = _content("" if content is None else content, place, key)
     if calls:
         given["tool_calls"] = calls_of(calls, f'{place}, "tool_calls"')
     if not isinstance(given.get("reasoning_content", ""), str):
@@ -154,7 +160,7 @@ def _any_turn(
         raise BadRecord(f'{place}: "reasoning_content" must be text, got {kind}', "not text")
     if (not content or content.isspace()) and role not in ("tool", "system") and not calls:
         raise BadRecord(
-            f'{place}: "content" must be a non-empty string: give it text, or leave the record out', "empty text"
+            f'{place}: "{key}" must be a non-empty string: give it text, or leave the record out', "empty text"
         )
     if given:
         check_encodable(given, place)
@@ -196,17 +202,18 @@ def _is_trained(turn: Message, place: str) -> bool:
     return all(said.values())
 
 
-def _content(value: Any, place: str) -> str:
-    """The text of a message's content. Raises `BadRecord` for what is not text, and for parts that are none."""
+def _content(value: Any, place: str, key: str) -> str:
+    """The text of a message's content, which it has under `key`. Raises `BadRecord` for what is not text, and for parts
+    that are none."""
     if not isinstance(value, str):
         value = listed(value)
         if not is_list(value):
             raise BadRecord(
-                f'{place}: "content" must be text, or a list of parts that are text; got {kind_of(value)}', "not text"
+                f'{place}: "{key}" must be text, or a list of parts that are text; got {kind_of(value)}', "not text"
             )
-        return "".join(_part(part, f'{place}, "content", part {i}') for i, part in enumerate(value))
+        return "".join(_part(part, f'{place}, "{key}", part {i}') for i, part in enumerate(value))
     if not value.isascii():
-        check_encodable(value, f'{place}, "content"')
+        check_encodable(value, f'{place}, "{key}"')
     return value
 
 
@@ -219,6 +226,7 @@ def _part(part: Any, place: str) -> str:
     kind = part.get("type")
     if is_absent(kind):
         kind = "text" if "text" in part else "unknown"
+    kind = str(kind)
     if kind in _ELSEWHERE:
         raise BadRecord(f'{place} is of type "{kind}": {_ELSEWHERE[kind]}', f"a part of type {kind}")
     media = next((name for name in part if medium(name) and not is_absent(part[name])), kind)

@@ -112,6 +112,7 @@ def test_trls_calls_of_tools_keep_their_shape():
         ({"prompt": [USER]}, 'field "completion" is missing'),
         ({"prompt": "q"}, 'field "response" is missing'),
         ({"completion": "a"}, 'field "prompt" is missing'),
+        ({"query": "q", "response": "a"}, "--fields prompt=FIELD says what else it is called"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "--fields response=chosen trains on the accepted answer"),
         ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, "--fields completion=chosen trains on"),
         ({"chosen": CHAT, "rejected": CHAT}, "--fields messages=chosen trains on the accepted answer"),

@@ -194,6 +194,22 @@ def test_two_names_of_one_role_are_refused_for_they_may_be_two_who_speak(names):
     assert f'item 2: "{names[0]}" and "{names[1]}" in one conversation' in refusal(conversations=told)
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("", '"value" must be a non-empty string'),
+        (3, '"value" must be text'),
+        ("\ud83d", '"value" has half of'),
+        ([{"type": ["x"]}], '"value", part 0 is of type'),
+        (None, 'expected "role" and "content" (or "from" and "value"); it has'),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_said_of_the_value(value, says):
+    said = refusal(conversations=[{"from": "human", "value": value}, {"from": "gpt", "value": "a"}])
+    assert 'field "conversations", item 0' in said
+    assert says in said
+
+
 def test_who_is_not_known_goes_to_the_template():
     told = [{"from": "narrator", "value": "n"}, {"from": "gpt", "value": "a"}]
     assert sample_of(conversations=told).messages == ({"role": "narrator", "content": "n"},)
