@@ -1,6 +1,7 @@
 """The forms of records: those of TRL, what fits two of them, a file of two, and fields by other names."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from tiny import tiny_tokenizer, write_jsonl
 
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.options import DataOptions
+from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import read_samples, samples_from
 from pocl_fast.run.configuration import from_options
 from pocl_fast.system.errors import InputError
@@ -304,3 +306,62 @@ def test_words_and_yaml_name_the_same_fields():
         from_options({"fields": ["prompt=a", "prompt=b"]})
     with pytest.raises(InputError, match="--fields: must be NAME=VALUE, got 'prompt'"):
         from_options({"fields": ["prompt"]})
+
+
+# -- anything ----------------------------------------------------------------------------------------------------------
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-1, 2),
+    st.floats(),
+    st.sampled_from(["", " ", "q", "\ud83d", "[]", '{"name": "f"}']),
+)
+KEYS = (
+    "role content from value text type name arguments function tool_calls weight train function_call image parameters"
+)
+ROLES = st.sampled_from(["user", "assistant", "human", "gpt", "system", "tool", "function_call", "observation", "who"])
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS.split()), inner, max_size=4),
+    max_leaves=8,
+)
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": ROLES, "content": VALUES}, optional={"tool_calls": VALUES, "weight": VALUES})
+    | st.fixed_dictionaries({"from": ROLES, "value": VALUES}, optional={"train": VALUES, "name": VALUES})
+    | VALUES,
+    max_size=4,
+)
+FIELDS = ("prompt", "response", "instruction", "output", "completion", "messages", "conversations", "input", "context")
+
+
+RECORDS_OF_ANYTHING = st.one_of(
+    st.fixed_dictionaries({"messages": TURNS}, optional={"system": VALUES, "tools": VALUES, "prompt": VALUES}),
+    st.fixed_dictionaries({"conversations": TURNS}, optional={"system": VALUES, "tools": VALUES, "output": VALUES}),
+    st.fixed_dictionaries({"prompt": TURNS, "completion": TURNS}, optional={"input": VALUES, "tools": VALUES}),
+    st.fixed_dictionaries({"prompt": LEAVES, "response": VALUES}, optional={"history": TURNS, "context": VALUES}),
+    st.dictionaries(st.sampled_from([*FIELDS, "images", "id"]), TURNS | VALUES, max_size=5),
+)
+
+
+def refused(record):
+    """The error that a record is, if it is one."""
+    try:
+        samples_from([record], "data")
+    except BadRecord as error:
+        return error
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(RECORDS_OF_ANYTHING)
+def test_whatever_a_record_has_it_is_a_sample_or_one_bad_record_of_its_line(record):
+    if error := refused(record):
+        assert str(error).startswith("data, record 1: ")
+        assert error.kind
+        return
+    first, second = samples_from([record, record], "data")
+    assert second == replace(first, index=1, line=2)  # reading changes no record
+    assert first.references[0].strip()
+    assert all(turn["role"] and isinstance(turn["content"], str) for turn in (*first.messages, first.answer_turn))
+    assert all(first.messages[place]["role"] == "assistant" for place in first.earlier)
