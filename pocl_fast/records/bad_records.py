@@ -39,20 +39,21 @@ class BadRecords:
         """What is wrong -> the lines of such records."""
         return tuple((kind, tuple(lines)) for kind, lines in self._lines.items())
 
-    def check_left(self, good: int, name: str) -> None:
+    def check_left(self, good: int, name: str, unit: str = "line") -> None:
         """Raises `InputError` where every record of `name` was bad."""
         if not good and self._first is not None:
-            raise InputError(f"{name}: no record is left, {describe(self.counts)}; the first: {self._first}")
+            raise InputError(f"{name}: no record is left, {describe(self.counts, unit)}; the first: {self._first}")
 
 
-def describe(counts: Counts) -> str:
-    """The counts in words: "3 bad records left out: not JSON 1 (line 4), an image 2 (lines 7, 9)"."""
+def describe(counts: Counts, unit: str = "line") -> str:
+    """The counts in words: "3 bad records left out: not JSON 1 (line 4), an image 2 (lines 7, 9)". `unit` is what the
+    numbers count."""
     total = sum(len(lines) for _, lines in counts)
-    kinds = ", ".join(f"{kind} {len(lines):,} ({some_lines(lines)})" for kind, lines in counts)
+    kinds = ", ".join(f"{kind} {len(lines):,} ({some_lines(lines, unit)})" for kind, lines in counts)
     return f"{total:,} bad record{'s' if total > 1 else ''} left out: {kinds}"
 
 
-def some_lines(lines: Sequence[int]) -> str:
+def some_lines(lines: Sequence[int], unit: str = "line") -> str:
     """The first lines of some, in words."""
     shown = ", ".join(str(line) for line in lines[:5])
-    return f"line{'s' if len(lines) > 1 else ''} {shown}{', ...' if len(lines) > 5 else ''}"
+    return f"{unit}{'s' if len(lines) > 1 else ''} {shown}{', ...' if len(lines) > 5 else ''}"

@@ -81,7 +81,8 @@ def iter_samples(
     source: Source, *, fields: Mapping[str, str] | None = None, bad: BadRecords | None = None
 ) -> Iterator[Sample]:
     """The samples of `read_samples` one at a time, without keeping them; a bad record raises when it is reached."""
-    return _Reading(source.name, source.unit, fields, bad).samples(source.records(FORMATS))
+    reading = _Reading(source.name, source.unit, fields, bad)
+    return reading.samples(source.records(FORMATS))
 
 
 def samples_from(
@@ -116,7 +117,7 @@ class _Reading:
                 continue
             index += 1
             yield sample
-        self._bad.check_left(index, self._name)
+        self._bad.check_left(index, self._name, self._unit)
         if self._others > index:
             raise InputError(
                 f"{self._name}: {self._others} records were left out as not of the form of the first,"
@@ -127,10 +128,13 @@ class _Reading:
         if self._fields:
             self._fields.check_seen(self._name)
 
+    def _place(self, number: int) -> str:
+        return f"{self._name}, {self._unit} {number}"
+
     def _sample(self, record: Mapping[str, Any] | BadRecord, index: int, number: int) -> Sample:
         if isinstance(record, BadRecord):
             raise record
-        where = f"{self._name}, {self._unit} {number}"
+        where = self._place(number)
         if self._fields is None:
             return self._read(record, index, number, where)
         given, unread = self._fields.named(record, where)
