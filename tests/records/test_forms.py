@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer, write_jsonl
+from tiny_run import make_inputs, options, run, select
+from tiny_run import refusal as refusal_of
 
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.options import DataOptions
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import read_samples, samples_from
-from pocl_fast.run.configuration import from_options
+from pocl_fast.run.configuration import from_options, recorded_config
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
 
@@ -306,6 +308,23 @@ def test_words_and_yaml_name_the_same_fields():
         from_options({"fields": ["prompt=a", "prompt=b"]})
     with pytest.raises(InputError, match="--fields: must be NAME=VALUE, got 'prompt'"):
         from_options({"fields": ["prompt"]})
+
+
+def test_words_on_the_command_line_name_the_fields_of_both_files_and_a_run_keeps_them(tmp_path, capsys):
+    inputs = make_inputs(tmp_path / "inputs", train=3, dev=2)
+    told = [{"dialog": [{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": f"a{n}"}]} for n in range(4)]
+    for name in ("train", "dev"):
+        write_jsonl(inputs / f"{name}.jsonl", told)
+    words = select(options(inputs, max_new_tokens=1), "measure")
+    assert run("measure", tmp_path / "out", *words, "--fields", "conversations=dialog") == 0
+    assert recorded_config(tmp_path / "out").data.fields == {"conversations": "dialog"}
+    assert "train.jsonl: 4 samples\n" in capsys.readouterr().out
+    said = refusal_of(capsys, "measure", tmp_path / "other", *words, "--fields", "conversation=dialog")
+    assert "--fields: conversation=dialog: nothing is called 'conversation' here (did you mean conversations" in said
+    said = refusal_of(capsys, "measure", tmp_path / "other", *words, "--fields", "messages=dialogue")
+    assert (
+        'train.jsonl, line 1: --fields messages=dialogue: there is no field "dialogue" (did you mean dialog?)' in said
+    )
 
 
 # -- anything ----------------------------------------------------------------------------------------------------------
