@@ -85,11 +85,11 @@ class DataOptions:
     """How records become samples and samples tokens, and their lengths in tokens."""
 
     fields: dict[str, str] = field(default_factory=dict)
-    """NAME=FIELD ...: which field of the records stands for prompt, response and the like, such as prompt=question
-    response=answer. In YAML a dict."""
+    """NAME=FIELD ...: which field of the records stands for prompt, response, completion, messages, system and the
+    like, such as prompt=question response=answer. A path leads into a field: response=answers.text. In YAML a dict."""
     bad_records: Literal["error", "skip"] = "error"
-    """What to do about a record that is none or that the template refuses: stop before anything runs, or leave it out
-    and count it by what is wrong."""
+    """What to do about a record that is none, that is not of the form of the others, or that the template refuses: stop
+    before anything runs, or leave it out and count it by what is wrong."""
     train_on: Literal["last", "all"] = "all"
     """Which answers of a conversation are trained on: the last one, or every turn of the assistant, in one pass over
     it. With data_source "teacher" the last one alone, which is the teacher's."""

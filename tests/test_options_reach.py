@@ -140,6 +140,22 @@ def test_samples_are_read_from_the_files(changed, run_of, inputs):
     assert [s.references[0] for s in context.dev_set.samples] == ["50 50 50", "51 51 51 51"]
 
 
+@reaches("fields", "bad_records")
+def test_fields_have_other_names_and_bad_records_are_left_out(changed, run_of, trainer_with, tmp_path, capsys):
+    records = [{"question": one["instruction"], "answers": {"text": one["output"]}} for one in arithmetic(6)]
+    records[1] |= {"answers": {"text": 3}}
+    train = write_jsonl(tmp_path / "named.jsonl", records)
+    samples = run_of(train=train, **changed).context.train_set.samples
+    assert [(sample.index, sample.line) for sample in samples] == [(0, 1), (1, 3), (2, 4), (3, 5), (4, 6)]
+    assert f"{train}: 5 samples; 1 bad record left out: not text 1 (line 2)" in capsys.readouterr().out
+    trainer_with(changed, given=False).evaluate(records)
+    assert "eval_dataset: 5 samples; 1 bad record left out: not text 1 (line 2)" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r'line 2: field "output" must be a string, got int.*"answers\.text"'):
+        _ = run_of("strict", train=train, fields=changed["fields"]).context.train_set
+    with pytest.raises(InputError, match="--fields instruction=question: there is no field"):
+        _ = run_of("plain", fields=changed["fields"]).context.train_set
+
+
 @reaches("template")
 def test_prompts_are_in_the_template(changed, run_of):
     context = run_of(max_length=400, max_prompt_length=300, **changed).context

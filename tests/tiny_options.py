@@ -21,6 +21,8 @@ CHANGED = {
     "dev": "two.jsonl",
     "train_on": "last",
     "reasoning": "strip",
+    "fields": {"instruction": "question", "output": "answers.text"},
+    "bad_records": "skip",
     "template": "alpaca",
     "chat_template": "kind",
     "chat_template_kwargs": {"tone": "warm"},

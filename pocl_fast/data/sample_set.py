@@ -45,9 +45,9 @@ def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str)
 
     Raises `InputError` for what `read_samples` and `fit_all` refuse.
     """
-    reading: dict[str, Any] = {"fields": options.fields, "bad": BadRecords(options.bad_records)}
+    bad = BadRecords(options.bad_records)
     if isinstance(given, (str, Path)):
-        name, samples = str(given), read_samples(given, **reading)
+        name, samples = str(given), read_samples(given, fields=options.fields, bad=bad)
     else:
         samples = samples_from(given, name, **reading)
     fitted, report = fit_all(
@@ -57,6 +57,7 @@ def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str)
         max_prompt_length=options.max_prompt_length,
         long_prompts=options.long_prompts,
         name=name,
+        bad=bad,
     )
     known = list(samples)
     for sample, _ in fitted:

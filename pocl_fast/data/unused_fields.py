@@ -13,12 +13,14 @@ from typing import Any, Protocol
 from pocl_fast.data.answer_span import REASONING_TAGS, Split, called_names
 from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
 from pocl_fast.records.bad_records import BadRecord
+from pocl_fast.records.forms import KNOWN, ONE_QUESTION, OPTIONAL
 from pocl_fast.records.messages import Message
-from pocl_fast.records.samples import KNOWN, ONE_QUESTION, OPTIONAL, Sample
+from pocl_fast.records.samples import BEHIND, Sample
 from pocl_fast.system.typed_values import did_you_mean
 
 MEANS_MORE = frozenset({"tools", "tool_calls"})  # without them the answer answers something else
 EARLIER_REASONING = "reasoning in earlier turns"
+REFUSED = "not for this template"  # the kind of such records
 _OTHER_TEXT = "another text"
 _SHORT = 16  # a shorter text may be in a prompt by chance
 
@@ -202,13 +204,19 @@ def means_more(where: str, why: str, kind: str) -> BadRecord:
 def describe(counts: Sequence[tuple[str, int]]) -> str:
     """The counted fields in words: "fields not used: id (12 records), inptu (1 record; did you mean input?)"."""
     parts = []
+    cut = 0
     for field, count in counts:
+        if field == BEHIND:
+            cut = count
+            continue
         hint = "" if field in KNOWN else did_you_mean(field, OPTIONAL).strip(" ()")
         if field in ONE_QUESTION:
             hint = 'not read beside "messages"'
         records = "1 record" if count == 1 else f"{count:,} records"
         parts.append(f"{field} ({records}{'; ' + hint if hint else ''})")
-    return f"fields not used: {', '.join(parts)}" if parts else ""
+    said = [f"fields not used: {', '.join(parts)}"] if parts else []
+    said += [f"{BEHIND} cut of {'1 record' if cut == 1 else f'{cut:,} records'}"] if cut else []
+    return "; ".join(said)
 
 
 def _own_fields(turns: Sequence[Message]) -> list[tuple[str, str]]:

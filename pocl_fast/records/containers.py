@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.system.errors import InputError
 
 WANTED = "give a list of dicts, a datasets.Dataset, or the path of a JSON Lines file"
@@ -16,9 +17,10 @@ WANTED = "give a list of dicts, a datasets.Dataset, or the path of a JSON Lines 
 _TABLES = {"to_pylist": "to_pylist()", "to_dicts": "to_dicts()", "to_dict": 'to_dict("records")'}
 
 
-def rows(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
+def rows(data: Any, name: str) -> Iterator[Mapping[str, Any] | BadRecord]:
     """The records of a list, a generator, a `datasets.Dataset`, or anything else that gives dicts one by one, by
-    iterating or by index. `name` stands for the container in messages.
+    iterating or by index; what is wrong with one, in place of what is no dict. `name` stands for the container in
+    messages.
 
     Raises `InputError` that says what to give for one that holds no records: splits, columns, tables, texts, tuples.
     """
@@ -32,11 +34,11 @@ def rows(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
                 kind = type(data).__name__
                 raise InputError(f"{name} is a {kind}, and iterating it gives no records: give {name}.{call}")
     for number, row in enumerate(_each(data, name), start=1):
-        if not isinstance(row, Mapping):
-            raise InputError(
-                f"{name}, record {number}: expected a dict, got {type(row).__name__} {row!r:.60}; {WANTED}"
-            )
-        yield row
+        if isinstance(row, Mapping):
+            yield row
+        else:
+            said = f"{name}, record {number}: expected a dict, got {type(row).__name__} {row!r:.60}; {WANTED}"
+            yield BadRecord(said, "no object")
 
 
 def _each(data: Any, name: str) -> Iterable[Any]:

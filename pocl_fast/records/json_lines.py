@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.system.errors import InputError
 
 _PACKED = "unpack it first"
@@ -38,15 +39,16 @@ _KINDS = (
     (b"\x00{", "UTF-16 text", _UTF_16),
     (b"version https://git-lfs", "Git LFS pointer", "get the file itself with `git lfs pull`"),
 )
+DEEP = "nested too deeply"  # the kind of such a record
 _BOM = "\ufeff"  # of UTF-8: Excel and PowerShell put it before a file's text, and `cat` between two
 
 
-def objects(path: Path, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def objects(path: Path, expected: str) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
     """The objects of a file, each with the number of its line, from 1. Blank lines are passed over.
 
     Lines end with LF, CRLF or CR; a byte order mark is no part of a line. `expected` says in errors what a line should
-    be. Raises `InputError` naming file and line for what is no object, for a field that is named twice, and for JSON
-    that Python cannot hold; and naming the file for one of another kind.
+    be. A line that is no object, names a field twice, or is JSON that Python cannot hold is a `BadRecord` in its place,
+    which names file and line. Raises `InputError` naming the file for one of another kind.
     """
     try:
         with open(path, "rb") as file:
@@ -67,7 +69,7 @@ def _check_kind(path: Path, file: io.BufferedReader) -> None:
             raise InputError(f"{path} is no JSON Lines, it looks like {kind} and not UTF-8 text: {advice}")
 
 
-def _objects(path: Path, lines: io.TextIOWrapper, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _objects(path: Path, lines: io.TextIOWrapper, expected: str) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
     first = ""
     for number, text in enumerate(lines, start=1):
         if text[0] == _BOM:
@@ -79,11 +81,15 @@ def _objects(path: Path, lines: io.TextIOWrapper, expected: str) -> Iterator[tup
             value = _DECODER.decode(text)
         except (ValueError, RecursionError) as error:
             reason = _reason(text, first, error)
-            raise InputError(f"{path}, line {number}: {reason}; expected one object a line, {expected}") from error
+            said = f"{path}, line {number}: {reason}; expected one object a line, {expected}"
+            yield number, BadRecord(said, DEEP if isinstance(error, RecursionError) else "not JSON")
+            continue
         if not isinstance(value, dict):
             kind = type(value).__name__
             array = _ARRAY if kind == "list" and text is first else ""
-            raise InputError(f"{path}, line {number}: expected a JSON object, got {kind}{array}; expected {expected}")
+            said = f"{path}, line {number}: expected a JSON object, got {kind}{array}; expected {expected}"
+            yield number, BadRecord(said, "no object")
+            continue
         yield number, value
 
 

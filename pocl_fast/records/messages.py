@@ -1,24 +1,51 @@
 """The turns of a conversation as a chat template is given them, out of the ways in which data sets write them.
 
-Knows roles, tools and their calls, and content in parts. Does not know records (samples.py) nor templates.
+Knows who speaks under which name, what a turn says, and which turns a data set takes out of the training. Does not know
+records (samples.py) nor templates.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
 
-from pocl_fast.records import json_lines
-from pocl_fast.system.errors import InputError
+from pocl_fast.records.bad_records import BadRecord
+from pocl_fast.records.texts import (
+    check_encodable,
+    from_json,
+    is_absent,
+    is_list,
+    kind_of,
+    listed,
+    medium,
+    says_nothing,
+    text_of,
+)
+from pocl_fast.records.tools import call_turn, calls_of
 from pocl_fast.system.typed_values import did_you_mean
 
-SHAREGPT = (
-    'these are turns of ShareGPT: rename "conversations" to "messages", "from" to "role" and "value" to "content", and'
-    ' write the roles as "user" (human), "assistant" (gpt) and "system"'
-)
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+NO_MESSAGE, NO_TURNS = "not a message", "not a list of messages"
+_CALL = "tool_call"  # an assistant's turn whose text is a call
+# how data sets, ShareGPT's above all, call who speaks -> the role that templates know. Other names go to the template.
+_ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "tool_response"), "tool"),
+    **dict.fromkeys((_CALL, "function_call"), _CALL),
+    "system": "system",
+}
+_PLAIN = ("user", "assistant", "system")
+# the switches of OpenAI, axolotl and ms-swift: whether a turn is trained on -> their values
+_TRAIN = {"weight": "0 or 1", "train": "true or false", "loss": "true or false"}
+
+_TEXT = ("text", "input_text", "output_text")  # the last two: OpenAI's responses
+# parts that say something which a message has a place of its own for -> where
+_ELSEWHERE = {
+    "tool_use": 'write the call into the message\'s "tool_calls"',
+    "tool_result": 'write the result as a message of the role "tool"',
+    "thinking": 'write it into the message\'s "reasoning_content"',
+    "reasoning": 'write it into the message\'s "reasoning_content"',
+}
 
 
 class Message(TypedDict, total=False):
@@ -33,201 +60,182 @@ class Message(TypedDict, total=False):
     name: str
 
 
-def conversation(value: Any, where: str, field: str = "messages") -> list[Message]:
-    """The turns of a list of messages. `where` and `field` stand for the place in messages of errors.
+class Turns(NamedTuple):
+    """The turns of a conversation."""
 
-    A null field of a message is an absent one. Content in parts becomes the text of its parts. Raises `InputError` for
-    what is no message, for content that is missing, empty or not text, and for tool calls without a name.
+    messages: list[Message]
+    answers: list[int]  # places of the assistant's turns, but for those that the data set takes out of the training
+
+
+def conversation(value: Any, where: str, field: str = "messages") -> Turns:
+    """The turns of a list of messages, or of its JSON text. `where` and `field` stand for the place in errors.
+
+    A message is `role` and `content`, or `from` and `value` as in ShareGPT. A null field of it is an absent one.
+    Content in parts becomes the text of its parts. An assistant's turn with `"weight": 0` or `"train": false` is no
+    answer. Raises `BadRecord` for what is no message, for content that is missing, empty or not text, for tool calls
+    without a name, and for a role that is called by two names.
     """
+    place = f'{where}: field "{field}"'
+    value = from_json(value, place) if isinstance(value, str) else listed(value)
     if not is_list(value):
-        raise InputError(f'{where}: field "{field}" must be a list of messages, got {kind_of(value)}')
-    return [_turn(message, f'{where}: field "{field}", item {position}') for position, message in enumerate(value)]
-
-
-def turns_before(value: Any, where: str) -> list[Message]:
-    """The turns of a field "history": pairs of a question and its answer, or messages. Raises `InputError` for anything
-    else."""
-    if isinstance(value, str):
-        value = _from_json(value, f'{where}: field "history"')
-    if not is_list(value):
-        raise InputError(f'{where}: field "history" must be a list of [question, answer], got {kind_of(value)}')
-    if value and all(isinstance(one, Mapping) for one in value):
-        return conversation(value, where, "history")
-    turns: list[Message] = []
-    for position, pair in enumerate(value):
-        if not is_list(pair) or len(pair) != 2:
-            raise InputError(
-                f'{where}: field "history", item {position}: expected [question, answer], got {pair!r:.60}'
-            )
-        for role, given in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": text_of(given, where, "history", position)})
+        raise BadRecord(f"{place} must be a list of messages, got {kind_of(value)}", NO_TURNS)
+    turns = Turns([], [])
+    spelt: dict[str, str] = {}
+    for position, message in enumerate(value):
+        turn = _turn(message, spelt, place, position)
+        trained = turn["role"] == "assistant"
+        if len(turn) > 2 and not _TRAIN.keys().isdisjoint(turn):
+            trained = _is_trained(turn, f"{place}, item {position}")
+        if trained:
+            turns.answers.append(position)
+        turns.messages.append(turn)
     return turns
 
 
-def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """The schemas of a field "tools": a list of objects, or that list as JSON text. Null fields are absent ones, as
-    Arrow fills them in. Raises `InputError` for anything else."""
-    place = f'{where}: field "tools"'
-    if isinstance(value, str):
-        value = _from_json(value, place)
-    else:
-        value = without_nulls(value)
+def turns_before(value: Any, where: str) -> Turns:
+    """The turns of a field "history": pairs of a question and its answer, or messages. Raises `BadRecord` for anything
+    else."""
+    value = from_json(value, f'{where}: field "history"') if isinstance(value, str) else listed(value)
     if not is_list(value):
-        raise InputError(f"{place} must be a list of schemas, or that list as JSON text; got {kind_of(value)}")
-    schemas = []
-    for position, schema in enumerate(value):
-        item = f"{place}, item {position}"
-        parsed = _from_json(schema, item) if isinstance(schema, str) else schema
-        if not isinstance(parsed, Mapping):
-            raise InputError(f"{item}: expected a schema (an object), got {kind_of(parsed)}")
-        check_encodable(parsed, item)
-        schemas.append(dict(parsed))
-    return tuple(schemas)
+        raise BadRecord(
+            f'{where}: field "history" must be a list of [question, answer], got {kind_of(value)}', NO_TURNS
+        )
+    if value and all(isinstance(one, Mapping) for one in value):
+        return conversation(value, where, "history")
+    turns = Turns([], [])
+    for position, pair in enumerate(map(listed, value)):
+        if not is_list(pair) or len(pair) != 2:
+            raise BadRecord(
+                f'{where}: field "history", item {position}: expected [question, answer], got {pair!r:.60}', NO_TURNS
+            )
+        for role, given in zip(("user", "assistant"), pair, strict=True):
+            turns.messages.append({"role": role, "content": text_of(given, where, "history", position)})
+        turns.answers.append(len(turns.messages) - 1)
+    return turns
 
 
-def _turn(message: Any, place: str) -> Message:
+def _turn(message: Any, spelt: dict[str, str], field: str, position: int) -> Message:
+    """The message at a position of a field. `spelt` keeps how the roles of this conversation are called."""
     if not isinstance(message, Mapping):
-        raise InputError(f'{place}: expected "role" and "content", got {kind_of(message)}')
-    given = {str(field): value for field, value in message.items() if not is_absent(value)}
-    role, calls = given.pop("role", None), given.pop("tool_calls", None)
+        raise BadRecord(f'{field}, item {position}: expected "role" and "content", got {kind_of(message)}', NO_MESSAGE)
+    given = {str(name): value for name, value in message.items() if value.__class__ is str or not is_absent(value)}
+    role, content = given.pop("role", None), given.pop("content", None)
+    plain = not given and role in _PLAIN and content.__class__ is str and content.isascii()
+    if plain and content and not content.isspace() and spelt.setdefault(role, role) == role:
+        return {"role": role, "content": content}
+    return _any_turn(message, given, role, content, spelt, f"{field}, item {position}")
+
+
+def _any_turn(
+    message: Mapping[Any, Any], given: dict[str, Any], role: Any, content: Any, spelt: dict[str, str], place: str
+) -> Message:
+    """A turn that has more than a role and plain text. `given` is the message without these, and without nulls."""
+    if role is None and "from" in given:
+        role, content = given.pop("from"), _only(content, given.get("value"), "content", "value", place)
+    else:
+        role = _only(role, given.get("from"), "role", "from", place)
+        content = given.get("value") if content is None else content
+    key = "content" if content is not given.get("value") else "value"
+    if key == "value":
+        given.pop("value", None)
+    calls = given.pop("tool_calls", None)
+    calls = calls if calls is None else listed(calls)
     if not calls and "function_call" in given:  # as it was called before there could be several
         calls = [{"type": "function", "function": given.pop("function_call")}]
-    if not isinstance(role, str) or not ("content" in given or calls):
-        if "from" in given and "value" in given:
-            raise InputError(f"{place}: {SHAREGPT}")
+    if not isinstance(role, str) or (content is None and not calls):
         hint = "".join(did_you_mean(field, ["role", "content"]) for field in given if field != "content")
-        raise InputError(f'{place}: expected "role" and "content"; it has {sorted(map(str, message))}{hint}')
+        raise BadRecord(
+            f'{place}: expected "role" and "content" (or "from" and "value"); it has {sorted(map(str, message))}{hint}',
+            NO_MESSAGE,
+        )
     check_encodable(role, f'{place}, "role"')
-    content = _content(given.pop("content", ""), place)
-    if role.lower() in _ROLES:
-        raise InputError(f'{place}: the role "{role}" is written "{_ROLES[role.lower()]}" here')
+    role = _role(role, spelt, place)
+    if role == _CALL:
+        role, content, calls = "assistant", "", call_turn(content, place)
+    content = _content("" if content is None else content, place, key)
     if calls:
-        given["tool_calls"] = _tool_calls(calls, place)
+        given["tool_calls"] = calls_of(calls, f'{place}, "tool_calls"')
     if not isinstance(given.get("reasoning_content", ""), str):
-        raise InputError(f'{place}: "reasoning_content" must be text, got {kind_of(given["reasoning_content"])}')
+        kind = kind_of(given["reasoning_content"])
+        raise BadRecord(f'{place}: "reasoning_content" must be text, got {kind}', "not text")
     if (not content or content.isspace()) and role not in ("tool", "system") and not calls:
-        raise InputError(f'{place}: "content" must be a non-empty string: give it text, or leave the record out')
+        raise BadRecord(
+            f'{place}: "{key}" must be a non-empty string: give it text, or leave the record out', "empty text"
+        )
     if given:
         check_encodable(given, place)
     return {"role": role, "content": content, **given}  # type: ignore[typeddict-item]  # a data set's own fields
 
 
-def _content(value: Any, place: str) -> str:
-    if is_list(value):
-        return "".join(_part(part, f'{place}, "content", part {i}') for i, part in enumerate(value))
+def _only(ours: Any, sharegpt: Any, name: str, other: str, place: str) -> Any:
+    """What a message says under one of two names. Raises `BadRecord` where it says something under both."""
+    if ours is not None and sharegpt is not None:
+        raise BadRecord(f'{place}: both "{name}" and "{other}" are given, and only one is read', NO_MESSAGE)
+    return sharegpt if ours is None else ours
+
+
+def _role(given: str, spelt: dict[str, str], place: str) -> str:
+    """The role that templates know for what a data set calls it; one that is not known stays as it is."""
+    role = _ROLES.get(given.lower())
+    if role is None:
+        return given
+    if (before := spelt.setdefault(role, given)) != given:
+        raise BadRecord(
+            f'{place}: "{before}" and "{given}" in one conversation may be one who speaks or two: give both one name',
+            "two names of a role",
+        )
+    return role
+
+
+def _is_trained(turn: Message, place: str) -> bool:
+    """Whether a turn is an answer to train on, as its switches say. Takes those that are obeyed out of it."""
+    given: dict[str, Any] = turn  # type: ignore[assignment]  # a data set's own fields
+    said = {name: given.pop(name) for name in _TRAIN if name in given and not says_nothing(given[name])}
+    if turn["role"] != "assistant":  # what others say is never trained on
+        given.update({name: value for name, value in said.items() if value})
+        return False
+    for name, value in said.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise BadRecord(f'{place}: "{name}" must be {_TRAIN[name]}, got {value!r:.40}', f"{name} of a turn")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise BadRecord(f"{place}: {' and '.join(said)} contradict each other", f"{min(said)} of a turn")
+    return all(said.values())
+
+
+def _content(value: Any, place: str, key: str) -> str:
+    """The text of a message's content, which it has under `key`. Raises `BadRecord` for what is not text, and for parts
+    that are none."""
     if not isinstance(value, str):
-        raise InputError(f'{place}: "content" must be text, or a list of parts that are text; got {kind_of(value)}')
-    check_encodable(value, f'{place}, "content"')
+        value = listed(value)
+        if not is_list(value):
+            raise BadRecord(
+                f'{place}: "{key}" must be text, or a list of parts that are text; got {kind_of(value)}', "not text"
+            )
+        return "".join(_part(part, f'{place}, "{key}", part {i}') for i, part in enumerate(value))
+    if not value.isascii():
+        check_encodable(value, f'{place}, "{key}"')
     return value
 
 
 def _part(part: Any, place: str) -> str:
     if isinstance(part, str):
-        return _content(part, place)
+        check_encodable(part, place)
+        return part
     if not isinstance(part, Mapping):
-        raise InputError(f'{place}: expected {{"type": "text", "text": ...}}, got {kind_of(part)}')
+        raise BadRecord(f'{place}: expected {{"type": "text", "text": ...}}, got {kind_of(part)}', "not text")
     kind = part.get("type")
     if is_absent(kind):
         kind = "text" if "text" in part else "unknown"
-    if kind != "text":
-        raise InputError(f'{place} is of type "{kind}", and the models here read text alone: leave such records out')
+    kind = str(kind)
+    if kind in _ELSEWHERE:
+        raise BadRecord(f'{place} is of type "{kind}": {_ELSEWHERE[kind]}', f"a part of type {kind}")
+    media = next((name for name in part if medium(name) and not is_absent(part[name])), kind)
+    if kind not in _TEXT or media != kind:
+        raise BadRecord(
+            f'{place} is of type "{media}", and the models here read text alone: leave such records out',
+            medium(media) or "a part that is no text",
+        )
     if not isinstance(part.get("text"), str):
-        raise InputError(f'{place}: "text" must be text, got {kind_of(part.get("text"))}')
-    return _content(part["text"], place)
-
-
-def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    place = f'{place}, "tool_calls"'
-    calls = _from_json(value, place) if isinstance(value, str) else value
-    if not is_list(calls):
-        raise InputError(f"{place} must be a list of calls, or that list as JSON text; got {kind_of(calls)}")
-    return [_tool_call(call, f"{place}, call {i}") for i, call in enumerate(calls)]
-
-
-def _tool_call(call: Any, place: str) -> dict[str, Any]:
-    """A call with its arguments as an object, which is what templates print."""
-    given = {field: one for field, one in call.items() if not is_absent(one)} if isinstance(call, Mapping) else {}
-    function = given.get("function", given)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise InputError(f'{place}: expected {{"function": {{"name", "arguments"}}}}, got {call!r:.80}')
-    function = {field: one for field, one in function.items() if not is_absent(one)}
-    arguments = function.get("arguments", "")
-    if isinstance(arguments, str):
-        arguments = _from_json(arguments, f"{place}, arguments") if arguments.strip() else {}
-    if not isinstance(arguments, Mapping):
-        raise InputError(f"{place}: arguments must be an object, or its JSON text; got {kind_of(arguments)}")
-    function["arguments"] = dict(arguments)  # a null among them is what the call says
-    return {**given, "function": function} if "function" in given else function
-
-
-def calls_as_text(message: Message) -> str:
-    """The tool calls of a message as JSON, one a line."""
-    return "\n".join(
-        json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls", ())
-    )
-
-
-def text_of(value: Any, where: str, field: str, item: int | None = None) -> str:
-    """A value that must be text with something in it. Raises `InputError` that names `where` and the field, or its
-    item."""
-    if not isinstance(value, str):
-        as_text = f'; write it as text: "{value}"' if isinstance(value, (int, float)) else ""
-        raise InputError(f"{_place(where, field, item)} must be a string, got {kind_of(value)}{as_text}")
-    if not value or value.isspace():
-        raise InputError(f"{_place(where, field, item)} is empty: give it text, or leave it out")
-    if not value.isascii():
-        check_encodable(value, _place(where, field, item))
-    return value
-
-
-def _place(where: str, field: str, item: int | None) -> str:
-    return f'{where}: field "{field}"' + ("" if item is None else f", item {item}")
-
-
-def check_encodable(value: Any, place: str) -> None:
-    """Raises `InputError` where text, or text within a value, has half of a surrogate pair, which no tokenizer has."""
-    if isinstance(value, str) and value.isascii():
-        return
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{place} cannot be written as JSON ({error})") from error
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{place} has half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character: leave it"
-            " out, or write \\ufffd in its place"
-        ) from error
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without fields that are null, at every depth."""
-    if isinstance(value, Mapping):
-        return {field: without_nulls(one) for field, one in value.items() if not is_absent(one)}
-    return [without_nulls(one) for one in value] if is_list(value) else value
-
-
-def is_absent(value: Any) -> bool:
-    """Whether a field's value says that there is none: null, or the NaN, NA or NaT that pandas writes in its place."""
-    if value is None or (isinstance(value, float) and value != value):
-        return True
-    pandas = sys.modules.get("pandas")  # not imported for this: who has its values has it
-    return pandas is not None and (value is pandas.NA or value is pandas.NaT)
-
-
-def is_list(value: Any) -> bool:
-    """Whether a value is a list as records have them."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def kind_of(value: Any) -> str:
-    """The type of a value, for a message."""
-    return "null" if is_absent(value) else type(value).__name__
-
-
-def _from_json(text: str, place: str) -> Any:
-    try:
-        return json_lines.decoded(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is text that is not JSON ({json_lines.in_words(error)}): {text!r:.60}") from error
+        raise BadRecord(f'{place}: "text" must be text, got {kind_of(part.get("text"))}', "not text")
+    check_encodable(part["text"], place)
+    return str(part["text"])

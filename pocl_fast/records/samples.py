@@ -1,46 +1,30 @@
-"""Instruction samples as they lie in a file or in memory: records in one of three forms.
+"""Instruction samples as they lie in a file or in memory: records of one of several forms.
 
-Knows which fields a record may have and what they mean. Does not know bytes and JSON (json_lines.py), the turns of a
-conversation (messages.py), nor tokens (encoding.py).
+Knows what the fields of each form mean. Does not know bytes and JSON (json_lines.py), the names of fields (forms.py),
+the turns of a conversation (messages.py), nor tokens (encoding.py).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pocl_fast.records import containers
 from pocl_fast.records.bad_records import BadRecord, BadRecords
-from pocl_fast.records.messages import (
-    SHAREGPT,
-    Message,
-    calls_as_text,
-    check_encodable,
-    conversation,
-    is_absent,
-    text_of,
-    tools_of,
-    turns_before,
-)
+from pocl_fast.records.forms import FORMATS, INPUTS, KNOWN, ONE_QUESTION, TWO_FORMS, FieldNames, Form, form_of
+from pocl_fast.records.json_lines import DEEP
+from pocl_fast.records.messages import Message, Turns, conversation, turns_before
 from pocl_fast.records.sources import Source, source_of
+from pocl_fast.records.texts import check_encodable, is_absent, is_list, listed, says_nothing, text_of
+from pocl_fast.records.tools import calls_as_text, tools_of
 from pocl_fast.system.errors import InputError
-from pocl_fast.system.typed_values import did_you_mean
 
-FORMATS = (
-    'one of {"instruction", "input" (may be missing), "output"}, {"prompt", "response"} or'
-    ' {"messages": [{"role", "content"}]}; "output" and "response" are a string or a list of accepted references,'
-    ' and each goes with "instruction" and "prompt" alike'
-)
-QUESTIONS, ANSWERS, INPUTS = ("prompt", "instruction"), ("response", "output"), ("input", "context")
-OPTIONAL = (*INPUTS, "system", "history", "tools")  # what a record may have besides
-KNOWN = frozenset({"messages", *QUESTIONS, *ANSWERS, *OPTIONAL})
-ONE_QUESTION = frozenset({*QUESTIONS, *INPUTS})  # what only a record without messages has
 KNOWN_IN_CHAT = KNOWN.difference(ONE_QUESTION)  # a question beside messages would be asked twice
-REQUIRED = frozenset({"messages", *QUESTIONS, *ANSWERS})  # one of them at least
-MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})  # half of the question, and no text
+NO_ANSWER = "no assistant turn"
+BEHIND = "turns behind the last answer"  # which nobody answers, or which are not to be trained on
 
 
 @dataclass(frozen=True)
@@ -56,13 +40,30 @@ class Sample:
     input: str = ""
     tools: tuple[dict[str, Any], ...] = ()  # schemas of the tools that the conversation may call
     answer: Message | None = None  # the whole last turn, where it has more than its text: reasoning, tool calls
-    unused: tuple[str, ...] = ()  # fields of the record that say something and are not read
-    earlier: tuple[int, ...] = ()  # which of `messages` are answers too, that `--train-on all` trains on
+    unused: tuple[str, ...] = ()  # what of the record says something and is not read
+    earlier: tuple[int, ...] = ()  # places in `messages` of answers too, that `--train-on all` trains on; ascending
 
     @property
     def answer_turn(self) -> Message:
         """The turn that is trained on."""
         return self.answer or {"role": "assistant", "content": self.references[0]}
+
+    def up_to(self, place: int) -> Sample:
+        """The sample that ends with an earlier answer, that at `messages[place]`. Raises ValueError for a turn that is
+        none."""
+        if place not in self.earlier:
+            raise ValueError(f"messages[{place}] is none of the earlier answers {self.earlier}")
+        answer, before = self.messages[place], self.messages[:place]
+        return replace(
+            self,
+            messages=before,
+            references=(_reference(answer),),
+            instruction=before[-1]["content"] if before else "",
+            input="",
+            answer=answer if len(answer) > 2 else None,
+            unused=(),
+            earlier=tuple(one for one in self.earlier if one < place),
+        )
 
 
 def read_samples(
@@ -80,8 +81,8 @@ def iter_samples(
     source: Source, *, fields: Mapping[str, str] | None = None, bad: BadRecords | None = None
 ) -> Iterator[Sample]:
     """The samples of `read_samples` one at a time, without keeping them; a bad record raises when it is reached."""
-    named = ((number, record, f"{source.name}, {source.unit} {number}") for number, record in source.records(FORMATS))
-    yield from _samples(named, source.name, fields or {}, bad or BadRecords())
+    reading = _Reading(source.name, source.unit, fields, bad)
+    return reading.samples(source.records(FORMATS))
 
 
 def samples_from(
@@ -93,68 +94,156 @@ def samples_from(
     Raises `InputError` as `read_samples` does; `line` is the record's number, from 1.
     """
     each = enumerate(containers.rows(records, name), start=1)
-    named = ((number, record, f"{name}, record {number}") for number, record in each)
-    return list(_samples(named, name, fields or {}, bad or BadRecords()))
+    return list(_Reading(name, "record", fields, bad).samples(each))
 
 
-def _samples(
-    records: Iterable[tuple[int, Mapping[str, Any], str]], name: str, fields: Mapping[str, str], bad: BadRecords
-) -> Iterator[Sample]:
-    index = 0
-    for number, record, where in records:
+class _Reading:
+    """One pass over records: all of one form, each a sample or a bad record."""
+
+    def __init__(self, name: str, unit: str, fields: Mapping[str, str] | None, bad: BadRecords | None) -> None:
+        self._name, self._unit = name, unit
+        self._fields = FieldNames(fields) if fields else None
+        self._bad = bad or BadRecords()
+        self._form: Form | None = None
+        self._first = self._others = 0  # the number of the first sample's record; how many are of another form
+
+    def samples(self, records: Iterable[tuple[int, Mapping[str, Any] | BadRecord]]) -> Iterator[Sample]:
+        index = 0
+        for number, record in records:
+            try:
+                sample = self._sample(record, index, number)
+            except BadRecord as error:
+                self._bad.found(error, number)
+                continue
+            index += 1
+            yield sample
+        self._bad.check_left(index, self._name, self._unit)
+        if self._others > index:
+            raise InputError(
+                f"{self._name}: {self._others} records were left out as not of the form of the first,"
+                f" {self._form and self._form.name} ({self._unit} {self._first}), and only {index} are: leave those out"
+            )
+        if not index:
+            raise InputError(f"{self._name} holds no sample; expected {FORMATS}")
+        if self._fields:
+            self._fields.check_seen(self._name)
+
+    def _place(self, number: int) -> str:
+        return f"{self._name}, {self._unit} {number}"
+
+    def _sample(self, record: Mapping[str, Any] | BadRecord, index: int, number: int) -> Sample:
+        if isinstance(record, BadRecord):
+            raise record
+        where = self._place(number)
+        if self._fields is None:
+            return self._read(record, index, number, where)
+        given, unread = self._fields.named(record, where)
         try:
-            sample = _sample(record, index, number, where)
+            sample = self._read(given, index, number, where)
         except BadRecord as error:
-            bad.found(error, number)
-            continue
-        index += 1
-        yield sample
-    if not index:
-        raise InputError(f"{name} holds no sample; expected {FORMATS}")
+            raise BadRecord(f"{error}{self._fields.hint(str(error))}", error.kind) from error
+        return replace(sample, unused=(*sample.unused, *_interned(unread, where))) if unread else sample
+
+    def _read(self, record: Mapping[str, Any], index: int, number: int, where: str) -> Sample:
+        given = {
+            field: value if value.__class__ is str else listed(value)
+            for field, value in record.items()
+            if value.__class__ is str or not is_absent(value)
+        }
+        form = form_of(given, where)
+        make = _chat if form.is_chat else _instruction
+        try:
+            sample = make(given, form, index, number, where)
+        except RecursionError as error:
+            raise BadRecord(f"{where}: lists or objects are nested too deeply", DEEP) from error
+        if form is not self._form:
+            self._check_form(form, number, where)
+        return sample
+
+    def _check_form(self, form: Form, number: int, where: str) -> None:
+        """Raises `BadRecord` where the records before are of another form."""
+        if self._form is None:
+            self._form, self._first = form, number
+            return
+        self._others += 1
+        raise BadRecord(
+            f"{where} is {form.name}, but the records before it, from {self._unit} {self._first}, are"
+            f" {self._form.name}: write them in one form, or in a file each",
+            "another form than the first",
+        )
 
 
-def _sample(record: Mapping[str, Any], index: int, line: int, where: str) -> Sample:
-    given = {field: value for field, value in record.items() if value.__class__ is str or not is_absent(value)}
-    _check_fields(given, where)
-    make = _chat if "messages" in given else _instruction
-    try:
-        return make(given, index, line, where)
-    except RecursionError as error:
-        raise InputError(f"{where}: lists or objects are nested too deeply") from error
-
-
-def _instruction(given: dict[str, Any], index: int, line: int, where: str) -> Sample:
+def _instruction(given: dict[str, Any], form: Form, index: int, line: int, where: str) -> Sample:
     """A sample of one question and its answer."""
-    answer = _one_of(given, ANSWERS, where) or ("response" if "prompt" in given else "output")
-    question = _one_of(given, QUESTIONS, where) or ("prompt" if answer == "response" else "instruction")
-    text, extra = _text(given, question, where), _extra_text(given, where)
+    question = given.get(form.question)
+    if question.__class__ is not str and is_list(question):
+        return _prompt_of_messages(given, form, index, line, where)
+    text, extra = text_of(question, where, form.question), _extra_text(given, where)
     turns: tuple[Message, ...] = ({"role": "user", "content": f"{text}\n\n{extra}" if extra else text},)
+    earlier: Sequence[int] = ()
     if "system" in given or "history" in given:
-        turns = (*_with_system(given, _history(given, where), "history", where), *turns)
+        history = turns_before(given["history"], where) if given.get("history") else Turns([], [])
+        before, earlier = _with_system(given, history, "history", where)
+        turns = (*before, *turns)
     return Sample(
         index,
         line,
         turns,
-        _references(given, answer, where),
+        _references(given, form.answer, where),
         instruction=text,
         input=extra,
         tools=_tools(given, where) if "tools" in given else (),
         unused=() if KNOWN.issuperset(given) else _unread(given, KNOWN, where),
+        earlier=tuple(earlier),
     )
 
 
-def _chat(given: dict[str, Any], index: int, line: int, where: str) -> Sample:
-    """A sample of a conversation whose last message is the answer."""
-    for field in (*ANSWERS, "history"):
-        if given.get(field):
-            raise InputError(f'{where}: both "messages" and "{field}" are given; leave out the one that is not meant')
-    messages = conversation(given["messages"], where)
-    if len(messages) < 2:
-        raise InputError(f'{where}: field "messages" must be a list of at least a user and an assistant message')
-    *before, answer = messages
-    if answer["role"] != "assistant":
-        raise InputError(f'{where}: the last of "messages" must be the assistant\'s, got "{answer["role"]}"')
-    before = list(_with_system(given, before, "messages", where))
+def _prompt_of_messages(given: dict[str, Any], form: Form, index: int, line: int, where: str) -> Sample:
+    """A sample of the turns before an answer, and the turns from it on: of those alone the answers are trained on."""
+    before, behind = given[form.question], given[form.answer]
+    if form.answer != "completion" or not _of_messages(behind):
+        raise BadRecord(
+            f'{where}: field "{form.question}" is a list, and "{form.answer}" is no list of messages: give both as'
+            ' text, or as messages: "prompt": [{"role": "user", "content": ...}],'
+            ' "completion": [{"role": "assistant", "content": ...}]',
+            "text beside messages",
+        )
+    prompt = conversation(before, where, form.question).messages
+    completion = conversation(behind, where, "completion")
+    turns = Turns([*prompt, *completion.messages], [len(prompt) + place for place in completion.answers])
+    return _of_turns(given, turns, index, line, where, "completion")
+
+
+def _of_messages(value: Any) -> bool:
+    return is_list(value) and any(isinstance(one, Mapping) for one in value)
+
+
+def _chat(given: dict[str, Any], form: Form, index: int, line: int, where: str) -> Sample:
+    """A sample of a conversation."""
+    turns = conversation(given[form.answer], where, form.answer)
+    return _of_turns(given, turns, index, line, where, form.answer)
+
+
+def _of_turns(given: dict[str, Any], turns: Turns, index: int, line: int, where: str, field: str) -> Sample:
+    """A sample whose answer is the last one of these turns; `field` has the answers."""
+    if given.get("history"):
+        raise BadRecord(
+            f'{where}: both "{field}" and "history" are given; leave out the one that is not meant', TWO_FORMS
+        )
+    if not turns.answers:
+        raise _unanswered(turns, where, field)
+    last = turns.answers[-1]
+    answer = turns.messages[last]
+    if not last:
+        raise BadRecord(
+            f'{where}: field "{field}" must be a list of at least a user and an assistant message: nothing is asked'
+            " before the assistant's last turn",
+            "no question",
+        )
+    before, earlier = turns.messages[:last], turns.answers[:-1]
+    if "system" in given:
+        before, earlier = _with_system(given, Turns(before, earlier), field, where)
+    unused = _unread(given, _READ_BESIDE[field], where)
     return Sample(
         index,
         line,
@@ -163,7 +252,29 @@ def _chat(given: dict[str, Any], index: int, line: int, where: str) -> Sample:
         instruction=before[-1]["content"],
         tools=_tools(given, where) if "tools" in given else (),
         answer=answer if len(answer) > 2 else None,
-        unused=_unread(given, KNOWN_IN_CHAT, where),
+        unused=unused if last == len(turns.messages) - 1 else (*unused, BEHIND),
+        earlier=tuple(earlier),
+    )
+
+
+_READ_BESIDE = {
+    "messages": KNOWN_IN_CHAT,
+    "conversations": KNOWN_IN_CHAT,
+    "completion": KNOWN_IN_CHAT.union({"prompt", "instruction"}),
+}
+
+
+def _unanswered(turns: Turns, where: str, field: str) -> BadRecord:
+    """The error for turns that have no answer."""
+    roles = list(dict.fromkeys(turn["role"] for turn in turns.messages))
+    if "assistant" in roles:
+        return BadRecord(
+            f'{where}: every turn of the assistant in "{field}" is one not to be trained on ("weight" or "train")',
+            "no turn to train on",
+        )
+    spoken = f"those who speak are {', '.join(roles)}" if roles else "it is empty"
+    return BadRecord(
+        f'{where}: field "{field}" has no turn of the assistant, which is what is trained on; {spoken}', NO_ANSWER
     )
 
 
@@ -172,84 +283,56 @@ def _reference(answer: Message) -> str:
     return answer["content"] if answer["content"].strip() else calls_as_text(answer)
 
 
-def _check_fields(given: Mapping[str, Any], where: str) -> None:
-    """Raises `InputError` for a record without any known field, and for one that is not of text alone."""
-    if REQUIRED.isdisjoint(given):
-        fields = sorted(map(str, given))
-        if "conversations" in given:
-            raise InputError(f"{where}: no known field in {fields}; {SHAREGPT}")
-        tokens = "; records are texts here, not token ids" if "input_ids" in given else ""
-        raise InputError(f"{where}: no known field in {fields}{_near(given)}{tokens}; expected {FORMATS}")
-    if MEDIA.isdisjoint(given):
-        return
-    for field in sorted(MEDIA.intersection(given)):
-        if not _says_nothing(given[field]):
-            raise InputError(
-                f'{where}: field "{field}" is part of the question, and the models here read text alone: leave such'
-                " records out, or this field where the answer does not depend on it"
-            )
-
-
-def _one_of(given: Collection[str], names: tuple[str, str], where: str) -> str | None:
-    """The name that the record has a value for. Raises `InputError` where it has both."""
-    first, second = names
-    if first not in given:
-        return second if second in given else None
-    if second in given:
-        raise InputError(f'{where}: both "{first}" and "{second}" are given, and only one is read; leave the other out')
-    return first
-
-
 def _extra_text(given: Mapping[str, Any], where: str) -> str:
     """What follows the instruction: its input or context, empty where there is none."""
     found = ""
     for name in INPUTS:
-        if name not in given or _says_nothing(given[name]):
+        if name not in given or says_nothing(given[name]):
             continue
         if not isinstance(given[name], str) or not given[name].isspace():
-            _one_of((found, name), INPUTS, where)
+            if found:
+                raise BadRecord(
+                    f'{where}: both "{found}" and "{name}" are given, and only one is read; leave the other out',
+                    TWO_FORMS,
+                )
             found = name
     return text_of(given[found], where, found) if found else ""
 
 
-def _system(given: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    if _says_nothing(given.get("system", "")):
-        return ()
-    return ({"role": "system", "content": text_of(given["system"], where, "system")},)
-
-
-def _with_system(given: Mapping[str, Any], before: Sequence[Message], field: str, where: str) -> Sequence[Message]:
-    """The turns with the system message of the field "system" at their head. Raises `InputError` where the turns, those
-    of `field`, have another."""
-    system = _system(given, where)
-    if not system or not before or before[0]["role"] != "system":
-        return [*system, *before]
-    if before[0]["content"] != system[0]["content"]:
-        raise InputError(f'{where}: "system" and the system message in "{field}" differ; leave one out')
-    return before
-
-
-def _history(given: Mapping[str, Any], where: str) -> Sequence[Message]:
-    return turns_before(given["history"], where) if given.get("history") else ()
+def _with_system(given: Mapping[str, Any], turns: Turns, field: str, where: str) -> tuple[list[Message], list[int]]:
+    """The turns with the system message of the field "system" at their head, and the places of their answers. Raises
+    `BadRecord` where the turns, those of `field`, have another."""
+    before, answers = turns
+    if says_nothing(given.get("system", "")):
+        return before, answers
+    said = text_of(given["system"], where, "system")
+    if not before or before[0]["role"] != "system":
+        return [{"role": "system", "content": said}, *before], [place + 1 for place in answers]
+    if before[0]["content"] != said:
+        raise BadRecord(
+            f'{where}: "system" and the system message in "{field}" differ; leave one out', "two system messages"
+        )
+    return before, answers
 
 
 def _tools(given: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    return () if _says_nothing(given["tools"]) else tools_of(given["tools"], where)
-
-
-def _text(given: Mapping[str, Any], field: str, where: str) -> str:
-    if field not in given:
-        fields = sorted(map(str, given))
-        raise InputError(f'{where}: field "{field}" is missing; the line has {fields}{_near(given, (field,))}')
-    return text_of(given[field], where, field)
+    return () if says_nothing(given["tools"]) else tools_of(given["tools"], where)
 
 
 def _references(given: Mapping[str, Any], field: str, where: str) -> tuple[str, ...]:
-    value = given.get(field)
-    if value.__class__ is str or not isinstance(value, (list, tuple)):
-        return (_text(given, field, where),)
+    value = given[field]
+    if value.__class__ is str or not is_list(value):
+        return (text_of(value, where, field),)
     if not value:
-        raise InputError(f'{where}: field "{field}" is an empty list: give it an answer, or leave the record out')
+        raise BadRecord(
+            f'{where}: field "{field}" is an empty list: give it an answer, or leave the record out', "empty text"
+        )
+    if _of_messages(value):
+        raise BadRecord(
+            f'{where}: field "{field}" is a list of messages, and the question is text: give both as text, or both as'
+            ' messages ("prompt" and "completion"), or one conversation ("messages")',
+            "text beside messages",
+        )
     for position, reference in enumerate(value):
         # the call costs as much as the rest, and some samples have many references
         if reference.__class__ is not str or not reference.isascii() or not reference or reference.isspace():
@@ -259,19 +342,13 @@ def _references(given: Mapping[str, Any], field: str, where: str) -> tuple[str, 
 
 def _unread(given: Mapping[str, Any], known: frozenset[str], where: str) -> tuple[str, ...]:
     """The names of fields outside of `known` that say something."""
-    left = [field for field, value in given.items() if field not in known and not _says_nothing(value)]
-    for field in left:
+    if known.issuperset(given):
+        return ()
+    return _interned([field for field, value in given.items() if field not in known and not says_nothing(value)], where)
+
+
+def _interned(fields: Iterable[Any], where: str) -> tuple[str, ...]:
+    """Names of fields, each kept in memory once: each line's JSON makes them anew."""
+    for field in fields:
         check_encodable(str(field), f"{where}: the name of a field")
-    return tuple(sys.intern(str(field)) for field in left)  # each line's JSON makes them anew
-
-
-def _says_nothing(value: Any) -> bool:
-    return not value and isinstance(value, (str, list, tuple, dict))
-
-
-def _near(given: Mapping[str, Any], known: tuple[str, ...] = ("messages", *QUESTIONS, *ANSWERS)) -> str:
-    """ " (did you mean x instead of y?)" where a field that is not known is like one that is."""
-    for field in given:
-        if field not in KNOWN and (hint := did_you_mean(field, known)):
-            return hint.replace("?)", f' instead of "{field}"?)')
-    return ""
+    return tuple(sys.intern(str(field)) for field in fields)

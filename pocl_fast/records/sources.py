@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pocl_fast.records import json_lines
+from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.system.fingerprint import file_fingerprint
 
 
@@ -27,8 +28,9 @@ class Source(Protocol):
         """What a record's number counts: "line", "row" or "record"."""
         ...
 
-    def records(self, expected: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Each record with its number, from 1, without keeping them. `expected` says in errors what a record has."""
+    def records(self, expected: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
+        """Each record with its number, from 1, without keeping them; what is wrong with it, in place of one that is
+        none. `expected` says in errors what a record has."""
         ...
 
     def fingerprint(self) -> str:
@@ -54,7 +56,7 @@ class JsonLines:
     def name(self) -> str:
         return str(self.path)
 
-    def records(self, expected: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def records(self, expected: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
         return json_lines.objects(self.path, expected)
 
     def fingerprint(self) -> str:

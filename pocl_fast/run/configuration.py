@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from pocl_fast.options import RunConfig, flag, option_name
+from pocl_fast.records.forms import check_names
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
 
@@ -75,7 +76,7 @@ def _value(name: str, given: Any, group: Any) -> Any:
     if name == "chat_template_kwargs":
         return before | variables(given) if isinstance(given, list) else dict(given)
     if name == "fields":
-        return before | dict(_pair(word) for word in given) if isinstance(given, list) else dict(given)
+        return _fields(given, before)
     from pocl_fast.run.other_arguments import other_arguments  # loads transformers
 
     if isinstance(given, list):  # words add to what was given before, a file's dict takes its place
@@ -104,11 +105,22 @@ def _pair(word: Any) -> tuple[str, str]:
     return name.strip().replace("-", "_"), value
 
 
+def _fields(given: dict[str, str] | list[str], before: dict[str, str]) -> dict[str, str]:
+    """What the records' fields are called, out of words, which add to what was given before, or a dict."""
+    if isinstance(given, list):
+        pairs = [_pair(word) for word in given]
+        if twice := [name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1]:
+            raise ValueError(f"{twice[0]} is given twice")
+        given = before | dict(pairs)
+    check_names(given)
+    return dict(given)
+
+
 def _after_name(option: str, error: ValueError) -> str:
     """What is wrong with an option's value: "--stages must be ...", "--eval-seeds, value 2, must be ...", "--set:
     optim must be ..."."""
     text = str(error)
-    if option == "--set":
+    if option in ("--set", "--fields"):
         return f": {text}"
     return f", {text}" if text.startswith("value ") else f" {text}"
 

@@ -37,6 +37,7 @@ from pocl_fast.options import (
     StageOptions,
     option_name,
 )
+from pocl_fast.records.forms import check_names
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
 
@@ -151,6 +152,10 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
                     values[name] = typed(values[name], kind)
                 except ValueError as error:
                     raise InputError(f"{name}{', ' if str(error).startswith('value ') else ' '}{error}") from error
+        try:
+            check_names(self.fields)
+        except InputError as error:
+            raise InputError(f"fields: {error}") from error
 
     def _check_together(self) -> None:
         """Raises `InputError` for arguments that do not go together."""

@@ -171,7 +171,7 @@ def test_what_a_template_refuses_is_said_with_file_and_line(tmp_path, fault):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = start + CHAT_TEMPLATE
     turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "response": "b"}, {"messages": turns}])
+    path = write_jsonl(tmp_path / "train.jsonl", [{"messages": turns[1:]}, {"messages": turns}])
     where = r"train\.jsonl, line 2: the chat template "
     with pytest.raises(InputError, match=where + f".*{words}"):
         encode_all(read_samples(path), SampleEncoder(tokenizer), **LIMITS)

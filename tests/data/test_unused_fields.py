@@ -56,13 +56,13 @@ def test_a_stream_counts_the_same_fields(tmp_path):
 
 
 def test_fields_of_messages_that_the_template_does_not_show_are_counted():
-    one = {"messages": [{**USER, "weight": 0}, {**ANSWER, "reasoning_content": "why", "weight": 1}]}
+    one = {"messages": [{**USER, "score": 0}, {**ANSWER, "reasoning_content": "why", "score": 1}]}
     said = report_of(one, one)
-    weights = "weight of user messages (%s), weight of assistant messages (%s)"
+    scores = "score of user messages (%s), score of assistant messages (%s)"
     assert said.endswith(
-        weights % (("2 records",) * 2) + "; the template does not write the reasoning of 2 (lines 1, 2)"
+        scores % (("2 records",) * 2) + "; the template does not write the reasoning of 2 (lines 1, 2)"
     )
-    assert report_of(one, template=WHOLE).endswith("fields not used: " + weights % (("1 record",) * 2))
+    assert report_of(one, template=WHOLE).endswith("fields not used: " + scores % (("1 record",) * 2))
 
 
 def test_a_field_is_shown_where_the_template_prints_it_for_that_role_not_where_it_names_it():
@@ -134,7 +134,8 @@ def test_tools_and_calls_that_a_template_shows_are_taken(template):
     ],
 )
 def test_what_changes_the_question_and_has_no_place_is_refused_with_its_line(record, template, says):
-    said = refusal({"prompt": "q", "response": "a"}, record, template=template)
+    plain = {"messages": [USER, ANSWER]} if "messages" in record else {"prompt": "q", "response": "a"}
+    said = refusal(plain, record, template=template)
     assert said.startswith("data, line 2: ")
     assert says in said
 
@@ -158,7 +159,7 @@ NO_QUESTION = CHAT_TEMPLATE.replace("messages %}", "messages if m['role'] != 'us
 @pytest.mark.parametrize("template", [LAST_ONLY, WINDOW])
 def test_earlier_turns_that_the_template_leaves_out_are_counted_with_lines(template, earlier):
     record = {"messages": [{**USER, "content": earlier}, *(ANSWER, USER) * 2, ANSWER]}
-    said = report_of({"prompt": "q", "response": "a"}, record, record, template=template)
+    said = report_of({"messages": [USER, ANSWER]}, record, record, template=template)
     assert said.endswith("; the template does not write the earlier turns of 2 (lines 2, 3)")
 
 

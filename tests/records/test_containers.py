@@ -55,8 +55,8 @@ def test_records_are_taken_out_of_whatever_gives_dicts(hold):
 
 def test_a_dataset_is_read_and_a_dict_of_them_says_what_to_give():
     datasets = pytest.importorskip("datasets")
-    rows = [{"prompt": "a", "response": "b", "instruction": None}, {"instruction": "c", "output": None}]
-    rows[1] |= {"response": "d", "prompt": None}
+    rows = [{"prompt": "a", "response": "b", "instruction": None}, {"prompt": "c", "output": None}]
+    rows[1] |= {"response": "d", "instruction": None}
     dataset = datasets.Dataset.from_list(rows)
     assert references(dataset) == references(dataset.to_iterable_dataset()) == ["b", "d"]
     with pytest.raises(

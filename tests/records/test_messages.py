@@ -168,7 +168,6 @@ def test_fields_that_say_something_and_are_not_read_are_named():
         ({"prompt": "q", "response": ["a", " "]}, 'field "response", item 1 is empty: give it text, or leave it out'),
         ({"prompt": "q", "response": []}, 'field "response" is an empty list: give it an answer'),
         ({"prompt": "q", "response": "a", "x\ud800": 1}, "the name of a field has half of a surrogate pair"),
-        ({"conversations": [{"from": "human", "value": "q"}]}, 'rename "conversations" to "messages"'),
         (
             {"prompt": "q", "response": "a", "system": "s", "history": [{"role": "system", "content": "t"}, USER]},
             '"system" and the system message in "history" differ',
@@ -212,9 +211,10 @@ def test_a_record_that_cannot_be_meant_so_is_refused_by_its_field(record, says):
     [
         ("a text", 'expected "role" and "content", got str'),
         ({"role": "user", "contnt": "q"}, "(did you mean content?)"),
-        ({"from": "human", "value": "q"}, 'rename "conversations" to "messages", "from" to "role"'),
-        ({"role": "human", "content": "q"}, 'the role "human" is written "user" here'),
-        ({"role": "GPT", "content": "a"}, 'the role "GPT" is written "assistant" here'),
+        ({"role": "human", "content": "q"}, '"user" and "human" in one conversation may be one who speaks or two'),
+        ({"role": "User", "content": "q"}, '"user" and "User" in one conversation'),
+        ({"role": "user", "from": "human", "content": "q"}, 'both "role" and "from" are given'),
+        ({"from": "user", "content": "q", "value": "r"}, 'both "content" and "value" are given'),
         ({"role": "us\ud800r", "content": "q"}, '"role" has half of a surrogate pair'),
         ({**USER, "note\ud800": 1}, "half of a surrogate pair"),
         ({**USER, "note": RING}, "cannot be written as JSON (Circular reference detected)"),
@@ -245,11 +245,20 @@ def test_a_message_that_is_none_is_refused_by_its_place(message, says):
 
 
 @pytest.mark.parametrize(
-    "messages", [[], [ANSWER], [USER, ANSWER, USER], [USER, {"role": "expert", "content": "a"}], "[]", 3]
+    ("messages", "says"),
+    [
+        ([], "no turn of the assistant, which is what is trained on; it is empty"),
+        ("[]", "it is empty"),
+        ([USER, USER], "no turn of the assistant, which is what is trained on; those who speak are user"),
+        ([USER, {"role": "expert", "content": "a"}], "those who speak are user, expert"),
+        ([ANSWER], "at least a user and an assistant message"),
+        ([ANSWER, USER], "at least a user and an assistant message"),
+        ("a text", "is text that is not JSON"),
+        (3, "must be a list of messages, got int"),
+    ],
 )
-def test_a_conversation_ends_with_the_assistants_answer(messages):
-    said = refusal(messages=messages)
-    assert "at least a user and an assistant message" in said or "assistant's" in said or "must be a list" in said
+def test_a_conversation_has_an_answer_of_the_assistant(messages, says):
+    assert says in refusal(messages=messages)
 
 
 @pytest.mark.parametrize("arguments", [None, NAN, "", " ", {}, "{}"])
@@ -264,7 +273,7 @@ def test_arguments_keep_their_nulls_as_text_and_as_an_object():
     given = {"x": None, "y": [None, {"z": None}]}
     for arguments in (given, json.dumps(given)):
         sample = sample_of(messages=[USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": arguments}]}])
-        assert sample.answer["tool_calls"] == [{"name": "f", "arguments": given}]
+        assert sample.answer["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": given}}]
 
 
 def test_a_system_message_that_history_repeats_is_there_once():

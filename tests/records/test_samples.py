@@ -8,18 +8,33 @@ from tiny import write_jsonl
 from pocl_fast.records.samples import read_samples
 from pocl_fast.system.errors import InputError
 
+ASKED, ANSWERED = {"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}
 
-def test_the_three_formats_give_the_same_conversation(tmp_path):
-    records = [
+
+@pytest.mark.parametrize(
+    "record",
+    [
         {"instruction": "Add.\n\n1 2", "output": "3"},
-        {"instruction": "Add.", "input": "1 2", "output": ["3", "three"]},
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"prompt": "Add.\n\n1 2", "response": "3"},
-        {"messages": [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]},
-    ]
+        {"prompt": "Add.\n\n1 2", "completion": "3"},
+        {"prompt": [ASKED], "completion": [ANSWERED]},
+        {"messages": [ASKED, ANSWERED]},
+        {"conversations": [{"from": "human", "value": "Add.\n\n1 2"}, {"from": "gpt", "value": "3"}]},
+        {"conversations": [ASKED, ANSWERED]},
+    ],
+)
+def test_every_format_gives_the_same_conversation(tmp_path, record):
+    samples = read_samples(write_jsonl(tmp_path / "a.jsonl", [record] * 2))
+    assert all(sample.messages == (ASKED,) for sample in samples)
+    assert [sample.references for sample in samples] == [("3",), ("3",)]
+    assert [(sample.index, sample.line) for sample in samples] == [(0, 1), (1, 2)]
+
+
+def test_an_answer_may_be_a_list_of_accepted_ones(tmp_path):
+    records = [{"instruction": "Add.", "output": "3"}, {"instruction": "Add.", "output": ["3", "three"]}]
     samples = read_samples(write_jsonl(tmp_path / "a.jsonl", records))
-    assert all(sample.messages == ({"role": "user", "content": "Add.\n\n1 2"},) for sample in samples)
-    assert [sample.references for sample in samples] == [("3",), ("3", "three"), ("3",), ("3",)]
-    assert [(sample.index, sample.line) for sample in samples] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert [sample.references for sample in samples] == [("3",), ("3", "three")]
 
 
 def test_blank_lines_are_passed_over_and_line_numbers_stay_true(tmp_path):
@@ -41,12 +56,9 @@ def test_blank_lines_are_passed_over_and_line_numbers_stay_true(tmp_path):
         ('{"instruction": "a", "output": []}', 'field "output" is an empty list'),
         ('{"instruction": "a", "output": ["b", ""]}', 'field "output", item 1'),
         ('{"instruction": "a", "input": 3, "output": "b"}', 'field "input" must be a string'),
-        ('{"text": "a"}', "no known field in ['text']"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', 'field "messages" must be a list of at least'),
-        (
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
-            "must be the assistant's",
-        ),
+        ('{"text": "a"}', "no known field in ['text']; \"text\" alone has no question and no answer"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', 'field "messages" has no turn of the assistant'),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', 'field "messages" must be a list of at least'),
         ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}', 'expected "role" and "content"'),
     ],
 )

@@ -110,7 +110,7 @@ def test_tokenizers_that_are_made_differently_and_cut_alike_are_said_to_be():
 def test_a_sample_that_the_two_cut_differently_is_named():
     other = tiny_tokenizer()
     other.add_tokens(["tool"])  # the student cuts it into letters
-    records = [*arithmetic(3), {"prompt": "which tool", "response": "none"}]
+    records = [*arithmetic(3), {"instruction": "which tool", "output": "none"}]
     samples = samples_from(records, "train")
     encoded, _ = encode_all(samples, SampleEncoder(tiny_tokenizer()), long_prompts="error", name="train", **LIMITS)
     with pytest.raises(InputError, match=r"^line 4: the text 'which tool' is cut differently .* from its token 7 on"):
@@ -132,7 +132,7 @@ def test_merges_are_compared_on_the_command_line_before_anything_is_computed(tmp
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
-TOOL = {"prompt": "call <tool>", "response": "<tool>now"}
+TOOL = {"instruction": "call <tool>", "output": "<tool>now"}
 
 
 def tokenizer_with(token, **kwargs):
