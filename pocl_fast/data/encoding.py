@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pocl_fast.data import unused_fields
+from pocl_fast.data import control_text, unused_fields
 from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
+from pocl_fast.data.control_text import ControlText
 from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
@@ -85,6 +86,7 @@ class LengthReport:
     truncated: tuple[int, ...]
     unused: tuple[tuple[str, int], ...] = ()  # fields that no model is told, and how many records have them
     unwritten: tuple[tuple[str, tuple[int, ...]], ...] = ()  # what the template left out, and of which lines
+    control: tuple[tuple[int, str], ...] = ()  # lines with control tokens that were kept as text, and the first of each
 
     def describe(self, name: str) -> str:
         parts = [f"{name}: {self.samples} samples"]
@@ -97,6 +99,8 @@ class LengthReport:
         for what, lines in self.unwritten:
             purpose = ", as many templates do on purpose" if what == unused_fields.EARLIER_REASONING else ""
             parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)}){purpose}")
+        if self.control:
+            parts.append(control_text.describe(self.control, _some_lines([line for line, _ in self.control])))
         return "; ".join(parts)
 
 
@@ -107,12 +111,18 @@ class SampleEncoder:
     The last answer of a conversation is the response, the turns before it are the prompt. Both are tokenised as one
     text, as a model reads them, and cut as `TokenBorder` says: every answer to a question has the same prompt. Every
     response ends with the template's end of turn, and with the end-of-sequence token where the template has none or
-    writes one that is no single token, unless it is cut; generation stops at any of `end_ids`. Raises `InputError` for
-    a tokenizer without an end-of-sequence token, and for `template` "chat" where it has no chat template.
+    writes one that is no single token, unless it is cut; generation stops at any of `end_ids`. A control token in a
+    sample's text stays text, as `ControlText` says, unless `special_tokens` is "parse". Raises `InputError` for a
+    tokenizer without an end-of-sequence token, and for `template` "chat" where it has no chat template.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto", *, chat: ChatTemplate | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template = "auto",
+        *,
+        chat: ChatTemplate | None = None,
+        special_tokens: Literal["text", "parse"] = "text",
     ) -> None:
         """`chat` is the chat template where it is not the tokenizer's own without further variables."""
         if template == "chat" and not (tokenizer.chat_template or chat):
@@ -135,13 +145,20 @@ class SampleEncoder:
         shape = PLAIN
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
-            self._unshown = unused_fields.UnshownTurns(self.chat)
             self._finder = AnswerFinder(self.chat, tokenizer.get_added_vocab())
             shape = self._finder.shape
             self._learn_end()
         else:
             self._begin = self._tokens_before_a_text()
-        self._reader = AnswerReader(tokenizer, shape)
+        self._control: ControlText | None = None
+        if special_tokens == "text":
+            self._control = ControlText(tokenizer, self.chat, shape, ALPACA_WITH_INPUT)
+            self._border = TokenBorder(self._control.tokenizer, self._special)
+        if self.chat is not None:
+            if self._control is not None and (marked := self._control.chat(self.chat)) is not self.chat:
+                self.chat, self._finder = marked, AnswerFinder(marked, tokenizer.get_added_vocab())
+            self._unshown = unused_fields.UnshownTurns(self.chat)
+        self._reader = AnswerReader(tokenizer, shape, ends_with_token=shape.end.strip() in tokenizer.get_added_vocab())
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -183,10 +200,18 @@ class SampleEncoder:
         self._unwritten.clear()
         return taken
 
+    def take_control(self, left_out: Collection[int] = ()) -> tuple[tuple[int, str], ...]:
+        """The lines of the samples encoded since the last call that have control tokens in their text, with the first
+        of each; but for lines that were `left_out`."""
+        found = () if self._control is None else self._control.take_found()
+        return tuple((line, token) for line, token in found if line not in left_out)
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _tokens_of(self, sample: Sample, name: str) -> tuple[list[int], list[int]]:
         where = f"{name}, line {sample.line}" if name else f"line {sample.line}"
+        if self._control is not None:
+            sample = self._control.marked(sample, where)
         if self.template == "alpaca":
             return self._tokens(self._alpaca(sample, where), self._begin)
         assert self.chat is not None
@@ -194,8 +219,9 @@ class SampleEncoder:
             split = self._finder.split(sample.messages, sample.tools, sample.answer_turn)
         except TemplateRefusal as refusal:
             hint = " (the system message is --system-prompt's)" if self.chat.system_prompt else ""
+            said = str(refusal) if self._control is None else self._control.unmarked(str(refusal))
             raise InputError(
-                f"{where}: {refusal}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
+                f"{where}: {said}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
                 " another template: --chat-template NAME or FILE, --template alpaca"
             ) from refusal
         messages = self.chat.messages(sample.messages)
@@ -269,7 +295,8 @@ def encoder_of(
     chat = chosen_template(tokenizer, options, folder, say)
     if options.chat_template is not None:
         make_default(tokenizer, options.chat_template)  # whoever loads the student asks it as it was trained
-    return SampleEncoder(tokenizer, "chat" if chat else "alpaca", chat=chat)
+    template: Template = "chat" if chat else "alpaca"
+    return SampleEncoder(tokenizer, template, chat=chat, special_tokens=options.special_tokens)
 
 
 def encode_all(
@@ -287,6 +314,7 @@ def encode_all(
     """
     check_limits(max_length, max_prompt_length)
     encoder.take_unwritten()
+    encoder.take_control()
     encoded: list[EncodedSample] = []
     skipped: list[int] = []
     fields = unused_fields.UnusedFields(encoder, name)
@@ -303,7 +331,8 @@ def encode_all(
         raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
     line_of = {sample.index: sample.line for sample in samples}
     truncated = tuple(line_of[one.index] for one in encoded if one.truncated)
-    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out)
+    control = encoder.take_control(left_out=frozenset(skipped))
+    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out, control)
 
 
 def check_limits(max_length: int, max_prompt_length: int) -> None:

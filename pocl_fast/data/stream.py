@@ -32,6 +32,7 @@ class SampleStream:
         truncated: list[int] = []
         count = longest = 0
         self.encoder.take_unwritten()
+        self.encoder.take_control()
         fields = UnusedFields(self.encoder, self.source.name)
         for sample, one in self._encoded(fields.see):
             count += 1
@@ -43,7 +44,8 @@ class SampleStream:
         left_out = self.encoder.take_unwritten()
         if skipped and (self.options.long_prompts == "error" or len(skipped) == count):
             raise over_the_limit(self.source.name, skipped, count, longest, self.options.max_prompt_length)
-        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out)
+        control = self.encoder.take_control(left_out=frozenset(skipped))
+        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out, control)
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
         piece: list[tuple[Sample, EncodedSample]] = []
