@@ -19,6 +19,7 @@ CHANGED = {
     "trust_remote_code": True,
     "train": "three.jsonl",
     "dev": "two.jsonl",
+    "special_tokens": "parse",
     "template": "alpaca",
     "chat_template": "kind",
     "chat_template_kwargs": {"tone": "warm"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -18,6 +18,7 @@ from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
 from pocl_fast.data.control_text import ControlText
+from pocl_fast.data.long_prompts import LongPrompts, Rule, Shortenings
 from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
@@ -87,11 +88,14 @@ class LengthReport:
     unused: tuple[tuple[str, int], ...] = ()  # fields that no model is told, and how many records have them
     unwritten: tuple[tuple[str, tuple[int, ...]], ...] = ()  # what the template left out, and of which lines
     control: tuple[tuple[int, str], ...] = ()  # lines with control tokens that were kept as text, and the first of each
+    shortened: Shortenings = field(default_factory=Shortenings)
 
     def describe(self, name: str) -> str:
         parts = [f"{name}: {self.samples} samples"]
         if self.skipped:
             parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({_some_lines(self.skipped)})")
+        if self.shortened.lines:
+            parts.append(self.shortened.describe(_some_lines(self.shortened.lines)))
         if self.truncated:
             parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({_some_lines(self.truncated)})")
         if self.unused:
@@ -305,34 +309,54 @@ def encode_all(
     *,
     max_length: int,
     max_prompt_length: int,
-    long_prompts: Literal["error", "skip"],
+    long_prompts: Rule,
     name: str,
 ) -> tuple[list[EncodedSample], LengthReport]:
-    """Every sample that fits, in order, and a report of those that did not; `name` stands for the file in messages.
+    """Every sample that fits as tokens, in order, and a report; see `encode_set`."""
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    return encode_set(samples, encoder, **limits, long_prompts=long_prompts, name=name)[1:]
 
-    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", or where all are over it.
+
+def encode_set(
+    samples: Iterable[Sample],
+    encoder: SampleEncoder,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    long_prompts: Rule,
+    name: str,
+) -> tuple[list[Sample], list[EncodedSample], LengthReport]:
+    """The samples, shortened where `long_prompts` is "truncate-left"; those that fit as tokens, in order; and a report
+    of those that did not. `name` stands for the file in messages.
+
+    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", where it cannot be shortened
+    enough, or where all are over it.
     """
     check_limits(max_length, max_prompt_length)
     encoder.take_unwritten()
     encoder.take_control()
+    known: list[Sample] = []
     encoded: list[EncodedSample] = []
     skipped: list[int] = []
     fields = unused_fields.UnusedFields(encoder, name)
-    for sample in samples:
-        fields.see(sample)
-        one = encoder.encode(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
+    fit = LongPrompts(encoder, long_prompts, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
+    for given in samples:
+        fields.see(given)
+        sample, one = fit.encoded(given)
+        known.append(sample)
         if one is None:
             skipped.append(sample.line)
         else:
             encoded.append(one)
     left_out = encoder.take_unwritten()
-    if skipped and (long_prompts == "error" or not encoded):
-        longest = max(len(encoder.encode_prompt(sample)) for sample in samples)
-        raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
-    line_of = {sample.index: sample.line for sample in samples}
+    if skipped and (long_prompts != "skip" or not encoded):
+        longest = max(len(encoder.encode_prompt(sample)) for sample in known)
+        raise over_the_limit(name, skipped, len(known), longest, max_prompt_length, long_prompts)
+    line_of = {sample.index: sample.line for sample in known}
     truncated = tuple(line_of[one.index] for one in encoded if one.truncated)
     control = encoder.take_control(left_out=frozenset(skipped))
-    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out, control)
+    report = LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out, control, fit.shortenings)
+    return known, encoded, report
 
 
 def check_limits(max_length: int, max_prompt_length: int) -> None:
@@ -344,13 +368,20 @@ def check_limits(max_length: int, max_prompt_length: int) -> None:
         )
 
 
-def over_the_limit(name: str, lines: Sequence[int], samples: int, longest: int, max_prompt_length: int) -> InputError:
+def over_the_limit(
+    name: str, lines: Sequence[int], samples: int, longest: int, max_prompt_length: int, rule: Rule
+) -> InputError:
     """The error that says which prompts are over the limit, and what to do."""
-    return InputError(
-        f"{name}: {len(lines)} of {samples} prompts are over --max-prompt-length {max_prompt_length} tokens"
-        f" ({_some_lines(lines)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
-        " or pass --long-prompts skip to leave these samples out"
-    )
+    over = f"{name}: {len(lines)} of {samples} prompts are over --max-prompt-length {max_prompt_length} tokens"
+    where, more = _some_lines(lines), "Raise --max-prompt-length and --max-length"
+    skip = "pass --long-prompts skip to leave these samples out"
+    if rule == "truncate-left":
+        return InputError(
+            f"{over} even with one sign left of their question ({where}): their system message and tools, and what the"
+            f" template writes, are too long. {more}, or {skip}"
+        )
+    shorten = ", or --long-prompts truncate-left to shorten them" if rule == "error" else ""
+    return InputError(f"{over} ({where}; the longest has {longest}). {more}, or {skip}{shorten}")
 
 
 def _responses(count: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, encode_all
+from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, encode_set
 from pocl_fast.records.bad_records import BadRecords
 from pocl_fast.records.samples import Sample, read_samples, samples_from
 
@@ -32,7 +32,8 @@ class SetOptions(Protocol):
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples, and those of them that fit as tokens; `encoded[i].index` is a position in `samples`."""
+    """Samples, shortened where they had to be, and those of them that fit as tokens; `encoded[i].index` is a position
+    in `samples`."""
 
     samples: Sequence[Sample]
     encoded: Sequence[EncodedSample]
@@ -41,14 +42,14 @@ class SampleSet:
 def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str) -> tuple[SampleSet, LengthReport]:
     """The samples of a path, or of records, as tokens. `name` stands for records in messages.
 
-    Raises `InputError` for what `read_samples` and `encode_all` refuse.
+    Raises `InputError` for what `read_samples` and `encode_set` refuse.
     """
     reading: dict[str, Any] = {"fields": options.fields, "bad": BadRecords(options.bad_records)}
     if isinstance(given, (str, Path)):
         name, samples = str(given), read_samples(given, **reading)
     else:
         samples = samples_from(given, name, **reading)
-    encoded, report = encode_all(
+    known, encoded, report = encode_set(
         samples,
         encoder,
         max_length=options.max_length,
@@ -56,4 +57,4 @@ def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str)
         long_prompts=options.long_prompts,
         name=name,
     )
-    return SampleSet(samples, encoded), report
+    return SampleSet(known, encoded), report

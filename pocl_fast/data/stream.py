@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, check_limits, over_the_limit
+from pocl_fast.data.long_prompts import LongPrompts
 from pocl_fast.data.sample_set import SetOptions
 from pocl_fast.data.unused_fields import UnusedFields
 from pocl_fast.records.bad_records import BadRecords
@@ -34,7 +35,8 @@ class SampleStream:
         self.encoder.take_unwritten()
         self.encoder.take_control()
         fields = UnusedFields(self.encoder, self.source.name)
-        for sample, one in self._encoded(fields.see):
+        fit = self._fit()
+        for sample, one in self._encoded(fit, fields.see):
             count += 1
             if one is None:
                 skipped.append(sample.line)
@@ -42,14 +44,16 @@ class SampleStream:
             elif one.truncated:
                 truncated.append(sample.line)
         left_out = self.encoder.take_unwritten()
-        if skipped and (self.options.long_prompts == "error" or len(skipped) == count):
-            raise over_the_limit(self.source.name, skipped, count, longest, self.options.max_prompt_length)
+        rule, limit = self.options.long_prompts, self.options.max_prompt_length
+        if skipped and (rule != "skip" or len(skipped) == count):
+            raise over_the_limit(self.source.name, skipped, count, longest, limit, rule)
         control = self.encoder.take_control(left_out=frozenset(skipped))
-        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out, control)
+        counted = (fields.counts, left_out, control, fit.shortenings)
+        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), *counted)
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
         piece: list[tuple[Sample, EncodedSample]] = []
-        for sample, one in self._encoded():
+        for sample, one in self._encoded(self._fit()):
             if one is not None:
                 piece.append((sample, one))
             if len(piece) == resumable_table.PIECE:
@@ -58,10 +62,14 @@ class SampleStream:
         if piece:
             yield piece
 
+    def _fit(self) -> LongPrompts:
+        chosen = self.options
+        limits = {"max_length": chosen.max_length, "max_prompt_length": chosen.max_prompt_length}
+        return LongPrompts(self.encoder, chosen.long_prompts, **limits, name=self.source.name)
+
     def _encoded(
-        self, see: Callable[[Sample], object] = lambda _: None
+        self, fit: LongPrompts, see: Callable[[Sample], object] = lambda _: None
     ) -> Iterator[tuple[Sample, EncodedSample | None]]:
         for sample in iter_samples(self.source, fields=self.options.fields, bad=BadRecords(self.options.bad_records)):
             see(sample)
-            limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
-            yield sample, self.encoder.encode(sample, **limits, name=self.source.name)
+            yield fit.encoded(sample)
