@@ -81,14 +81,15 @@ class MarkedTokenizer:
 
     def normalized_places(self, text: str, tokens: Collection[str]) -> list[int]:
         """Where control tokens begin that the tokenizer finds after normalising the text alone, such as </S>."""
-        if not self._finds_normalized:
+        if not self.finds_normalized:
             return []
         return [start for start, _, token in self._written(text) if token in tokens]
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _finds_normalized(self) -> bool:
+    def finds_normalized(self) -> bool:
+        """Whether control tokens are found in the normalised text, so that others than their own signs say them."""
         if not self.is_fast or self._tokenizer.backend_tokenizer.normalizer is None:
             return False
         added = self._tokenizer.added_tokens_decoder.values()
