@@ -7,8 +7,8 @@ tokens (marked_tokenizer.py), nor where in it an answer is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,23 @@ _PLAIN_TURNS = (
     {"role": "assistant", "content": PROBE},
 )
 _SPOKEN = frozenset({"content", "reasoning_content"})  # fields of the assistant in which reasoning tags are meant
+
+
+@dataclass(frozen=True)
+class KeptAsText:
+    """The lines of a data set that have control tokens in their text, and the first of these tokens."""
+
+    lines: tuple[int, ...] = ()
+    token: str = ""
+
+    def describe(self, lines: str) -> str:
+        """In words; `lines` says where the samples are."""
+        if len(self.lines) == 1:
+            has, kept, makes = f"1 sample has a control token in its text, {self.token}", "it is", "makes it a token"
+        else:
+            has = f"{len(self.lines)} samples have control tokens in their text, such as {self.token}"
+            kept, makes = "these are", "makes them tokens"
+        return f"{has} ({lines}): {kept} kept as text; --special-tokens parse {makes}"
 
 
 class ControlText:
@@ -52,7 +69,8 @@ class ControlText:
         self.tokenizer = MarkedTokenizer(tokenizer, control)
         self._all = _Finder(control, self.tokenizer)
         self._spoken = _Finder([token for token in control if token not in reasoning], self.tokenizer)
-        self._found: dict[int, str] = {}  # line -> the first control token in it
+        self._lines: list[int] = []
+        self._token = ""
 
     def chat(self, chat: ChatTemplate) -> ChatTemplate:
         """The template with marks in the system prompt that the options give it."""
@@ -67,7 +85,9 @@ class ControlText:
         found = next(filter(None, self._firsts(sample)), None)
         if found is None:
             return sample
-        self._found.setdefault(sample.line, found)
+        if not self._lines or self._lines[-1] != sample.line:  # a long prompt is encoded several times
+            self._lines.append(sample.line)
+        self._token = self._token or found
         return replace(
             sample,
             messages=tuple(self._turn(turn) for turn in sample.messages),
@@ -82,11 +102,11 @@ class ControlText:
         """A text without marks, for messages."""
         return self.tokenizer.unmarked(text)
 
-    def take_found(self) -> tuple[tuple[int, str], ...]:
-        """The lines of the samples marked since the last call, and the first control token in each."""
-        taken = tuple(self._found.items())
-        self._found.clear()
-        return taken
+    def take_kept(self, left_out: Collection[int] = ()) -> KeptAsText:
+        """What was marked since the last call, but for lines that were `left_out`."""
+        kept = KeptAsText(tuple(line for line in self._lines if line not in left_out), self._token)
+        self._lines, self._token = [], ""
+        return kept
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -155,7 +175,7 @@ def control_tokens(tokenizer: Any, written: str, reasoning: Collection[str] = ()
     """The tokenizer's control tokens with their ids; `written` is what a template writes around plain turns."""
     added = tokenizer.get_added_vocab()
     special = {str(token) for token in tokenizer.all_special_tokens}
-    special.update(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special.update(str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special)
     others = {token: id_ for token, id_ in added.items() if token not in special}
     used = set(tokenizer(written, add_special_tokens=False).input_ids) if written and others else set()
     special.update(
@@ -204,14 +224,3 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {_changed(name, change): _changed(one, change) for name, one in value.items()}
     return [_changed(one, change) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def describe(found: Sequence[tuple[int, str]], lines: str) -> str:
-    """The samples with control tokens in their text in words; `lines` says where they are."""
-    count = "1 sample has a control token" if len(found) == 1 else f"{len(found)} samples have control tokens"
-    text = "its text" if len(found) == 1 else "their text"
-    such = f"{found[0][1]}" if len(found) == 1 else f"such as {found[0][1]}"
-    kept = "it is kept as text; --special-tokens parse makes it a token"
-    if len(found) > 1:
-        kept = "these are kept as text; --special-tokens parse makes them tokens"
-    return f"{count} in {text}, {such} ({lines}): {kept}"

@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pocl_fast.data import control_text, unused_fields
+from pocl_fast.data import unused_fields
 from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
-from pocl_fast.data.control_text import ControlText
+from pocl_fast.data.control_text import ControlText, KeptAsText
 from pocl_fast.data.long_prompts import LongPrompts, Rule, Shortenings
 from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.samples import Sample
@@ -87,7 +87,7 @@ class LengthReport:
     truncated: tuple[int, ...]
     unused: tuple[tuple[str, int], ...] = ()  # fields that no model is told, and how many records have them
     unwritten: tuple[tuple[str, tuple[int, ...]], ...] = ()  # what the template left out, and of which lines
-    control: tuple[tuple[int, str], ...] = ()  # lines with control tokens that were kept as text, and the first of each
+    control: KeptAsText = field(default_factory=KeptAsText)  # control tokens that stand in texts
     shortened: Shortenings = field(default_factory=Shortenings)
 
     def describe(self, name: str) -> str:
@@ -103,8 +103,8 @@ class LengthReport:
         for what, lines in self.unwritten:
             purpose = ", as many templates do on purpose" if what == unused_fields.EARLIER_REASONING else ""
             parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)}){purpose}")
-        if self.control:
-            parts.append(control_text.describe(self.control, _some_lines([line for line, _ in self.control])))
+        if self.control.lines:
+            parts.append(self.control.describe(_some_lines(self.control.lines)))
         return "; ".join(parts)
 
 
@@ -204,11 +204,10 @@ class SampleEncoder:
         self._unwritten.clear()
         return taken
 
-    def take_control(self, left_out: Collection[int] = ()) -> tuple[tuple[int, str], ...]:
-        """The lines of the samples encoded since the last call that have control tokens in their text, with the first
-        of each; but for lines that were `left_out`."""
-        found = () if self._control is None else self._control.take_found()
-        return tuple((line, token) for line, token in found if line not in left_out)
+    def take_control(self, left_out: Collection[int] = ()) -> KeptAsText:
+        """The lines of the samples encoded since the last call that have control tokens in their text, but for those
+        that were `left_out`."""
+        return KeptAsText() if self._control is None else self._control.take_kept(left_out)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

@@ -131,7 +131,7 @@ def test_a_text_without_control_tokens_and_every_text_that_is_parsed_is_cut_by_t
             one, report, _ = encoded(tokenizer, {"prompt": text, "response": f"{text} a"})
         whole = f"{BOS}{text}{EOS}{BOS}{text} a{EOS}"
         assert list(one.ids) == tokenizer(whole, add_special_tokens=False).input_ids
-        assert report.control == ()
+        assert report.control.lines == ()
 
 
 @pytest.mark.parametrize("said", ["</S>", "＜/s＞", "</s>"])
@@ -145,7 +145,7 @@ def test_what_a_tokenizer_finds_after_normalising_a_text_is_text_too(said):
     one, report, _ = encoded(tokenizer, {"prompt": f"A {said}B", "response": said})
     assert one.ids.count(tokenizer.eos_token_id) == 2
     assert tokenizer.decode(one.response_ids) == "</s></s>"
-    assert len(report.control) == 1
+    assert report.control.lines == (1,)
 
 
 # the token that takes in the blanks behind it, or before it, and one that is found among blanks alone
@@ -255,7 +255,7 @@ def test_the_system_prompt_of_the_options_and_a_refused_role_are_text(tmp_path):
     one, report, _ = encoded(tokenizer, {"prompt": "a", "response": "b"}, chat=chat)
     assert tokenizer.decode(one.prompt_ids).startswith("<|start|>system\nSay <|end|>.<|end|>\n<|start|>user")
     assert one.prompt_ids.count(tokenizer.eos_token_id) == 2
-    assert report.control == ()  # of records alone
+    assert report.control.lines == ()  # of records alone
     tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].role) }}"
     turns = [{"role": "<|end|>", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(InputError, match=r"refuses it: no <\|end\|>"):
@@ -269,7 +269,7 @@ def test_the_alpaca_template_keeps_text_too():
     assert tokenizer.decode(one.response_ids) == "<|end|> ends<|end|>"
     assert "### Instruction:\nWhat is <|end|>?\n\n### Input:\nIt's <|start|>\n" in tokenizer.decode(one.prompt_ids)
     assert one.ids.count(tokenizer.eos_token_id) == 1
-    assert len(report.control) == 1
+    assert report.control.lines == (1,)
 
 
 def test_marks_of_a_template_around_answers_are_at_the_same_places():
@@ -307,7 +307,7 @@ def test_samples_with_control_tokens_in_their_text_are_counted_once_with_their_l
     _, report = encode_all(samples[:2], encoder, **LIMITS)
     assert "control" not in report.describe("x")
     _, report = encode_all(samples, SampleEncoder(tiny_tokenizer(), special_tokens="parse"), **LIMITS)
-    assert report.control == ()
+    assert report.control.lines == ()
 
 
 # -- tokenizers in Python ----------------------------------------------------------------------------------------------
