@@ -213,6 +213,20 @@ def test_long_responses_are_cut_and_long_prompts_left_out(changed, run_of, tmp_p
     assert len(encoded[0]) == 60
     with pytest.raises(InputError, match="over --max-prompt-length 50 tokens"):
         _ = run_of("strict", train=train, **(changed | {"long_prompts": "error"})).context.train_set
+    shortened = run_of("shortened", train=train, **(changed | {"long_prompts": "truncate-left"})).context.train_set
+    assert [len(sample.prompt_ids) for sample in shortened.encoded][1] == 50
+    assert len(shortened.samples[1].messages[0]["content"]) < len(records[1]["instruction"])
+
+
+@reaches("special_tokens")
+def test_control_tokens_in_a_text_stay_text_or_become_tokens(changed, run_of, tmp_path, capsys):
+    train = write_jsonl(tmp_path / "control.jsonl", [{"prompt": "Hi <|end|>", "response": "a <|end|> b"}] * 3)
+    kept, parsed = run_of("kept", train=train), run_of(train=train, **changed)
+    for run, ends in ((kept, 1), (parsed, 2)):
+        one = run.context.train_set.encoded[0]
+        assert one.response_ids.count(run.context.encoder.end_id) == ends
+        assert one.prompt_ids.count(run.context.encoder.end_id) == ends
+    assert capsys.readouterr().out.count("3 samples have control tokens in their text") == 1
 
 
 @reaches("data_source")

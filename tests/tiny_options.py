@@ -23,6 +23,7 @@ CHANGED = {
     "reasoning": "strip",
     "fields": {"instruction": "question", "output": "answers.text"},
     "bad_records": "skip",
+    "special_tokens": "parse",
     "template": "alpaca",
     "chat_template": "kind",
     "chat_template_kwargs": {"tone": "warm"},

@@ -16,9 +16,11 @@ from pocl_fast.data.answer_span import REASONING_TAGS, Shape
 class AnswerReader:
     """Reads answers of a model that was prompted in a template of this shape."""
 
-    def __init__(self, tokenizer: Any, shape: Shape) -> None:
+    def __init__(self, tokenizer: Any, shape: Shape, *, ends_with_token: bool = False) -> None:
+        """`ends_with_token`: the template's end of turn is a token, before which an answer stops. As text it is a part
+        of the answer then."""
         self._tokenizer, self._shape = tokenizer, shape
-        self._plain_end = shape.end.strip()  # as text; an end that is a token stops the answer before it
+        self._plain_end = "" if ends_with_token else shape.end.strip()
 
     def texts(self, answers: Sequence[Sequence[int]], references: Sequence[Sequence[str]] | None = None) -> list[str]:
         """The text of each answer, given as token ids without the end token, without special tokens and outer blanks.

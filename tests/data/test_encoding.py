@@ -118,9 +118,9 @@ def sentencepiece(scheme):
     return PreTrainedTokenizerFast(tokenizer_object=raw, **names)
 
 
-def one_of(tokenizer, record, template="auto"):
+def one_of(tokenizer, record, template="auto", **options):
     limits = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "x"}
-    [one], _ = encode_all(samples_from([record], "x"), SampleEncoder(tokenizer, template), **limits)
+    [one], _ = encode_all(samples_from([record], "x"), SampleEncoder(tokenizer, template, **options), **limits)
     return one
 
 
@@ -130,7 +130,7 @@ def one_of(tokenizer, record, template="auto"):
 def test_prompt_and_response_are_the_tokens_of_the_whole_text(scheme, template, answer):
     tokenizer = sentencepiece(scheme)
     tokenizer.chat_template = template
-    one = one_of(tokenizer, {"prompt": "Hi", "response": answer})
+    one = one_of(tokenizer, {"prompt": "Hi", "response": answer}, special_tokens="parse")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
     text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
     assert list(one.prompt_ids + one.response_ids) == tokenizer(text, add_special_tokens=False).input_ids
@@ -217,15 +217,17 @@ def test_a_special_token_that_swallows_blanks_stays_in_the_prompt():
 
 
 @pytest.mark.parametrize("answer", ["Fill <|pad|> in.", "<|start|>", "an <unk> here", "so be it <|end|>"])
-def test_special_tokens_within_an_answer_do_not_end_it(answer):
+@pytest.mark.parametrize("kept", ["text", "parse"])
+def test_special_tokens_within_an_answer_do_not_end_it(answer, kept):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"unk_token": "<unk>"})
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    one = one_of(tokenizer, {"prompt": "a", "response": answer})
-    assert tokenizer.decode(one.response_ids) == answer.removesuffix("<|end|>") + "<|end|>"
+    one = one_of(tokenizer, {"prompt": "a", "response": answer}, special_tokens=kept)
+    said = answer.removesuffix("<|end|>") if kept == "parse" else answer  # as text it is no end
+    assert tokenizer.decode(one.response_ids) == said + "<|end|>"
 
 
 class SlowTokenizer(PreTrainedTokenizer):

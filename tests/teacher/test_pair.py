@@ -49,6 +49,20 @@ def test_tokens_that_one_side_has_alone_are_fine_at_the_end_and_refused_under_on
         check_same_vocabulary(longer, other)
 
 
+@pytest.mark.parametrize("kept", ["text", "parse"])
+def test_a_control_token_of_the_student_alone_may_stand_in_a_text_that_is_kept(kept):
+    ours, theirs = tiny_tokenizer(), tiny_tokenizer()
+    ours.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|extra|>"]})
+    samples = samples_from([{"prompt": "what is <|extra|>?", "response": "<|extra|>"}], "x")
+    encoder = SampleEncoder(ours, special_tokens=kept)
+    data = SampleSet(samples, encode_all(samples, encoder, long_prompts="error", name="x", **LIMITS)[0])
+    if kept == "text":
+        check_same_vocabulary(ours, theirs, data)
+    else:
+        with pytest.raises(InputError, match=r"the token '<\|extra\|>' \(259\) is not in the teacher's tokenizer"):
+            check_same_vocabulary(ours, theirs, data)
+
+
 def test_a_token_that_has_another_id_on_the_other_side_is_refused_though_no_id_has_two_tokens():
     ours, theirs = tiny_tokenizer(), tiny_tokenizer()
     ours.add_tokens(["<a>", "<b>"])
