@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, check_limits, over_the_limit
+from pocl_fast.data.encoding import BATCH, EncodedSample, LengthReport, SampleEncoder, check_limits, over_the_limit
 from pocl_fast.data.sample_set import SetOptions
 from pocl_fast.data.unused_fields import UnusedFields
 from pocl_fast.records.bad_records import BadRecords
@@ -33,7 +33,7 @@ class SampleStream:
         count = longest = 0
         self.encoder.take_unwritten()
         fields = UnusedFields(self.encoder, self.source.name)
-        for sample, one in self._encoded(fields.see):
+        for sample, one in self._encoded(fields.seen):
             count += 1
             if one is None:
                 skipped.append(sample.line)
@@ -57,9 +57,9 @@ class SampleStream:
             yield piece
 
     def _encoded(
-        self, see: Callable[[Sample], object] = lambda _: None
+        self, seen: Callable[[Sample], Sample] = lambda sample: sample
     ) -> Iterator[tuple[Sample, EncodedSample | None]]:
-        for sample in iter_samples(self.source, fields=self.options.fields, bad=BadRecords(self.options.bad_records)):
-            see(sample)
-            limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
-            yield sample, self.encoder.encode(sample, **limits, name=self.source.name)
+        samples = iter_samples(self.source, fields=self.options.fields, bad=BadRecords(self.options.bad_records))
+        limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
+        batch = min(BATCH, resumable_table.PIECE)
+        yield from self.encoder.encode_each(map(seen, samples), **limits, name=self.source.name, batch=batch)

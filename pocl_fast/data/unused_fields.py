@@ -125,8 +125,8 @@ class UnusedFields:
         """Field -> records that have it, in the order in which they were met."""
         return tuple(self._count.items())
 
-    def see(self, sample: Sample) -> None:
-        """Counts a sample's fields. Raises `InputError` with its line where the template has no place for what changes
+    def seen(self, sample: Sample) -> Sample:
+        """The sample, its fields counted. Raises `InputError` with its line where the template has no place for what changes
         the question or the answer: turns, tools and their calls."""
         if sample.unused:
             self._count.update(sample.unused)
@@ -134,8 +134,9 @@ class UnusedFields:
         if not sample.tools and all(len(turn) == 2 and turn["role"] in ("user", "assistant") for turn in turns):
             if self._alpaca and len(turns) > 2:
                 self._refuse(sample, "the Alpaca template has no place for earlier turns")
-            return
+            return sample
         self._count.update(self._unshown_by_alpaca(sample) if self._alpaca else self._unshown_by_chat(sample, turns))
+        return sample
 
     def _unshown_by_alpaca(self, sample: Sample) -> list[str]:
         roles = sorted({turn["role"] for turn in sample.messages[:-1]})
