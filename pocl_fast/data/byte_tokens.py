@@ -53,7 +53,7 @@ class ByteTokens:
         return found
 
     def _cut(self, ids: list[int], text: str, prompt: str) -> _Parts | None:
-        if prompt[-1:] == " " or prompt[-2:].isspace():
+        if prompt[-1:] == " " or prompt[-2:].isspace() or text[len(prompt) :].isspace():
             return None
         tokens = [self._bytes_of[one] for one in ids]
         if b"".join(tokens) != text.encode():

@@ -102,6 +102,14 @@ class LengthReport:
         return "; ".join(parts)
 
 
+class _SharedIds(dict[int, int]):
+    """One object for each token id: 8 bytes a token of samples that are kept, in place of 36."""
+
+    def __missing__(self, one: int) -> int:
+        self[one] = one
+        return one
+
+
 class SampleEncoder:
     """Turns samples into tokens: the tokenizer's chat template where it has one, else the Alpaca template of the
     paper's code.
@@ -135,6 +143,7 @@ class SampleEncoder:
         self._unwritten: dict[str, list[int]] = {}
         self.chat: ChatTemplate | None = None
         self._begin: list[int] = []
+        self._shared = _SharedIds()
         shape = PLAIN
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
@@ -180,7 +189,10 @@ class SampleEncoder:
                     continue
                 room = max_length - len(prompt_ids)
                 cut = len(response_ids) > room
-                yield sample, EncodedSample(sample.index, tuple(prompt_ids), tuple(response_ids[:room]), cut)
+                prompt, response = (
+                    tuple(map(self._shared.__getitem__, ids)) for ids in (prompt_ids, response_ids[:room])
+                )
+                yield sample, EncodedSample(sample.index, prompt, response, cut)
 
     def encode_prompt(self, sample: Sample) -> list[int]:
         """The prompt's tokens, up to where the answer starts."""
