@@ -5,8 +5,8 @@ Three sides in this process, in turns, on the same file; the figures are medians
 records, checked and counted fields, the template's text of prompt and answer, what the template leaves out, tokens cut
 at the answer. "bare" is pyarrow's `iter_batches` and the tokenizer on 1000 texts at a time, where the text that the
 template writes lies ready in a column of its own: no template, no prompt and answer, no check. "trainer" is
-`apply_chat_template(tokenize=True)` of each record, which is what a trainer's own preparation does (for Alpaca: the text
-by `str.format`, then the tokenizer, each record). The first tokens of ours and of bare are compared. Memory is the
+`apply_chat_template(tokenize=True)` of each record, which is what a trainer's own preparation does (for Alpaca: the
+text by `str.format`, then the tokenizer, each record). The first tokens of ours and of bare are compared. Memory is the
 growth of this process's peak while a quarter of the file is read as a run reads a large file, and while all of it is.
 
     python benchmarks/read_records.py [--data FILE] [--rows 20000] [--repeats 5] [--threads] [--one messages]
@@ -227,7 +227,8 @@ def keeping(form: str, source: ParquetRows, encoder: SampleEncoder) -> None:
     tokens = growth_mib(lambda: kept.append(encode_all(list(kept), encoder, **limits)[0]))
     count = sum(len(one) for one in kept[-1])
     print(
-        f"{form}: all kept, samples {texts:.0f} MiB, {count:,} tokens {tokens:.0f} MiB, {tokens * 2**20 / count:.1f} bytes a token"
+        f"{form}: all kept, samples {texts:.0f} MiB, {count:,} tokens {tokens:.0f} MiB"
+        f", {tokens * 2**20 / count:.1f} bytes a token"
     )
 
 

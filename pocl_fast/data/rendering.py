@@ -1,7 +1,8 @@
 """What transformers writes of plain conversations, without what it does anew at each call.
 
 Its `apply_chat_template` copies and checks every message, and makes a list of all that a template may call. Of turns
-that are a role and a text nothing is left to copy or to check. Does not know which template is taken (chat_template.py).
+that are a role and a text nothing is left to copy or to check. Does not know which template is taken
+(chat_template.py).
 """
 
 from __future__ import annotations

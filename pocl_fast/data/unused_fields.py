@@ -126,8 +126,8 @@ class UnusedFields:
         return tuple(self._count.items())
 
     def seen(self, sample: Sample) -> Sample:
-        """The sample, its fields counted. Raises `InputError` with its line where the template has no place for what changes
-        the question or the answer: turns, tools and their calls."""
+        """The sample, its fields counted. Raises `InputError` with its line where the template has no place for what
+        changes the question or the answer: turns, tools and their calls."""
         if sample.unused:
             self._count.update(sample.unused)
         turns = (*sample.messages, sample.answer_turn)
