@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pocl_fast.options import RunConfig, option_name
 from pocl_fast.run.configuration import PAIRS, from_options, read_yaml, recorded_config
+from pocl_fast.system import tokenizer_threads
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
 from pocl_fast.system.typed_values import hints_of
 
@@ -247,7 +248,7 @@ def _prepare_environment() -> None:
     # threads that wait sleep: spinning, as is the default, they slow everything down many times on a machine that does
     # something else besides; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer_threads.turn_off()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

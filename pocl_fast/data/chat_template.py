@@ -18,6 +18,7 @@ import jinja2
 from jinja2 import meta
 from jinja2.ext import Extension
 
+from pocl_fast.data.rendering import PlainRenderer, is_plain
 from pocl_fast.data.template_date import ASKS_FOR_IT, kept_date, with_date
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
@@ -109,6 +110,11 @@ class ChatTemplate:
         if text != self.tokenizer.chat_template:
             given["chat_template"] = text
         try:
+            if not tools and is_plain(messages):
+                if text not in self._renderers:
+                    self._renderers[text] = PlainRenderer(self.tokenizer, text, self.kwargs)
+                if (plain := self._renderers[text].render(messages, prompt)) is not None:
+                    return plain
             written = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) or None,
@@ -119,6 +125,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of its author's: it may raise anything
             raise TemplateRefusal(_said(error)) from error
         return str(written)
+
+    @cached_property
+    def _renderers(self) -> dict[str, PlainRenderer]:
+        return {}
 
     def marked(self, messages: Sequence[Any], tools: Sequence[Any]) -> tuple[tuple[int, int], ...]:
         """Where in the rendered text the template's {% generation %} marks are: from, to; none without marks."""

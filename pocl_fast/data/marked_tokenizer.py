@@ -67,7 +67,7 @@ class MarkedTokenizer:
         return self.mark in text or any(code in text for code in self._escaped)
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> Any:
-        """`input_ids` of a text and, of a fast tokenizer, `char_to_token` and `token_to_chars`."""
+        """`input_ids` of a text and, of a fast tokenizer, `encodings`: of it alone."""
         if not self.has_marks(text):
             return self._tokenizer(text, add_special_tokens=add_special_tokens)
         written = self._written(text)
@@ -197,20 +197,21 @@ class _Renamed:
     def encoding(self, ids: list[int], encoded: Any) -> Any:
         """The tokens of `text` with the places of the given text."""
 
-        def chars(token: int) -> Any:
+        def chars(token: int) -> tuple[int, int] | None:
             span = encoded.token_to_chars(token)
             if span is None or not self._from:
                 return None
             if span.start == span.end:  # stands for no character
                 place = self._from[span.start] if span.start < len(self._from) else self._to[-1]
-                return SimpleNamespace(start=place, end=place)
-            return SimpleNamespace(start=self._from[span.start], end=self._to[span.end - 1])
+                return place, place
+            return self._from[span.start], self._to[span.end - 1]
 
         def token(place: int) -> Any:
             inside = place < len(self._place) and self._place[place] < len(self.text)
             return encoded.char_to_token(self._place[place]) if inside else None
 
-        return SimpleNamespace(input_ids=ids, token_to_chars=chars, char_to_token=token)
+        one = SimpleNamespace(ids=ids, token_to_chars=chars, char_to_token=token)
+        return SimpleNamespace(input_ids=ids, encodings=[one])
 
 
 def _fast_copy(tokenizer: Any, names: Mapping[str, str]) -> Callable[[str], Any]:

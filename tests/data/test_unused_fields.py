@@ -92,7 +92,7 @@ def test_a_field_is_looked_at_once_a_role(monkeypatch):
     fields = UnusedFields(SampleEncoder(tokenizer), "data")
     monkeypatch.setattr(ChatTemplate, "render", counting)
     for sample in samples_from(records, "data"):
-        fields.see(sample)
+        fields.seen(sample)
     assert len(written) == 4  # with and without, of each role
     assert fields.counts == (("name of user messages", 5), ("name of assistant messages", 5))
 
