@@ -19,6 +19,7 @@ from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
 from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.samples import Sample
+from pocl_fast.records.sources import some_places
 from pocl_fast.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,18 +86,22 @@ class LengthReport:
     truncated: tuple[int, ...]
     unused: tuple[tuple[str, int], ...] = ()  # fields that no model is told, and how many records have them
     unwritten: tuple[tuple[str, tuple[int, ...]], ...] = ()  # what the template left out, and of which lines
+    unit: str = "line"  # what the line numbers count, as `Sample.unit`
 
     def describe(self, name: str) -> str:
+        def some(lines: Sequence[int]) -> str:
+            return some_places(lines, self.unit)
+
         parts = [f"{name}: {self.samples} samples"]
         if self.skipped:
-            parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({_some_lines(self.skipped)})")
+            parts.append(f"{len(self.skipped)} skipped for a prompt over the limit ({some(self.skipped)})")
         if self.truncated:
-            parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({_some_lines(self.truncated)})")
+            parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({some(self.truncated)})")
         if self.unused:
             parts.append(unused_fields.describe(self.unused))
         for what, lines in self.unwritten:
             purpose = ", as many templates do on purpose" if what == unused_fields.EARLIER_REASONING else ""
-            parts.append(f"the template does not write the {what} of {len(lines)} ({_some_lines(lines)}){purpose}")
+            parts.append(f"the template does not write the {what} of {len(lines)} ({some(lines)}){purpose}")
         return "; ".join(parts)
 
 
@@ -186,7 +191,7 @@ class SampleEncoder:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _tokens_of(self, sample: Sample, name: str) -> tuple[list[int], list[int]]:
-        where = f"{name}, line {sample.line}" if name else f"line {sample.line}"
+        where = f"{name}, {sample.place}" if name else sample.place
         if self.template == "alpaca":
             return self._tokens(self._alpaca(sample, where), self._begin)
         assert self.chat is not None
@@ -300,10 +305,11 @@ def encode_all(
     left_out = encoder.take_unwritten()
     if skipped and (long_prompts == "error" or not encoded):
         longest = max(len(encoder.encode_prompt(sample)) for sample in samples)
-        raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
+        raise over_the_limit(name, skipped, samples[0].unit, len(samples), longest, max_prompt_length)
     line_of = {sample.index: sample.line for sample in samples}
     truncated = tuple(line_of[one.index] for one in encoded if one.truncated)
-    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out)
+    unit = samples[0].unit if samples else "line"
+    return encoded, LengthReport(len(encoded), tuple(skipped), truncated, fields.counts, left_out, unit)
 
 
 def check_limits(max_length: int, max_prompt_length: int) -> None:
@@ -315,19 +321,16 @@ def check_limits(max_length: int, max_prompt_length: int) -> None:
         )
 
 
-def over_the_limit(name: str, lines: Sequence[int], samples: int, longest: int, max_prompt_length: int) -> InputError:
-    """The error that says which prompts are over the limit, and what to do."""
+def over_the_limit(
+    name: str, lines: Sequence[int], unit: str, samples: int, longest: int, max_prompt_length: int
+) -> InputError:
+    """The error that says which prompts are over the limit, and what to do. `unit`: what `lines` count."""
     return InputError(
         f"{name}: {len(lines)} of {samples} prompts are over --max-prompt-length {max_prompt_length} tokens"
-        f" ({_some_lines(lines)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
+        f" ({some_places(lines, unit)}; the longest has {longest}). Raise --max-prompt-length and --max-length,"
         " or pass --long-prompts skip to leave these samples out"
     )
 
 
 def _responses(count: int) -> str:
     return "1 response" if count == 1 else f"{count} responses"
-
-
-def _some_lines(lines: Sequence[int]) -> str:
-    shown = ", ".join(str(line) for line in lines[:5])
-    return f"line{'s' if len(lines) > 1 else ''} {shown}{', ...' if len(lines) > 5 else ''}"

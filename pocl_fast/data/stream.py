@@ -42,8 +42,11 @@ class SampleStream:
                 truncated.append(sample.line)
         left_out = self.encoder.take_unwritten()
         if skipped and (self.options.long_prompts == "error" or len(skipped) == count):
-            raise over_the_limit(self.source.name, skipped, count, longest, self.options.max_prompt_length)
-        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out)
+            raise over_the_limit(
+                self.source.name, skipped, self.source.unit, count, longest, self.options.max_prompt_length
+            )
+        unit = self.source.unit
+        return LengthReport(count - len(skipped), tuple(skipped), tuple(truncated), fields.counts, left_out, unit)
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
         piece: list[tuple[Sample, EncodedSample]] = []

@@ -185,7 +185,7 @@ class UnusedFields:
         return self._chat.render(turns, tools, prompt=False)
 
     def _refuse(self, sample: Sample, why: str) -> None:
-        raise means_more(f"{self._name}, line {sample.line}", why)
+        raise means_more(f"{self._name}, {sample.place}", why)
 
 
 def means_more(where: str, why: str) -> InputError:

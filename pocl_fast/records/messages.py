@@ -172,6 +172,8 @@ def text_of(value: Any, where: str, field: str, item: int | None = None) -> str:
     item."""
     if not isinstance(value, str):
         as_text = f'; write it as text: "{value}"' if isinstance(value, (int, float)) else ""
+        if isinstance(value, bytes):  # of a table's column
+            as_text = "; write the column as text (`pyarrow.compute.cast(column, 'string')`)"
         raise InputError(f"{_place(where, field, item)} must be a string, got {kind_of(value)}{as_text}")
     if not value or value.isspace():
         raise InputError(f"{_place(where, field, item)} is empty: give it text, or leave it out")

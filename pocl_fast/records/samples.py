@@ -49,7 +49,7 @@ class Sample:
     on."""
 
     index: int  # position among the samples of the file, from 0
-    line: int  # line in the file, from 1
+    line: int  # line, row or record in the file, from 1
     messages: tuple[Message, ...]
     references: tuple[str, ...]
     instruction: str = ""  # the last user turn in parts, for the Alpaca template
@@ -58,6 +58,12 @@ class Sample:
     answer: Message | None = None  # the whole last turn, where it has more than its text: reasoning, tool calls
     unused: tuple[str, ...] = ()  # fields of the record that say something and are not read
     earlier: tuple[int, ...] = ()  # which of `messages` are answers too, that `--train-on all` trains on
+    unit: str = "line"  # what `line` counts: "line", "row", "record"
+
+    @property
+    def place(self) -> str:
+        """Where the sample is, as messages say it: "line 7", "row 7"."""
+        return f"{self.unit} {self.line}"
 
     @property
     def answer_turn(self) -> Message:
@@ -80,8 +86,10 @@ def iter_samples(
     source: Source, *, fields: Mapping[str, str] | None = None, bad: BadRecords | None = None
 ) -> Iterator[Sample]:
     """The samples of `read_samples` one at a time, without keeping them; a bad record raises when it is reached."""
-    named = ((number, record, f"{source.name}, {source.unit} {number}") for number, record in source.records(FORMATS))
-    yield from _samples(named, source.name, fields or {}, bad or BadRecords())
+    named = ((number, record, source.place(number)) for number, record in source.records(FORMATS))
+    for sample in _samples(named, source.name, fields or {}, bad or BadRecords()):
+        vars(sample)["unit"] = source.unit  # as dataclasses.replace would, in a twentieth of its time
+        yield sample
 
 
 def samples_from(
@@ -94,15 +102,23 @@ def samples_from(
     """
     each = enumerate(containers.rows(records, name), start=1)
     named = ((number, record, f"{name}, record {number}") for number, record in each)
-    return list(_samples(named, name, fields or {}, bad or BadRecords()))
+    samples = list(_samples(named, name, fields or {}, bad or BadRecords()))
+    for sample in samples:
+        vars(sample)["unit"] = "record"
+    return samples
 
 
 def _samples(
-    records: Iterable[tuple[int, Mapping[str, Any], str]], name: str, fields: Mapping[str, str], bad: BadRecords
+    records: Iterable[tuple[int, Mapping[str, Any] | BadRecord, str]],
+    name: str,
+    fields: Mapping[str, str],
+    bad: BadRecords,
 ) -> Iterator[Sample]:
     index = 0
     for number, record, where in records:
         try:
+            if isinstance(record, BadRecord):
+                raise record
             sample = _sample(record, index, number, where)
         except BadRecord as error:
             bad.found(error, number)
