@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -60,20 +60,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         elif asked[:1] == ["tree"]:
             under = repository.joinpath(*asked[2:])
-            found = sorted(under.rglob("*") if "recursive=True" in self.path else under.glob("*")) if under.is_dir() else []
-            if not under.is_dir():
-                self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            else:
+            if under.is_dir():
+                found = sorted(under.rglob("*") if "recursive=True" in self.path else under.glob("*"))
                 self._send(200, json.dumps([_entry(repository, path) for path in found]).encode())
+            else:
+                self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         elif asked[:1] == ["paths-info"]:
-            from urllib.parse import parse_qs
-
             given = self._asked.decode()
             paths = json.loads(given)["paths"] if given.startswith("{") else parse_qs(given).get("paths", [])
             there = [repository / path for path in paths if (repository / path).exists()]
             self._send(200, json.dumps([_entry(repository, path) for path in there]).encode())
         else:
-            files = [{"rfilename": str(p.relative_to(repository))} for p in sorted(repository.rglob("*")) if p.is_file()]
+            every = sorted(path for path in repository.rglob("*") if path.is_file())
+            files = [{"rfilename": str(path.relative_to(repository))} for path in every]
             name = f"{repository.parent.name}/{repository.name}"
             about = {"id": name, "sha": COMMIT, "siblings": files, "private": False, "tags": [], "downloads": 0}
             self._send(200, json.dumps(about).encode())
@@ -88,7 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(content))} | (headers or {})).items():
+        for name, value in (
+            {"Content-Type": "application/json", "Content-Length": str(len(content))} | (headers or {})
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -42,7 +42,10 @@ def rows(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
             raise InputError(
                 f"{name}, record {number}: expected a dict, got {type(row).__name__} {row!r:.60}; {WANTED}"
             )
-        yield {field: plain(value, filled=of_datasets) for field, value in row.items()}
+        try:
+            yield {field: plain(value, filled=of_datasets) for field, value in row.items()}
+        except RecursionError:  # which is said of the record where it is read
+            yield row
 
 
 def plain(value: Any, *, filled: bool = False) -> Any:

@@ -27,6 +27,11 @@ LARGE = 1 << 28  # bytes; more samples than this are read in pieces, where they 
 _UNITS: dict[Form, str] = {"lines": "line", "array": "record", "parquet": "row", "arrow": "row"}
 
 
+def is_large(size: int) -> bool:
+    """Whether records of that many bytes, as JSON or Arrow, are better not all in memory at once as samples."""
+    return size >= LARGE
+
+
 class File:
     """A file of JSON Lines, a JSON array, Parquet or Arrow, compressed or not: its bytes say which."""
 
@@ -57,7 +62,7 @@ class File:
         return file_fingerprint(self.path)
 
     def is_large(self) -> bool:
-        return self.path.is_file() and self.size() >= LARGE
+        return self.path.is_file() and is_large(self.size())
 
     def size(self) -> int:
         """About how many bytes the records have in memory as Arrow or JSON, unpacked."""
@@ -149,7 +154,7 @@ class Files:
         return combined(file.path for file in self._files)
 
     def is_large(self) -> bool:
-        return sum(file.size() for file in self._files) >= LARGE
+        return is_large(sum(file.size() for file in self._files))
 
 
 def combined(paths: Iterable[Path]) -> str:

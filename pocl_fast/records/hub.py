@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocl_fast.records import tables
-from pocl_fast.records.files import LARGE
+from pocl_fast.records.files import is_large
 from pocl_fast.records.saved import no_split
 from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.system.typed_values import did_you_mean
@@ -49,7 +49,7 @@ class HubDataset:
         return hashlib.sha256(known.encode()).hexdigest()
 
     def is_large(self) -> bool:
-        return self._dataset().data.nbytes >= LARGE
+        return is_large(self._dataset().data.nbytes)
 
     def _dataset(self) -> Any:
         return _loaded(self)

@@ -39,7 +39,8 @@ class Objects:
             self._at += 1
         else:
             while True:
-                self._peek()
+                if self._peek() == "]":
+                    raise self._error("the array ends with a comma, behind which there is no object")
                 value = self._value()
                 if isinstance(value, dict):
                     yield value
@@ -79,7 +80,7 @@ class Objects:
                 value, self._at = json_lines.first_of(self._text, self._at)
                 return value
             except (ValueError, RecursionError) as error:
-                if self._may_go_on(error) and self._more(max(PIECE, len(self._text))):
+                if self._may_go_on(error) and self._more(len(self._text)):
                     continue
                 raise self._refused(error) from error
 
@@ -89,9 +90,9 @@ class Objects:
             return False
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _UNFINISHED
 
-    def _more(self, size: int = PIECE) -> bool:
+    def _more(self, size: int = 0) -> bool:
         self._count()
-        piece = self._file.read(size)
+        piece = self._file.read(max(PIECE, size))
         self._text, self._at, self._counted = self._text[self._at :] + piece, 0, 0
         self._ended = not piece
         return bool(piece)

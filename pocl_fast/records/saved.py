@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from pocl_fast.records import tables
-from pocl_fast.records.files import LARGE, Files, combined
+from pocl_fast.records.files import Files, combined, is_large
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
 
@@ -71,7 +71,7 @@ class SavedDataset:
         return combined([*self._files, *self._indices])
 
     def is_large(self) -> bool:
-        return sum(file.stat().st_size for file in self._files if file.is_file()) >= LARGE
+        return is_large(sum(file.stat().st_size for file in self._files if file.is_file()))
 
 
 def _mapped(file: Path) -> pa.Table:

@@ -132,7 +132,7 @@ def _rows(piece: pa.RecordBatch | pa.Table, name: Path | str, number: int) -> It
             column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
         try:
             columns.append(values(column))
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, pa.ArrowException) as error:  # the one or the other, by version
             raise InputError(
                 f'{name}, rows {number} to {number + piece.num_rows - 1}: column "{field}" has text that is not UTF-8'
             ) from error
