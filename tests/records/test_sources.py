@@ -243,6 +243,18 @@ def test_what_a_table_holds_in_memory_decides_whether_it_is_large(tmp_path, monk
         assert source_of(tmp_path / name).is_large()
 
 
+def test_the_indices_that_older_versions_of_datasets_saved_are_followed(tmp_path):
+    dataset().save_to_disk(tmp_path)
+    table = pa.table({"indices": pa.array([5, 3, 3, 22], pa.uint64())})
+    with pa.OSFile(str(tmp_path / "indices.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    state = json.loads((tmp_path / "state.json").read_text())
+    plain = source_of(tmp_path).fingerprint()
+    (tmp_path / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
+    assert same(tmp_path, [RECORDS[i] for i in (5, 3, 3, 22)], unit="row")
+    assert source_of(tmp_path).fingerprint() != plain
+
+
 def test_a_split_is_named_by_colon_or_path(tmp_path):
     splits = datasets.DatasetDict({"train": dataset(), "test": dataset().select(range(3))})
     splits.save_to_disk(tmp_path / "d")
