@@ -45,9 +45,9 @@ class DataFiles:
     """The two sets of samples."""
 
     train: str | None = None
-    """Training samples: a file of JSON Lines, a JSON array or Parquet (.gz and .zst too), a folder of
-    datasets.save_to_disk, or hf:ORG/NAME[:CONFIG]:SPLIT of the hub. Records are prompt/response,
-    instruction/input/output, prompt/completion, messages or conversations."""
+    """Training samples: a file of JSON Lines, a JSON array, Parquet or Arrow (compressed too); a folder of such files
+    or of datasets.save_to_disk (FOLDER:SPLIT); a pattern in quotes; or hf:ORG/NAME[:CONFIG]:SPLIT of the hub. Records
+    are prompt/response, instruction/input/output, prompt/completion, messages or conversations."""
     dev: str | None = None
     """The same for held-out samples; answers are scored against all of a sample's references."""
 

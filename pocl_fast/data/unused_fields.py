@@ -188,7 +188,7 @@ class UnusedFields:
         return self._chat.render(turns, tools, prompt=False)
 
     def _refuse(self, sample: Sample, why: str, kind: str) -> None:
-        raise means_more(f"{self._name}, line {sample.line}", why, kind)
+        raise means_more(f"{self._name}, {sample.place}", why, kind)
 
 
 def means_more(where: str, why: str, kind: str) -> BadRecord:

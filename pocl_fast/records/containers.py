@@ -1,7 +1,7 @@
 """Records out of what a user gives to hold them, and what is said of containers that are none.
 
-Knows Python's containers, and the others by what they can do: no pandas, datasets or torch is imported. Does not know
-what a record has (samples.py).
+Knows Python's containers, NumPy's values within records, and the others by what they can do: no pandas, datasets or
+torch is imported. Does not know what a record has (samples.py).
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from pocl_fast.records import hub
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.system.errors import InputError
 
-WANTED = "give a list of dicts, a datasets.Dataset, or the path of a JSON Lines file"
+WANTED = "give a list of dicts, a datasets.Dataset, or the path of a file of JSON Lines or Parquet"
+_SIMPLE = frozenset({str, int, float, bool, type(None)})
 # what tables are called by their libraries -> how their rows become dicts; iterating them gives columns
 _TABLES = {"to_pylist": "to_pylist()", "to_dicts": "to_dicts()", "to_dict": 'to_dict("records")'}
 
@@ -33,12 +35,31 @@ def rows(data: Any, name: str) -> Iterator[Mapping[str, Any] | BadRecord]:
             if hasattr(data, method):
                 kind = type(data).__name__
                 raise InputError(f"{name} is a {kind}, and iterating it gives no records: give {name}.{call}")
+    of_datasets = type(data).__module__.partition(".")[0] == "datasets"
+    if of_datasets and hub.is_plain(data):
+        yield from (row for _, row in hub.dataset_rows(data, name))
+        return
     for number, row in enumerate(_each(data, name), start=1):
-        if isinstance(row, Mapping):
-            yield row
-        else:
+        if not isinstance(row, Mapping):
             said = f"{name}, record {number}: expected a dict, got {type(row).__name__} {row!r:.60}; {WANTED}"
             yield BadRecord(said, "no object")
+            continue
+        try:
+            yield {field: plain(value, filled=of_datasets) for field, value in row.items()}
+        except RecursionError:  # which is said of the record where it is read
+            yield row
+
+
+def plain(value: Any, *, filled: bool = False) -> Any:
+    """A value without NumPy: its arrays, which pandas makes of lists, as lists, its numbers as Python's. `filled`: it
+    is out of a table, where a null field within a value is an absent one."""
+    if value.__class__ in _SIMPLE:
+        return value
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {field: plain(one, filled=filled) for field, one in value.items() if not (filled and one is None)}
+    return [plain(one, filled=filled) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _each(data: Any, name: str) -> Iterable[Any]:

@@ -5,14 +5,15 @@ Knows which reader is for what. Does not know what a record says (samples.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import glob
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocl_fast.records import json_lines
+from pocl_fast.records import hub, saved
 from pocl_fast.records.bad_records import BadRecord
-from pocl_fast.system.fingerprint import file_fingerprint
+from pocl_fast.records.files import File
+from pocl_fast.system.errors import InputError
 
 
 class Source(Protocol):
@@ -26,6 +27,10 @@ class Source(Protocol):
     @property
     def unit(self) -> str:
         """What a record's number counts: "line", "row" or "record"."""
+        ...
+
+    def place(self, number: int) -> str:
+        """Where the record of that number is, which `records` gave last: file, and line or row."""
         ...
 
     def records(self, expected: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
@@ -42,30 +47,28 @@ class Source(Protocol):
         ...
 
 
-LARGE = 1 << 28  # bytes; a larger file of samples is read in pieces, where it would take ten times as much
-
-
-@dataclass(frozen=True)
-class JsonLines:
-    """A file of JSON Lines."""
-
-    path: Path
-    unit: str = "line"
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def records(self, expected: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
-        return json_lines.objects(self.path, expected)
-
-    def fingerprint(self) -> str:
-        return file_fingerprint(self.path)
-
-    def is_large(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size >= LARGE
-
-
 def source_of(given: str | Path) -> Source:
-    """The reader of what is named. Raises `InputError` where there is none."""
-    return JsonLines(Path(given))
+    """The reader of what is named: a file, a folder, a split of a folder (FOLDER:SPLIT), several files by a pattern, a
+    data set of the hub. Raises `InputError` where there is none."""
+    name = str(given)
+    if name.startswith(hub.PREFIX):
+        return hub.named(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return saved.of_folder(path, name)
+    if not path.exists() and not path.is_symlink():
+        folder, _, split = name.rpartition(":")
+        if folder and Path(folder).expanduser().is_dir():
+            return saved.of_split(Path(folder).expanduser(), split, name)
+        if glob.has_magic(name):
+            return _matching(name)
+        near = f"; of the hub it is {hub.PREFIX}{name.removeprefix('/')}:SPLIT" if name.count("/") == 1 else ""
+        raise InputError(f"cannot read {name}: No such file or directory{near}")
+    return File(path, name)
+
+
+def _matching(name: str) -> Source:
+    files = sorted(Path(found) for found in glob.glob(str(Path(name).expanduser()), recursive=True))
+    if not files:
+        raise InputError(f"{name} matches no file")
+    return saved.as_one([file for file in files if file.is_file()], name, str(Path(name).parent))

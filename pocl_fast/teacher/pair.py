@@ -40,8 +40,8 @@ Place = Callable[[Sample], str]  # where a sample stands, for messages: "train.j
 def places(data: Any, name: str) -> Place:
     """Where each sample of what is given as data stands, for messages."""
     if isinstance(data, (str, Path)):
-        return lambda sample: f"{data}, line {sample.line}"
-    return lambda sample: f"{name}, record {sample.line}"
+        name = str(data)
+    return lambda sample: f"{name}, {sample.place}"
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------

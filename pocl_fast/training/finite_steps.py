@@ -51,4 +51,4 @@ class FiniteSteps:
         return f"the loss of {', '.join(named[:MOST_NAMED])}{more} is not finite"
 
     def _name(self, sample: EncodedSample) -> str:
-        return f"sample {sample.index} (line {self._samples.samples[sample.index].line})"
+        return f"sample {sample.index} ({self._samples.samples[sample.index].place})"

@@ -35,6 +35,7 @@ from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.models.probing import is_sharded
+from pocl_fast.records.bad_records import some_lines
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -329,11 +330,12 @@ def answered_by_teacher(
     answers = {one.index: text for one, text in zip(encoded, texts, strict=True)}
     empty = [index for index, text in answers.items() if not text]
     if empty and ranks.is_first():
-        lines = ", ".join(str(samples.samples[index].line) for index in empty[:5])
+        found = [samples.samples[index] for index in empty]
+        where = some_lines([sample.line for sample in found], found[0].unit)
         say(
-            f"the teacher's answer to {len(empty)} of {len(answers)} prompts is empty (lines {lines}"
-            f"{', ...' if len(empty) > 5 else ''}): there the student learns to say nothing. Look at the teacher's chat"
-            " template, or train on the data's own answers (data_source=data)"
+            f"the teacher's answer to {len(empty)} of {len(answers)} prompts is empty ({where}):"
+            " there the student learns to say nothing. Look at the teacher's chat template, or"
+            " train on the data's own answers (data_source=data)"
         )
     known = [
         replace(s, references=(answers[s.index],), answer=None) if s.index in answers else s for s in samples.samples

@@ -52,8 +52,8 @@ class PoclTrainer(DistillingTrainer):
         model: the student: a transformers causal language model, or its name (hub id, folder, GGUF file).
         teacher: a `Teacher`, a transformers model, or its name. Frozen; its hidden states are kept in `output_dir`.
         args: `PoclConfig`.
-        train_dataset: a path of JSON Lines, records of one of its formats (a list of dicts, a `datasets.Dataset`), or
-            a `SampleSet`.
+        train_dataset: what `--train` may name (a file, a folder, hf:ORG/NAME:SPLIT), records of one of its forms (a
+            list of dicts, a `datasets.Dataset`), or a `SampleSet`.
         eval_dataset: the same; greedy ROUGE-L and cross-entropy are measured on it. None: no evaluation.
         processing_class: the tokenizer, or the `SampleEncoder` that made a `SampleSet`; left out, the tokenizer of a
             model given by name.

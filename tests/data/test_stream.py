@@ -99,7 +99,7 @@ def test_a_large_file_is_measured_out_of_the_stream_to_the_same_tables(tmp_path,
     words = (*select(options(inputs), "measure"), "--signals", "mean_kl")
     monkeypatch.setattr(resumable_table, "PIECE", 10)
     assert run("measure", tmp_path / "whole", *words) == 0
-    monkeypatch.setattr("pocl_fast.records.sources.LARGE", 0)
+    monkeypatch.setattr("pocl_fast.records.files.LARGE", 0)
     monkeypatch.setattr(run_module, "read_set", lambda *_: pytest.fail("the file was read at once"))
     capsys.readouterr()
     assert run("measure", tmp_path / "streamed", *words) == 0

@@ -86,14 +86,6 @@ def test_both_halves_of_a_surrogate_pair_are_a_character(tmp_path):
     assert read(tmp_path / "a.jsonl", r'{"prompt": "a", "response": "\ud83d\ude00"}') == [(1, "😀")]
 
 
-@pytest.mark.parametrize("content", [json.dumps([json.loads(ONE)] * 2), json.dumps([json.loads(ONE)], indent=1), "[\n"])
-def test_a_json_array_is_called_so(tmp_path, content):
-    said = refused(tmp_path / "a.json", content)
-    assert said.startswith(", line 1: ")
-    assert "looks like a JSON array: `jq -c '.[]' FILE`" in said
-    assert "one of {" in said
-
-
 def test_pretty_printed_json_is_called_so(tmp_path):
     said = refused(tmp_path / "a.json", json.dumps(json.loads(ONE), indent=2))
     assert said.startswith(", line 1: ")
@@ -103,10 +95,10 @@ def test_pretty_printed_json_is_called_so(tmp_path):
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (gzip.compress(ONE.encode(), mtime=0), "gzip"),
-        (b"PAR1" + bytes(50), "Parquet"),
         (b"PK\x03\x04" + bytes(50), "zip"),
-        (b"ARROW1\x00\x00" + bytes(50), "Arrow"),
+        (b"SQLite format 3\x00" + bytes(50), "an SQLite database"),
+        (b"\n<!DOCTYPE html><html>", "a web page"),
+        (gzip.compress(b"a.jsonl" + bytes(250) + b"ustar" + bytes(250), mtime=0), "tar"),
         (ONE.encode("utf-16"), "UTF-16"),
         (ONE.encode("utf-16-be"), "UTF-16"),
         (ONE.encode("utf-16-le"), "UTF-16"),
@@ -118,7 +110,8 @@ def test_pretty_printed_json_is_called_so(tmp_path):
 )
 def test_a_file_of_another_kind_is_called_by_it(tmp_path, content, kind):
     said = refused(tmp_path / "a.jsonl", content)
-    assert said.startswith(" is no JSON Lines, it looks like ")
+    assert said.startswith(" holds no records")
+    assert "it looks like " in said
     assert kind in said
 
 
@@ -129,7 +122,7 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path, end):
 
 
 def test_a_folder_is_called_so(tmp_path):
-    with pytest.raises(InputError, match="it is a folder; give a file of JSON Lines"):
+    with pytest.raises(InputError, match=r"is a folder without \*\.jsonl"):
         read_samples(tmp_path)
 
 

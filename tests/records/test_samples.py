@@ -75,7 +75,7 @@ def test_a_bad_line_is_named_with_its_number_and_field(tmp_path, line, says):
 def test_an_empty_or_binary_file_is_one_clear_error(tmp_path, content):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"holds no sample|not UTF-8"):
+    with pytest.raises(InputError, match=r"holds no sample|looks like UTF-16"):
         read_samples(path)
 
 

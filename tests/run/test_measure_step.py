@@ -19,7 +19,7 @@ from pocl_fast.answers import engine
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.options import RunData
-from pocl_fast.records import sources
+from pocl_fast.records import files
 from pocl_fast.run import measure_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -193,11 +193,11 @@ def _ends_before_the_first_answer(path):
     data = RunData(train=str(path), max_length=300, max_prompt_length=200)
     nothing = {"say": lambda _: None, "check_stream": lambda _: None}
     context = SimpleNamespace(config=SimpleNamespace(data=data), encoder=encoder, train_file_is_loaded=False, **nothing)
-    before, sources.LARGE = sources.LARGE, 0
+    before, files.LARGE = files.LARGE, 0
     try:
         measure_step.train_pieces(context)
     finally:
-        sources.LARGE = before
+        files.LARGE = before
     return sorted(tokenizer.convert_ids_to_tokens(sorted(encoder.end_ids)))
 
 
