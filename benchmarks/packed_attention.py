@@ -34,7 +34,8 @@ from table_form import console
 from torch import Tensor
 from transformers import AttentionInterface
 
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.packed import pack
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective

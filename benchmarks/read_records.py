@@ -30,7 +30,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pocl_fast.data.encoding import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, SampleEncoder, encode_all
+from pocl_fast.data.encoding import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.models.loading import load_tokenizer
 from pocl_fast.options import DataOptions

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -19,16 +20,15 @@ from pocl_fast.data.answer_choice import (
     AnswerChoice,
     ChoiceOptions,
     TrainOn,
-    Turns,
     texts_of,
 )
 from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
-from pocl_fast.data.length_report import LengthReport, check_limits, nothing_trained, over_the_limit
+from pocl_fast.data.control_text import ControlText, KeptAsText
 from pocl_fast.data.reasoning import Reasoning
 from pocl_fast.data.token_border import TokenBorder
-from pocl_fast.data.turn_spans import TurnFinder, up_to
+from pocl_fast.data.turn_spans import TurnFinder
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Template = Literal["auto", "chat", "alpaca"]
 Span: TypeAlias = tuple[int, int]  # from, to
+BATCH = 256  # texts tokenised at once; 64 take a tenth longer on two cores, 1000 as long
 
 # The templates of Stanford Alpaca, as in the code of MiniLLM, DistiLLM and POCL.
 ALPACA_NO_INPUT = (
@@ -97,6 +98,14 @@ class Fitted:
     asked: int  # tokens before the first answer that is trained on; 0 where none is
 
 
+class _SharedIds(dict[int, int]):
+    """One object for each token id: 8 bytes a token of samples that are kept, in place of 36."""
+
+    def __missing__(self, one: int) -> int:
+        self[one] = one
+        return one
+
+
 class SampleEncoder:
     """Turns samples into tokens: the tokenizer's chat template where it has one, else the Alpaca template of the
     paper's code.
@@ -105,8 +114,9 @@ class SampleEncoder:
     text, as a model reads them, and cut as `TokenBorder` says: every answer to a question has the same prompt. Every
     response ends with the template's end of turn, and with the end-of-sequence token where the template has none or
     writes one that is no single token, unless it is cut; generation stops at any of `end_ids`. Answers within the
-    prompt are supervised too where `train_on` is "all", each as far as it is what a model says (see `TurnFinder`).
-    Raises `InputError` for a tokenizer without an end-of-sequence token, and for `template` "chat" where it has no chat
+    prompt are supervised too where `train_on` is "all", each as far as it is what a model says (see `TurnFinder`). A
+    control token in a sample's text stays text, as `ControlText` says, unless `special_tokens` is "parse". Raises
+    `InputError` for a tokenizer without an end-of-sequence token, and for `template` "chat" where it has no chat
     template.
     """
 
@@ -118,6 +128,7 @@ class SampleEncoder:
         chat: ChatTemplate | None = None,
         train_on: TrainOn = "all",
         reasoning: Reasoning = "keep",
+        special_tokens: Literal["text", "parse"] = "text",
     ) -> None:
         """`chat` is the chat template where it is not the tokenizer's own without further variables. `train_on` and
         `reasoning` say which answers of a conversation are trained on, and what of them."""
@@ -139,17 +150,27 @@ class SampleEncoder:
         self._unwritten: dict[str, list[int]] = {}
         self._begin: list[int] = []
         self.longest_prompt = 0  # tokens before the last answer, of all samples so far
+        self._shared = _SharedIds()
         self.chat: ChatTemplate | None = None
-        finder, shape = None, PLAIN
+        shape, added = PLAIN, tokenizer.get_added_vocab()
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
-            self._unshown = unused_fields.UnshownTurns(self.chat)
-            self._finder = AnswerFinder(self.chat, tokenizer.get_added_vocab())
-            finder, shape = TurnFinder(self._finder), self._finder.shape
+            self._finder = AnswerFinder(self.chat, added)
+            shape = self._finder.shape
             self._learn_end()
         else:
             self._begin = self._tokens_before_a_text()
-        self._reader = AnswerReader(tokenizer, shape)
+        self._control: ControlText | None = None
+        if special_tokens == "text":
+            self._control = ControlText(tokenizer, self.chat, shape, ALPACA_WITH_INPUT)
+            self._border = TokenBorder(tokenizer, self._special, self._control.tokenizer)
+        finder = None
+        if self.chat is not None:
+            if self._control is not None and (marked := self._control.chat(self.chat)) is not self.chat:
+                self.chat, self._finder = marked, AnswerFinder(marked, added)
+            self._unshown = unused_fields.UnshownTurns(self.chat)
+            finder = TurnFinder(self._finder)
+        self._reader = AnswerReader(tokenizer, shape, ends_with_token=shape.end.strip() in added)
         self.choice = AnswerChoice(tokenizer, shape.reasoning, finder, train_on, reasoning)
 
     @property
@@ -180,29 +201,40 @@ class SampleEncoder:
         answers that begin behind are left out, with their questions; at least one token of an answer always stays.
         Raises `BadRecord` with the sample's line, and the `name` of its file, where the template cannot render it.
         """
-        where = f"{name}, line {sample.line}" if name else f"line {sample.line}"
-        used, lost = self.choice.prepared(sample, where), 0
-        while True:
-            turns = self._turns_of(used, where)
-            asked = turns.trained[0][1][0] if turns.trained else 0
-            if not turns.trained or asked > max_prompt_length:
-                return Fitted(used, None, asked)
-            if len(turns.prompt) < max_length:
-                break
-            kept = [place for place, (start, _) in turns.trained if start < max_length]
-            lost += len(turns.trained) - len(kept)
-            used = up_to(used, kept[-1])
-        if lost:
-            self.choice.note(ENDS_EARLIER, sample.line, lost)
-        self.longest_prompt = max(self.longest_prompt, len(turns.prompt))
-        prompt, response = tuple(turns.prompt), tuple(turns.response[: max_length - len(turns.prompt)])
-        cut = len(response) < len(turns.response)
-        return Fitted(used, EncodedSample(used.index, prompt, response, cut, turns.spans(max_length)), asked)
+        text = self._text_of(sample, name)
+        return self._fitted(text, self._tokens_of([text.split])[0], max_length, max_prompt_length)
+
+    def fit_each(
+        self,
+        samples: Iterable[Sample],
+        refused: Callable[[BadRecord, int], object],
+        *,
+        max_length: int,
+        max_prompt_length: int,
+        name: str = "",
+        batch: int = BATCH,
+    ) -> Iterator[tuple[Sample, Fitted]]:
+        """Each sample with what `fit` gives of it, but for those that it refuses: `refused` is told of these, with
+        their lines. Samples are taken and tokenised `batch` at a time."""
+        each = iter(samples)
+        while taken := list(islice(each, batch)):
+            texts: list[_Text] = []
+            for sample in taken:
+                try:
+                    texts.append(self._text_of(sample, name))
+                except BadRecord as error:
+                    refused(error, sample.line)
+            tokens = self._tokens_of([text.split for text in texts])
+            for text, made in zip(texts, tokens, strict=True):
+                try:
+                    yield text.given, self._fitted(text, made, max_length, max_prompt_length)
+                except BadRecord as error:
+                    refused(error, text.given.line)
 
     def encode_prompt(self, sample: Sample) -> list[int]:
         """The prompt's tokens, up to where the answer starts."""
-        where = f"line {sample.line}"
-        return self._turns_of(self.choice.prepared(sample, where), where).prompt
+        text = self._text_of(sample, "")
+        return self.choice.turns(text.marked, text.split, self._tokens_of([text.split])[0]).prompt
 
     def answer_texts(
         self, answers: Sequence[Sequence[int]], references: Sequence[Sequence[str]] | None = None
@@ -217,22 +249,53 @@ class SampleEncoder:
         self._unwritten.clear()
         return taken
 
+    def take_control(self, left_out: Collection[int] = ()) -> KeptAsText:
+        """The lines of the samples encoded since the last call that have control tokens in their text, but for those
+        that were `left_out`."""
+        return KeptAsText() if self._control is None else self._control.take_kept(left_out)
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _turns_of(self, sample: Sample, where: str) -> Turns:
-        split = self._text_of(sample, where)
-        return self.choice.turns(sample, split, self._tokens(split))
+    def _text_of(self, sample: Sample, name: str) -> _Text:
+        """A sample's text. Raises `BadRecord`."""
+        where = f"{name}, {sample.place}" if name else sample.place
+        return self._text(sample, self.choice.prepared(sample, where), where)
 
-    def _text_of(self, sample: Sample, where: str) -> Split:
-        if self.template == "alpaca":
-            return self._alpaca(sample, where)
+    def _text(self, given: Sample, used: Sample, where: str) -> _Text:
+        marked = used if self._control is None else self._control.marked(used, where)
+        split = self._alpaca(marked, where) if self.template == "alpaca" else self._chat(marked, where)
+        return _Text(given, used, marked, split, where)
+
+    def _fitted(self, text: _Text, tokens: list[list[int]], max_length: int, max_prompt_length: int) -> Fitted:
+        lost = 0
+        while True:
+            turns = self.choice.turns(text.marked, text.split, tokens)
+            asked = turns.trained[0][1][0] if turns.trained else 0
+            if not turns.trained or asked > max_prompt_length:
+                return Fitted(text.used, None, asked)
+            if len(turns.prompt) < max_length:
+                break
+            kept = [place for place, (start, _) in turns.trained if start < max_length]
+            lost += len(turns.trained) - len(kept)
+            text = self._text(text.given, text.used.up_to(kept[-1]), text.where)
+            [tokens] = self._tokens_of([text.split])
+        if lost:
+            self.choice.note(ENDS_EARLIER, text.given.line, lost)
+        self.longest_prompt = max(self.longest_prompt, len(turns.prompt))
+        room = max_length - len(turns.prompt)
+        prompt, response = (tuple(map(self._shared.__getitem__, ids)) for ids in (turns.prompt, turns.response[:room]))
+        cut = len(response) < len(turns.response)
+        return Fitted(text.used, EncodedSample(text.used.index, prompt, response, cut, turns.spans(max_length)), asked)
+
+    def _chat(self, sample: Sample, where: str) -> Split:
         assert self.chat is not None
         try:
             split = self._finder.split(sample.messages, sample.tools, sample.answer_turn)
         except TemplateRefusal as refusal:
             hint = " (the system message is --system-prompt's)" if self.chat.system_prompt else ""
+            said = str(refusal) if self._control is None else self._control.unmarked(str(refusal))
             raise BadRecord(
-                f"{where}: {refusal}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
+                f"{where}: {said}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
                 " another template: --chat-template NAME or FILE, --template alpaca",
                 refusal.kind,
             ) from refusal
@@ -273,21 +336,21 @@ class SampleEncoder:
         prompt = form.format(instruction=sample.instruction, input=sample.input)
         return Split(prompt, sample.references[0], ended=False)
 
-    def _tokens(self, split: Split) -> list[list[int]]:
-        """The tokens of a conversation's parts (`texts_of`), the template's beginning before them, an end behind."""
-        made = (
-            self._border.turns(texts_of(split)) if split.earlier else [*self._border.parts(split.prompt, split.answer)]
-        )
-        for turn, said in zip(split.earlier, made[1::2], strict=False):
-            if turn.ended:
-                self._ends_with(said)
-        response = made[-1]
-        if not (split.ended and self._ends_with(response)) and (not response or response[-1] != self._eos):
-            response.append(self._eos)
-        made[0][:0] = self._begin
-        if not self._end_is_known:
-            self.end_id, self._end_is_known = response[-1], True
-        return made
+    def _tokens_of(self, splits: Sequence[Split]) -> list[list[list[int]]]:
+        """The tokens of each conversation's parts (`texts_of`), the template's beginning before them, an end behind."""
+        plain = iter(self._border.parts_of([(one.prompt, one.answer) for one in splits if not one.earlier]))
+        tokens = [self._border.turns(texts_of(one)) if one.earlier else list(next(plain)) for one in splits]
+        for split, made in zip(splits, tokens, strict=True):
+            for turn, said in zip(split.earlier, made[1::2], strict=False):
+                if turn.ended:
+                    self._ends_with(said)
+            response = made[-1]
+            if not (split.ended and self._ends_with(response)) and (not response or response[-1] != self._eos):
+                response.append(self._eos)
+            made[0][:0] = self._begin
+            if not self._end_is_known:
+                self.end_id, self._end_is_known = response[-1], True
+        return tokens
 
     def _ends_with(self, said: Sequence[int]) -> bool:
         """Whether an answer's last token, which the template writes, can end answers; it is one of `end_ids` then."""
@@ -312,12 +375,26 @@ class SampleEncoder:
                 split = self._finder.split(messages, (), {"role": "assistant", "content": "b"})
             except TemplateRefusal:
                 continue
-            self._tokens(split)
+            self._tokens_of([split])
             return
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A sample, what of it is used, this with marks in its control tokens, and the text of that."""
+
+    given: Sample
+    used: Sample
+    marked: Sample
+    split: Split
+    where: str
 
 
 class EncoderOptions(TemplateOptions, ChoiceOptions, Protocol):
     """What samples become: a run's options, a trainer's arguments."""
+
+    @property
+    def special_tokens(self) -> Any: ...
 
 
 def encoder_of(
@@ -340,52 +417,6 @@ def encoder_of(
     if options.chat_template is not None:
         make_default(tokenizer, options.chat_template)  # whoever loads the student asks it as it was trained
     chosen: dict[str, Any] = {"train_on": "last" if by_teacher else options.train_on, "reasoning": options.reasoning}
-    return SampleEncoder(tokenizer, "chat" if chat else "alpaca", chat=chat, **chosen)
-
-
-def encode_all(
-    samples: Sequence[Sample], encoder: SampleEncoder, **given: Any
-) -> tuple[list[EncodedSample], LengthReport]:
-    """The tokens of every sample that fits, in order, and a report of those that did not; see `fit_all`."""
-    fitted, report = fit_all(samples, encoder, **given)
-    return [one for _, one in fitted], report
-
-
-def fit_all(
-    samples: Sequence[Sample],
-    encoder: SampleEncoder,
-    *,
-    max_length: int,
-    max_prompt_length: int,
-    long_prompts: Literal["error", "skip"],
-    name: str,
-) -> tuple[list[tuple[Sample, EncodedSample]], LengthReport]:
-    """Every sample that fits, as it is used, with its tokens, in order, and a report of those that did not; `name`
-    stands for the file in messages.
-
-    Raises `InputError` where a prompt is over the limit and `long_prompts` is "error", where all are over it, or where
-    no sample has an answer that is trained on.
-    """
-    check_limits(max_length, max_prompt_length)
-    encoder.take_unwritten()
-    encoder.choice.take_notes()
-    fitted: list[tuple[Sample, EncodedSample]] = []
-    skipped: list[int] = []
-    untrained: list[int] = []
-    longest = 0
-    fields = unused_fields.UnusedFields(encoder, name)
-    for sample in samples:
-        fields.see(sample)
-        one = encoder.fit(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
-        if one.encoded is not None:
-            fitted.append((one.sample, one.encoded))
-        else:
-            (skipped if one.asked else untrained).append(sample.line)
-            longest = max(longest, one.asked)
-    if skipped and (long_prompts == "error" or not fitted):
-        raise over_the_limit(name, skipped, len(samples), longest, max_prompt_length)
-    if not fitted:
-        raise nothing_trained(name, untrained)
-    truncated = tuple(sample.line for sample, one in fitted if one.truncated)
-    given = fields.counts, encoder.take_unwritten(), tuple(untrained), encoder.choice.take_notes()
-    return fitted, LengthReport(len(fitted), tuple(skipped), truncated, *given)
+    return SampleEncoder(
+        tokenizer, "chat" if chat else "alpaca", chat=chat, special_tokens=options.special_tokens, **chosen
+    )

@@ -1,14 +1,13 @@
 """Prompts over the length limit: left out, or shortened from their beginning in a way that keeps the template whole.
 
-Knows the turns of samples. Does not know how these become tokens: an encoder counts them.
+Knows the turns of samples. Does not know how these become tokens (encoding.py).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from pocl_fast.records.samples import Sample
 
@@ -17,12 +16,6 @@ _INSTRUCTIONS = frozenset({"system", "developer"})  # roles whose turns always s
 # A text that begins within a long word can have more tokens than one that begins before it: so many characters further
 # back are tried too. Tokens of more characters than that are runs of blanks and of signs.
 _BEYOND = 32
-
-
-class Encoder(Protocol):
-    """What is asked of a `SampleEncoder`."""
-
-    def encode(self, sample: Sample, *, max_length: int, max_prompt_length: int, name: str = "") -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -51,41 +44,6 @@ class Shortenings:
             lost.append(f"the beginning of {self.cut} question{'s' if self.cut > 1 else ''}")
         prompts = "1 prompt" if len(self.lines) == 1 else f"{len(self.lines)} prompts"
         return f"{prompts} shortened to --max-prompt-length ({lines}): {' and '.join(lost)} dropped"
-
-
-class LongPrompts:
-    """Encodes samples within the length limits, by what `--long-prompts` says of those over them."""
-
-    def __init__(self, encoder: Encoder, rule: Rule, *, max_length: int, max_prompt_length: int, name: str) -> None:
-        self._encoder, self._rule, self._name = encoder, rule, name
-        self._max_length, self._limit = max_length, max_prompt_length
-        self._lines: list[int] = []
-        self._turns = self._cut = 0
-
-    @property
-    def shortenings(self) -> Shortenings:
-        """What was shortened so far."""
-        return Shortenings(tuple(self._lines), self._turns, self._cut)
-
-    def encoded(self, sample: Sample) -> tuple[Sample, Any]:
-        """A sample and its tokens. Where its prompt is over the limit it is shortened, or the tokens are None."""
-        limits = {"max_length": self._max_length, "max_prompt_length": self._limit}
-        one = self._encoder.encode(sample, **limits, name=self._name)
-        if one is not None or self._rule != "truncate-left":
-            return sample, one
-        shorter = shortened(sample, self._length, self._limit)
-        if shorter is None:
-            return sample, None
-        self._lines.append(sample.line)
-        self._turns += shorter.turns
-        self._cut += shorter.cut
-        return shorter.sample, self._encoder.encode(shorter.sample, **limits, name=self._name)
-
-    def _length(self, sample: Sample) -> int:
-        """How many tokens there are before the first answer that is trained on."""
-        anything = sys.maxsize
-        one = self._encoder.encode(sample, max_length=anything, max_prompt_length=anything, name=self._name)
-        return int(one.spans[0][0])
 
 
 def shortened(sample: Sample, length: Callable[[Sample], int], limit: int) -> Shortened | None:

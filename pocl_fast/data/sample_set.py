@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, fit_all
+from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.fitting import fit_all
 from pocl_fast.data.length_report import LengthReport
 from pocl_fast.records.bad_records import BadRecords
 from pocl_fast.records.samples import Sample, read_samples, samples_from
@@ -49,7 +50,7 @@ def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str)
     if isinstance(given, (str, Path)):
         name, samples = str(given), read_samples(given, fields=options.fields, bad=bad)
     else:
-        samples = samples_from(given, name, **reading)
+        samples = samples_from(given, name, fields=options.fields, bad=bad)
     fitted, report = fit_all(
         samples,
         encoder,

@@ -1,17 +1,17 @@
 """The samples of a file that does not fit in memory: read and tokenised a piece at a time, anew in each pass.
 
-The samples and tokens are those that `encoding.encode_all` gives of the whole file.
+The samples and tokens are those that `fitting.fit_all` gives of the whole file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pocl_fast.data.encoding import EncodedSample, Fitted, SampleEncoder
-from pocl_fast.data.length_report import LengthReport, check_limits, nothing_trained, over_the_limit
+from pocl_fast.data.encoding import BATCH, EncodedSample, SampleEncoder
+from pocl_fast.data.fitting import Fitting
+from pocl_fast.data.length_report import LengthReport
 from pocl_fast.data.sample_set import SetOptions
-from pocl_fast.data.unused_fields import UnusedFields
 from pocl_fast.records.bad_records import BadRecords
 from pocl_fast.records.samples import Sample, iter_samples
 from pocl_fast.records.sources import Source
@@ -27,44 +27,32 @@ class SampleStream:
     options: SetOptions
 
     def check(self) -> LengthReport:
-        """Reads the whole file, keeping nothing. Raises `InputError` where `read_samples` or `encode_all` would."""
-        check_limits(self.options.max_length, self.options.max_prompt_length)
-        skipped: list[int] = []
-        truncated: list[int] = []
-        untrained: list[int] = []
-        count = longest = 0
-        self.encoder.take_unwritten()
-        self.encoder.choice.take_notes()
-        fields = UnusedFields(self.encoder, self.source.name)
-        for line, one in self._fitted(fields.see):
-            count += 1
-            if one.encoded is None:
-                (skipped if one.asked else untrained).append(line)
-                longest = max(longest, one.asked)
-            elif one.encoded.truncated:
-                truncated.append(line)
-        kept = count - len(skipped) - len(untrained)
-        if skipped and (self.options.long_prompts == "error" or not kept):
-            raise over_the_limit(self.source.name, skipped, count, longest, self.options.max_prompt_length)
-        if not kept:
-            raise nothing_trained(self.source.name, untrained)
-        notes = fields.counts, self.encoder.take_unwritten(), tuple(untrained), self.encoder.choice.take_notes()
-        return LengthReport(kept, tuple(skipped), tuple(truncated), *notes)
+        """Reads the whole file, keeping nothing. Raises `InputError` where `read_samples` or `fit_all` would."""
+        fitting, each = self._pass()
+        for _ in each:
+            pass
+        return fitting.report()
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:
         piece: list[tuple[Sample, EncodedSample]] = []
-        for _, one in self._fitted():
-            if one.encoded is not None:
-                piece.append((one.sample, one.encoded))
+        for row in self._pass()[1]:
+            piece.append(row)
             if len(piece) == resumable_table.PIECE:
                 yield piece
                 piece = []
         if piece:
             yield piece
 
-    def _fitted(self, see: Callable[[Sample], object] = lambda _: None) -> Iterator[tuple[int, Fitted]]:
-        """Each sample's line, and what became of it."""
-        limits = {"max_length": self.options.max_length, "max_prompt_length": self.options.max_prompt_length}
-        for sample in iter_samples(self.source, fields=self.options.fields, bad=BadRecords(self.options.bad_records)):
-            see(sample)
-            yield sample.line, self.encoder.fit(sample, **limits, name=self.source.name)
+    def _pass(self) -> tuple[Fitting, Iterator[tuple[Sample, EncodedSample]]]:
+        """One reading of the file: what is counted, and the samples that fit."""
+        bad, chosen = BadRecords(self.options.bad_records), self.options
+        fitting = Fitting(
+            self.encoder,
+            max_length=chosen.max_length,
+            max_prompt_length=chosen.max_prompt_length,
+            long_prompts=chosen.long_prompts,
+            name=self.source.name,
+            bad=bad,
+            batch=min(BATCH, resumable_table.PIECE),
+        )
+        return fitting, fitting.each(iter_samples(self.source, fields=chosen.fields, bad=bad))

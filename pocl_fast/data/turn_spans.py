@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from pocl_fast.data.answer_span import PROBE, AnswerFinder, Split, Turn
 from pocl_fast.data.chat_template import TemplateRefusal
 from pocl_fast.data.reasoning import reasoning_in, thoughts_of
-from pocl_fast.records.messages import calls_as_text
-from pocl_fast.records.samples import Sample
 
 Place: TypeAlias = tuple[int, int]  # from, to, in characters
 
@@ -34,21 +32,6 @@ class Found(NamedTuple):
 
     turns: tuple[Turn, ...]
     left: tuple[tuple[str, int], ...] = ()
-
-
-def up_to(sample: Sample, place: int) -> Sample:
-    """The sample that ends with the answer at this place of its messages."""
-    answer, before = sample.messages[place], sample.messages[:place]
-    content = answer.get("content") or ""
-    return replace(
-        sample,
-        messages=before,
-        references=(content if content.strip() else calls_as_text(answer),),
-        instruction=before[-1]["content"] if before else "",
-        input="",
-        answer=answer if len(answer) > 2 else None,
-        earlier=tuple(one for one in sample.earlier if one < place),
-    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Knows which reader is for what. Does not know what a record says (samples.py).
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 

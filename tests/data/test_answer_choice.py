@@ -7,10 +7,10 @@ from test_answer_span import HEADER, TURNS, tokenizer_of
 from test_turn_spans import AGENT, DEEPSEEK, QWEN3, WIDE, answers, conversation, said, sample_of
 from tiny import tiny_tokenizer, write_jsonl
 
-from pocl_fast.data.encoding import SampleEncoder, encode_all, encoder_of, fit_all
+from pocl_fast.data.encoding import SampleEncoder, encoder_of
+from pocl_fast.data.fitting import encode_all, fit_all
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.data.turn_spans import up_to
 from pocl_fast.options import DataOptions
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import Sample, samples_from
@@ -159,11 +159,11 @@ def test_conversations_that_end_earlier_are_counted_and_have_their_own_reference
 def test_an_answer_that_calls_tools_may_be_where_a_conversation_ends():
     whole = sample_of(AGENT)
     for place in whole.earlier:
-        ends = up_to(whole, place)
+        ends = whole.up_to(place)
         assert ends.answer_turn == whole.messages[place]
         assert ends.references[0]
         assert all(earlier < place for earlier in ends.earlier)
-    found, last = answers(tokenizer_of(QWEN3), up_to(whole, whole.earlier[2]))
+    found, last = answers(tokenizer_of(QWEN3), whole.up_to(whole.earlier[2]))
     assert len(found) == len(last) == 3
 
 
@@ -223,4 +223,4 @@ def test_what_a_template_does_with_a_record_is_a_kind_of_bad_record(template, sa
 
 def test_a_sample_ends_with_the_turn_that_it_is_cut_to():
     sample = Sample(0, 1, tuple(TALK[:3]), ("x",), earlier=(1,))
-    assert up_to(sample, 1) == Sample(0, 1, tuple(TALK[:1]), (THOUGHT,), instruction="a")
+    assert sample.up_to(1) == Sample(0, 1, tuple(TALK[:1]), (THOUGHT,), instruction="a")

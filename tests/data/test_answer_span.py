@@ -3,7 +3,8 @@
 import pytest
 from tiny import tiny_tokenizer
 
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.records.samples import Sample, samples_from
 from pocl_fast.system.errors import InputError
 

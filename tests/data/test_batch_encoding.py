@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pocl_fast.data.byte_tokens import ByteTokens
 from pocl_fast.data.chat_template import ChatTemplate
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.samples import samples_from
 

@@ -4,7 +4,8 @@ import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer, write_jsonl
 
 from pocl_fast.data.chat_template import unused_template
-from pocl_fast.data.encoding import SampleEncoder, encode_all, encoder_of
+from pocl_fast.data.encoding import SampleEncoder, encoder_of
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.options import DataOptions
 from pocl_fast.records.samples import Sample, read_samples, samples_from

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pocl_fast.answers.evaluation import references_of
 from pocl_fast.data.control_text import control_tokens
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.records.samples import samples_from
 from pocl_fast.system.errors import InputError
 

@@ -6,7 +6,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.records.samples import read_samples, samples_from
 from pocl_fast.system.errors import InputError
 

@@ -7,7 +7,8 @@ import pytest
 from tiny import arithmetic, tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, refusal, run, select
 
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.options import DataOptions
 from pocl_fast.records.samples import read_samples

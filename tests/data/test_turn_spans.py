@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from pocl_fast.data.chat_template import ChatTemplate
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.data.turn_spans import up_to
 from pocl_fast.records.samples import Sample
 
 WIDE = {"max_length": 9000, "max_prompt_length": 8000}
@@ -46,7 +45,7 @@ def answers(tokenizer, sample, **options):
     """Each answer's tokens out of one pass, and each as the last one of its own conversation."""
     whole = SampleEncoder(tokenizer, **options).encode(sample, **WIDE)
     alone = SampleEncoder(tokenizer, train_on="last", **options)
-    ends = [up_to(sample, place) for place in sample.earlier]
+    ends = [sample.up_to(place) for place in sample.earlier]
     last = [alone.encode(one, **WIDE) for one in (*ends, sample)]
     assert [whole.ids[start - 1] for start, _ in whole.spans] == [one.prompt_ids[-1] for one in last]  # the header's
     return [whole.ids[start:end] for start, end in whole.spans], [one.response_ids for one in last]

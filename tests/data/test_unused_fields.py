@@ -5,7 +5,8 @@ import pytest
 from tiny import CHAT_TEMPLATE, arithmetic, tiny_tokenizer, write_jsonl
 
 from pocl_fast.data.chat_template import ChatTemplate
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.data.unused_fields import UnusedFields
 from pocl_fast.options import DataOptions

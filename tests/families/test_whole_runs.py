@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families.cells import check_each
 from families.tiny_families import row_model
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.packed import pack
 from pocl_fast.models.loading import load_model
 from pocl_fast.models.packed_forward import supervised_logits

@@ -8,7 +8,8 @@ from tiny_training import LIMITS
 
 from pocl_fast.answers.decoding import generate
 from pocl_fast.answers.engine import TorchEngine
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.inputs.vocabulary import configured_rows, rows_of, tokenless_ids
 from pocl_fast.models.loading import choose_device
 from pocl_fast.options import GenerationOptions

@@ -10,7 +10,8 @@ from tiny_run import make_inputs, options, refusal, run, select
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pocl_fast.data.encoding import SampleEncoder, encode_all
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.records.samples import samples_from
 from pocl_fast.system.errors import InputError
