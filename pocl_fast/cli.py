@@ -254,6 +254,7 @@ def _prepare_environment() -> None:
 def _quiet_libraries() -> None:
     """Keeps libraries' notes and progress bars out of the output; the run's own checks replace their warnings."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each 8-bit product otherwise
     import transformers
 

@@ -20,6 +20,7 @@ from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encoder_of
 from pocl_fast.data.sample_set import SampleSet, read_set
 from pocl_fast.inputs.left_to_right import check_left_to_right
+from pocl_fast.inputs.positions import check_positions
 from pocl_fast.inputs.usable import check_model
 from pocl_fast.inputs.vocabulary import (
     Rows,
@@ -332,7 +333,7 @@ class RunContext:
         if whose in ("student", "teacher"):
             self._check_usable(model, whose)
         data, answer = self.config.data, self.config.generation.max_new_tokens
-        loading.check_positions(model, max(data.max_length, data.max_prompt_length + answer), whose)
+        check_positions(model, max(data.max_length, data.max_prompt_length + answer), whose)
         with self.precision.autocast():
             check_head(model, whose)
             return LoadedModel(model, packing_ready(model, self._say_of(whose)))
