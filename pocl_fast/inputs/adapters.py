@@ -171,6 +171,31 @@ def _check_kind(config: Any, argument: str) -> None:
         raise InputError(f"{kind} moves ranks between layers while it trains, which is not done here: give LoRA")
 
 
+def check_fit(model: Any, options: AdapterSettings) -> None:
+    """Raises `InputError` where the adapters of the options do not fit the model, which stays as it is: for a model
+    that is used for other things before its adapters train."""
+    if (config := configuration_of(options)) is None:
+        return
+    from peft import get_peft_model
+
+    _check_targets(model, config)
+    try:
+        with torch.device("meta"):
+            empty = type(model)(copy.deepcopy(model.config))
+    except Exception:  # a model's own code may need memory for its weights: what does not fit is found in training
+        return
+    try:
+        get_peft_model(empty, copy.deepcopy(config), low_cpu_mem_usage=True)
+    except (ValueError, KeyError) as error:
+        raise _unfit(model, "peft_config" if options.lora_rank is None else "lora_rank", error) from error
+    except Exception:  # kinds that begin with the weights' values, which an empty model has not: the same
+        return
+
+
+def _unfit(model: Any, argument: str, error: Exception) -> InputError:
+    return InputError(f"{argument} does not fit {type(model).__name__}: {first_line(error)}")
+
+
 # -- on a student ------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +224,7 @@ def with_adapters(model: Any, config: Any, argument: str, *, seed: int = 0, merg
             torch.manual_seed(seed)  # a training that begins again begins with the same adapters, on every rank
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise InputError(f"{argument} does not fit {type(model).__name__}: {first_line(error)}") from error
+        raise _unfit(model, argument, error) from error
     after = {name: _bits(tensor) for name, tensor in plain_state(adapted.get_base_model()).items()}
     if new := sorted(after.keys() - before.keys()):
         raise InputError(

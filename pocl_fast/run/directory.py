@@ -49,11 +49,14 @@ class Reads:
             others = others | {"eval_steps": config.logging.logging_steps}  # what transformers takes then
         if config.adapters.lora_rank is None and config.adapters.peft_config is None:
             values = {name: value for name, value in values.items() if name not in _OF_ADAPTERS}
+        if config.data.dev is not None:
+            values.pop("held_out", None)
         values |= {f"--set {name}": value for name, value in others.items() if not name.startswith(_AROUND)}
         return {name: value for name, value in values.items() if name not in self.but}
 
 
 STUDENT, STUDENT_ADAPTERS = "student/model.safetensors", "student/adapter_model.safetensors"
+_DATA_FLAGS = {"train": "--train", "dev": "--dev (or --held-out)"}
 _OF_ADAPTERS = ("lora_alpha", "lora_targets", "merge_adapters")  # which mean nothing without adapters
 _DEVICES = ("device", "teacher_device")
 _TEACHER = ("teacher", "teacher_quantization")
@@ -198,8 +201,10 @@ class RunDirectory:
         reads, every = READS[step], config.flat()
         made_from: dict[str, Any] = {}
         for name, value in reads.options(config).items():
-            if name in ("train", "dev"):
-                made_from[f"{name} data"] = source_of(required(every[name], f"--{name}")).fingerprint()
+            if name == "dev" and value is None and config.data.held_out is not None:
+                made_from["dev data"] = f"held out of {source_of(required(every['train'], '--train')).fingerprint()}"
+            elif name in ("train", "dev"):
+                made_from[f"{name} data"] = source_of(required(every[name], _DATA_FLAGS[name])).fingerprint()
             elif name == "teacher":
                 made_from[name] = source_fingerprint(required(value, _teacher_flag(step, every)))
             elif name == "student":

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer
 
 from pocl_fast.inputs.adapters import is_adapted, save_adapted
+from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.probing import is_sharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
@@ -68,7 +69,7 @@ class SavingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`. Adapters are merged where `merge_adapters` says so; the model that they are for is
         saved beside them where it is nowhere else."""
-        if _internal_call or not is_adapted(self.model) or is_sharded(self.model):
+        if _internal_call or not is_adapted(self.model) or is_sharded(causal_lm(self.model)):
             super().save_model(output_dir, _internal_call)
         elif self.is_world_process_zero():
             folder, whole = Path(output_dir or str(self.args.output_dir)), bool(self.args.merge_adapters)  # type: ignore[attr-defined]
