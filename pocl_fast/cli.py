@@ -113,6 +113,7 @@ COMMANDS: dict[str, Command] = {
         step=DemoOutput,
     ),
 }
+HELD_OUT = 100  # samples that distill holds out of a training file that is all there is
 NEED_A_RUN = ("rank", "train", "report")  # of what an earlier step left
 
 
@@ -166,6 +167,8 @@ def _run(name: str, arguments: list[str]) -> None:
         from pocl_fast.run.demo import demo_options
 
         options = demo_options()
+    if name == "distill" and options["dev"] is None and options["held_out"] is None:
+        options["held_out"] = HELD_OUT
     command.work(open_run(given.output, options, restart=getattr(given, "restart", False)))
     if joined:
         ranks.stop()
@@ -255,6 +258,7 @@ def _prepare_environment() -> None:
 def _quiet_libraries() -> None:
     """Keeps libraries' notes and progress bars out of the output; the run's own checks replace their warnings."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each 8-bit product otherwise
     import transformers
 

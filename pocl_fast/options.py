@@ -50,6 +50,9 @@ class DataFiles:
     are prompt/response, instruction/input/output, prompt/completion, messages or conversations."""
     dev: str | None = None
     """The same for held-out samples; answers are scored against all of a sample's references."""
+    held_out: Count | None = None
+    """Without a file of them, take so many of the training samples as held-out ones, but at most a tenth, and train on
+    the others. No prompt is on both sides. distill without --dev takes 100."""
 
 
 # -- what a run and a trainer have -------------------------------------------------------------------------------------
@@ -129,11 +132,12 @@ class AdapterOptions:
     """Train LoRA adapters of this rank (arXiv 2106.09685)."""
     lora_alpha: Positive | None = None
     """The adapters' scale times their rank; without it, twice the rank."""
-    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    lora_targets: Annotated[list[str], NotEmpty()] = field(default_factory=lambda: ["all-linear"])
     """Names of the layers that get adapters, such as q_proj v_proj; "all-linear" is every linear layer but the
     lm_head."""
     peft_config: Path | None = None
-    """Any other adapters: a peft configuration as JSON (adapter_config.json), instead of lora_rank."""
+    """Any other adapters: a peft configuration as JSON, or a folder with an adapter_config.json, instead of
+    lora_rank."""
     merge_adapters: bool = False
     """Save the student whole, with its adapters merged into its weights, and not the adapters alone."""
 

@@ -98,7 +98,6 @@ def test_a_missing_output_is_named(capsys):
         ({"student_layers": None}, "give --student, or --student-layers to cut one from the teacher"),
         ({"teacher": None}, "--teacher"),
         ({"train": None}, "--train is missing"),
-        ({"dev": None}, "--dev is missing"),
         ({"train": "nowhere.jsonl"}, "cannot read nowhere.jsonl: No such file or directory"),
         ({"teacher": "/nowhere/model"}, "no such model folder: /nowhere/model"),
         ({"teacher": "nowhere.gguf"}, "no such GGUF file: nowhere.gguf"),

@@ -5,7 +5,8 @@ Does not know how a sample becomes tokens (encoding.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from pocl_fast.data.fitting import fit_all
 from pocl_fast.data.length_report import LengthReport
 from pocl_fast.records.bad_records import BadRecords
 from pocl_fast.records.samples import Sample, read_samples, samples_from
+from pocl_fast.system.errors import InputError
 
 
 class SetOptions(Protocol):
@@ -64,3 +66,40 @@ def read_set(given: Any, encoder: SampleEncoder, options: SetOptions, name: str)
     for sample, _ in fitted:
         known[sample.index] = sample
     return SampleSet(known, [one for _, one in fitted]), report
+
+
+class HeldOutOptions(Protocol):
+    """Where the held-out samples come from."""
+
+    @property
+    def dev(self) -> str | None: ...
+    @property
+    def held_out(self) -> int | None: ...
+
+
+def split(samples: SampleSet, options: HeldOutOptions, say: Callable[[str], object]) -> tuple[SampleSet, SampleSet]:
+    """The samples to train on, and those that `held_out` takes of them where there is no file of such (else none).
+
+    It takes at most a tenth of all, and at least one. Which they are depends on their prompts alone, and all samples of
+    one prompt are on the same side. Raises `InputError` where fewer than two prompts differ.
+    """
+    if options.dev is not None or options.held_out is None:
+        return samples, SampleSet(samples.samples, [])
+    by_prompt: dict[bytes, set[int]] = {}
+    for place, one in enumerate(samples.encoded):
+        by_prompt.setdefault(hashlib.sha256(repr(list(one.prompt_ids)).encode()).digest(), set()).add(place)
+    if len(by_prompt) < 2:
+        raise InputError("no samples can be held out where all have one prompt: give held-out samples (--dev)")
+    count = len(samples.encoded)
+    wanted = max(1, min(options.held_out, count // 10))
+    out: set[int] = set()
+    for _, places in sorted(by_prompt.items()):
+        out |= places if len(out) + len(places) <= wanted else set()
+    out = out or min(by_prompt.values(), key=len)
+    say(
+        f"held out: {len(out):,} of {count:,} samples, which are not trained on but show how well the student answers"
+        " (--held-out says how many, --dev names a file of others)"
+    )
+    sides = ([one for place, one in enumerate(samples.encoded) if (place in out) == side] for side in (False, True))
+    train, dev = (SampleSet(samples.samples, side) for side in sides)
+    return train, dev

@@ -1,7 +1,6 @@
-"""What a user gives as a model, a tokenizer or adapters, checked before anything is computed with it: whether it is
-one.
+"""What a user gives as a model or a tokenizer, checked before anything is computed with it: whether it is one.
 
-Knows transformers and peft. Does not know teacher from student, nor what a model is used for.
+Knows transformers. Does not know teacher from student, nor what a model is used for.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from pocl_fast.models.lm_head import causal_lm
-from pocl_fast.system.errors import InputError, first_line
+from pocl_fast.system.errors import InputError
 
 
 def check_model(model: Any, argument: str, *, may_be_offloaded: bool = False) -> None:
@@ -57,27 +56,3 @@ def check_tokenizer(tokenizer: Any, argument: str) -> None:
         instead = "give the tokenizer that belongs to the model, AutoTokenizer.from_pretrained(...)"
     kind = tokenizer.__name__ if isinstance(tokenizer, type) else type(tokenizer).__name__
     raise InputError(f"{argument} is a {kind}, and no tokenizer of transformers: {instead}")
-
-
-def with_adapters(model: Any, config: Any, argument: str) -> Any:
-    """The model with new adapters of peft. Raises `InputError` where `config`, given as `argument`, does not describe
-    adapters for this model."""
-    try:
-        from peft import PeftConfig, PeftModel, get_peft_model
-    except ImportError as error:
-        raise InputError(f'{argument} needs peft: pip install "pocl-fast[peft]"') from error
-    if not isinstance(config, PeftConfig):
-        kind = type(config).__name__
-        raise InputError(f"{argument} is a {kind}, and no configuration of peft: give one, as LoraConfig(r=16)")
-    if isinstance(model, PeftModel):
-        raise InputError(
-            f"the model has adapters already, and {argument} would put others on top: give the model without them"
-            " (merge_and_unload()), or leave the argument out to train those it has"
-        )
-    task = getattr(config.task_type, "value", config.task_type)
-    if task not in (None, "CAUSAL_LM"):
-        raise InputError(f"{argument} is for task_type {task}: a language model needs CAUSAL_LM")
-    try:
-        return get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise InputError(f"{argument} does not fit {type(model).__name__}: {first_line(error)}") from error

@@ -225,6 +225,7 @@ class _Cut:
             self._note(2, f"weights that do not belong to one layer: {first_line(failure)}")
             return None
         student.tie_weights()
+        student.name_or_path = ""  # its source's, which it is not
         student.generation_config = copy.deepcopy(self.model.generation_config)
         return student.to(input_device(self.model)).eval()
 

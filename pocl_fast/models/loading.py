@@ -28,6 +28,7 @@ from pocl_fast.system.errors import InputError, OtherRankFailed, first_line
 Quantization = Literal["none", "8bit", "4bit"]
 BUNDLED = "bundled"
 ADAPTER = "adapter_config.json"  # in a folder of adapters
+BASE = "base"  # in a folder of adapters, the model that they are for, where it is nowhere else
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,18 @@ def resolve(source: str) -> ModelSource:
         return ModelSource(str(path))
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise InputError(f"no such model folder: {source}")
-    return ModelSource(source)
+    return _of_adapter(cached) if (cached := _cached_adapter(source)) else ModelSource(source)
+
+
+def _cached_adapter(source: str) -> Path | None:
+    """The folder of a hub id's adapters, where these are on this machine and no whole model of the id is."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        whole, settings = (try_to_load_from_cache(source, name) for name in ("config.json", ADAPTER))
+    except ValueError:  # no id of the hub
+        return None
+    return Path(settings).parent if isinstance(settings, str) and not isinstance(whole, str) else None
 
 
 def same_source(one: str, other: str) -> bool:
@@ -97,6 +109,8 @@ def _of_adapter(folder: Path) -> ModelSource:
     elif (folder / base / "config.json").is_file():  # as given from there
         base = str(folder / base)
     elif Path(base).is_absolute() and not Path(base).is_dir():
+        if Path(base).name == BASE and (folder / BASE / "config.json").is_file():  # both were moved
+            return ModelSource(str(folder / BASE), adapter=str(folder))
         raise InputError(
             f"the adapter {folder} is for the model {base}, which is not there: set base_model_name_or_path in"
             f" {folder / ADAPTER}, or merge the adapter into its model and give the merged one"
@@ -165,6 +179,7 @@ def load_model(
     with readable_errors(source, "model"):
         if not where.is_plain:
             model = _load_gguf(where, dtype) if where.gguf_file else _load_merged(where, dtype, trust_remote_code)
+            model.name_or_path = ""  # transformers would find another model there
             if quantization == "none":
                 return (model.to(device) if placement is None else placement.dispatch(model)).eval()
             # bitsandbytes quantises while it reads safetensors: other weights are written as such a file first
@@ -178,23 +193,11 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(where.path, **kwargs)
         if getattr(model, "_hf_peft_config_loaded", False):
             model = _merge_injected(model, source)
+        elif Path(where.path).is_dir():
+            model.name_or_path = str(Path(where.path).absolute())  # where adapters for it will say that it is
         if placement is not None:
             return model.eval()
         return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method without its type
-
-
-def check_positions(model: Any, tokens: int, whose: str) -> None:
-    """Raises `InputError` where a model with learned positions (GPT-2, OPT) has fewer than `tokens`."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or tokens <= limit:
-        return
-    words = model.get_input_embeddings()
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
-    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's begin at 2
-        raise InputError(
-            f"the {whose} has learned {limit} positions, and prompt and response may take {tokens} tokens: lower"
-            " max_length, max_prompt_length or max_new_tokens"
-        )
 
 
 def _load_merged(where: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -210,11 +213,31 @@ def _load_merged(where: ModelSource, dtype: torch.dtype, trust_remote_code: bool
         if adapted.active_peft_config.is_prompt_learning:
             kind = type(adapted.active_peft_config).__name__
             raise InputError(f"the adapter {where.adapter} puts tokens before the prompt ({kind}): it cannot be merged")
-        merged = adapted.merge_and_unload(safe_merge=True)
+        model = merged(adapted)
     except (RuntimeError, NotImplementedError, TypeError) as error:  # sizes that differ, NaN, no way to merge
         raise ValueError(f"its adapters cannot be merged into {where.path}: {error}") from error
     say(f"the adapters {where.adapter} are merged into {where.path}: a model of plain weights")
-    return merged
+    return model
+
+
+def merged(adapted: Any) -> Any:
+    """The model of one of peft, in place, with its adapters merged into its weights. Where these make two tied weights
+    differ, such as the embedding and the lm_head, the model's are tied no longer."""
+    inner = adapted.get_base_model()
+    words, head = (
+        end.get_base_layer() if hasattr(end, "get_base_layer") else end
+        for end in (inner.get_input_embeddings(), inner.get_output_embeddings())
+    )
+    if head is not None and words.weight is head.weight:
+        words.weight = nn.Parameter(words.weight.detach().clone())  # for merging adds to a weight in place
+    model = adapted.merge_and_unload(safe_merge=True)
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or torch.equal(words.weight, head.weight):
+        model.tie_weights()
+    elif getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+    return model
 
 
 def _merge_injected(model: Any, source: str) -> Any:
@@ -229,6 +252,7 @@ def _merge_injected(model: Any, source: str) -> Any:
         one.merge(safe_merge=True)
         model.set_submodule(name, one.get_base_layer())
     model._hf_peft_config_loaded = False
+    model.name_or_path = ""
     del model.peft_config
     say(f"the adapters of {source} are merged into their model: plain weights")
     return model

@@ -18,8 +18,10 @@ from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encoder_of
-from pocl_fast.data.sample_set import SampleSet, read_set
+from pocl_fast.data.sample_set import SampleSet, read_set, split
+from pocl_fast.inputs.adapters import check_fit
 from pocl_fast.inputs.left_to_right import check_left_to_right
+from pocl_fast.inputs.positions import check_positions
 from pocl_fast.inputs.usable import check_model
 from pocl_fast.inputs.vocabulary import (
     Rows,
@@ -142,7 +144,7 @@ class RunContext:
             check_tokens(data, Vocabulary("student", rows), self.tokenizer, self._place_in("train"))
 
     def _place_in(self, data: str) -> Place:
-        return places(getattr(self.config.data, data), f"--{data}")
+        return places(getattr(self.config.data, data) or self.config.data.train, f"--{data}")
 
     def check_sizes(self) -> None:
         """Raises `InputError` where --student-layers asks for more layers than there are, and for a top-k that does not
@@ -202,15 +204,20 @@ class RunContext:
     @cached_property
     def dev_set(self) -> SampleSet:
         """The held-out samples."""
-        dev = self._read(self.config.data.dev, "--dev")
-        if line := unseen_by_rouge(dev, self.config.generation.rouge_tokenizer, str(self.config.data.dev)):
+        given = self.config.data
+        dev = self._read(given.dev, "--dev (or --held-out)") if given.dev or not given.held_out else self._sides[1]
+        if line := unseen_by_rouge(dev, self.config.generation.rouge_tokenizer, str(given.dev or given.train)):
             self.say(line)
         return dev
 
     @cached_property
     def train_file(self) -> SampleSet:
         """The training samples as they are in the file."""
-        return self._read(self.config.data.train, "--train")
+        return self._sides[0]
+
+    @cached_property
+    def _sides(self) -> tuple[SampleSet, SampleSet]:
+        return split(self._read(self.config.data.train, "--train"), self.config.data, self.say)
 
     def _read(self, given: str | None, option: str) -> SampleSet:
         name = required(given, option)
@@ -320,6 +327,7 @@ class RunContext:
             )
         if chosen.student_layers is not None:
             student = cut_layers(student, chosen.student_layers)
+        check_fit(student, self.config.adapters)
         loading.make_savable(student, self.say, "student")
         loading.check_saved(self.tokenizer)
         return as_trainable(student)
@@ -337,7 +345,7 @@ class RunContext:
         if whose in ("student", "teacher"):
             self._check_usable(model, whose)
         data, answer = self.config.data, self.config.generation.max_new_tokens
-        loading.check_positions(model, max(data.max_length, self._longest_prompt + answer), whose)
+        check_positions(model, max(data.max_length, self._longest_prompt + answer), whose)
         with self.precision.autocast():
             check_head(model, whose)
             return LoadedModel(model, packing_ready(model, self._say_of(whose)))

@@ -16,6 +16,7 @@ from typing import Any
 
 from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
 from pocl_fast.data.template_date import DATE_FILE
+from pocl_fast.inputs.adapters import configuration_file
 from pocl_fast.models.fingerprints import source_fingerprint
 from pocl_fast.options import RunConfig, option_name
 from pocl_fast.records.sources import source_of
@@ -46,10 +47,17 @@ class Reads:
             values = {name: value for name, value in values.items() if name not in self.to_remeasure}
         if others.get("eval_strategy") == "steps" and "eval_steps" not in others and "logging" in self.groups:
             others = others | {"eval_steps": config.logging.logging_steps}  # what transformers takes then
+        if config.adapters.lora_rank is None and config.adapters.peft_config is None:
+            values = {name: value for name, value in values.items() if name not in _OF_ADAPTERS}
+        if config.data.dev is not None:
+            values.pop("held_out", None)
         values |= {f"--set {name}": value for name, value in others.items() if not name.startswith(_AROUND)}
         return {name: value for name, value in values.items() if name not in self.but}
 
 
+STUDENT, STUDENT_ADAPTERS = "student/model.safetensors", "student/adapter_model.safetensors"
+_DATA_FLAGS = {"train": "--train", "dev": "--dev (or --held-out)"}
+_OF_ADAPTERS = ("lora_alpha", "lora_targets", "merge_adapters")  # which mean nothing without adapters
 _DEVICES = ("device", "teacher_device")
 _TEACHER = ("teacher", "teacher_quantization")
 # beginnings of the names of transformers' arguments that do not change what is learnt
@@ -80,7 +88,7 @@ READS = {
     "evaluate-after": Reads(
         ("models", "data", "generation", "evaluation"),
         (*_DEVICES, *_TEACHER, "train", "data_source", "student", "student_layers", "trust_remote_code"),
-        ("student/model.safetensors",),
+        (STUDENT,),
     ),
 }  # fmt: skip
 # Whose result a step builds on without reading the data behind it: what both are made from must agree.
@@ -193,13 +201,17 @@ class RunDirectory:
         reads, every = READS[step], config.flat()
         made_from: dict[str, Any] = {}
         for name, value in reads.options(config).items():
-            if name in ("train", "dev"):
-                made_from[f"{name} data"] = source_of(required(every[name], f"--{name}")).fingerprint()
+            if name == "dev" and value is None and config.data.held_out is not None:
+                made_from["dev data"] = f"held out of {source_of(required(every['train'], '--train')).fingerprint()}"
+            elif name in ("train", "dev"):
+                made_from[f"{name} data"] = source_of(required(every[name], _DATA_FLAGS[name])).fingerprint()
             elif name == "teacher":
                 made_from[name] = source_fingerprint(required(value, _teacher_flag(step, every)))
             elif name == "student":
                 source = source_fingerprint(required(value or every["teacher"], "--teacher"))
                 made_from[name] = source if value else f"cut from {source}"
+            elif name == "peft_config" and value is not None:
+                made_from[name] = file_fingerprint(configuration_file(value))
             elif name == "chat_template" and value is not None and Path(value).expanduser().is_file():
                 made_from[name] = f"{value} ({file_fingerprint(Path(value).expanduser())[:16]})"
             else:
@@ -212,6 +224,8 @@ class RunDirectory:
         """The fingerprints of files of this folder. Raises `InputError` for one that is not there yet."""
         fingerprints = {}
         for name in names:
+            if name == STUDENT and (self.path / STUDENT_ADAPTERS).is_file():
+                name = STUDENT_ADAPTERS
             there = (self.path / name).exists()
             if name == TEACHER_SCORES and not (there and may_read_teacher(options["signals"])):
                 continue

@@ -85,7 +85,8 @@ def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
     a time; before that, one reading checks all of it."""
     data = context.config.data
     source = source_of(required(data.train, "--train"))
-    if context.train_file_is_loaded or data.data_source != "data" or not source.is_large():
+    holds_out = data.dev is None and data.held_out is not None
+    if context.train_file_is_loaded or holds_out or data.data_source != "data" or not source.is_large():
         known = context.train_set
         return rows_of(known.samples, known.encoded), len(known.encoded)
     stream = SampleStream(source, context.encoder, data)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.inputs.adapters import check_merges, configuration_of, is_adapted
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.cut import num_parameters
-from pocl_fast.models.unsharded import unsharded
+from pocl_fast.models.loading import resolve
 from pocl_fast.run.context import RunContext
+from pocl_fast.run.saved_student import save_student
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.checkpoints import checkpoints
@@ -31,9 +32,11 @@ def train_step(context: RunContext) -> None:
     context.check_vocabularies()
     with context.directory.timed("train") as facts:
         trainer = make_trainer(context, curriculum, arguments)
+        if is_adapted(trainer.model):
+            check_merges(trainer.model, "the evaluation of the trained student merges its adapters")
         trainer.train(resume_from_checkpoint=True)
-        with unsharded(trainer.model) as whole:
-            ranks.from_first(lambda: save_student(whole, context.tokenizer, context.path))
+        merges = arguments.merge_adapters
+        save_student(trainer.model, context.tokenizer, context.path, merges=merges, say=context.say)
         facts |= training_speed(context.path / "metrics.jsonl")
     if ranks.is_first():
         for checkpoint in checkpoints(context.path / "checkpoints"):  # needed to resume only; the best weights stay
@@ -61,6 +64,11 @@ def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclCon
     both = student, context.teacher_model()
     sizes = [num_parameters(model, adapters=False) for model in both]
     context.say_pair(*(rows_of(model).lm_head for model in both), *sizes)
+    if resolve(context.student_source).adapter and configuration_of(arguments) is None:
+        context.say(
+            f"train: the adapters {context.student_source} are merged, and all weights of the student train: give"
+            " --lora-rank to train new adapters on it"
+        )
     context.say(
         f"train: student of {_millions(sizes[0])} parameters, teacher of {_millions(sizes[1])};"
         f" on {context.device}, matrix products in {context.precision.name}"
@@ -80,20 +88,13 @@ def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclCon
 def trainer_arguments(context: RunContext) -> PoclConfig:
     """The trainer's arguments out of a run's options. Raises `InputError` for options that do not go together."""
     from pocl_fast.training.arguments import PoclConfig
-    from pocl_fast.training.setup import check_optimisation
+    from pocl_fast.training.setup import check_optimisation, sharded_later
 
     arguments = PoclConfig.of_run(context.config, context.path / "checkpoints")
     check_optimisation(arguments)
+    if configuration_of(arguments) is not None and sharded_later(arguments):
+        raise InputError("a run trains adapters under DDP, and not under FSDP or DeepSpeed: leave these out")
     return arguments
-
-
-def save_student(student: Any, tokenizer: Any, run: Path) -> None:
-    """Writes student/ whole: a crash leaves the folder as it was or none."""
-    partial, folder = run / "student.partial", run / "student"
-    student.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)  # there if a crash came just before the stamp
-    os.replace(partial, folder)
 
 
 def training_speed(metrics: Path) -> dict[str, float]:

@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.inputs.adapters import check_options
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.options import (
@@ -180,6 +181,7 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         columns = teacher_columns(self.signals)
         if columns and self.remeasure and self.cache_mode == "topk":
             raise InputError(top_k_lacks(columns))
+        check_options(self)
         if self.patience is not None and self.eval_strategy == "no":
             raise InputError('patience needs evaluations: give eval_strategy "epoch" or "steps"')
 
@@ -227,8 +229,9 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             torch.cuda.set_device(device)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers' own, with `device` as it was given."""
-        return super().to_dict() | {"device": vars(self)["device"]}
+        """As transformers' own, with `device` as it was given, and paths as text."""
+        text = None if self.peft_config is None else str(self.peft_config)
+        return super().to_dict() | {"device": vars(self)["device"], "peft_config": text}
 
     def objective(self) -> Objective:
         """The loss of the first stage."""

@@ -6,6 +6,7 @@ Knows when a trainer saves and resumes. Does not know what it trains.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 
+from pocl_fast.inputs.adapters import is_adapted, save_adapted
+from pocl_fast.models.lm_head import causal_lm
+from pocl_fast.models.probing import is_sharded
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
@@ -61,6 +65,17 @@ class SavingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: transformers calls it before the checkpoint is in its place."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`. Adapters are merged where `merge_adapters` says so; the model that they are for is
+        saved beside them where it is nowhere else."""
+        if _internal_call or not is_adapted(self.model) or is_sharded(causal_lm(self.model)):
+            super().save_model(output_dir, _internal_call)
+        elif self.is_world_process_zero():
+            folder, whole = Path(output_dir or str(self.args.output_dir)), bool(self.args.merge_adapters)  # type: ignore[attr-defined]
+            how = save_adapted(copy.deepcopy(self.model) if whole else self.model, folder, whole=whole)
+            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+            say(f"the student is saved {how}, in {folder}")
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.push_to_hub`, but only the model is uploaded, from the output folder's `hub`."""

@@ -25,8 +25,9 @@ from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encoder_of
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.sample_set import SampleSet, read_set
-from pocl_fast.inputs import usable
+from pocl_fast.inputs import adapters, usable
 from pocl_fast.inputs.left_to_right import check_left_to_right
+from pocl_fast.inputs.positions import check_positions
 from pocl_fast.inputs.trainable import check_trains, make_trainable
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
 from pocl_fast.models import loading
@@ -82,6 +83,7 @@ def training_parts(
     check_apart(student, teacher)
     check_teacher_argument(teacher, args)
     check_student_argument(student, args)
+    peft_config = adapters.configuration_of(args, peft_config)
     folder, said = Path(str(args.output_dir)), isinstance(tokenizer, SampleEncoder)
     encoder = tokenizer if said else encoder_of(tokenizer_of(student, tokenizer, args), args, folder, _first_says)
     tokenizer = encoder.tokenizer
@@ -154,7 +156,9 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         model = as_trainable(model)
         usable.check_model(model, "model")
     if peft_config is not None:
-        model = usable.with_adapters(model, peft_config, "peft_config")
+        argument = "peft_config" if args.lora_rank is None else "lora_rank"
+        model = adapters.with_adapters(model, peft_config, argument, seed=args.seed, merges=args.merge_adapters)
+        _first_says(f"student: {adapters.described(model)}")
     elif getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
         raise InputError("model is quantised: only adapters on it can learn, so give a peft_config, or load it whole")
     peft_of = getattr(model, "active_peft_config", None)
@@ -229,9 +233,9 @@ def check_lengths(student: Any, teacher: Teacher, args: PoclConfig, training: Sa
     """Raises `InputError` where a sample, or a prompt and its answer, has more tokens than a model has positions."""
     lengths = [len(sample) for sample in training.encoded]
     prompts = [len(sample.prompt_ids) for known in (training, dev) if known for sample in known.encoded]
-    loading.check_positions(causal_lm(student), max([*lengths, max(prompts) + args.max_new_tokens]), "student")
+    check_positions(causal_lm(student), max([*lengths, max(prompts) + args.max_new_tokens]), "student")
     if teacher.has_body:
-        loading.check_positions(causal_lm(teacher.model), max(lengths), "teacher")
+        check_positions(causal_lm(teacher.model), max(lengths), "teacher")
 
 
 def sharded_later(args: PoclConfig) -> bool:

@@ -97,7 +97,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, tokenizer, says):
     ("config", "says"),
     [
         ({"r": 4}, "peft_config is a dict, and no configuration of peft"),
-        (peft.LoraConfig(target_modules=["nowhere"]), "peft_config does not fit LlamaForCausalLM: Target modules"),
+        (peft.LoraConfig(target_modules=["nowhere"]), r"LlamaForCausalLM has no layer nowhere \(target_modules\)"),
         (peft.LoraConfig(task_type="SEQ_CLS"), "peft_config is for task_type SEQ_CLS: .* needs CAUSAL_LM"),
     ],
     ids=["a dict", "no such layer", "another task"],

@@ -121,6 +121,13 @@ def test_two_ranks_give_the_losses_and_weights_of_one_process(two_ranks, tmp_pat
     assert_the_same(weights, folder, alone)
 
 
+def test_two_ranks_train_the_adapters_of_one_process(two_ranks, tmp_path):
+    lora = SETTING | {"lora_rank": 2, "lora_targets": ["q_proj", "v_proj"]}
+    one, two = tmp_path / "one", tmp_path / "two"
+    student = train(one, curriculum=curriculum(), **lora)
+    assert_the_same(two_ranks(train_on_rank, two, lora), two, (weights_of(student), logged(one)))
+
+
 def test_accumulation_over_ranks_weighs_every_token_alike(two_ranks, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     student = train(one, curriculum=curriculum(), per_device_train_batch_size=8, **SETTING)
