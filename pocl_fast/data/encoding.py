@@ -19,6 +19,7 @@ from pocl_fast.data.answer_text import PLAIN, AnswerReader
 from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
 from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.samples import Sample
+from pocl_fast.system.console import watched
 from pocl_fast.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -290,7 +291,7 @@ def encode_all(
     encoded: list[EncodedSample] = []
     skipped: list[int] = []
     fields = unused_fields.UnusedFields(encoder, name)
-    for sample in samples:
+    for sample in watched(samples, f"reading {name}", "samples"):
         fields.see(sample)
         one = encoder.encode(sample, max_length=max_length, max_prompt_length=max_prompt_length, name=name)
         if one is None:
