@@ -55,7 +55,7 @@ def data_plan(
 ) -> DataPlan:
     """The numbers of a data set that was read with these limits."""
     encoded = known.encoded
-    shorter, missing = _cuts(known, encoder, max_length, max_prompt_length)
+    shorter, missing = _cuts(known, report, encoder, max_length, max_prompt_length)
     return DataPlan(
         name=name,
         records=len(known.samples),
@@ -87,12 +87,13 @@ def _counted(value: Any) -> Any:
     return len(value)
 
 
-def _cuts(known: SampleSet, encoder: SampleEncoder, max_length: int, max_prompt_length: int) -> tuple[Cut, Cut]:
+def _cuts(
+    known: SampleSet, report: LengthReport, encoder: SampleEncoder, max_length: int, max_prompt_length: int
+) -> tuple[Cut, Cut]:
     """What each limit took: the samples that it touched are tokenised once more, without limits."""
-    kept = {one.index: one for one in known.encoded}
     cut = [one for one in known.encoded if one.truncated]
-    by_index = {sample.index: sample for sample in known.samples}
-    gone = [sample for index, sample in by_index.items() if index not in kept]
+    by_index, skipped = {sample.index: sample for sample in known.samples}, frozenset(report.skipped)
+    gone = [sample for sample in known.samples if sample.line in skipped]
     lost = sum(len(_whole(encoder, by_index[one.index])) - len(one) for one in watched(cut, *AGAIN))
     absent = sum(len(_whole(encoder, sample)) for sample in watched(gone, *AGAIN))
     encoder.take_unwritten()  # of these samples for the second time

@@ -16,6 +16,7 @@ from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.options import CacheOptions
 from pocl_fast.plan.shapes import distinct
+from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.cache import bytes_needed
 from pocl_fast.teacher.shards import HIDDEN_DTYPES, Entries, HiddenEntries, TopKEntries
 from pocl_fast.training.arguments import PoclConfig
@@ -31,7 +32,7 @@ class DiskPlan:
     cache_entries: str | None  # what is kept of a supervised token
     checkpoint: int | None  # one
     checkpoints: int  # that are there at a time
-    best_weights: int | None  # of all stages
+    best_weights: int | None  # of all stages, at most
     student: int | None  # as it is saved
     peak: int  # all of this at once
     free: int  # of the file system that --output is on
@@ -51,10 +52,11 @@ def disk_plan(
     tokenizer: Any,
     state: float,
     saves: int,
+    evaluations: int,
     output: Path | None,
 ) -> DiskPlan:
     """The numbers of a run. Models are on the meta device; `state` are the optimizer's bytes a trained weight, `saves`
-    the checkpoints that are written in all."""
+    the checkpoints that are written in all, `evaluations` those of the dev set in training."""
     place = _existing(output)
     entries = None if teacher is None else entries_of(teacher, arguments)
     cache = None if entries is None else bytes_needed(entries, list({s.fingerprint: s for s in encoded}.values()))
@@ -69,9 +71,7 @@ def disk_plan(
         saved = trained if adapters else FP32 * num_parameters(student)
         state_file = 0 if arguments.save_only_model else int(state * trained / FP32)
         checkpoint = saved + state_file + words
-        evaluates = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no"
-        chosen = arguments.stage_weights == "best" or (arguments.stage_weights == "auto" and evaluates)
-        best = trained * len(range(arguments.stages if arguments.curriculum == "pocl" else 1)) if chosen else 0
+        best = trained * _most_best(arguments, evaluations, kept)
         merged = adapters and arguments.merge_adapters
         whole = words + (FP32 * num_parameters(student, adapters=False) if merged else saved)
     peak = (cache or 0) + kept * (checkpoint or 0) + (best or 0) + (whole or 0)
@@ -88,11 +88,23 @@ def disk_plan(
     )
 
 
+def _most_best(arguments: PoclConfig, evaluations: int, kept: int) -> int:
+    """How many files of a stage's best weights there are at most: one a stage, and of the running stage one more for
+    each checkpoint that was saved before another evaluation was better."""
+    if not evaluations or arguments.stage_weights == "last":
+        return 0
+    stages = arguments.stages if arguments.curriculum == "pocl" else 1
+    return min(evaluations, stages + max(0, kept - 1))
+
+
 def entries_of(teacher: Any, options: CacheOptions | PoclConfig) -> Entries:
-    """What the cache keeps of a token of this teacher."""
-    if options.cache_mode == "topk":
-        return TopKEntries(options.cache_top_k)
-    return HiddenEntries(teacher.get_output_embeddings().weight.shape[1], HIDDEN_DTYPES[options.cache_dtype])
+    """What the cache keeps of a token of this teacher. Raises `InputError` for a top-k that is more than there is."""
+    rows, hidden_size = teacher.get_output_embeddings().weight.shape
+    if options.cache_mode == "hidden":
+        return HiddenEntries(hidden_size, HIDDEN_DTYPES[options.cache_dtype])
+    if options.cache_top_k > rows:
+        raise InputError(f"a top-k of {options.cache_top_k}: must be within 1 and the vocabulary's {rows} tokens")
+    return TopKEntries(options.cache_top_k)
 
 
 def _saved_bytes(tokenizer: Any) -> int:

@@ -44,7 +44,7 @@ class Sizes:
     """What decides how much memory a run takes. Models are on the meta device."""
 
     student: Any
-    teacher: Any | None  # None where none is named, or it lies on another device
+    teacher: Any  # None where none is named, or it lies on another device
     cut: bool  # whether the student is cut from that teacher
     quantization: str
     precision: Precision

@@ -118,6 +118,7 @@ class _Maker:
             tokenizer=self.context.tokenizer,
             state=state,
             saves=max(1, passes),
+            evaluations=steps.evaluations if self.context.has_dev else 0,
             output=self.context.output,
         )
         if self.student is not None:

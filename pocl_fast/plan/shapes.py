@@ -130,7 +130,7 @@ def with_empty_adapters(model: Any, options: AdapterOptions) -> Any:
         else:
             targets = options.lora_targets
             chosen = peft.LoraConfig(
-                r=options.lora_rank,
+                r=options.lora_rank or 0,
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
                 task_type="CAUSAL_LM",
             )

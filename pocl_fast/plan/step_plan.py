@@ -79,7 +79,8 @@ def step_plan(
     """The numbers of a schedule; `ordered` says whether its order is known."""
     lengths = {one.index: len(one) for one in encoded}
     mean = sum(lengths.values()) / len(lengths)
-    stages, tokens = [], 0.0
+    stages: list[StagePlan] = []
+    tokens = 0.0
     for stage in schedule.stages:
         steps = schedule.planned_steps(stage.index)
         first = sum(one.steps for one in stages)

@@ -38,7 +38,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def _data(name: str, data: DataPlan) -> str:
-    counts = [("records read", data.records), ("samples", data.samples), *_parts(data.report)]
+    counts = [("records that are samples", data.records), ("samples", data.samples), *_parts(data.report)]
     counts += [("tokens", data.tokens), ("supervised tokens", data.supervised_tokens)]
     cut, gone = data.max_length, data.max_prompt_length
     if cut.samples:
@@ -130,7 +130,7 @@ def _disk(disk: DiskPlan) -> str:
         pairs.append((f"teacher's cache ({disk.cache_entries})", size(disk.cache)))
     if disk.checkpoint is not None:
         pairs.append(("checkpoints at a time", f"{disk.checkpoints} of {size(disk.checkpoint)}"))
-        pairs.append(("best weights of the stages", size(disk.best_weights or 0)))
+        pairs.append(("best weights of the stages, at most", size(disk.best_weights or 0)))
         pairs.append(("the student", size(disk.student or 0)))
     pairs.append(("in all, at most", size(disk.peak)))
     pairs.append(("free on its disk", size(disk.free)))

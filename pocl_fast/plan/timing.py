@@ -207,7 +207,8 @@ def _seconds_of_cache(teacher: Any, batches: Batches, samples: Sequence[EncodedS
 def _quiet(arguments: PoclConfig) -> PoclConfig:
     """The arguments of a training that saves, evaluates and reports nothing, and has no answers of its own."""
     made = copy.copy(arguments)
-    changes = {"eval_strategy": "no", "save_strategy": "no", "patience": None, "rollouts": "none", "max_steps": -1}
-    for name, value in {**changes, "stage_weights": "last", "remeasure": False, "report_to": []}.items():
+    changes: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "patience": None, "rollouts": "none"}
+    changes |= {"max_steps": -1, "stage_weights": "last", "remeasure": False, "report_to": []}
+    for name, value in changes.items():
         setattr(made, name, value)
     return made
