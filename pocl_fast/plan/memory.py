@@ -19,11 +19,12 @@ from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.packed_forward import decoder_of
 from pocl_fast.models.precision import Precision
-from pocl_fast.plan.meter import forward_peak, training_peak
+from pocl_fast.plan.meter import Peak, forward_peak, training_peak
 from pocl_fast.plan.shapes import distinct
 from pocl_fast.plan.step_plan import Batches
 
 FP32 = 4
+COPIES = "linear layers laid out anew"
 QUANTISED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes a weight of a linear layer; NF4 has a scale for each 64
 
 
@@ -49,6 +50,7 @@ class Sizes:
     quantization: str
     precision: Precision
     batches: Batches
+    tokens: int  # of all training samples
     prompts: Sequence[Sequence[int]]  # that are answered
     max_new_tokens: int
     batch_size: int  # of answering
@@ -64,6 +66,10 @@ class Sizes:
     @property
     def on_cpu(self) -> bool:
         return self.precision.device.type == "cpu"
+
+    def bytes_of(self, peak: Peak) -> int:
+        """What a peak takes where the run is."""
+        return peak.resident if self.on_cpu else peak.alive
 
     @property
     def bf16(self) -> bool:
@@ -88,15 +94,25 @@ def _measuring(sizes: Sizes) -> dict[str, int]:
     parts = _start(sizes)
     if sizes.cut and sizes.teacher is not None:
         parts["teacher's weights"] = _teacher_weights(sizes)
-    return parts | _answering(sizes)
+    answering = _answering(sizes)
+    scores = _forward(sizes, sizes.student, min(TOKENS_A_BATCH, sizes.tokens)) + 2 * _logits(sizes, ROWS_OF_LOGITS)
+    copies = {name: size for name, size in answering.items() if name == COPIES}
+    if scores + sum(copies.values()) > sum(answering.values()):
+        return parts | copies | {"scores: hidden states, logits": scores}
+    return parts | answering
+
+
+def _forward(sizes: Sizes, model: Any, tokens: int) -> int:
+    """Bytes of a decoder's forward over a packed row."""
+    return sizes.bytes_of(forward_peak(model, 1, tokens, bf16=sizes.bf16)[0])
 
 
 def _scoring(sizes: Sizes) -> dict[str, int]:
     parts = _start(sizes) | {"teacher's weights": _teacher_weights(sizes)}
     if sizes.on_cpu:
-        parts["linear layers laid out anew"] = FP32 * (_linear(sizes.student) + _linear(sizes.teacher))
-    tokens = min(TOKENS_A_BATCH, max(1, sum(map(len, sizes.batches.largest))))
-    forwards = sum(forward_peak(model, 1, tokens, bf16=sizes.bf16)[0] for model in (sizes.student, sizes.teacher))
+        parts[COPIES] = FP32 * (_linear(sizes.student) + _linear(sizes.teacher))
+    tokens = min(TOKENS_A_BATCH, sizes.tokens)
+    forwards = sum(_forward(sizes, model, tokens) for model in (sizes.student, sizes.teacher))
     return parts | {"hidden states and logits": forwards + 4 * _logits(sizes, ROWS_OF_LOGITS)}
 
 
@@ -117,7 +133,7 @@ def _training(sizes: Sizes) -> dict[str, int]:
     tokens = sum(map(len, sizes.batches.largest))
     supervised = sum(one.supervised_count for one in sizes.batches.largest)
     head = causal_lm(sizes.teacher).get_output_embeddings().weight
-    step = training_peak(
+    peak = training_peak(
         sizes.student,
         tokens,
         supervised,
@@ -127,8 +143,8 @@ def _training(sizes: Sizes) -> dict[str, int]:
         checkpointing=sizes.checkpointing,
         accumulates=sizes.accumulates,
     )
-    step += FP32 * supervised * head.shape[1]  # the teacher's hidden states
-    of_teacher = forward_peak(sizes.teacher, 1, tokens, bf16=sizes.bf16)[0]
+    step = sizes.bytes_of(peak) + FP32 * supervised * head.shape[1]  # the teacher's hidden states
+    of_teacher = _forward(sizes, sizes.teacher, tokens)
     answering = _answering(sizes) if sizes.evaluates else {}
     if sum(answering.values()) > max(step, of_teacher):
         return parts | {f"evaluation: {name}": size for name, size in answering.items()}
@@ -149,7 +165,7 @@ def _answering(sizes: Sizes) -> dict[str, int]:
     """Decoding the batch that takes most: the copies of linear layers, keys and values, the prompts' forward."""
     parts: dict[str, int] = {}
     if sizes.on_cpu:
-        parts["linear layers laid out anew"] = FP32 * _linear(sizes.student)
+        parts[COPIES] = FP32 * _linear(sizes.student)
     batches = generation_batches(
         sizes.prompts,
         batch_size=sizes.batch_size,
@@ -163,7 +179,7 @@ def _answering(sizes: Sizes) -> dict[str, int]:
     output = rows * longest * causal_lm(sizes.student).get_output_embeddings().weight.shape[1] * FP32
     cache = max(0, stays - output)
     parts["keys and values"] = cache * (longest + sizes.max_new_tokens) // longest
-    parts["prompts' hidden states, logits"] = peak - cache + _logits(sizes, rows)
+    parts["prompts' hidden states, logits"] = sizes.bytes_of(peak) - cache + _logits(sizes, rows)
     return parts
 
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,16 @@ from pocl_fast.loss.linear_operator import default_chunk
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.packed_forward import decoder_of
 
+HEAP = 32 << 20  # bytes; glibc takes smaller blocks from its heap, which stays the process's once it has grown
 ATTENTION = "pocl_plan"  # the name under which transformers calls `_attention`
+
+
+class Peak(NamedTuple):
+    """The most bytes at a time: of what is alive, and of what a process on a CPU then has, where freed small blocks
+    stay its own: the most of small blocks and the most of large ones, whenever each was."""
+
+    alive: int
+    resident: int
 
 
 class PeakMeter(TorchDispatchMode):
@@ -29,7 +38,8 @@ class PeakMeter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0  # bytes
+        self.live = self._most = 0  # bytes
+        self._live, self._peaks = [0, 0], [0, 0]  # of small and of large blocks
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,13 +53,22 @@ class PeakMeter(TorchDispatchMode):
         if place in self._known:
             return
         size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self._add(size, size)
         self._known[place] = weakref.finalize(storage, self._gone, place, size)
 
     def _gone(self, place: int, size: int) -> None:
-        self.live -= size
+        self._add(-size, size)
         self._known.pop(place, None)
+
+    def _add(self, more: int, size: int) -> None:
+        kind = int(size >= HEAP)
+        self.live += more
+        self._live[kind] += more
+        self._most, self._peaks[kind] = max(self._most, self.live), max(self._peaks[kind], self._live[kind])
+
+    @property
+    def peak(self) -> Peak:
+        return Peak(self._most, sum(self._peaks))
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
         """Counts these nowhere: weights, which are there before."""
@@ -102,7 +121,7 @@ def training_peak(
     bf16: bool,
     checkpointing: bool,
     accumulates: bool,
-) -> int:
+) -> Peak:
     """Bytes of a micro-batch's forward and backward beside weights and optimizer: activations, gradients, the loss.
 
     `model` is on the meta device. `teacher_columns` are the logits a token that the teacher's lm_head makes (0 for a
@@ -127,7 +146,7 @@ def training_peak(
 
 
 @torch.no_grad()
-def forward_peak(model: Any, rows: int, tokens: int, *, bf16: bool, cache: bool = False) -> tuple[int, int]:
+def forward_peak(model: Any, rows: int, tokens: int, *, bf16: bool, cache: bool = False) -> tuple[Peak, int]:
     """Bytes at the peak of a decoder's forward over [rows, tokens] without gradients, and those that stay: its output,
     and with `cache` its keys and values."""
     body = decoder_of(causal_lm(model))

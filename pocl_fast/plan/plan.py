@@ -106,7 +106,8 @@ class _Maker:
         self._answers()
         self._models()
         schedule, ordered = planned_schedule(self.arguments, self.encoded, self.context.output)
-        steps = step_plan(schedule, self.arguments, self.encoded, ordered=ordered)
+        batches = trial_batches(schedule, self.encoded)
+        steps = step_plan(schedule, self.arguments, self.encoded, batches, ordered=ordered)
         self.plan.steps = steps
         state = state_bytes_a_weight(self.arguments)
         passes = steps.evaluations if self.context.has_dev else int(sum(one.passes for one in steps.stages))
@@ -122,10 +123,10 @@ class _Maker:
             output=self.context.output,
         )
         if self.student is not None:
-            batches = trial_batches(schedule, self.encoded)
             self._memory(self._sizes(batches, state))
+        self._not_counted(times=times)
         if times and self._can_be_timed():
-            self.plan.times = time_plan(self.context, self.arguments, schedule, steps, self.encoded)
+            self.plan.times = time_plan(self.context, self.arguments, schedule, steps, batches, self.encoded)
 
     def _data(self) -> None:
         context, data = self.context, self.config.data
@@ -197,6 +198,7 @@ class _Maker:
             quantization=chosen.teacher_quantization,
             precision=context.precision,
             batches=batches,
+            tokens=sum(map(len, self.encoded)),
             prompts=answered_prompts(context.train_file.encoded, dev),
             max_new_tokens=generation.max_new_tokens,
             batch_size=generation.generation_batch_size,
@@ -219,6 +221,13 @@ class _Maker:
             return
         of, free = room(self.context.device)
         self.plan.memory = MemoryPlan(steps, of, free + sizes.base)
+
+    def _not_counted(self, *, times: bool) -> None:
+        place, rollouts = self.config.models.teacher_device, self.config.rollouts.rollouts
+        if place != WITH_STUDENT and self.context.has_teacher:
+            self._note(f"--teacher-device {place}: the teacher's memory, which is not the student's, is not counted")
+        if times and rollouts != "none":
+            self._note(f"--rollouts {rollouts}: the time of the student's own answers in training is not counted")
 
     def _can_be_timed(self) -> bool:
         if self.context.has_student and self.context.has_teacher:

@@ -74,9 +74,9 @@ def planned_schedule(
 
 
 def step_plan(
-    schedule: Schedule, arguments: PoclConfig, encoded: Sequence[EncodedSample], *, ordered: bool
+    schedule: Schedule, arguments: PoclConfig, encoded: Sequence[EncodedSample], batches: Batches, *, ordered: bool
 ) -> StepPlan:
-    """The numbers of a schedule; `ordered` says whether its order is known."""
+    """The numbers of a schedule with these trial batches; `ordered` says whether its order is known."""
     lengths = {one.index: len(one) for one in encoded}
     mean = sum(lengths.values()) / len(lengths)
     stages: list[StagePlan] = []
@@ -92,7 +92,6 @@ def step_plan(
     if arguments.max_steps > 0:
         total = min(total, arguments.max_steps)
     exact, note = _certainty(schedule, arguments, ordered=ordered)
-    batches = trial_batches(schedule, encoded)
     evaluations = sum(-(-round(one.passes, 6) // 1) for one in stages)
     return StepPlan(
         stages=stages,

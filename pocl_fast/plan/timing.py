@@ -24,7 +24,7 @@ from pocl_fast.curriculum.stages import Curriculum, Stage
 from pocl_fast.data.encoding import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.plan.context import PlanContext
-from pocl_fast.plan.step_plan import Batches, StepPlan, trial_batches
+from pocl_fast.plan.step_plan import Batches, StepPlan
 from pocl_fast.training.arguments import PoclConfig
 
 WARM = 1  # steps before those that are timed: the first one makes the optimizer's state
@@ -52,15 +52,25 @@ class Trial:
 
 
 def time_plan(
-    context: PlanContext, arguments: PoclConfig, schedule: Schedule, steps: StepPlan, encoded: Sequence[EncodedSample]
+    context: PlanContext,
+    arguments: PoclConfig,
+    schedule: Schedule,
+    steps: StepPlan,
+    batches: Batches,
+    encoded: Sequence[EncodedSample],
 ) -> list[StepTime]:
     """The time of each step of `distill`, in their order. Loads both models. Raises `InputError` as the steps do."""
     with contextlib.redirect_stdout(io.StringIO()):  # what a training says of its steps
-        return _timed(context, arguments, schedule, steps, encoded)
+        return _timed(context, arguments, schedule, steps, batches, encoded)
 
 
 def _timed(
-    context: PlanContext, arguments: PoclConfig, schedule: Schedule, steps: StepPlan, encoded: Sequence[EncodedSample]
+    context: PlanContext,
+    arguments: PoclConfig,
+    schedule: Schedule,
+    steps: StepPlan,
+    batches: Batches,
+    encoded: Sequence[EncodedSample],
 ) -> list[StepTime]:
     start = time.perf_counter()
     student = context.student()
@@ -74,7 +84,6 @@ def _timed(
         if teacher_columns(context.config.difficulty.signals):
             teacher = context.scoring_teacher()
             both = _seconds_a_token(lambda some: response_scores(student, some, teacher), encoded)
-    batches = trial_batches(schedule, encoded)
     trial = _trial(context, arguments, batches, schedule)
     measure = StepTime("measure", train.seconds + scored * tokens, train.timed)
     found = [StepTime("load and check the models", loading + trial.loading, "once each"), measure]

@@ -32,7 +32,8 @@ def gemma():
     """Norms around attention and layers, windows in all layers but one."""
     config = Gemma3TextConfig(
         vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=16, sliding_window=16, layer_types=["sliding_attention"] * 2 + ["full_attention"],
+        num_key_value_heads=1, head_dim=16, sliding_window=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     )  # fmt: skip
     torch.manual_seed(0)
     return Gemma3ForCausalLM(config).eval()
@@ -81,21 +82,22 @@ def test_a_steps_peak_is_what_the_allocator_gives_out(make, checkpointing):
         checkpointing=checkpointing,
         accumulates=False,
     )
-    assert said == pytest.approx(came, rel=0.05)
+    assert said.alive == pytest.approx(came, rel=0.05)
+    assert said.alive <= said.resident
 
 
 def test_gradients_of_an_earlier_micro_batch_are_there_besides():
     meta = on_meta(llama())
     weights = 4 * sum(p.numel() for p in meta.parameters())
     given = {"teacher_columns": 259, "device": CPU, "bf16": False, "checkpointing": False}
-    once, twice = (training_peak(meta, 1800, 400, accumulates=more, **given) for more in (False, True))
+    once, twice = (training_peak(meta, 1800, 400, accumulates=more, **given).alive for more in (False, True))
     assert once < twice <= once + weights
 
 
 def test_autocast_keeps_the_inputs_of_linear_layers_in_two_bytes():
     meta = on_meta(llama())
     given = {"teacher_columns": 259, "device": CPU, "checkpointing": False, "accumulates": False}
-    half, full = (training_peak(meta, 4000, 400, bf16=bf16, **given) for bf16 in (True, False))
+    half, full = (training_peak(meta, 4000, 400, bf16=bf16, **given).alive for bf16 in (True, False))
     assert 0.5 * full < half < 0.95 * full
 
 
@@ -111,7 +113,7 @@ def test_a_forwards_peak_is_what_the_allocator_gives_out(make):
 
     run()
     said, stays = forward_peak(meta, 1, rows.input_ids.numel(), bf16=False)
-    assert said == pytest.approx(peak_of(run), rel=0.02)
+    assert said.alive == pytest.approx(peak_of(run), rel=0.02)
     assert stays == rows.input_ids.numel() * 64 * 4
 
 
