@@ -22,6 +22,7 @@ from pocl_fast.models.precision import Precision
 from pocl_fast.plan.meter import Peak, forward_peak, training_peak
 from pocl_fast.plan.shapes import distinct
 from pocl_fast.plan.step_plan import Batches
+from pocl_fast.system.memory import GROWTH
 
 FP32 = 4
 COPIES = "linear layers laid out anew"
@@ -130,6 +131,8 @@ def _training(sizes: Sizes) -> dict[str, int]:
     parts = _start(sizes)
     parts["optimizer's state"] = int(sizes.state * trained)
     parts["teacher's weights"] = _kept_teacher(sizes)
+    if sizes.on_cpu:
+        parts["freed, not yet given back, at most"] = GROWTH
     tokens = sum(map(len, sizes.batches.largest))
     supervised = sum(one.supervised_count for one in sizes.batches.largest)
     head = causal_lm(sizes.teacher).get_output_embeddings().weight
