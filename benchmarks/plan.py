@@ -1,4 +1,4 @@
-"""`pocl-fast plan` says the optimizer steps of a run exactly, its teacher's cache within 1 %, and its memory within 20 %.
+"""`pocl-fast plan` says a run's optimizer steps exactly, its teacher's cache within 1 % and its memory within 20 %.
 
 The duration that `--time` says is printed too: it holds where the machine does nothing else.
 
