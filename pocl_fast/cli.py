@@ -41,6 +41,20 @@ class Step(Output):
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Where the options come from, and how the plan is printed."""
+
+    output: Path | None = None
+    """The run directory to be: what it holds is read, nothing is written there."""
+    config: Path | None = None
+    """A YAML file with any options of a run (same names); options on the command line win over it."""
+    json: bool = False
+    """Print the plan as JSON."""
+    time: bool = False
+    """Load the models too, time a few steps in a temporary folder, and say how long the run will take."""
+
+
+@dataclass(frozen=True)
 class DemoOutput(Output):
     """Where the run lives."""
 
@@ -63,14 +77,22 @@ def _evaluate(run: Any) -> None:
         run.evaluate("after")
 
 
+def _plan(given: Any, config: RunConfig) -> None:
+    from pocl_fast.plan.command import print_plan
+
+    print_plan(config, given.output, as_json=given.json, times=given.time)
+
+
 @dataclass(frozen=True)
 class Command:
-    """What a command does with a run, and which groups of `RunConfig` it reads."""
+    """What a command does with a run, or with options alone (`begins_nothing`), and which groups of `RunConfig` it
+    reads."""
 
     help: str
-    work: Callable[[Any], Any]
+    work: Callable[..., Any]
     groups: tuple[str, ...] = ()
-    step: type[Output] = Step
+    step: type[Any] = Step
+    begins_nothing: bool = False  # its work is given the command's own options and those of a run
 
 
 _DATA = ("models", "data")
@@ -80,6 +102,13 @@ COMMANDS: dict[str, Command] = {
         "Distil a teacher into a student: measure, rank, train, evaluate, report; stops and resumes at any point.",
         _distill,
         tuple(group.name for group in fields(RunConfig)),
+    ),
+    "plan": Command(
+        "Say what `distill` with these options would take: samples, steps, disk, memory, time. Writes nothing.",
+        _plan,
+        tuple(group.name for group in fields(RunConfig)),
+        step=Plan,
+        begins_nothing=True,
     ),
     "measure": Command(
         "Measure how hard each training sample is for the student -> difficulty.parquet, teacher_scores.parquet.",
@@ -158,6 +187,9 @@ def _run(name: str, arguments: list[str]) -> None:
     if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     _quiet_libraries()
+    if command.begins_nothing:
+        command.work(given, config)
+        return
     from pocl_fast.run.steps import open_run
     from pocl_fast.system import ranks
 
@@ -180,7 +212,7 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
     import tyro
 
     base = recorded_config(output) if (output := _value_of(arguments, "--output")) else RunConfig()
-    if issubclass(command.step, Step) and (yaml_file := _value_of(arguments, "--config")):
+    if hasattr(command.step, "config") and (yaml_file := _value_of(arguments, "--config")):
         base = read_yaml(yaml_file, base)
     groups = {group: _command_line_group(getattr(base, group)) for group in command.groups}
     shown: list[tuple[str, Any, Any]] = [(name, group, field(default_factory=group)) for name, group in groups.items()]

@@ -15,6 +15,7 @@ from pocl_fast.data.length_report import LengthReport, OverTheLimit, check_limit
 from pocl_fast.data.long_prompts import Rule, Shortenings, shortened
 from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.samples import Sample
+from pocl_fast.system.console import watched
 
 
 class Fitting:
@@ -126,7 +127,7 @@ def fit_all(
     """Every sample that fits, as it is used, with its tokens, in order, and a report of those that did not. What is
     `given`, and what is raised, is as of `Fitting`."""
     fitting = Fitting(encoder, **given)
-    fitted = list(fitting.each(samples))
+    fitted = list(fitting.each(watched(samples, f"reading {given['name']}", "samples")))
     return fitted, fitting.report()
 
 

@@ -51,7 +51,7 @@ def chosen_layers(model: Any, keep: int) -> list[int]:
     choices it is the one in which a layer is replaced by one of its kind (of attention, with or without keys of its
     own); then the one that moves the layers least.
     """
-    return _chosen(model.config, len(_stack_of(model).layers), keep)
+    return _chosen(model.config, len(stack_of(model).layers), keep)
 
 
 def _chosen(config: Any, count: int, keep: int) -> list[int]:
@@ -84,7 +84,7 @@ def cut_layers(model: Any, keep: int) -> Any:
     does when it is loaded from its folder. Raises `InputError` where no configuration of this family says that. The
     source stays as it is.
     """
-    stack = _stack_of(model)
+    stack = stack_of(model)
     chosen = _chosen(model.config, len(stack.layers), keep)
     _check_cuttable(model)
     settings = Settings(model.config, len(stack.layers), chosen)
@@ -100,7 +100,7 @@ def cut_layers(model: Any, keep: int) -> Any:
     )
 
 
-def _other_counts(model: Any, stack: _Stack, keep: int) -> list[int]:
+def _other_counts(model: Any, stack: Stack, keep: int) -> list[int]:
     """Of the numbers of layers next to `keep`, up to two to which the model can be cut."""
     count = len(stack.layers)
     near = sorted((n for n in range(1, count) if n != keep), key=lambda n: (abs(n - keep), n))
@@ -124,7 +124,7 @@ class Wrong:
 class _Cut:
     """The search for the configuration of a cut model."""
 
-    def __init__(self, model: Any, stack: _Stack, chosen: list[int], settings: Settings) -> None:
+    def __init__(self, model: Any, stack: Stack, chosen: list[int], settings: Settings) -> None:
         self.model, self.stack, self.chosen, self.settings = model, stack, chosen, settings
         self.fault, self.came = "", -1
 
@@ -282,7 +282,7 @@ class _Cut:
 
 
 @dataclass(frozen=True)
-class _Stack:
+class Stack:
     """The layers of a model's text part, by name; and other lists that have an entry a layer."""
 
     name: str
@@ -298,7 +298,7 @@ class _Stack:
         return name
 
 
-def _stack_of(model: Any) -> _Stack:
+def stack_of(model: Any) -> Stack:
     """The model's layers: of the lists that have as many entries as it has layers, and that run on text, the one with
     the most weights. A tower for pictures may have as many."""
     name = type(model).__name__
@@ -316,7 +316,7 @@ def _stack_of(model: Any) -> _Stack:
     if not stacks:
         raise InputError(f"cannot cut layers from {name}: no list of {count} layers found in it")
     largest = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()))
-    return _Stack(largest, stacks[largest], tuple(found))
+    return Stack(largest, stacks[largest], tuple(found))
 
 
 def _ran(model: Any, modules: dict[str, nn.Module]) -> set[str]:

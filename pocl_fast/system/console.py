@@ -6,9 +6,9 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import psutil
 import torch
@@ -16,17 +16,20 @@ from tqdm import tqdm
 
 from pocl_fast.system import ranks
 
+Item = TypeVar("Item")
 Report: TypeAlias = Callable[[int], object]  # called with how many more units of work are done
 _ON_A_TERMINAL = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit}{timing}{postfix}"
 _IN_A_LOG = "{desc}: {n_fmt} of {total_fmt}{unit}{timing}{postfix}"
 
 
-def progress_bar(total: int, what: str, unit: str, *, done: int = 0) -> tqdm:
+def progress_bar(total: int, what: str, unit: str, *, done: int = 0, delay: float = 0) -> tqdm:
     """A bar with speed, elapsed time and time left: redrawn in place on a terminal, a line every 15 s in a log file.
 
-    `unit` is a plural ("steps"). `done` units were done by an earlier process; the speed does not count them.
+    `unit` is a plural ("steps"). `done` units were done by an earlier process; the speed does not count them. What ends
+    within `delay` seconds shows nothing.
     """
     shared: dict[str, Any] = {"total": total, "initial": done, "desc": what, "unit": f" {unit}", "smoothing": 0.1}
+    shared["delay"] = delay
     if sys.stderr.isatty():
         return _Bar(bar_format=_ON_A_TERMINAL, dynamic_ncols=True, mininterval=0.5, **shared)
     return _Bar(bar_format=_IN_A_LOG, file=_LogLines(), mininterval=15, maxinterval=60, **shared)
@@ -89,6 +92,17 @@ def shared_progress(total: int, what: str, unit: str) -> Iterator[Report]:
     with progress_bar(total, what, unit) as bar:
         yield lambda more: bar.update(min(more, total - bar.n))  # an estimate of what the others have done
         bar.update(total - bar.n)
+
+
+def watched(items: Sequence[Item], what: str, unit: str, *, delay: float = 3) -> Iterator[Item]:
+    """The items, with a bar on the first rank where they take longer than `delay` seconds."""
+    if not ranks.is_first():
+        yield from items
+        return
+    with progress_bar(len(items), what, unit, delay=delay) as bar:
+        for item in items:
+            yield item
+            bar.update(1)
 
 
 def say(text: str) -> None:

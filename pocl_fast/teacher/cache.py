@@ -41,6 +41,11 @@ _INDEX_BYTES = KEY_BYTES + 16  # of a sample in a shard
 _SHARD = re.compile(r"shard-\d+\.safetensors")
 
 
+def bytes_needed(entries: Entries, samples: Sequence[EncodedSample]) -> int:
+    """Bytes that different samples take on disk, but for the headers of their shards."""
+    return sum(sample.supervised_count for sample in samples) * row_bytes(entries) + len(samples) * _INDEX_BYTES
+
+
 class MissingSamples(InputError):
     """Samples that were asked for are not in the cache, or no longer: their shard is damaged."""
 
@@ -160,7 +165,7 @@ class TeacherCache:
             return
         self._become_writer(f"; it lacks {len(missing)} of {len(samples)} samples")
         tokens = sum(sample.supervised_count for sample in missing)
-        need = tokens * row_bytes(self.entries) + len(missing) * _INDEX_BYTES
+        need = bytes_needed(self.entries, missing)
         free = shutil.disk_usage(self.folder).free
         what = f"{_size(need)} for {tokens} supervised tokens of {len(missing)} samples ({self.entries.name})"
         if need > free:

@@ -1,0 +1,100 @@
+"""A run that is looked at and not begun: its options, data and checks, without a run directory.
+
+Knows what of a run may be missing. Does not know what is counted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from pocl_fast.curriculum.signals import chosen_signals
+from pocl_fast.data.encoding import LengthReport
+from pocl_fast.data.sample_set import SampleSet, read_set
+from pocl_fast.data.template_date import DATE_FILE
+from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows
+from pocl_fast.models import loading
+from pocl_fast.options import RunConfig
+from pocl_fast.run.context import RunContext, Say
+from pocl_fast.run.directory import required
+from pocl_fast.run.train_step import trainer_arguments
+from pocl_fast.system.errors import InputError
+from pocl_fast.teacher.pair import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pocl_fast.training.arguments import PoclConfig
+
+
+class PlanContext(RunContext):
+    """A run's options and data, with `folder` in place of the run directory `output`, which is only read."""
+
+    def __init__(self, output: Path | None, folder: Path, config: RunConfig, say: Say) -> None:
+        """Raises `InputError` as `RunContext` does."""
+        self.output, self.reports = output, dict[str, LengthReport]()
+        directory: Any = SimpleNamespace(path=folder)
+        super().__init__(directory, config, say)
+        if output is not None and (output / DATE_FILE).is_file():  # the day on which the run was begun
+            shutil.copy(output / DATE_FILE, folder / DATE_FILE)
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.config.models.teacher is not None
+
+    @property
+    def has_student(self) -> bool:
+        """Whether the options say what the student is."""
+        chosen = self.config.models
+        return chosen.student is not None or (chosen.teacher is not None and chosen.student_layers is not None)
+
+    @property
+    def has_dev(self) -> bool:
+        return self.config.data.dev is not None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer; the teacher's, which must be the same, where no student is named yet."""
+        chosen = self.config.models
+        source = chosen.student or chosen.teacher
+        if source is None:
+            raise InputError("give --teacher or --student: their tokenizer says how long the samples are")
+        tokenizer: PreTrainedTokenizerBase = loading.load_tokenizer(source, trust_remote_code=chosen.trust_remote_code)
+        return tokenizer
+
+    def _read(self, given: str | None, option: str) -> SampleSet:
+        name = required(given, option)
+        samples, self.reports[option] = read_set(name, self.encoder, self.config.data, name)
+        return samples
+
+    def check(self) -> PoclConfig:
+        """Reads the data and raises `InputError` for what `distill` would refuse before its first step; what needs a
+        model that is not named is left out. The trainer's arguments."""
+        chosen_signals(self.config.difficulty.signals)
+        arguments = trainer_arguments(self)
+        self.check_teacher_device()
+        self.check_engine()
+        self.train_set_of_file()
+        if self.has_teacher and self.has_student:
+            self.check_vocabularies()
+            self.check_sizes()
+        else:
+            self._check_the_one_model()
+        return arguments
+
+    def train_set_of_file(self) -> SampleSet:
+        """The training samples of the file; reads the held-out samples too, where there are any."""
+        known = self.train_file
+        if self.has_dev:
+            _ = self.dev_set
+        return known
+
+    def _check_the_one_model(self) -> None:
+        chosen = self.config.models
+        whose, source = ("student", chosen.student) if chosen.student else ("teacher", chosen.teacher)
+        if source and (rows := configured_rows(source, trust_remote_code=chosen.trust_remote_code)):
+            check_special_tokens(self.tokenizer, rows, whose)
+            self._check_tokens(Vocabulary(whose, rows), dev=True)

@@ -1,0 +1,175 @@
+"""A plan as text of at most 100 columns. Computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pocl_fast.data.lengths import LengthHistogram
+from pocl_fast.plan.data_plan import NAMES, DataPlan
+from pocl_fast.plan.disk import DiskPlan
+from pocl_fast.plan.plan import MemoryPlan, Plan
+from pocl_fast.plan.shapes import ModelPlan
+from pocl_fast.plan.step_plan import StepPlan
+from pocl_fast.plan.timing import StepTime
+from pocl_fast.system.console import minutes
+
+WIDTH = 100
+BAR = 28  # characters of the longest bar
+BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+def plan_table(plan: Plan) -> str:
+    """All parts that the plan has, and its notes."""
+    parts = [_data(name, data) for name, data in plan.data.items()]
+    if plan.steps is not None:
+        parts.append(_steps(plan.steps))
+    if plan.models:
+        parts.append(_models(plan.models))
+    if plan.disk is not None:
+        parts.append(_disk(plan.disk))
+    if plan.memory is not None:
+        parts.append(_memory(plan.memory))
+    if plan.times is not None:
+        parts.append(_times(plan.times))
+    if plan.notes:
+        parts.append("\n".join(["Notes", *(_wrapped(note) for note in plan.notes)]))
+    return "\n\n".join(parts)
+
+
+def _data(name: str, data: DataPlan) -> str:
+    counts = [("records that are samples", data.records), ("samples", data.samples), *_parts(data.report)]
+    counts += [("tokens", data.tokens), ("supervised tokens", data.supervised_tokens)]
+    cut, gone = data.max_length, data.max_prompt_length
+    if cut.samples:
+        counts.append((f"cut by --max-length {cut.limit}", f"{cut.samples:,} samples, {cut.tokens:,} tokens"))
+    if gone.samples:
+        counts.append(
+            (f"left out by --max-prompt-length {gone.limit}", f"{gone.samples:,} samples, {gone.tokens:,} tokens")
+        )
+    lines = [f"Data: {name}, {data.name}"[:WIDTH], *_pairs(counts)]
+    lines += _quantile_lines(data)
+    return "\n".join([*lines, *_histogram(data.histogram, data.max_prompt_length.limit, data.max_length.limit)])
+
+
+def _parts(report: dict[str, Any]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in report.items():
+        said = NAMES.get(name, name.replace("_", " "))
+        if isinstance(value, dict):
+            found += [(f"{said}: {key}", count) for key, count in value.items()]
+        else:
+            found.append((said, value))
+    return found
+
+
+def _quantile_lines(data: DataPlan) -> list[str]:
+    names = {"0": "shortest", "50": "median", "100": "longest"}
+    heads = [names.get(percent, f"{percent} %") for percent in data.prompts]
+    rows = [("tokens of", heads), ("prompts", data.prompts.values()), ("responses", data.responses.values())]
+    return ["", *(f"  {name:<12}" + "".join(f"{value:>10}" for value in values) for name, values in rows)]
+
+
+def _histogram(known: LengthHistogram, *limits: int) -> list[str]:
+    """A line a bin, with bars of prompts and of samples; behind the bin in which a limit is, its name."""
+    most = max((*known.prompts, *known.samples, 1))
+    lines = ["", f"  {'tokens':>13}  {'prompts':<{BAR + 8}}  {'prompts and responses'}"]
+    for i, (prompts, samples) in enumerate(zip(known.prompts, known.samples, strict=True)):
+        first, last = known.edges[i], known.edges[i + 1] - 1
+        named = [
+            f"<- {name}"
+            for name, limit in zip(("max-prompt-length", "max-length"), limits, strict=True)
+            if first <= limit <= last
+        ]
+        bars = f"{prompts:>7,} {_bar(prompts / most):<{BAR}}  {samples:>7,} {_bar(samples / most)}"
+        lines.append(f"  {f'{first:,}-{last:,}':>13}  {bars} {' '.join(named)}".rstrip())
+    return lines
+
+
+def _bar(share: float) -> str:
+    eighths = round(8 * BAR * share)
+    return "█" * (eighths // 8) + BLOCKS[eighths % 8].strip()
+
+
+def _steps(steps: StepPlan) -> str:
+    lines = ["Steps", "  stage     samples    passes       steps   temperature     alpha"]
+    for one in steps.stages:
+        lines.append(
+            f"  {one.stage:<6}{one.samples:>11,}{one.passes:>10g}{one.steps:>12,}{one.temperature:>14g}{one.alpha:>10g}"
+        )
+    step = f"{steps.tokens_a_step:,}"
+    if steps.accumulation > 1:
+        step += f" of {steps.accumulation} micro-batches"
+    pairs = [
+        ("optimizer steps", f"{steps.steps:,} ({steps.note})"),
+        ("evaluations in training", steps.evaluations),
+        ("tokens in all passes", steps.tokens),
+        ("tokens a step", step),
+        ("tokens of a micro-batch", f"{steps.batch_tokens:,} typical, {steps.largest_batch_tokens:,} largest"),
+    ]
+    return "\n".join([*lines, "", *_pairs(pairs)])
+
+
+def _models(models: dict[str, ModelPlan]) -> str:
+    rows: list[tuple[str, list[str]]] = [("", list(models))]
+    values = list(models.values())
+    rows.append(("family", [one.family for one in values]))
+    rows.append(("parameters", [f"{one.parameters:,}" for one in values]))
+    rows.append(("trained weights", [f"{one.trained:,}" for one in values]))
+    rows.append(("layers", [f"{one.layers:,}" for one in values]))
+    rows.append(("hidden size", [f"{one.hidden_size:,}" for one in values]))
+    rows.append(("vocabulary rows", [f"{one.vocabulary_rows:,}" for one in values]))
+    heads = [f"{one.lm_head_parameters:,}" + (", tied" if one.tied else "") for one in values]
+    rows.append(("weights of the lm_head", heads))
+    return "\n".join(["Models", *(f"  {name:<32}" + "".join(f"{v:>26}" for v in row) for name, row in rows)])
+
+
+def _disk(disk: DiskPlan) -> str:
+    pairs: list[tuple[str, Any]] = []
+    if disk.cache is not None:
+        pairs.append((f"teacher's cache ({disk.cache_entries})", size(disk.cache)))
+    if disk.checkpoint is not None:
+        pairs.append(("checkpoints at a time", f"{disk.checkpoints} of {size(disk.checkpoint)}"))
+        pairs.append(("best weights of the stages, at most", size(disk.best_weights or 0)))
+        pairs.append(("the student", size(disk.student or 0)))
+    pairs.append(("in all, at most", size(disk.peak)))
+    pairs.append(("free on its disk", size(disk.free)))
+    warning = [] if disk.fits else [f"  WARNING: it does not fit on the disk of {disk.place}"]
+    return "\n".join(["Disk", *_pairs(pairs), *warning])
+
+
+def _memory(memory: MemoryPlan) -> str:
+    lines = [f"Memory, an estimate of each step's peak ({memory.of}: {size(memory.free)} free)"]
+    for step in memory.steps:
+        lines.append(f"  {step.step:<38}{size(step.total):>12}")
+        lines += [f"      {name:<46}{size(count):>12}" for name, count in step.parts.items()]
+    warning = [] if memory.fits else [f"  WARNING: it does not fit into {memory.of}"]
+    return "\n".join([*lines, *warning])
+
+
+def _times(times: Sequence[StepTime]) -> str:
+    lines = ["Time, from steps that were timed here"]
+    lines += [f"  {one.step:<28}{_duration(one.seconds):>10}   {one.timed}"[:WIDTH] for one in times]
+    return "\n".join([*lines, f"  {'in all':<28}{_duration(sum(one.seconds for one in times)):>10}"])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else minutes(seconds)
+
+
+def _pairs(pairs: Sequence[tuple[str, Any]]) -> list[str]:
+    return [f"  {name:<44} {value:,}" if isinstance(value, int) else f"  {name:<44} {value}" for name, value in pairs]
+
+
+def _wrapped(note: str) -> str:
+    import textwrap
+
+    return textwrap.fill(note, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    value, unit = float(count), 0
+    while value >= 1024 and unit < 4:
+        value, unit = value / 1024, unit + 1
+    return f"{value:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{count} bytes"

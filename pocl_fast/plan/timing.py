@@ -1,0 +1,223 @@
+"""How long each step of a run will take: parts of it are done with the run's models, timed, and multiplied.
+
+Everything is written in the folder of the context. Knows how much work each step has. Does not know sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from pocl_fast.answers.decoding import answering_work
+from pocl_fast.answers.likelihood import response_scores
+from pocl_fast.curriculum.schedule import Schedule
+from pocl_fast.curriculum.signals import teacher_columns
+from pocl_fast.curriculum.stages import Curriculum, Stage
+from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.sample_set import SampleSet
+from pocl_fast.plan.context import PlanContext
+from pocl_fast.plan.step_plan import Batches, StepPlan
+from pocl_fast.training.arguments import PoclConfig
+
+WARM = 1  # steps before those that are timed: the first one makes the optimizer's state
+TIMED = 2  # of each batch
+SCORED = 64  # samples whose responses are scored
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long a step will take, and what was timed for it."""
+
+    step: str
+    seconds: float
+    timed: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of the parts of a training."""
+
+    loading: float
+    typical: float  # an optimizer step of typical micro-batches
+    largest: float
+    cache: float  # of the teacher, a token
+
+
+def time_plan(
+    context: PlanContext,
+    arguments: PoclConfig,
+    schedule: Schedule,
+    steps: StepPlan,
+    batches: Batches,
+    encoded: Sequence[EncodedSample],
+) -> list[StepTime]:
+    """The time of each step of `distill`, in their order. Loads both models. Raises `InputError` as the steps do."""
+    with contextlib.redirect_stdout(io.StringIO()):  # what a training says of its steps
+        return _timed(context, arguments, schedule, steps, batches, encoded)
+
+
+def _timed(
+    context: PlanContext,
+    arguments: PoclConfig,
+    schedule: Schedule,
+    steps: StepPlan,
+    batches: Batches,
+    encoded: Sequence[EncodedSample],
+) -> list[StepTime]:
+    start = time.perf_counter()
+    student = context.student()
+    loading = time.perf_counter() - start
+    tokens, dev, both = sum(map(len, encoded)), None, 0.0
+    with context.precision.autocast(), context.engine(student.model) as engine:
+        train = _Answering(context, engine, [one.prompt_ids for one in encoded])
+        scored = _seconds_a_token(lambda some: response_scores(student, some), encoded)
+        if context.has_dev:
+            dev = _Answering(context, engine, [one.prompt_ids for one in context.dev_set.encoded])
+        if teacher_columns(context.config.difficulty.signals):
+            teacher = context.scoring_teacher()
+            both = _seconds_a_token(lambda some: response_scores(student, some, teacher), encoded)
+    trial = _trial(context, arguments, batches, schedule)
+    measure = StepTime("measure", train.seconds + scored * tokens, train.timed)
+    found = [StepTime("load and check the models", loading + trial.loading, "once each"), measure]
+    if both:
+        found.append(StepTime("measure the teacher", both * tokens, f"{SCORED} samples"))
+    training, evaluation = _training(trial, batches, steps, tokens), []
+    if dev is not None:
+        once = dev.seconds + scored * sum(map(len, context.dev_set.encoded))
+        count, seeds = steps.evaluations, len(context.config.evaluation.eval_seeds)
+        training += [StepTime("evaluate in training", count * once, f"{count} times {once:.1f} s")] if count else []
+        final = once + (seeds - 1) * dev.seconds
+        evaluation = [
+            StepTime(f"evaluate {when}", final, f"{seeds} seeds; {dev.timed}") for when in ("before", "after")
+        ]
+    return [*found, *evaluation[:1], *training, *evaluation[1:]]
+
+
+class _Answering:
+    """How long the answers to some prompts take, by those of one batch of middling length."""
+
+    def __init__(self, context: PlanContext, engine: Any, prompts: Sequence[Sequence[int]]) -> None:
+        most = context.config.generation.max_new_tokens
+        batches = engine.batches(prompts, most)
+        chosen = batches[len(batches) // 2]
+        some = [prompts[i] for i in chosen]
+
+        def answer() -> None:
+            engine.generate(
+                some,
+                sample_ids=list(chosen),
+                end_ids=context.encoder.end_ids,
+                max_new_tokens=most,
+                temperature=context.config.difficulty.measure_temperature,
+                seed=0,
+            )
+
+        seconds = _least(answer, 2)
+        works = [answering_work(prompts, batch, most) for batch in batches]
+        self.seconds = seconds * sum(works) / works[len(batches) // 2]
+        self.timed = f"a batch of {len(some)} answers in {seconds:.2f} s"
+
+
+def _seconds_a_token(score: Callable[[list[EncodedSample]], object], encoded: Sequence[EncodedSample]) -> float:
+    step = max(1, len(encoded) // SCORED)
+    some = list(encoded[::step])[:SCORED]
+    return _least(lambda: score(some), 2) / sum(map(len, some))
+
+
+def _least(work: Callable[[], object], times: int) -> float:
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _training(trial: Trial, batches: Batches, steps: StepPlan, tokens: int) -> list[StepTime]:
+    """A step's time is taken to grow linearly with its tokens, between the two that were timed."""
+    small, large = (steps.accumulation * sum(map(len, one)) for one in (batches.typical, batches.largest))
+    slope = max(0.0, trial.largest - trial.typical) / (large - small) if large > small else 0.0
+    each = trial.typical + slope * (steps.tokens_a_step - small)
+    timed = f"steps of {small:,} and {large:,} tokens in {trial.typical:.2f} and {trial.largest:.2f} s"
+    return [
+        StepTime("the teacher's cache", trial.cache * tokens, f"{1 / trial.cache:,.0f} tokens/s"),
+        StepTime("train", each * steps.steps, timed),
+    ]
+
+
+# ---- a training of a few steps ----
+
+
+class _TrialSchedule(Schedule):
+    """Steps of given micro-batches, in one stage of `stage_steps`."""
+
+    batches: list[list[int]]
+
+    def batch(self, step: int, part: int, rank: int = 0) -> list[int]:
+        return self.batches[step]
+
+
+class _Clock(TrainerCallback):
+    """Notes how long each step takes, with its loss, gradients and the optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._since = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._since)
+
+
+def _trial(context: PlanContext, arguments: PoclConfig, batches: Batches, schedule: Schedule) -> Trial:
+    """Trains a few steps, with the teacher's outputs of their samples in its cache, as from the second pass on."""
+    from pocl_fast.training.trainer import PoclTrainer
+
+    samples = list({one.index: one for one in (*batches.typical, *batches.largest)}.values())
+    index = np.array([one.index for one in samples])
+    stage = Stage(0, len(index), arguments.temperature[0], arguments.alpha[0])
+    trial = _TrialSchedule(
+        Curriculum(index, np.zeros(len(index)), (stage,)), schedule.lengths, schedule.size, stage_steps=WARM + 2 * TIMED
+    )
+    typical, largest = ([one.index for one in part] for part in (batches.typical, batches.largest))
+    trial.batches = [typical] * (WARM + TIMED) + [largest] * TIMED
+    start = time.perf_counter()
+    student, known, clock = context.take_student().model, SampleSet(context.train_file.samples, samples), _Clock()
+    made = context.take_cached_teacher(), _quiet(arguments), known, None, context.encoder
+    trainer = PoclTrainer(student, *made, curriculum=trial.curriculum, callbacks=[clock])
+    loading = time.perf_counter() - start
+    with context.precision.autocast():
+        cache = _seconds_of_cache(trainer.teacher, batches, samples)
+    trainer.schedule = trial
+    trainer.train()
+    seconds = clock.seconds
+    return Trial(loading, min(seconds[WARM : WARM + TIMED]), min(seconds[WARM + TIMED :]), cache)
+
+
+def _seconds_of_cache(teacher: Any, batches: Batches, samples: Sequence[EncodedSample]) -> float:
+    """Fills the cache with the samples; seconds a token, without those of the first sample."""
+    first, *others = samples
+    teacher.fill([first])
+    start = time.perf_counter()
+    teacher.fill(others or [first])
+    return (time.perf_counter() - start) / sum(map(len, others or [first]))
+
+
+def _quiet(arguments: PoclConfig) -> PoclConfig:
+    """The arguments of a training that saves, evaluates and reports nothing, and has no answers of its own."""
+    made = copy.copy(arguments)
+    changes: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "patience": None, "rollouts": "none"}
+    changes |= {"max_steps": -1, "stage_weights": "last", "remeasure": False, "report_to": []}
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
