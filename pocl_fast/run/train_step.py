@@ -12,6 +12,7 @@ from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.run.context import RunContext
+from pocl_fast.run.measure_step import length_facts
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.checkpoints import checkpoints
@@ -34,7 +35,7 @@ def train_step(context: RunContext) -> None:
         trainer.train(resume_from_checkpoint=True)
         with unsharded(trainer.model) as whole:
             ranks.from_first(lambda: save_student(whole, context.tokenizer, context.path))
-        facts |= training_speed(context.path / "metrics.jsonl")
+        facts |= training_speed(context.path / "metrics.jsonl") | length_facts(context)
     if ranks.is_first():
         for checkpoint in checkpoints(context.path / "checkpoints"):  # needed to resume only; the best weights stay
             shutil.rmtree(checkpoint)
