@@ -115,13 +115,14 @@ def found(module: str) -> bool:
 
 @pytest.fixture(scope="module")
 def options():
-    """Every option of `pocl-fast distill`, as its help names them."""
+    """Every option of `pocl-fast distill` and `inspect`, as their help names them."""
     import contextlib
     import io
 
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
-        main(["distill", "--help"])
+    for command in ("distill", "inspect"):
+        with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+            main([command, "--help"])
     return set(re.findall(r"--[a-z][a-z0-9-]+", said.getvalue()))
 
 

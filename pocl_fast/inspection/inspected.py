@@ -68,10 +68,10 @@ class Inspector:
         """The same for a record that is read already."""
         options = self._options
         whole, report = self._encoded(sample, _NO_LIMIT)
-        left_out = self._over_the_limit(len(whole.prompt_ids))
+        left_out = self._over_the_limit(_asked(whole))
         one = None if left_out else self._encoded(sample, options.max_length)[0]
         view = token_view(one, self._encoder.tokenizer, whole)
-        facts = (*self._counts(view), *self._facts(one or whole, sample))
+        facts = (*self._counts(view), *self._facts(one or whole, whole, sample))
         notes = (*self._cut(one, whole), *self._untold(sample, report))
         return Inspected(self._where(sample.line), view, facts, notes, left_out)
 
@@ -107,13 +107,17 @@ class Inspector:
             del counts["context"]
         return [*((kind, _tokens(count)) for kind, count in counts.items()), ("kept", f"{_tokens(kept)} ({limits})")]
 
-    def _facts(self, one: EncodedSample, sample: Sample) -> list[tuple[str, str]]:
+    def _facts(self, one: EncodedSample, whole: EncodedSample, sample: Sample) -> list[tuple[str, str]]:
         last = one.ids[one.spans[-1][1] - 1]
         if one.truncated or last not in self._encoder.end_ids:
             end = "none: the answer is cut before its end"
         else:
             end = f"{self._encoder.tokenizer.convert_ids_to_tokens(last)} (id {last})"
-        return [("end of answer", end), ("template", self._template(sample)), ("trained on", _turns(one, sample))]
+        return [
+            ("end of answer", end),
+            ("template", self._template(sample)),
+            ("trained on", _turns(one, whole, sample)),
+        ]
 
     def _template(self, sample: Sample) -> str:
         chat = self._encoder.chat
@@ -128,13 +132,11 @@ class Inspector:
         if one is None:
             return []
         notes = []
-        if one.truncated:
-            notes.append(f"--max-length {self._options.max_length} cuts the end off")
-        if len(one.prompt_ids) < len(whole.prompt_ids):
-            notes.append(
-                f"--long-prompts {self._options.long_prompts} took away"
-                f" {_tokens(len(whole.prompt_ids) - len(one.prompt_ids))} of the prompt"
-            )
+        asked = max(0, _asked(whole) - _asked(one))
+        if (rest := len(whole) - len(one) - asked) > 0:
+            notes.append(f"--max-length {self._options.max_length} cuts {_tokens(rest)} off the end")
+        if asked:
+            notes.append(f"--long-prompts {self._options.long_prompts} took away {_tokens(asked)} of the prompt")
         return notes
 
     def _untold(self, sample: Sample, report: LengthReport) -> list[str]:
@@ -148,15 +150,20 @@ class Inspector:
         return notes
 
 
-def _turns(one: EncodedSample, sample: Sample) -> str:
+def _asked(one: EncodedSample) -> int:
+    """How many tokens are before the first one that is trained on."""
+    return one.spans[0][0]
+
+
+def _turns(one: EncodedSample, whole: EncodedSample, sample: Sample) -> str:
     """Which of a conversation's turns are trained on, from 1."""
     turns = len(sample.messages) + 1
-    if len(one.spans) == 1:
+    if len(whole.spans) == 1:
         return f"the last of {turns} turns" if turns > 2 else "the answer"
     places = (*sample.earlier, len(sample.messages))
     if len(places) == len(one.spans):
         return f"turns {', '.join(str(place + 1) for place in places)} of {turns}"
-    return f"{len(one.spans)} parts of {turns} turns"
+    return f"{len(one.spans)} of the {len(whole.spans)} parts that the answers of {turns} turns have"
 
 
 def _tokens(count: int) -> str:

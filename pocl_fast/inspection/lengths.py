@@ -53,7 +53,8 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths of a data set's prompts and of its samples (prompt and answers), before the limits."""
+    """The lengths of a data set's prompts (what is before the first answer that is trained on) and of its samples
+    (prompt and answers), before the limits."""
 
     prompts: Histogram
     samples: Histogram
@@ -78,14 +79,14 @@ def count_lengths(known: SampleSet, encoder: SampleEncoder, limits: Limits) -> L
     were."""
     sample_of = {sample.index: sample for sample in known.samples}
     as_they_were = [one for one in known.encoded if not _may_be_cut(one, limits)]
-    prompts = [(len(one.prompt_ids), 1) for one in as_they_were]
+    prompts = [(one.spans[0][0], 1) for one in as_they_were]
     samples = [(len(one), 1) for one in as_they_were]
     for index, weight in _every([one.index for one in known.encoded if _may_be_cut(one, limits)]):
         whole = _whole(encoder, sample_of[index])
-        prompts.append((len(whole.prompt_ids), weight))
+        prompts.append((whole.spans[0][0], weight))
         samples.append((len(whole), weight))
     left_out = sample_of.keys() - {one.index for one in known.encoded}
-    prompts += [(len(_whole(encoder, sample_of[index]).prompt_ids), n) for index, n in _every(sorted(left_out))]
+    prompts += [(_whole(encoder, sample_of[index]).spans[0][0], n) for index, n in _every(sorted(left_out))]
     encoder.take_unwritten()
     over = sum(max(0, length - limits.max_length) * weight for length, weight in samples)
     return Lengths(

@@ -95,7 +95,7 @@ def test_what_the_limits_cut_is_shown_as_cut(folder, capsys):
     assert (value(said, "cut"), part(said, "cut")) == ("5 tokens", "r no<|end|>")
     assert value(said, "kept").startswith(f"{most} tokens (--max-length {most}, ")
     assert value(said, "end of answer") == "none: the answer is cut before its end"
-    assert f"--max-length {most} cuts the end off" in said
+    assert f"--max-length {most} cuts 5 tokens off the end" in said
 
 
 @pytest.mark.parametrize(("policy", "does"), [("error", "a run stops before it begins"), ("skip", "it is left out")])
