@@ -62,6 +62,26 @@ class DemoOutput(Output):
     """The run directory: made if it is not there, continued if it holds this run."""
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """Which samples to show, and where their options come from."""
+
+    output: Path | None = None
+    """A run whose options are taken: files, models, template, limits; nothing is written there."""
+    config: Path | None = None
+    """A YAML file with any options of a run (same names); options on the command line win over it."""
+    model: str | None = None
+    """The model whose tokenizer is taken, as for --student; without it the student's, or else the teacher's."""
+    line: int | None = None
+    """The record to show, by the number that messages give it; without it, the first one."""
+    count: int = 1
+    """How many records to show, from that one on."""
+    ids: bool = False
+    """List the tokens too, with their places and ids, one a line."""
+    html: Path | None = None
+    """Write a page of the samples to this file, too."""
+
+
 def _distill(run: Any) -> None:
     from pocl_fast.run.report import summary_table
     from pocl_fast.system.ranks import is_first
@@ -83,16 +103,23 @@ def _plan(given: Any, config: RunConfig) -> None:
     print_plan(config, given.output, as_json=given.json, times=given.time)
 
 
+def _inspect(given: Any, config: RunConfig) -> None:
+    from pocl_fast.inspection.command import inspect
+
+    inspect(given, config)
+
+
 @dataclass(frozen=True)
 class Command:
-    """What a command does with a run, or with options alone (`begins_nothing`), and which groups of `RunConfig` it
+    """What a command does with a run, or with options alone, and which groups of `RunConfig` it
     reads."""
 
     help: str
-    work: Callable[..., Any]
+    work: Callable[..., Any]  # of a run; where it opens none, of what was given and the options
     groups: tuple[str, ...] = ()
-    step: type[Any] = Step
-    begins_nothing: bool = False  # its work is given the command's own options and those of a run
+    step: type = Step
+    opens_run: bool = True
+    unread: tuple[str, ...] = ()  # options of the groups that it does not have
 
 
 _DATA = ("models", "data")
@@ -108,7 +135,7 @@ COMMANDS: dict[str, Command] = {
         _plan,
         tuple(group.name for group in fields(RunConfig)),
         step=Plan,
-        begins_nothing=True,
+        opens_run=False,
     ),
     "measure": Command(
         "Measure how hard each training sample is for the student -> difficulty.parquet, teacher_scores.parquet.",
@@ -136,6 +163,14 @@ COMMANDS: dict[str, Command] = {
         (*_DATA, "generation", "evaluation"),
     ),
     "report": Command("Write report.html from what the run directory holds.", lambda run: run.report(), step=Output),
+    "inspect": Command(
+        "Show samples as the model sees them: each token, and whether it is asked, trained on or cut. Runs no model.",
+        _inspect,
+        _DATA,
+        Inspection,
+        opens_run=False,
+        unread=("student_layers", "teacher_quantization", "teacher_device", "precision", "device", "dev"),
+    ),
     "demo": Command(
         "Distil the bundled teacher into six of its layers on the bundled samples: minutes on two cores.",
         _distill,
@@ -187,7 +222,7 @@ def _run(name: str, arguments: list[str]) -> None:
     if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     _quiet_libraries()
-    if command.begins_nothing:
+    if not command.opens_run:
         command.work(given, config)
         return
     from pocl_fast.run.steps import open_run
@@ -214,7 +249,7 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
     base = recorded_config(output) if (output := _value_of(arguments, "--output")) else RunConfig()
     if hasattr(command.step, "config") and (yaml_file := _value_of(arguments, "--config")):
         base = read_yaml(yaml_file, base)
-    groups = {group: _command_line_group(getattr(base, group)) for group in command.groups}
+    groups = {group: _command_line_group(getattr(base, group), command.unread) for group in command.groups}
     shown: list[tuple[str, Any, Any]] = [(name, group, field(default_factory=group)) for name, group in groups.items()]
     made: Any = make_dataclass(name, shown, bases=(command.step,), frozen=True)
     read: Any = Annotated[made, tyro.conf.OmitArgPrefixes]
@@ -223,13 +258,13 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
     return given, from_options(options, base)
 
 
-def _command_line_group(group: Any) -> type:
-    """A group for the command line's parser: its options under their own names, with the group's values as defaults;
-    those of NAME=VALUE pairs as words."""
+def _command_line_group(group: Any, unread: Sequence[str] = ()) -> type:
+    """A group for the command line's parser: its options but the `unread` ones, under their own names, with the group's
+    values as defaults; those of NAME=VALUE pairs as words."""
     import tyro
 
     options: list[tuple[str, Any, Any]] = []
-    for option in fields(group):
+    for option in (option for option in fields(group) if option.name not in unread):
         kind, value = hints_of(type(group))[option.name], getattr(group, option.name)
         said: dict[str, Any] = {"help": option.metadata["help"]}
         if option.name in PAIRS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from pocl_fast.curriculum.measurer import Row, measure, measure_teacher, rows_of
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.data.stream import SampleStream
+from pocl_fast.inspection.lengths import count_lengths
 from pocl_fast.records.sources import source_of
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.directory import required
@@ -50,7 +52,7 @@ def _measure_student(context: RunContext, pieces: Pieces) -> None:
                 seed=difficulty.measure_seed,
                 rouge_tokenizer=context.config.generation.rouge_tokenizer,
             )
-        facts["samples"] = count
+        facts |= {"samples": count, **length_facts(context)}
     if line := unseen_by_rouge(output, context.config.generation.rouge_tokenizer, str(context.config.data.train)):
         context.say(line)
     rouge, loss = _means(output, "rouge_l,cross_entropy")
@@ -58,6 +60,14 @@ def _measure_student(context: RunContext, pieces: Pieces) -> None:
         f"measure: {count:,} training samples, ROUGE-L {100 * rouge:.2f} of 100 for the student's answers,"
         f" cross-entropy {loss:.3f} nats a token for the references"
     )
+
+
+def length_facts(context: RunContext) -> dict[str, Any]:
+    """What a stamp holds of the lengths of the training samples, for the report; nothing where these are read in
+    pieces."""
+    if not (ranks.is_first() and context.train_file_is_loaded):
+        return {}
+    return {"lengths": count_lengths(context.train_file, context.encoder, context.config.data).as_json()}
 
 
 def _measure_teacher(context: RunContext, pieces: Pieces) -> None:

@@ -15,6 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pocl_fast import __version__
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.inspection.of_run import lengths_part, samples_part
+from pocl_fast.inspection.page import style
+from pocl_fast.run.configuration import recorded_config
 from pocl_fast.run.difficulty_report import read_ranked, sample_rows, stage_rows
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
@@ -52,8 +56,9 @@ class AnswerRow:
     after: str
 
 
-def write_report(run: Path) -> Path:
-    """Writes report.html from what the run directory holds so far, and leaves out sections without data. Its path."""
+def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
+    """Writes report.html from what the run directory holds so far, and leaves out sections without data. Its path.
+    `encoder` is the run's, where it is loaded already."""
     if not (run / "steps.json").exists():
         raise InputError(f"{run} holds no run; make one with `pocl-fast distill`")
     stamps = _json(run / "steps.json")
@@ -70,6 +75,7 @@ def write_report(run: Path) -> Path:
         stages=_stages(run),
         training_curve=_picture(training_figure(run)),
         **_difficulty(run),
+        **_samples(run, stamps, encoder),
         answers=_answers(run),
     )
     write_text(run / "report.html", text)
@@ -196,6 +202,19 @@ def _difficulty(run: Path) -> dict[str, Any]:
         "signals": [one.signal.name for one in ranked.known.signals],
         "difficulty_stages": stage_rows(ranked),
         "difficulty_samples": sample_rows(ranked, run / "difficulty.parquet"),
+    }
+
+
+def _samples(run: Path, stamps: dict[str, Any], encoder: SampleEncoder | None) -> dict[str, Any]:
+    """The page's sections on the training samples: three of them as the model sees them, and the lengths of all."""
+    samples, why_none = samples_part(run, recorded_config(run), stamps, encoder)
+    pictures, limits = lengths_part(stamps)
+    return {
+        "style": style(),
+        "samples": samples,
+        "why_no_samples": why_none,
+        "length_pictures": pictures,
+        "length_lines": limits,
     }
 
 

@@ -73,7 +73,8 @@ class Run:
     def _write_report(self) -> Path:
         from pocl_fast.run.report import write_report
 
-        return ranks.from_first(lambda: write_report(self.path))
+        encoder = vars(self.context).get("encoder")  # where a step has loaded it
+        return ranks.from_first(lambda: write_report(self.path, encoder))
 
 
 def open_run(output: Path, options: dict[str, Any], *, restart: bool = False, say: Say = print) -> Run:

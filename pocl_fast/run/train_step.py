@@ -12,6 +12,7 @@ from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.loading import resolve
 from pocl_fast.run.context import RunContext
+from pocl_fast.run.measure_step import length_facts
 from pocl_fast.run.saved_student import save_student
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -37,7 +38,7 @@ def train_step(context: RunContext) -> None:
         trainer.train(resume_from_checkpoint=True)
         merges = arguments.merge_adapters
         save_student(trainer.model, context.tokenizer, context.path, merges=merges, say=context.say)
-        facts |= training_speed(context.path / "metrics.jsonl")
+        facts |= training_speed(context.path / "metrics.jsonl") | length_facts(context)
     if ranks.is_first():
         for checkpoint in checkpoints(context.path / "checkpoints"):  # needed to resume only; the best weights stay
             shutil.rmtree(checkpoint)

@@ -91,6 +91,58 @@ def test_the_report_says_what_the_scores_are_of(finished, tmp_path):
     assert "sampled answers" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
+def test_the_report_shows_three_samples_as_the_model_sees_them(finished):
+    inputs, output = finished
+    order = read_json(output / "curriculum.json")["order"]
+    titles = re.findall(r"<summary>(.*?)</summary>", page(output))
+    picked = {"easiest": order[0], "middle": order[12], "hardest": order[-1]}
+    assert titles == [f"{name}: {inputs / 'train.jsonl'}, line {index + 1}" for name, index in picked.items()]
+    table = {record["index"]: record for record in pq.read_table(output / "difficulty.parquet").to_pylist()}
+    for shown, index in zip(page(output).split("<details>")[1:], picked.values(), strict=True):
+        said = re.findall(r'<span class="supervised[^>]*>(.*?)</span>', shown)
+        assert "".join(map(html.unescape, said)).replace("␣", " ") == table[index]["reference"] + "<|end|>"
+
+
+def test_the_report_has_the_lengths_and_what_the_limits_cut(finished):
+    text = page(finished[1])
+    lengths = read_json(finished[1] / "steps.json")["train"]["lengths"]
+    assert sum(lengths["samples"]["counts"]) == sum(lengths["prompts"]["counts"]) == 24
+    assert text.count('<svg class="lengths"') == 2
+    assert f"longest {lengths['samples']['longest']}; 0 of 24 are over --max-length 96" in text
+
+
+# the file is gone; it has changed; the file of the template is gone
+def test_a_report_is_written_without_samples_that_cannot_be_shown_any_more(copied):
+    config = (copied / "config.yaml").read_text()
+    train = re.search(r"^train: (.*)$", config, re.MULTILINE)[1]
+    changed = write_jsonl(copied.parent / "changed.jsonl", arithmetic(25))
+    cases = {
+        "cannot read nowhere.jsonl: No such file": config.replace(train, "nowhere.jsonl"),
+        f"{changed} has changed since the run read it": config.replace(train, str(changed)),
+        "--chat-template gone.jinja: ": config.replace("chat_template: null", "chat_template: gone.jinja"),
+    }
+    for says, text in cases.items():
+        (copied / "config.yaml").write_text(text)
+        page = html.unescape(write_report(copied).read_text(encoding="utf-8"))
+        assert f"They cannot be shown any more: {says}" in page
+        assert "<details>" not in page
+        assert "<h2>Lengths</h2>" in page
+
+
+def test_what_samples_say_is_never_markup_in_the_report(finished, tmp_path):
+    inputs, _ = finished
+    records = [record | {"output": "</span><script>alert(1)</script>"} for record in arithmetic(4)]
+    train = write_jsonl(tmp_path / "<i>.jsonl", records)
+    words = select(options(inputs, train=train), "measure")
+    assert run("measure", tmp_path / "out", *words) == 0
+    assert run("report", tmp_path / "out") == 0
+    text = page(tmp_path / "out")
+    assert text.count("<summary>") == 3
+    assert re.findall(r"<summary>(\w+):", text) == ["first", "second", "third"]
+    assert "<script>" not in text
+    assert "<i>" not in text
+
+
 def test_the_picture_of_difficulty_is_the_one_in_the_run_directory(finished):
     _, output = finished
     picture = base64.b64encode((output / "difficulty.png").read_bytes()).decode()
