@@ -30,13 +30,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pocl_fast.data.encoding import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, SampleEncoder
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.models.loading import load_tokenizer
 from pocl_fast.options import DataOptions
 from pocl_fast.records.samples import iter_samples
 from pocl_fast.run.demo import bundled_data
+from pocl_fast.templates import alpaca
 
 PIECE = 1000
 LIMITS = {"max_length": 8192, "max_prompt_length": 4096}
@@ -106,7 +107,7 @@ def turns_of(record: dict[str, Any]) -> list[dict[str, str]]:
 def text_of(tokenizer: Any, record: dict[str, Any]) -> str:
     if "instruction" not in record:
         return str(tokenizer.apply_chat_template(turns_of(record), tokenize=False))
-    form = ALPACA_WITH_INPUT if record["input"] else ALPACA_NO_INPUT
+    form = alpaca.WITH_INPUT if record["input"] else alpaca.NO_INPUT
     return form.format(**record) + record["output"]
 
 

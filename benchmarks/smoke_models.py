@@ -101,7 +101,7 @@ def tiny_config(family: str, vocabulary: int, layers: int = 2) -> Any:
 
 
 def some_samples(setting: Setting, vocabulary: int) -> list[Any]:
-    from pocl_fast.data.encoding import EncodedSample
+    from pocl_fast.data.encoded import EncodedSample
 
     sizes = [(5, 20), (1, 2), (60, 70), (30, 1), (3, 9)]  # prompt, response
     sizes = [*sizes, (200, 313), (128, 128), (17, 111)] if setting.kind == "cuda" else sizes

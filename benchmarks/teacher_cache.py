@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.packed import pack
 from pocl_fast.loss.linear import linear_distillation_loss

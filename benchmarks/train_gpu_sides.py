@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import no_curriculum
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 
 LEARNING_RATE, SEED = 1e-4, 42

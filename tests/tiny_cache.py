@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.teacher.cache import TeacherCache
 from pocl_fast.teacher.shards import HiddenEntries
 

@@ -10,7 +10,8 @@ import torch
 from tiny import arithmetic, tiny_model, tiny_tokenizer
 
 from pocl_fast.curriculum.stages import Curriculum, baby_steps
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.models.packed_attention import enable_packing

@@ -18,7 +18,8 @@ from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
 from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.records.samples import Sample

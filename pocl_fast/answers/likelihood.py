@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import PackedBatch, Rows, pack, token_budget_batches
 from pocl_fast.loss.dense import distillation_loss
 from pocl_fast.loss.objective import Objective

@@ -22,7 +22,8 @@ from pocl_fast.answers.evaluation import references_of
 from pocl_fast.answers.likelihood import STUDENT_COLUMNS, TEACHER_COLUMNS, LoadedModel, response_scores
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.packed import token_budget_batches
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.records.samples import Sample

@@ -12,12 +12,12 @@ from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from pocl_fast.data.answer_span import Split
-from pocl_fast.data.reasoning import Reasoning, Tags, closed_in, is_empty, stripped
-from pocl_fast.data.turn_spans import TurnFinder
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.messages import Message
 from pocl_fast.records.samples import Sample
+from pocl_fast.templates.answer_span import Split
+from pocl_fast.templates.reasoning import Reasoning, Tags, closed_in, is_empty, stripped
+from pocl_fast.templates.turn_spans import TurnFinder
 
 TrainOn = Literal["last", "all"]
 Span: TypeAlias = tuple[int, int]  # from, to
@@ -69,6 +69,11 @@ class AnswerChoice:
             self._noted.setdefault(what, {})[line] = count
         elif what in self._noted:
             self._noted[what].pop(line, None)
+
+    def forget(self, line: int) -> None:
+        """Drops what was decided of a record."""
+        for lines in self._noted.values():
+            lines.pop(line, None)
 
     def take_notes(self) -> Notes:
         """What was decided since the last call."""

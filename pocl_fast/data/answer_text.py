@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pocl_fast.data.answer_span import REASONING_TAGS, Shape
+from pocl_fast.templates.answer_span import REASONING_TAGS, Shape
 
 
 class AnswerReader:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from pocl_fast.data.answer_span import PROBE, REASONING_TAGS, Shape
-from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
 from pocl_fast.data.marked_tokenizer import MarkedTokenizer, can_be_marked
 from pocl_fast.records.samples import Sample
+from pocl_fast.templates.answer_span import PROBE, REASONING_TAGS, Shape
+from pocl_fast.templates.chat_template import ChatTemplate, TemplateRefusal
 
 _PLAIN_TURNS = (
     {"role": "system", "content": "Qz3system3zQ"},

@@ -5,16 +5,12 @@ Knows tokenizers. Does not know files (records/sources.py), batches or models.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pocl_fast.data import unused_fields
 from pocl_fast.data.answer_choice import (
     ENDS_EARLIER,
     AnswerChoice,
@@ -22,88 +18,30 @@ from pocl_fast.data.answer_choice import (
     TrainOn,
     texts_of,
 )
-from pocl_fast.data.answer_span import AnswerFinder, Split
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
-from pocl_fast.data.chat_template import ChatTemplate, TemplateOptions, TemplateRefusal, chosen_template, make_default
 from pocl_fast.data.control_text import ControlText, KeptAsText
-from pocl_fast.data.reasoning import Reasoning
+from pocl_fast.data.encoded import EncodedSample, Fitted, SharedIds
 from pocl_fast.data.token_border import TokenBorder
-from pocl_fast.data.turn_spans import TurnFinder
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
+from pocl_fast.templates import alpaca, unused_fields
+from pocl_fast.templates.answer_span import AnswerFinder, Split
+from pocl_fast.templates.chat_template import (
+    ChatTemplate,
+    TemplateOptions,
+    TemplateRefusal,
+    chosen_template,
+    make_default,
+)
+from pocl_fast.templates.reasoning import Reasoning
+from pocl_fast.templates.turn_spans import TurnFinder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "alpaca"]
-Span: TypeAlias = tuple[int, int]  # from, to
 BATCH = 256  # texts tokenised at once; 64 take a tenth longer on two cores, 1000 as long
-
-# The templates of Stanford Alpaca, as in the code of MiniLLM, DistiLLM and POCL.
-ALPACA_NO_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-
-
-@dataclass(frozen=True)
-class EncodedSample:
-    """A sample as token ids: what a model is asked with, and the answer to it. `response_ids` end with the end-of-turn
-    token unless `truncated`."""
-
-    index: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    truncated: bool
-    supervised: tuple[Span, ...] = ()  # the tokens that are trained on, where these are not the response alone
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """All tokens."""
-        return self.prompt_ids + self.response_ids
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The supervised tokens, as places among `ids`: from, to; ascending, apart, none empty, none at place 0."""
-        return self.supervised or ((len(self.prompt_ids), len(self)),)
-
-    @property
-    def supervised_count(self) -> int:
-        """How many tokens are supervised."""
-        return sum(end - start for start, end in self.spans)
-
-    @cached_property  # asked for at every step
-    def fingerprint(self) -> bytes:
-        """16 bytes that identify the tokens, and which of them are supervised and the response."""
-        digest = hashlib.sha256(str((len(self.prompt_ids), *self.supervised)).encode())
-        digest.update(array("q", self.ids).tobytes())
-        return digest.digest()[:16]
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A sample as it is used, and its tokens: it may end earlier than it was given, and be without reasoning."""
-
-    sample: Sample
-    encoded: EncodedSample | None
-    asked: int  # tokens before the first answer that is trained on; 0 where none is
-
-
-class _SharedIds(dict[int, int]):
-    """One object for each token id: 8 bytes a token of samples that are kept, in place of 36."""
-
-    def __missing__(self, one: int) -> int:
-        self[one] = one
-        return one
 
 
 class SampleEncoder:
@@ -150,7 +88,7 @@ class SampleEncoder:
         self._unwritten: dict[str, list[int]] = {}
         self._begin: list[int] = []
         self.longest_prompt = 0  # tokens before the last answer, of all samples so far
-        self._shared = _SharedIds()
+        self._shared = SharedIds()
         self.chat: ChatTemplate | None = None
         shape, added = PLAIN, tokenizer.get_added_vocab()
         if template == "chat":
@@ -162,7 +100,7 @@ class SampleEncoder:
             self._begin = self._tokens_before_a_text()
         self._control: ControlText | None = None
         if special_tokens == "text":
-            self._control = ControlText(tokenizer, self.chat, shape, ALPACA_WITH_INPUT)
+            self._control = ControlText(tokenizer, self.chat, shape, alpaca.WITH_INPUT)
             self._border = TokenBorder(tokenizer, self._special, self._control.tokenizer)
         finder = None
         if self.chat is not None:
@@ -231,6 +169,19 @@ class SampleEncoder:
                 except BadRecord as error:
                     refused(error, text.given.line)
 
+    def asked(self, sample: Sample, name: str = "") -> int:
+        """How many tokens are before the first answer that is trained on, 0 where none is. Nothing is noted of it."""
+        text = self._text_of(sample, name)
+        trained = self.choice.turns(text.marked, text.split, self._tokens_of([text.split])[0]).trained
+        self.forget(sample.line)
+        return trained[0][1][0] if trained else 0
+
+    def forget(self, line: int) -> None:
+        """Drops what was noted of a record's sample."""
+        for lines in self._unwritten.values():
+            lines[:] = [one for one in lines if one != line]
+        self.choice.forget(line)
+
     def encode_prompt(self, sample: Sample) -> list[int]:
         """The prompt's tokens, up to where the answer starts."""
         text = self._text_of(sample, "")
@@ -245,7 +196,7 @@ class SampleEncoder:
 
     def take_unwritten(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """What the chat template did not write of the samples encoded since the last call, each with line numbers."""
-        taken = tuple((what, tuple(dict.fromkeys(lines))) for what, lines in self._unwritten.items())
+        taken = tuple((what, tuple(dict.fromkeys(lines))) for what, lines in self._unwritten.items() if lines)
         self._unwritten.clear()
         return taken
 
@@ -267,12 +218,12 @@ class SampleEncoder:
         return _Text(given, used, marked, split, where)
 
     def _fitted(self, text: _Text, tokens: list[list[int]], max_length: int, max_prompt_length: int) -> Fitted:
-        lost = 0
+        lost, length = 0, sum(map(len, tokens))
         while True:
             turns = self.choice.turns(text.marked, text.split, tokens)
             asked = turns.trained[0][1][0] if turns.trained else 0
             if not turns.trained or asked > max_prompt_length:
-                return Fitted(text.used, None, asked)
+                return Fitted(text.used, None, asked, length)
             if len(turns.prompt) < max_length:
                 break
             kept = [place for place, (start, _) in turns.trained if start < max_length]
@@ -285,7 +236,8 @@ class SampleEncoder:
         room = max_length - len(turns.prompt)
         prompt, response = (tuple(map(self._shared.__getitem__, ids)) for ids in (turns.prompt, turns.response[:room]))
         cut = len(response) < len(turns.response)
-        return Fitted(text.used, EncodedSample(text.used.index, prompt, response, cut, turns.spans(max_length)), asked)
+        made = EncodedSample(text.used.index, prompt, response, cut, turns.spans(max_length))
+        return Fitted(text.used, made, asked, length)
 
     def _chat(self, sample: Sample, where: str) -> Split:
         assert self.chat is not None
@@ -320,21 +272,10 @@ class SampleEncoder:
         self._unwritten.setdefault("earlier turns", []).append(sample.line)
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
-        if len(sample.messages) > 1:
-            raise BadRecord(
-                f"{where}: a conversation of several turns needs a tokenizer with a chat template",
-                "the Alpaca template has no place for earlier turns",
-            )
-        if sample.tools or sample.answer_turn.get("tool_calls"):
-            raise BadRecord(
-                f"{where}: tools and tool calls need a tokenizer with a chat template",
-                "the Alpaca template has no place for tools",
-            )
+        split = alpaca.split(sample, where)
         if sample.answer_turn.get("reasoning_content"):
             self._unwritten.setdefault("reasoning", []).append(sample.line)
-        form = ALPACA_WITH_INPUT if sample.input else ALPACA_NO_INPUT
-        prompt = form.format(instruction=sample.instruction, input=sample.input)
-        return Split(prompt, sample.references[0], ended=False)
+        return split
 
     def _tokens_of(self, splits: Sequence[Split]) -> list[list[list[int]]]:
         """The tokens of each conversation's parts (`texts_of`), the template's beginning before them, an end behind."""

@@ -6,16 +6,17 @@ Does not know where samples come from, nor how one becomes tokens (encoding.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pocl_fast.data import unused_fields
-from pocl_fast.data.encoding import BATCH, EncodedSample, Fitted, SampleEncoder
-from pocl_fast.data.length_report import LengthReport, OverTheLimit, check_limits, nothing_trained
+from pocl_fast.data.encoded import EncodedSample, Fitted
+from pocl_fast.data.encoding import BATCH, SampleEncoder
+from pocl_fast.data.length_report import LengthReport, Lengths, OverTheLimit, check_limits, nothing_trained
 from pocl_fast.data.long_prompts import Rule, Shortenings, shortened
 from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.console import watched
+from pocl_fast.templates import unused_fields
 
 
 class Fitting:
@@ -43,6 +44,7 @@ class Fitting:
         self._untrained: list[int] = []
         self._truncated: list[int] = []
         self._shortened: list[int] = []
+        self._before = Lengths()
         self._unit = "line"
         self._take_notes()
 
@@ -52,6 +54,7 @@ class Fitting:
         fitted = self._encoder.fit_each(self._seen(samples), self._bad.found, **self._limits, batch=self._batch)
         for sample, made in fitted:
             one = made
+            self._before.add(made)
             if made.encoded is None and made.asked and self._rule == "truncate-left":
                 one = self._made_to_fit(sample, made)
             if one.encoded is None:
@@ -85,6 +88,7 @@ class Fitting:
             control,
             Shortenings(tuple(self._shortened), self._turns, self._cut),
             self._unit,
+            self._before,
         )
 
     def _seen(self, samples: Iterable[Sample]) -> Iterator[Sample]:
@@ -102,9 +106,7 @@ class Fitting:
         """The sample with a shortened prompt; as it is where none is short enough."""
 
         def length(one: Sample) -> int:
-            """Tokens before the first answer that is trained on."""
-            unlimited = {"max_length": sys.maxsize, "max_prompt_length": sys.maxsize}
-            return self._encoder.fit(one, **unlimited, name=self._name).asked or sys.maxsize
+            return self._encoder.asked(one, self._name) or sys.maxsize
 
         shorter = shortened(sample, length, self._limits["max_prompt_length"])
         if shorter is None:
@@ -122,7 +124,7 @@ class Fitting:
 
 
 def fit_all(
-    samples: Iterable[Sample], encoder: SampleEncoder, **given: Any
+    samples: Sequence[Sample], encoder: SampleEncoder, **given: Any
 ) -> tuple[list[tuple[Sample, EncodedSample]], LengthReport]:
     """Every sample that fits, as it is used, with its tokens, in order, and a report of those that did not. What is
     `given`, and what is raised, is as of `Fitting`."""
@@ -132,7 +134,7 @@ def fit_all(
 
 
 def encode_all(
-    samples: Iterable[Sample], encoder: SampleEncoder, **given: Any
+    samples: Sequence[Sample], encoder: SampleEncoder, **given: Any
 ) -> tuple[list[EncodedSample], LengthReport]:
     """The tokens of `fit_all`."""
     fitted, report = fit_all(samples, encoder, **given)

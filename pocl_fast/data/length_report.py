@@ -5,16 +5,31 @@ Knows counts and line numbers. Does not know samples nor tokens.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pocl_fast.data import unused_fields
 from pocl_fast.data.answer_choice import Notes, described
 from pocl_fast.data.control_text import KeptAsText
+from pocl_fast.data.encoded import Fitted
 from pocl_fast.data.long_prompts import Rule, Shortenings
 from pocl_fast.records import bad_records
 from pocl_fast.records.bad_records import some_lines
 from pocl_fast.system.errors import InputError
+from pocl_fast.templates import unused_fields
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens each sample had before the limits, those that are left out too. Samples in order."""
+
+    prompts: array[int] = field(default_factory=lambda: array("q"))  # before the first answer that is trained on
+    samples: array[int] = field(default_factory=lambda: array("q"))  # in all
+
+    def add(self, one: Fitted) -> None:
+        """Takes the next sample in."""
+        self.prompts.append(one.asked)
+        self.samples.append(one.length)
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class LengthReport:
     control: KeptAsText = field(default_factory=KeptAsText)  # control tokens that stand in texts
     shortened: Shortenings = field(default_factory=Shortenings)
     unit: str = "line"  # what the line numbers count, as `Sample.unit`
+    before: Lengths = field(default_factory=Lengths, repr=False)
 
     def describe(self, name: str) -> str:
         """In one line; `name` stands for the data set."""

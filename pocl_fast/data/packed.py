@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 
 
 class Rows(enum.IntEnum):

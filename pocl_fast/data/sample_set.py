@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import fit_all
 from pocl_fast.data.length_report import LengthReport
 from pocl_fast.records.bad_records import BadRecords

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pocl_fast.data.encoding import BATCH, EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import BATCH, SampleEncoder
 from pocl_fast.data.fitting import Fitting
 from pocl_fast.data.length_report import LengthReport
 from pocl_fast.data.sample_set import SetOptions

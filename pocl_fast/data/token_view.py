@@ -13,7 +13,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 
 Kind = Literal["prompt", "supervised", "context", "cut"]
 KINDS: dict[Kind, str] = {

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
-from pocl_fast.data.template_date import DATE_FILE
 from pocl_fast.inspection.inspected import Inspector
 from pocl_fast.inspection.page import page
 from pocl_fast.inspection.picked import picked
@@ -22,6 +21,7 @@ from pocl_fast.options import RunConfig
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
+from pocl_fast.templates.template_date import DATE_FILE
 
 
 class Asked(Protocol):

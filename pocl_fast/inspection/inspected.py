@@ -10,15 +10,18 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pocl_fast.data import unused_fields
-from pocl_fast.data.chat_template import TemplateOptions
-from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder, encode_all
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import encode_all
+from pocl_fast.data.length_report import LengthReport
 from pocl_fast.data.sample_set import SetOptions
 from pocl_fast.data.token_view import TokenView, token_view
 from pocl_fast.inspection.picked import OneRecord, Record
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import Sample, iter_samples
 from pocl_fast.records.sources import Source
+from pocl_fast.templates import unused_fields
+from pocl_fast.templates.chat_template import TemplateOptions
 
 _NO_LIMIT = sys.maxsize
 

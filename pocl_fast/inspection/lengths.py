@@ -1,26 +1,19 @@
 """How long the samples of a data set are, in tokens, and what the limits cut: counted once, drawn as SVG.
 
-Knows samples and encoders. Does not know where the counts are kept.
+Does not know how samples become tokens, nor where the counts are kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from markupsafe import Markup, escape
 
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
-from pocl_fast.data.sample_set import SampleSet
-from pocl_fast.records.samples import Sample
-
 BINS = 30
 _BEYOND = 15  # bins over a limit; the last one holds all that is longer
-_MEASURED = 5_000  # cut samples that are tokenised once more, in 2 s; of more every n-th stands for n
-_NO_LIMIT = 1 << 62
 
 
 class Limits(Protocol):
@@ -30,8 +23,15 @@ class Limits(Protocol):
     def max_length(self) -> int: ...
     @property
     def max_prompt_length(self) -> int: ...
+
+
+class BeforeLimits(Protocol):
+    """Lengths of samples before the limits."""
+
     @property
-    def long_prompts(self) -> Any: ...
+    def prompts(self) -> Any: ...
+    @property
+    def samples(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -74,54 +74,21 @@ def _from_json(known: dict[str, Any]) -> Histogram:
     return Histogram(**known | {name: tuple(known[name]) for name in ("edges", "counts")})
 
 
-def count_lengths(known: SampleSet, encoder: SampleEncoder, limits: Limits) -> Lengths:
-    """The lengths of a data set that is encoded already. Those that a limit cut are tokenised again, for what they
-    were."""
-    sample_of = {sample.index: sample for sample in known.samples}
-    as_they_were = [one for one in known.encoded if not _may_be_cut(one, limits)]
-    prompts = [(one.spans[0][0], 1) for one in as_they_were]
-    samples = [(len(one), 1) for one in as_they_were]
-    for index, weight in _every([one.index for one in known.encoded if _may_be_cut(one, limits)]):
-        whole = _whole(encoder, sample_of[index])
-        prompts.append((whole.spans[0][0], weight))
-        samples.append((len(whole), weight))
-    left_out = sample_of.keys() - {one.index for one in known.encoded}
-    prompts += [(_whole(encoder, sample_of[index]).spans[0][0], n) for index, n in _every(sorted(left_out))]
-    encoder.take_unwritten()
-    over = sum(max(0, length - limits.max_length) * weight for length, weight in samples)
+def count_lengths(before: BeforeLimits, limits: Limits) -> Lengths:
+    """The lengths of a data set that was read within limits, as they were before these."""
+    prompts, samples = (np.array(one, dtype=np.int64) for one in (before.prompts, before.samples))
+    kept = samples[prompts <= limits.max_prompt_length]
     return Lengths(
         histogram(prompts, limits.max_prompt_length),
         histogram(samples, limits.max_length),
-        sum(length * weight for length, weight in samples),
-        over,
+        int(kept.sum()),
+        int(np.maximum(kept - limits.max_length, 0).sum()),
     )
 
 
-def _may_be_cut(one: EncodedSample, limits: Limits) -> bool:
-    """Whether a sample is not known to be whole: none tells that its prompt was cut."""
-    return one.truncated or limits.long_prompts == "truncate-left"
-
-
-def _whole(encoder: SampleEncoder, sample: Sample) -> EncodedSample:
-    one = encoder.encode(sample, max_length=_NO_LIMIT, max_prompt_length=_NO_LIMIT - 1)
-    assert one is not None  # no prompt is over that limit
-    return one
-
-
-def _every(places: Sequence[int]) -> list[tuple[int, int]]:
-    """About `_MEASURED` of the places, each with how many it stands for."""
-    step = math.ceil(len(places) / _MEASURED) if places else 1
-    picked = list(places[::step])
-    weights = [len(places) // len(picked) + (i < len(places) % len(picked)) for i in range(len(picked))]
-    return list(zip(picked, weights, strict=True))
-
-
-def histogram(lengths: Sequence[tuple[int, int]], limit: int) -> Histogram:
-    """Lengths, each with how many have it, in bins of one width of which one ends at the limit, where any are over
-    it."""
-    values, weights = (np.array(column, dtype=np.int64) for column in zip(*lengths, strict=True))
-    order = np.argsort(values, kind="stable")
-    values, weights = values[order], weights[order]
+def histogram(lengths: np.ndarray, limit: int) -> Histogram:
+    """Lengths [samples] in bins of one width of which one ends at the limit, where any are over it."""
+    values = np.sort(lengths)
     longest = int(values[-1])
     if longest <= limit:
         step = float(max(1, math.ceil(longest / BINS)))
@@ -132,9 +99,9 @@ def histogram(lengths: Sequence[tuple[int, int]], limit: int) -> Histogram:
         bins = below + min(_BEYOND, math.ceil((longest - limit) / step))
     edges = step * np.arange(bins + 1)
     places = np.clip(np.ceil(values / step - 1e-9).astype(np.int64) - 1, 0, bins - 1)
-    counts = np.bincount(places, weights=weights, minlength=bins)
-    median = int(values[np.searchsorted(np.cumsum(weights), weights.sum() / 2)])
-    over = int(weights[values > limit].sum())
+    counts = np.bincount(places, minlength=bins)
+    median = int(values[(len(values) - 1) // 2])
+    over = int((values > limit).sum())
     return Histogram(tuple(map(float, edges)), tuple(map(int, counts)), median, longest, limit, over)
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import FORMATS
 from pocl_fast.records.sources import Source
 from pocl_fast.system.errors import InputError
 
-Record = tuple[int, Mapping[str, Any]]  # its number, and its fields
+Record = tuple[int, Mapping[str, Any] | BadRecord]  # its number, and its fields, or what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class OneRecord:
     @property
     def unit(self) -> str:
         return self.source.unit
+
+    def place(self, number: int) -> str:
+        return self.source.place(number)
 
     def records(self, expected: str) -> Iterator[Record]:
         return iter([self.record])
@@ -67,7 +71,7 @@ def picked(source: Source, first: int | None, count: int) -> list[Record]:
     raise InputError(f"--line {first}: {source.name} has no such {source.unit}, {last}")
 
 
-def numbered(source: Source, numbers: Collection[int]) -> dict[int, Mapping[str, Any]]:
+def numbered(source: Source, numbers: Collection[int]) -> dict[int, Mapping[str, Any] | BadRecord]:
     """The records of these numbers, as far as they are there; reads no further than the last of them."""
     found = {}
     for number, record in source.records(FORMATS):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import Rows, pack
 from pocl_fast.models.packed_attention import (
     LengthsLost,

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.models.fingerprints import hub_revision, source_fingerprint
 from pocl_fast.models.loading import load_model, make_savable, require_bitsandbytes, resolve
 from pocl_fast.models.placement import Placement, input_device

@@ -12,17 +12,15 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pocl_fast.curriculum.signals import chosen_signals
-from pocl_fast.data.encoding import LengthReport
-from pocl_fast.data.sample_set import SampleSet, read_set
-from pocl_fast.data.template_date import DATE_FILE
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows
 from pocl_fast.models import loading
 from pocl_fast.options import RunConfig
 from pocl_fast.run.context import RunContext, Say
-from pocl_fast.run.directory import required
 from pocl_fast.run.train_step import trainer_arguments
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.pair import Vocabulary
+from pocl_fast.templates.template_date import DATE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +33,7 @@ class PlanContext(RunContext):
 
     def __init__(self, output: Path | None, folder: Path, config: RunConfig, say: Say) -> None:
         """Raises `InputError` as `RunContext` does."""
-        self.output, self.reports = output, dict[str, LengthReport]()
+        self.output = output
         directory: Any = SimpleNamespace(path=folder)
         super().__init__(directory, config, say)
         if output is not None and (output / DATE_FILE).is_file():  # the day on which the run was begun
@@ -64,11 +62,6 @@ class PlanContext(RunContext):
             raise InputError("give --teacher or --student: their tokenizer says how long the samples are")
         tokenizer: PreTrainedTokenizerBase = loading.load_tokenizer(source, trust_remote_code=chosen.trust_remote_code)
         return tokenizer
-
-    def _read(self, given: str | None, option: str) -> SampleSet:
-        name = required(given, option)
-        samples, self.reports[option] = read_set(name, self.encoder, self.config.data, name)
-        return samples
 
     def check(self) -> PoclConfig:
         """Reads the data and raises `InputError` for what `distill` would refuse before its first step; what needs a

@@ -5,17 +5,14 @@ Knows samples and reports. Does not know models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pocl_fast.data.encoding import EncodedSample, LengthReport, SampleEncoder
-from pocl_fast.data.lengths import LengthHistogram, length_histogram, quantiles
+from pocl_fast.data.length_report import LengthReport
 from pocl_fast.data.sample_set import SampleSet
-from pocl_fast.system.console import watched
+from pocl_fast.plan.lengths import LengthHistogram, length_histogram, quantiles
 
-AGAIN = ("counting what was cut", "samples")
-UNLIMITED = 1 << 40  # tokens: no text has so many
 NAMES = {  # what parts of a report are called; others by their own names
     "skipped": "left out: prompt over the limit",
     "truncated": "responses cut to the limit",
@@ -50,12 +47,10 @@ class DataPlan:
     max_prompt_length: Cut
 
 
-def data_plan(
-    name: str, known: SampleSet, report: LengthReport, encoder: SampleEncoder, max_length: int, max_prompt_length: int
-) -> DataPlan:
+def data_plan(name: str, known: SampleSet, report: LengthReport, max_length: int, max_prompt_length: int) -> DataPlan:
     """The numbers of a data set that was read with these limits."""
     encoded = known.encoded
-    shorter, missing = _cuts(known, report, encoder, max_length, max_prompt_length)
+    shorter, missing = _cuts(known, report, max_length, max_prompt_length)
     return DataPlan(
         name=name,
         records=len(known.samples),
@@ -73,7 +68,9 @@ def data_plan(
 
 def report_parts(report: LengthReport) -> dict[str, Any]:
     """Every part of a report but its number of samples, by its name: lines and pairs as their number."""
-    parts = {f.name: _counted(getattr(report, f.name)) for f in fields(report) if f.name != "samples"}
+    parts = {
+        f.name: _counted(getattr(report, f.name)) for f in fields(report) if f.name not in ("samples", "unit", "before")
+    }
     return {name: count for name, count in parts.items() if count}
 
 
@@ -87,19 +84,12 @@ def _counted(value: Any) -> Any:
     return len(value)
 
 
-def _cuts(
-    known: SampleSet, report: LengthReport, encoder: SampleEncoder, max_length: int, max_prompt_length: int
-) -> tuple[Cut, Cut]:
-    """What each limit took: the samples that it touched are tokenised once more, without limits."""
-    cut = [one for one in known.encoded if one.truncated]
-    by_index, skipped = {sample.index: sample for sample in known.samples}, frozenset(report.skipped)
-    gone = [sample for sample in known.samples if sample.line in skipped]
-    lost = sum(len(_whole(encoder, by_index[one.index])) - len(one) for one in watched(cut, *AGAIN))
-    absent = sum(len(_whole(encoder, sample)) for sample in watched(gone, *AGAIN))
-    encoder.take_unwritten()  # of these samples for the second time
-    return Cut(max_length, len(cut), lost), Cut(max_prompt_length, len(gone), absent)
-
-
-def _whole(encoder: SampleEncoder, sample: Any) -> Sequence[int]:
-    one: EncodedSample | None = encoder.encode(sample, max_length=UNLIMITED, max_prompt_length=UNLIMITED)
-    return () if one is None else one.ids
+def _cuts(known: SampleSet, report: LengthReport, max_length: int, max_prompt_length: int) -> tuple[Cut, Cut]:
+    """What each limit took."""
+    lengths = list(zip(report.before.prompts, report.before.samples, strict=True))
+    gone = [length for asked, length in lengths if asked > max_prompt_length]
+    shorter = [length for asked, length in lengths if asked <= max_prompt_length and length > max_length]
+    lost = sum(length - max_length for length in shorter)
+    kept = sum(map(len, known.encoded))
+    rest = sum(length for _, length in lengths) - lost - kept
+    return Cut(max_length, len(shorter), lost), Cut(max_prompt_length, len(gone), rest)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.options import CacheOptions
 from pocl_fast.plan.shapes import distinct

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 
 from pocl_fast.curriculum.signals import teacher_columns
-from pocl_fast.data.encoding import EncodedSample
-from pocl_fast.models.loading import check_positions
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.inputs.positions import check_positions
 from pocl_fast.options import RunConfig
 from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.data_plan import DataPlan, data_plan
@@ -134,9 +134,7 @@ class _Maker:
         for name, known in sets.items():
             report = context.reports[f"--{name}"]
             given = str(getattr(data, name))
-            self.plan.data[name] = data_plan(
-                given, known, report, context.encoder, data.max_length, data.max_prompt_length
-            )
+            self.plan.data[name] = data_plan(given, known, report, data.max_length, data.max_prompt_length)
         if not context.has_dev:
             self._note("--dev is missing: `distill` needs held-out samples, here nothing is counted of them")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pocl_fast.curriculum.schedule import Schedule
 from pocl_fast.curriculum.stages import Curriculum, stages_over
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.setup import schedule_of
 

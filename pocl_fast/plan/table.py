@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pocl_fast.data.lengths import LengthHistogram
 from pocl_fast.plan.data_plan import NAMES, DataPlan
 from pocl_fast.plan.disk import DiskPlan
+from pocl_fast.plan.lengths import LengthHistogram
 from pocl_fast.plan.plan import MemoryPlan, Plan
 from pocl_fast.plan.shapes import ModelPlan
 from pocl_fast.plan.step_plan import StepPlan

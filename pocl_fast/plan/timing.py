@@ -21,7 +21,7 @@ from pocl_fast.answers.likelihood import response_scores
 from pocl_fast.curriculum.schedule import Schedule
 from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, Stage
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.step_plan import Batches, StepPlan

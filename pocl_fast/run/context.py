@@ -16,8 +16,9 @@ from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import Engine, configured_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
-from pocl_fast.data.chat_template import unused_template
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encoder_of
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder, encoder_of
+from pocl_fast.data.length_report import LengthReport
 from pocl_fast.data.sample_set import SampleSet, read_set, split
 from pocl_fast.inputs.adapters import check_fit
 from pocl_fast.inputs.left_to_right import check_left_to_right
@@ -51,6 +52,7 @@ from pocl_fast.teacher.pair import (
     pair_lines,
     places,
 )
+from pocl_fast.templates.chat_template import unused_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +76,7 @@ class RunContext:
         self._student: LoadedModel | None = None
         self._compared: frozenset[str] | None = None  # the samples with which the vocabularies were compared
         self._pair_said = False
+        self.reports: dict[str, LengthReport] = {}  # of what was read, by option
 
     def begins(self, step: str, result: str) -> bool:
         """Whether the step is still to be done, on every rank; a step that is done says which file has its result.
@@ -222,6 +225,7 @@ class RunContext:
     def _read(self, given: str | None, option: str) -> SampleSet:
         name = required(given, option)
         samples, report = read_set(name, self.encoder, self.config.data, name)
+        self.reports[option] = report
         self.say(report.describe(name))
         return samples
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
-from pocl_fast.data.template_date import DATE_FILE
 from pocl_fast.inputs.adapters import configuration_file
 from pocl_fast.models.fingerprints import source_fingerprint
 from pocl_fast.options import RunConfig, option_name
@@ -26,6 +25,7 @@ from pocl_fast.system.console import measured
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json, write_text
 from pocl_fast.system.fingerprint import file_fingerprint
+from pocl_fast.templates.template_date import DATE_FILE
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,9 @@ def _measure_student(context: RunContext, pieces: Pieces) -> None:
 
 
 def length_facts(context: RunContext) -> dict[str, Any]:
-    """What a stamp holds of the lengths of the training samples, for the report; nothing where these are read in
-    pieces."""
-    if not (ranks.is_first() and context.train_file_is_loaded):
-        return {}
-    return {"lengths": count_lengths(context.train_file, context.encoder, context.config.data).as_json()}
+    """What a stamp holds of the lengths of the training samples, for the report."""
+    report = context.reports.get("--train")
+    return {"lengths": count_lengths(report.before, context.config.data).as_json()} if report else {}
 
 
 def _measure_teacher(context: RunContext, pieces: Pieces) -> None:
@@ -103,6 +101,7 @@ def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
     encoder = context.encoder
     report, ends, longest = ranks.from_first(lambda: (stream.check(), encoder.end_ids, encoder.longest_prompt))
     encoder.has_seen(ends, longest)  # all of the file, on every rank, before the first answer
+    context.reports["--train"] = report
     context.say(report.describe(source.name))
     ranks.from_first(lambda: context.check_stream(stream))
     return stream, report.samples

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.system import console
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.writer_lock import Writers, lock_folder, unlock

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models import loading
 from pocl_fast.models.frozen import drop_weights, freeze_linears

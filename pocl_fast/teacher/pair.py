@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.inputs.vocabulary import check_special_tokens, known_ids, named, rows_of
 from pocl_fast.models.cut import num_parameters

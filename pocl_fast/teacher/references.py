@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pocl_fast.answers.answerer import Answerer, answered
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.system import console, ranks
 from pocl_fast.system.console import shared_progress
 from pocl_fast.system.errors import InputError

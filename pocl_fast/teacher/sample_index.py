@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.teacher.shards import KEY_BYTES
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import Rows, pack, token_budget_batches
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.loss.teacher_output import LinearTeacher, TopKTeacher

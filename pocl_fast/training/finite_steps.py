@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.system import ranks
 from pocl_fast.training.metrics import LossParts

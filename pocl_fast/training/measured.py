@@ -20,7 +20,8 @@ from pocl_fast.answers.likelihood import TEACHER_COLUMNS, TOKENS_A_BATCH, Loaded
 from pocl_fast.answers.rouge_words import Tokenizer
 from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, StageSettings, make_curriculum
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.packed import pack, token_budget_batches
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import PackedBatch
 from pocl_fast.loss.output import STATS, LossOutput
 from pocl_fast.system.files import write_text

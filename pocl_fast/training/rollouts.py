@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pocl_fast.answers.answerer import AnswerLimits, Generate, answered
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.micro_batches import MicroBatch

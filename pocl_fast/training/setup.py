@@ -21,8 +21,8 @@ from pocl_fast.answers.engine import own_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.data.chat_template import unused_template
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder, encoder_of
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.packed import Rows
 from pocl_fast.data.sample_set import SampleSet, read_set
 from pocl_fast.inputs import adapters, usable
@@ -52,6 +52,7 @@ from pocl_fast.teacher.pair import (
 )
 from pocl_fast.teacher.references import teacher_answers
 from pocl_fast.teacher.teacher import Teacher
+from pocl_fast.templates.chat_template import unused_template
 from pocl_fast.training.arguments import PoclConfig, value_of
 
 

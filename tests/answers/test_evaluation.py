@@ -10,7 +10,8 @@ from tiny_training import encoded_samples, student_model, transformers_loss
 from pocl_fast.answers import evaluation
 from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.answers.evaluation import evaluate, exact_match, mean_token_cross_entropy, references_of
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.records.samples import samples_from
 
 

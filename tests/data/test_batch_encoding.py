@@ -11,11 +11,11 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from pocl_fast.data.byte_tokens import ByteTokens
-from pocl_fast.data.chat_template import ChatTemplate
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.samples import samples_from
+from pocl_fast.templates.chat_template import ChatTemplate
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800}
 

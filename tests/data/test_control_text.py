@@ -249,7 +249,7 @@ def test_every_text_of_a_conversation_is_text(ascii_):
 
 
 def test_the_system_prompt_of_the_options_and_a_refused_role_are_text(tmp_path):
-    from pocl_fast.data.chat_template import ChatTemplate
+    from pocl_fast.templates.chat_template import ChatTemplate
 
     tokenizer = tiny_tokenizer()
     chat = ChatTemplate.chosen(tokenizer, system_prompt="Say <|end|>.")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import pack, token_budget_batches
 
 

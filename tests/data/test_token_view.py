@@ -5,7 +5,7 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.token_view import token_view
 
 HARD = "Hi  there,\n\tcafé 美是 😀🏳️‍🌈 \ufffd end <|end|> ಕನ್ನಡ مرحبا"

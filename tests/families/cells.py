@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from families.tiny_families import LAYERS, VOCABULARY, WINDOW, row_auto_class, row_config, runnable_model
 from pocl_fast.answers.decoding import generate
 from pocl_fast.curriculum.stages import baby_steps
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import pack
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss

@@ -10,7 +10,8 @@ from tiny import save_tiny, tiny_tokenizer, write_jsonl
 from tiny_run import run
 
 from pocl_fast.cli import main
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.token_view import token_view
 from pocl_fast.inspection.inspected import Inspected, Inspector
 from pocl_fast.inspection.shown import columns, visible

@@ -6,7 +6,7 @@ from memory import peak_of
 from tiny import tiny_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import pack
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective

@@ -13,7 +13,7 @@ from tiny_cache import samples
 from pocl_fast.answers.answerer import Answerer, AnswerLimits
 from pocl_fast.answers.decoding import generate
 from pocl_fast.answers.engine import TorchEngine
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.references import _read, prompt_key, teacher_answers

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_cache import FP32, TEACHER, H, cache, filled, flip, hidden_of, only_shard, samples, shards
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.cache import MissingSamples, TeacherCache
 from pocl_fast.teacher.sample_index import SampleIndex

@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from pocl_fast.answers.answerer import AnswerLimits, answered
 from pocl_fast.answers.evaluation import mean_token_cross_entropy
 from pocl_fast.answers.likelihood import LoadedModel, response_scores
-from pocl_fast.data.encoding import EncodedSample, SampleEncoder
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import fit_all
 from pocl_fast.data.packed import Rows, pack
 from pocl_fast.data.sample_set import SampleSet

@@ -13,7 +13,7 @@ from tiny_cache import samples
 from pocl_fast.answers.answerer import Answerer, AnswerLimits, answered
 from pocl_fast.answers.decoding import generate
 from pocl_fast.answers.engine import TorchEngine
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import pack
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective

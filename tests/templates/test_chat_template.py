@@ -3,7 +3,6 @@
 import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer, write_jsonl
 
-from pocl_fast.data.chat_template import unused_template
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
@@ -11,6 +10,7 @@ from pocl_fast.options import DataOptions
 from pocl_fast.records.samples import Sample, read_samples, samples_from
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
+from pocl_fast.templates.chat_template import unused_template
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "train.jsonl"}
 REFUSES = (

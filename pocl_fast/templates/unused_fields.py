@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from pocl_fast.data.answer_span import REASONING_TAGS, Split, called_names
-from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.forms import KNOWN, ONE_QUESTION, OPTIONAL
 from pocl_fast.records.messages import Message
 from pocl_fast.records.samples import BEHIND, Sample
 from pocl_fast.system.typed_values import did_you_mean
+from pocl_fast.templates.answer_span import REASONING_TAGS, Split, called_names
+from pocl_fast.templates.chat_template import ChatTemplate, TemplateRefusal
 
 MEANS_MORE = frozenset({"tools", "tool_calls"})  # without them the answer answers something else
 EARLIER_REASONING = "reasoning in earlier turns"

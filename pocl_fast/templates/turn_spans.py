@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from pocl_fast.data.answer_span import PROBE, AnswerFinder, Split, Turn
-from pocl_fast.data.chat_template import TemplateRefusal
-from pocl_fast.data.reasoning import reasoning_in, thoughts_of
+from pocl_fast.templates.answer_span import PROBE, AnswerFinder, Split, Turn
+from pocl_fast.templates.chat_template import TemplateRefusal
+from pocl_fast.templates.reasoning import reasoning_in, thoughts_of
 
 Place: TypeAlias = tuple[int, int]  # from, to, in characters
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from pocl_fast.data.chat_template import ChatTemplate, TemplateRefusal
+from pocl_fast.templates.chat_template import ChatTemplate, TemplateRefusal
 
 PROBE = "Qz7answer7zQ"  # stands for an answer; no template changes it, no text has it
 _USER = {"role": "user", "content": "Qz5question5zQ"}

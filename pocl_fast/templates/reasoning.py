@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from pocl_fast.records.messages import Message, calls_as_text
+from pocl_fast.records.messages import Message
 from pocl_fast.records.samples import Sample
+from pocl_fast.records.tools import calls_as_text
 
 Reasoning = Literal["keep", "strip", "only"]
 Tags: TypeAlias = Sequence[tuple[str, str]]  # what opens and closes it; "": the prompt opens it

@@ -8,9 +8,9 @@ from test_encoding import SlowTokenizer, sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pocl_fast.data.chat_template import ChatTemplate
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.records.samples import Sample
+from pocl_fast.templates.chat_template import ChatTemplate
 
 WIDE = {"max_length": 9000, "max_prompt_length": 8000}
 SPECIAL = ["<|eot|>", "<|return|>", "<|user|>", "<|assistant|>", "<|start|>"]

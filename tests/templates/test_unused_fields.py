@@ -4,15 +4,15 @@ no place for it."""
 import pytest
 from tiny import CHAT_TEMPLATE, arithmetic, tiny_tokenizer, write_jsonl
 
-from pocl_fast.data.chat_template import ChatTemplate
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.data.unused_fields import UnusedFields
 from pocl_fast.options import DataOptions
 from pocl_fast.records.samples import samples_from
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
+from pocl_fast.templates.chat_template import ChatTemplate
+from pocl_fast.templates.unused_fields import UnusedFields
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error"}
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

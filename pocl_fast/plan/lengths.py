@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pocl_fast.data.encoding import EncodedSample
+from pocl_fast.data.encoded import EncodedSample
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 12  # about so many even bins

@@ -18,10 +18,10 @@ import jinja2
 from jinja2 import meta
 from jinja2.ext import Extension
 
-from pocl_fast.data.rendering import PlainRenderer, is_plain
-from pocl_fast.data.template_date import ASKS_FOR_IT, kept_date, with_date
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean
+from pocl_fast.templates.rendering import PlainRenderer, is_plain
+from pocl_fast.templates.template_date import ASKS_FOR_IT, kept_date, with_date
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"  # transformers' names of templates
 _CONTENT = "Qz5content5zQ"  # no template has it

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from pocl_fast.data.encoding import EncodedSample
-from pocl_fast.data.lengths import length_histogram, quantiles
+from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.plan.lengths import length_histogram, quantiles
 
 
 def samples(pairs):
