@@ -225,7 +225,7 @@ class RunContext:
     def _read(self, given: str | None, option: str) -> SampleSet:
         name = required(given, option)
         samples, report = read_set(name, self.encoder, self.config.data, name)
-        self.reports[option] = report
+        self.reports[option.partition(" ")[0]] = report
         self.say(report.describe(name))
         return samples
 
