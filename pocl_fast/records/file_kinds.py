@@ -63,8 +63,8 @@ _SKIPPABLE = tuple(bytes((0x50 + i, 0x2A, 0x4D, 0x18)) for i in range(16))  # fr
 _PACKED: tuple[tuple[str, tuple[bytes, ...], Callable[[Any], Any]], ...] = (
     ("gzip", (b"\x1f\x8b",), lambda file: gzip.GzipFile(fileobj=file)),
     ("Zstandard", (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), lambda file: pa.CompressedInputStream(file, "zstd")),
-    ("bzip2", (b"BZh",), bz2.BZ2File),
-    ("xz", (b"\xfd7zXZ\x00",), lzma.LZMAFile),
+    ("bzip2", (b"BZh",), lambda file: _Streams(file, bz2.BZ2Decompressor)),
+    ("xz", (b"\xfd7zXZ\x00",), lambda file: _Streams(file, lzma.LZMADecompressor)),
 )
 UNPACKING_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)  # pyarrow's are OSErrors
 
@@ -93,6 +93,31 @@ def opened(path: Path) -> Iterator[Opened]:
                 raise
             raise InputError(f"{path}: {_damage(packed, error)} before its first record: {_AGAIN}") from error
         yield Opened(content, tuple(packed), _form(path, head, packed))
+
+
+class _Streams:
+    """The content of streams of bzip2 or xz one behind the other. Python's own readers take a stream whose beginning
+    is damaged for the file's end, and all behind it would be lost without a word."""
+
+    def __init__(self, file: Any, unpacker: Callable[[], Any]) -> None:
+        self._file, self._new = file, unpacker
+        self._unpacker = unpacker()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end. Raises for what is missing, and for what is no stream."""
+        while True:
+            packed = b""
+            if self._unpacker.eof:
+                packed = self._unpacker.unused_data.lstrip(b"\x00")  # which pads streams
+                while not packed:
+                    if not (piece := self._file.read(BLOCK)):
+                        return b""
+                    packed = piece.lstrip(b"\x00")
+                self._unpacker = self._new()
+            elif self._unpacker.needs_input and not (packed := self._file.read(BLOCK)):
+                raise EOFError("the end of the stream is missing")
+            if unpacked := self._unpacker.decompress(packed, size):
+                return unpacked  # type: ignore[no-any-return]
 
 
 class _Unpacking(io.RawIOBase):
@@ -128,9 +153,9 @@ class _Unpacking(io.RawIOBase):
         self._packed.seek(0)
         closes, self._stream = self._stream, self._unpacks(self._packed)
         left, rest = self._given, bytearray()
-        while left:
-            left -= len(self._stream.read(min(left, BLOCK)))
         with contextlib.suppress(*UNPACKING_ERRORS):
+            while left:
+                left -= len(self._stream.read(min(left, BLOCK)))
             while piece := self._stream.read(1):
                 rest += piece
         del closes  # not earlier: pyarrow closes the file with it

@@ -92,9 +92,10 @@ class File:
     def _records(self, found: Opened, expected: str) -> Iterator[tuple[int, Mapping[str, Any] | BadRecord]]:
         name = Path(self.name)
         if found.form == "lines":
-            yield from json_lines.objects(name, _text(found.content), expected)
+            text = io.TextIOWrapper(found.content, encoding="utf-8", errors=json_lines.UNDECODED)
+            yield from json_lines.objects(name, text, expected)
         elif found.form == "array":
-            array = json_array.Objects(name, _text(found.content), expected)
+            array = json_array.Objects(name, io.TextIOWrapper(found.content, encoding="utf-8"), expected)
             for number, record in enumerate(array, start=1):
                 self._at = (number, array.line)
                 yield number, record
@@ -121,7 +122,7 @@ class File:
         try:
             with opened(self.path) as again:
                 number = json_lines.undecodable_line(again.content)
-        except OSError:
+        except UNPACKING_ERRORS:
             return ""
         return "" if number is None else f", line {number},"
 
@@ -160,7 +161,3 @@ class Files:
 def combined(paths: Iterable[Path]) -> str:
     """SHA-256 of the content of several files in their order, in hexadecimal."""
     return hashlib.sha256(" ".join(file_fingerprint(path) for path in paths).encode()).hexdigest()
-
-
-def _text(content: io.BufferedReader) -> io.TextIOWrapper:
-    return io.TextIOWrapper(content, encoding="utf-8")

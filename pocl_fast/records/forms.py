@@ -5,9 +5,11 @@ Knows the names of fields and which go together. Does not know what they hold (s
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import product
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from pocl_fast.records.bad_records import BadRecord
@@ -30,6 +32,9 @@ ONE_QUESTION = frozenset({*QUESTIONS, *INPUTS})  # what only a record without me
 ALTERNATIVES = (frozenset({*CHATS, *ANSWERS}), frozenset(QUESTIONS), frozenset(INPUTS))
 TWO_FORMS, NO_FIELD, MISSING = "two forms", "no known field", "a missing field"
 _PREFERENCE = "chosen"  # the accepted answer of a pair
+
+_SHOWN = 30  # fields of a record that a message names at most
+_ALIKE = 0.75  # of 1: system_prompt is no misspelt prompt (0.63), and has another meaning
 
 _ABSENT = object()
 
@@ -75,9 +80,8 @@ def _plain_form(fields: tuple[Any, ...]) -> Form | None:
 
 def missing(given: Mapping[str, Any], field: str, where: str) -> BadRecord:
     """The error for a record without a field that its form has."""
-    fields = sorted(map(str, given))
     return BadRecord(
-        f'{where}: field "{field}" is missing; the line has {fields}'
+        f'{where}: field "{field}" is missing; the line has {_some(given)}'
         f"{_near(given, (field,)) or _preference(given) or f'; --fields {field}=FIELD says what else it is called'}",
         MISSING,
     )
@@ -106,8 +110,8 @@ def _not_one(given: Mapping[str, Any], said: frozenset[str], where: str) -> BadR
 
 
 def _of_none(given: Mapping[str, Any], where: str) -> BadRecord:
-    fields = sorted(map(str, given))
     hint = _preference(given)
+    within = [str(field) for field, value in given.items() if is_list(value) and value and _are_objects(value)]
     if "input_ids" in given:
         hint = "; records are texts here, not token ids"
     elif "text" in given:
@@ -115,13 +119,18 @@ def _of_none(given: Mapping[str, Any], where: str) -> BadRecord:
             '; "text" alone has no question and no answer, and what is learnt here is answers: split it into "prompt"'
             ' and "completion"'
         )
-    return BadRecord(f"{where}: no known field in {fields}{_near(given)}{hint}; expected {FORMATS}", NO_FIELD)
+    elif not hint and within == ["data"]:
+        hint = "; if the records are those in \"data\", `jq -c '.data[]' FILE` writes each in a line of its own"
+    return BadRecord(f"{where}: no known field in {_some(given)}{_near(given)}{hint}; expected {FORMATS}", NO_FIELD)
 
 
 def _preference(given: Mapping[str, Any]) -> str:
     if _PREFERENCE not in given:
         return ""
-    name = "response" if isinstance(given[_PREFERENCE], str) else "completion" if "prompt" in given else "messages"
+    told, question = isinstance(given[_PREFERENCE], str), given.get("prompt")
+    if told and question is None:  # as Anthropic's hh-rlhf
+        return '; this is a pair of preferences, each with its question: split "chosen" into "prompt" and "completion"'
+    name = "response" if told else "completion" if is_list(question) else "messages"
     return f"; this is a pair of preferences: --fields {name}={_PREFERENCE} trains on the accepted answer"
 
 
@@ -137,10 +146,21 @@ def _refuse_media(given: Mapping[str, Any], where: str) -> None:
 
 def _near(given: Mapping[str, Any], known: tuple[str, ...] = (*CHATS, *QUESTIONS, *ANSWERS)) -> str:
     """ " (did you mean x instead of y?)" where a field that is not known is like one that is."""
-    for field in given:
-        if field not in KNOWN and (hint := did_you_mean(field, known)):
-            return hint.replace("?)", f' instead of "{field}"?)')
-    return ""
+    pairs = ((difflib.SequenceMatcher(None, str(field), one).ratio(), field, one) for field in given for one in known)
+    near = max((pair for pair in pairs if pair[1] not in KNOWN), key=itemgetter(0), default=(0.0, "", ""))
+    if near[0] < _ALIKE:
+        return ""
+    return f' (did you mean {near[2]} instead of "{near[1]}"?)'
+
+
+def _some(given: Mapping[str, Any]) -> str:
+    """The names of a record's fields, in words: not all of a file of columns that was read as one record."""
+    fields = sorted(map(str, given))
+    return f"{fields[:_SHOWN]}"[:-1] + f", ... {len(fields):,} in all]" if len(fields) > _SHOWN else f"{fields}"
+
+
+def _are_objects(values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
 
 
 def check_names(fields: Mapping[Any, Any]) -> None:

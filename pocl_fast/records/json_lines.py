@@ -14,6 +14,7 @@ from typing import IO, Any, BinaryIO
 from pocl_fast.records.bad_records import BadRecord
 
 DEEP = "nested too deeply"  # the kind of such a record
+UNDECODED = "surrogateescape"  # how a file is decoded here: bytes that are not UTF-8 are a fault of their line alone
 _BOM = "\ufeff"  # of UTF-8: Excel and PowerShell put it before a file's text, and `cat` between two
 
 
@@ -21,8 +22,8 @@ def objects(path: Path, lines: IO[str], expected: str) -> Iterator[tuple[int, di
     """The objects of a file's text, each with the number of its line, from 1. Blank lines are passed over.
 
     Lines end with LF, CRLF or CR; a byte order mark is no part of a line. `expected` says in errors what a line should
-    be. A line that is no object, names a field twice, or is JSON that Python cannot hold is a `BadRecord` in its place,
-    which names file and line.
+    be. A line that is no object or not UTF-8 (`UNDECODED`), names a field twice, or is JSON that Python cannot hold is
+    a `BadRecord` in its place, which names file and line.
     """
     first = ""
     for number, text in enumerate(lines, start=1):
@@ -31,6 +32,9 @@ def objects(path: Path, lines: IO[str], expected: str) -> Iterator[tuple[int, di
         if not text or text.isspace():
             continue
         first = first or text
+        if not text.isascii() and (byte := _undecoded(text)):
+            yield number, BadRecord(f"{path}, line {number}, is not UTF-8 text (byte {byte}){_LATIN}", "not UTF-8")
+            continue
         try:
             value = _DECODER.decode(text)
         except (ValueError, RecursionError) as error:
@@ -51,6 +55,18 @@ _ARRAY = (
     ". A file holds one array, or an object a line: `jq -c 'if type == \"array\" then .[] else . end' FILE` writes each"
     " object in a line of its own"
 )
+
+
+def _undecoded(text: str) -> str:
+    """The first byte of a text that could not be decoded, in hexadecimal; "" where there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"0x{ord(text[error.start]) - 0xDC00:02x}"
+    return ""
+
+
+_LATIN = ": where it is Latin-1, `iconv -f LATIN1 -t UTF-8 FILE` rewrites it"
 
 
 class _NamedTwice(ValueError):

@@ -26,6 +26,7 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _DATA = re.compile(r"\.(parquet|jsonl|ndjson|json|arrow|feather)(\.(gz|zst|zstd|bz2|xz))?$", re.IGNORECASE)
+_PACKED = re.compile(r"\.(gz|zst|zstd|bz2|xz)$", re.IGNORECASE)
 _NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "metadata.json", "croissant.json"})
 _KIND = {"ndjson": "jsonl", "feather": "arrow"}
 
@@ -150,7 +151,18 @@ def as_one(files: list[Path], name: str, folder: str) -> Files:
             f"{name} has files of several kinds ({shown}), which may be the same records twice: give those of one kind,"
             f" as '{folder}/*.{next(iter(kinds))}' in quotes"
         )
+    unpacked: dict[Path, Path] = {}
+    for file in files:
+        if (other := unpacked.setdefault(file.with_name(_PACKED.sub("", file.name)), file)) != file:
+            raise InputError(
+                f"{name} has both {other.name} and {file.name}, which may be the same records twice: leave one out"
+            )
     return Files(files, name)
+
+
+def is_named_as_data(file: Path) -> bool:
+    """Whether a file's name is one of a file of records."""
+    return _DATA.search(file.name) is not None
 
 
 def _kind(file: Path) -> str:

@@ -6,6 +6,7 @@ Knows which reader is for what. Does not know what a record says (samples.py).
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,10 +50,20 @@ class Source(Protocol):
 
 def source_of(given: str | Path) -> Source:
     """The reader of what is named: a file, a folder, a split of a folder (FOLDER:SPLIT), several files by a pattern, a
-    data set of the hub. Raises `InputError` where there is none."""
+    data set of the hub. Raises `InputError` where there is none, and for a name that is empty."""
     name = str(given)
+    if not name.strip():  # as a variable of a shell that is not set; a path of no text is the folder one is in
+        raise InputError("records are to be read of a name that is empty: give a file, a folder, or hf:ORG/NAME:SPLIT")
     if name.startswith(hub.PREFIX):
         return hub.named(name)
+    try:
+        return _on_disk(name)
+    except (OSError, RuntimeError) as error:  # a folder that may not be read, a user's home that is not there
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read {name:.300}: {reason or error}") from error
+
+
+def _on_disk(name: str) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         return saved.of_folder(path, name)
@@ -62,9 +73,18 @@ def source_of(given: str | Path) -> Source:
             return saved.of_split(Path(folder).expanduser(), split, name)
         if glob.has_magic(name):
             return _matching(name)
-        near = f"; of the hub it is {hub.PREFIX}{name.removeprefix('/')}:SPLIT" if name.count("/") == 1 else ""
-        raise InputError(f"cannot read {name}: No such file or directory{near}")
+        raise InputError(f"cannot read {name}: No such file or directory{_elsewhere(name)}")
     return File(path, name)
+
+
+def _elsewhere(name: str) -> str:
+    """Where the records may be that a name of no file means."""
+    if re.match(r"[a-z][a-z0-9+.-]+://", name):
+        return f"; files are read of this machine: download it first; of the hub give {hub.FORM}"
+    path = Path(name)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not (saved.is_named_as_data(path) or path.parent.exists()):
+        return f"; of the hub it is {hub.PREFIX}{name}:SPLIT"
+    return ""
 
 
 def _matching(name: str) -> Source:

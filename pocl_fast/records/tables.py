@@ -33,7 +33,7 @@ def parquet_rows(file: Path, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
     Raises `InputError` for a file that is cut off or damaged, naming the row up to which it could be read.
     """
     try:
-        table = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
+        table = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{path} is a Parquet file that is cut off or damaged: its end, which says what it holds, cannot be read"
@@ -91,7 +91,7 @@ def arrow_rows(file: Path, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def arrow_batches(file: pa.MemoryMappedFile, path: Path) -> Iterator[pa.RecordBatch]:
-    """The batches of an Arrow file or stream."""
+    """The batches of an Arrow file or stream. Raises pyarrow's error for one that is damaged."""
     if file.read(4) == ARROW_STREAM:
         size = file.size()
         file.seek(max(0, size - 8))
@@ -100,12 +100,17 @@ def arrow_batches(file: pa.MemoryMappedFile, path: Path) -> Iterator[pa.RecordBa
         file.seek(0)
         with pa.ipc.open_stream(file) as stream:
             _unique(stream.schema.names, path)
-            yield from stream
+            yield from map(_sound, stream)
     else:
         file.seek(0)
         with pa.ipc.open_file(file) as reader:
             _unique(reader.schema.names, path)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield from (_sound(reader.get_batch(i)) for i in range(reader.num_record_batches))
+
+
+def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
+    batch.validate(full=True)  # a damaged offset would be followed out of the file, which ends the process
+    return batch
 
 
 def numbered(batches: Iterable[pa.RecordBatch | pa.Table], name: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:

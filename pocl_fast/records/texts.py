@@ -24,6 +24,8 @@ def text_of(value: Any, where: str, field: str, item: int | None = None) -> str:
         as_text = f'; write it as text: "{value}"' if isinstance(value, (int, float)) else ""
         if isinstance(value, bytes):  # of a table's column
             as_text = "; write the column as text (`pyarrow.compute.cast(column, 'string')`)"
+        if isinstance(value, Mapping) and "0" in value:  # a column, as pandas writes it by itself
+            as_text = "; of pandas, write records: `DataFrame.to_json(FILE, orient='records', lines=True)`"
         raise BadRecord(f"{_place(where, field, item)} must be a string, got {kind_of(value)}{as_text}", "not text")
     if not value or value.isspace():
         raise BadRecord(f"{_place(where, field, item)} is empty: give it text, or leave it out", "empty text")

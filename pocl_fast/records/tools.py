@@ -21,6 +21,8 @@ def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     Raises `BadRecord` for anything else."""
     place = f'{where}: field "tools"'
     value = from_json(value, place) if isinstance(value, str) else without_nulls(listed(value))
+    if value is None:  # as JSON text, where other records have tools
+        return ()
     if not is_list(value):
         raise BadRecord(
             f"{place} must be a list of schemas, or that list as JSON text; got {kind_of(value)}", BAD_TOOLS
