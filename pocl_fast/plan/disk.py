@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.inputs.adapters import adapter_bytes, is_adapted, saved_bytes
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.options import CacheOptions
 from pocl_fast.plan.shapes import distinct
@@ -66,14 +67,12 @@ def disk_plan(
         kept = min(kept, arguments.save_total_limit + 1)  # an old one goes once the new one is whole
     if student is not None:
         trained = FP32 * sum(p.numel() for p in distinct(student) if p.requires_grad)
-        adapters = hasattr(student, "peft_config")
-        words = _saved_bytes(tokenizer)
-        saved = trained if adapters else FP32 * num_parameters(student)
+        words, adapted = _saved_bytes(tokenizer), is_adapted(student)
+        saved = adapter_bytes(student) if adapted else FP32 * num_parameters(student)
         state_file = 0 if arguments.save_only_model else int(state * trained / FP32)
         checkpoint = saved + state_file + words
         best = trained * _most_best(arguments, evaluations, kept)
-        merged = adapters and arguments.merge_adapters
-        whole = words + (FP32 * num_parameters(student, adapters=False) if merged else saved)
+        whole = words + (saved_bytes(student, whole=arguments.merge_adapters) if adapted else saved)
     peak = (cache or 0) + kept * (checkpoint or 0) + (best or 0) + (whole or 0)
     return DiskPlan(
         cache=cache,
