@@ -200,9 +200,11 @@ def _unfit(model: Any, argument: str, error: Exception) -> InputError:
 
 
 def with_adapters(model: Any, config: Any, argument: str, *, seed: int = 0, merges: bool = False) -> Any:
-    """The model with new adapters of peft, whose first values `seed` draws; on the meta device these have none. Raises `InputError` where `config`, given
-    as `argument`, does not describe adapters for this model, and for ones that cannot be merged where that is asked
-    for (`merges`)."""
+    """The model with new adapters of peft, whose first values `seed` draws; on the meta device these have none.
+
+    Raises `InputError` where `config`, given as `argument`, does not describe adapters for this model, and for ones
+    that cannot be merged where that is asked for (`merges`).
+    """
     try:
         from peft import PeftConfig, PeftModel, get_peft_model
     except ImportError as error:

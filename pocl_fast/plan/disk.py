@@ -35,6 +35,7 @@ class DiskPlan:
     checkpoints: int  # that are there at a time
     best_weights: int | None  # of all stages, at most
     student: int | None  # as it is saved
+    saved: str | None  # how that is
     peak: int  # all of this at once
     free: int  # of the file system that --output is on
     place: str  # the folder that was asked
@@ -61,7 +62,7 @@ def disk_plan(
     place = _existing(output)
     entries = None if teacher is None else entries_of(teacher, arguments)
     cache = None if entries is None else bytes_needed(entries, list({s.fingerprint: s for s in encoded}.values()))
-    checkpoint = best = whole = None
+    checkpoint = best = whole = saved_as = None
     kept = 0 if str(getattr(arguments.save_strategy, "value", arguments.save_strategy)) == "no" else saves
     if arguments.save_total_limit is not None:
         kept = min(kept, arguments.save_total_limit + 1)  # an old one goes once the new one is whole
@@ -73,6 +74,7 @@ def disk_plan(
         checkpoint = saved + state_file + words
         best = trained * _most_best(arguments, evaluations, kept)
         whole = words + (saved_bytes(student, whole=arguments.merge_adapters) if adapted else saved)
+        saved_as = _how_saved(student, whole=arguments.merge_adapters) if adapted else "whole"
     peak = (cache or 0) + kept * (checkpoint or 0) + (best or 0) + (whole or 0)
     return DiskPlan(
         cache=cache,
@@ -81,10 +83,19 @@ def disk_plan(
         checkpoints=kept,
         best_weights=best,
         student=whole,
+        saved=saved_as,
         peak=peak,
         free=shutil.disk_usage(place).free,
         place=str(place),
     )
+
+
+def _how_saved(adapted: Any, *, whole: bool) -> str:
+    """In words what is saved of a student with adapters, as `save_adapted` decides."""
+    if whole:
+        return "whole, adapters merged"
+    named = adapted.active_peft_config.base_model_name_or_path
+    return "adapters" if named else "adapters, and the model they are for"
 
 
 def _most_best(arguments: PoclConfig, evaluations: int, kept: int) -> int:

@@ -83,7 +83,8 @@ def _histogram(known: LengthHistogram, *limits: int) -> list[str]:
             if first <= limit <= last
         ]
         bars = f"{prompts:>7,} {_bar(prompts / most):<{BAR}}  {samples:>7,} {_bar(samples / most)}"
-        lines.append(f"  {f'{first:,}-{last:,}':>13}  {bars} {' '.join(named)}".rstrip())
+        bin_ = f"{first:,}" if first == last else f"{first:,}-{last:,}"
+        lines.append(f"  {bin_:>13}  {bars} {' '.join(named)}".rstrip())
     return lines
 
 
@@ -132,7 +133,8 @@ def _disk(disk: DiskPlan) -> str:
     if disk.checkpoint is not None:
         pairs.append(("checkpoints at a time", f"{disk.checkpoints} of {size(disk.checkpoint)}"))
         pairs.append(("best weights of the stages, at most", size(disk.best_weights or 0)))
-        pairs.append(("the student", size(disk.student or 0)))
+        how = "" if disk.saved == "whole" else f" ({disk.saved})"
+        pairs.append((f"the student{how}", size(disk.student or 0)))
     pairs.append(("in all, at most", size(disk.peak)))
     pairs.append(("free on its disk", size(disk.free)))
     warning = [] if disk.fits else [f"  WARNING: it does not fit on the disk of {disk.place}"]
@@ -169,7 +171,7 @@ def _pairs(pairs: Sequence[tuple[str, Any]]) -> list[str]:
 
 
 def some(count: int, noun: str) -> str:
-    """"1 sample", "2,000 samples"."""
+    """ "1 sample", "2,000 samples"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
