@@ -24,8 +24,8 @@ NAMES = {  # what the parts of a report are called
     "questions_cut": "questions that lost their beginning",
     "truncated": "responses cut to the limit",
     "notes": "",  # each says what it is
-    "unused": "records with a field no model is told",
-    "unwritten": "records of which no template writes",
+    "unused": "with a field no model is told",
+    "unwritten": "not written by the template",
     "control": "samples with control tokens kept as text",
 }
 

@@ -164,7 +164,7 @@ def _pairs(pairs: Sequence[tuple[str, Any]]) -> list[str]:
     """A line a name and its value; a long name has more lines, with the value on the last."""
     lines: list[str] = []
     for name, value in pairs:
-        *first, last = textwrap.wrap(name, NAME, subsequent_indent="  ")
+        *first, last = textwrap.wrap(name, NAME, subsequent_indent="  ", break_on_hyphens=False)
         lines += [f"  {part}" for part in first]
         lines.append(f"  {last:<{NAME}} {value:,}" if isinstance(value, int) else f"  {last:<{NAME}} {value}")
     return lines

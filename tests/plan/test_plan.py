@@ -8,9 +8,9 @@ from dataclasses import fields
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import write_jsonl
+from tiny import tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, read_json, refusal, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from pocl_fast.cli import main
 from pocl_fast.data.answer_choice import ENDS_EARLIER, STRIPPED
@@ -203,6 +203,7 @@ def test_what_is_left_out_and_what_a_limit_takes_is_counted_by_record(inputs, tm
         said("8" * 300, "2"),  # its beginning goes
     ]
     given = {"train": tmp_path / "train.jsonl", "bad_records": "skip", "long_prompts": "truncate-left", "stages": 1}
+    given["train_on"] = "last"
     write_jsonl(given["train"], records)
     data = planned(capsys, *options(inputs, **given))["data"]["train"]
     assert (data["records"], data["samples"], data["held_out"]) == (6, 5, 0)
@@ -257,7 +258,12 @@ def test_a_prompt_of_a_conversation_that_the_model_has_no_positions_for_is_refus
     are answered are longer."""
     turns = [{"role": "user", "content": "7" * 20}, {"role": "assistant", "content": "3" * 20}]
     write_jsonl(tmp_path / "train.jsonl", [{"messages": turns * count} for count in (1, 2, 3, 4, 5)])
-    words = options(inputs, train=tmp_path / "train.jsonl", train_on="all", max_length=500, stages=1)
+    with torch.random.fork_rng():
+        config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=512, eos_token_id=258)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt")
+    of_gpt = {"teacher": tmp_path / "gpt", "student_layers": 1, "train": tmp_path / "train.jsonl", "stages": 1}
+    words = options(inputs, train_on="all", max_length=500, **of_gpt)
     few = planned(capsys, *words)
     assert int(few["data"]["train"]["prompts"]["100"]) > 250
     several = [*words, "--max-new-tokens", "300"]
