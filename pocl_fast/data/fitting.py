@@ -54,9 +54,9 @@ class Fitting:
         fitted = self._encoder.fit_each(self._seen(samples), self._bad.found, **self._limits, batch=self._batch)
         for sample, made in fitted:
             one = made
-            self._before.add(made)
             if made.encoded is None and made.asked and self._rule == "truncate-left":
                 one = self._made_to_fit(sample, made)
+            self._before.add(made, one)
             if one.encoded is None:
                 (self._skipped if one.asked else self._untrained).append(sample.line)
                 self._longest = max(self._longest, one.asked)

@@ -21,15 +21,18 @@ from pocl_fast.templates import unused_fields
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens each sample had before the limits, those that are left out too. Samples in order."""
+    """How many tokens each sample had before the limits, and how many are left; samples that are left out too, in
+    order."""
 
     prompts: array[int] = field(default_factory=lambda: array("q"))  # before the first answer that is trained on
     samples: array[int] = field(default_factory=lambda: array("q"))  # in all
+    kept: array[int] = field(default_factory=lambda: array("q"))  # in all, within the limits; 0 for one left out
 
-    def add(self, one: Fitted) -> None:
-        """Takes the next sample in."""
-        self.prompts.append(one.asked)
-        self.samples.append(one.length)
+    def add(self, given: Fitted, used: Fitted) -> None:
+        """Takes the next sample in: as it was, and as it is used."""
+        self.prompts.append(given.asked)
+        self.samples.append(given.length)
+        self.kept.append(0 if used.encoded is None else len(used.encoded))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -200,9 +200,11 @@ def _unfit(model: Any, argument: str, error: Exception) -> InputError:
 
 
 def with_adapters(model: Any, config: Any, argument: str, *, seed: int = 0, merges: bool = False) -> Any:
-    """The model with new adapters of peft, whose first values `seed` draws. Raises `InputError` where `config`, given
-    as `argument`, does not describe adapters for this model, and for ones that cannot be merged where that is asked
-    for (`merges`)."""
+    """The model with new adapters of peft, whose first values `seed` draws; on the meta device these have none.
+
+    Raises `InputError` where `config`, given as `argument`, does not describe adapters for this model, and for ones
+    that cannot be merged where that is asked for (`merges`).
+    """
     try:
         from peft import PeftConfig, PeftModel, get_peft_model
     except ImportError as error:
@@ -220,9 +222,10 @@ def with_adapters(model: Any, config: Any, argument: str, *, seed: int = 0, merg
     before = {name: _bits(tensor) for name, tensor in plain_state(model).items()}
     try:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        empty = any(p.is_meta for p in model.parameters())
         with torch.random.fork_rng(sorted(devices, key=str)):
             torch.manual_seed(seed)  # a training that begins again begins with the same adapters, on every rank
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=empty)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise _unfit(model, argument, error) from error
     after = {name: _bits(tensor) for name, tensor in plain_state(adapted.get_base_model()).items()}
@@ -344,6 +347,27 @@ def _plain(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield prefix + name, buffer
     for name, child in module.named_children():
         yield from _plain(child, f"{prefix}{name}.")
+
+
+def saved_bytes(model: Any, *, whole: bool = False) -> int:
+    """The bytes of all tensors that `save_adapted` writes of a model, which may be on the meta device."""
+    own = {id(tensor): tensor for tensor in plain_state(model.get_base_model()).values()}  # tied ones once
+    base = _bytes(own.values())
+    if whole:
+        return base
+    alone = adapter_bytes(model)
+    return alone if model.active_peft_config.base_model_name_or_path else alone + base
+
+
+def adapter_bytes(model: Any) -> int:
+    """The bytes of the adapters alone, as peft saves them: what several layers share, once for each."""
+    from peft import get_peft_model_state_dict
+
+    return _bytes(get_peft_model_state_dict(model).values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def save_adapted(model: Any, folder: Path, *, whole: bool = False, place: Path | None = None) -> str:

@@ -5,20 +5,38 @@ Knows samples and reports. Does not know models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from pocl_fast.data.answer_choice import Notes
 from pocl_fast.data.length_report import LengthReport
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.plan.lengths import LengthHistogram, length_histogram, quantiles
 
-NAMES = {  # what parts of a report are called; others by their own names
+NAMES = {  # what the parts of a report are called
+    "bad": "left out, bad record",
     "skipped": "left out: prompt over the limit",
+    "untrained": "left out: no reasoning to train on",
+    "shortened": "prompts shortened to the limit",
+    "turns_dropped": "turns dropped of these",
+    "questions_cut": "questions that lost their beginning",
     "truncated": "responses cut to the limit",
-    "unused": "fields that no model is told",
+    "notes": "",  # each says what it is
+    "unused": "with a field no model is told",
     "unwritten": "not written by the template",
+    "control": "samples with control tokens kept as text",
 }
+
+
+class Limits(Protocol):
+    """The most tokens of a sample, and of a prompt: a run's options."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def max_prompt_length(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -35,26 +53,31 @@ class DataPlan:
     """A data set in numbers. Lengths are in tokens."""
 
     name: str
-    records: int  # that became samples, those left out for their length included
+    records: int  # that were read, those left out included
     samples: int
-    report: dict[str, Any]  # what was left out, cut or counted: a number, or a number by name
+    held_out: int  # samples that were taken out of it to evaluate with; not among `samples`
+    report: dict[str, Any]  # what was left out, cut or counted of all records: a number, or a number by name
     tokens: int
     supervised_tokens: int
     prompts: dict[str, int]  # percent -> length
     responses: dict[str, int]
     histogram: LengthHistogram
-    max_length: Cut
+    max_length: Cut  # of all records, as is
     max_prompt_length: Cut
 
 
-def data_plan(name: str, known: SampleSet, report: LengthReport, max_length: int, max_prompt_length: int) -> DataPlan:
-    """The numbers of a data set that was read with these limits."""
+def data_plan(name: str, known: SampleSet, report: LengthReport | None, limits: Limits) -> DataPlan:
+    """The numbers of a data set that was read with these limits; `known` has its samples but for those held out.
+    `report` is None for the samples that were held out of another."""
     encoded = known.encoded
-    shorter, missing = _cuts(known, report, max_length, max_prompt_length)
+    report = LengthReport(len(encoded)) if report is None else report
+    left_out = len(report.skipped) + len(report.untrained) + sum(len(lines) for _, lines in report.bad)
+    shorter, missing = _cuts(report, limits)
     return DataPlan(
         name=name,
-        records=len(known.samples),
+        records=report.samples + left_out,
         samples=len(encoded),
+        held_out=report.samples - len(encoded),
         report=report_parts(report),
         tokens=sum(map(len, encoded)),
         supervised_tokens=sum(one.supervised_count for one in encoded),
@@ -67,29 +90,43 @@ def data_plan(name: str, known: SampleSet, report: LengthReport, max_length: int
 
 
 def report_parts(report: LengthReport) -> dict[str, Any]:
-    """Every part of a report but its number of samples, by its name: lines and pairs as their number."""
-    parts = {
-        f.name: _counted(getattr(report, f.name)) for f in fields(report) if f.name not in ("samples", "unit", "before")
+    """What a report counts, by the keys of `NAMES`: a number, or a number by name. Parts of nothing are left out."""
+    parts: dict[str, Any] = {
+        "bad": {kind: len(lines) for kind, lines in report.bad},
+        "skipped": len(report.skipped),
+        "untrained": len(report.untrained),
+        "shortened": len(report.shortened.lines),
+        "turns_dropped": report.shortened.turns,
+        "questions_cut": report.shortened.cut,
+        "truncated": len(report.truncated),
+        "notes": dict(_noted(report.notes)),
+        "unused": dict(report.unused),
+        "unwritten": {what: len(lines) for what, lines in report.unwritten},
+        "control": len(report.control.lines),
     }
     return {name: count for name, count in parts.items() if count}
 
 
-def _counted(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _counted(one) for name, one in value.items()}
-    if not isinstance(value, (tuple, list, set, frozenset)):
-        return value
-    if value and all(isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in value):
-        return {name: _counted(one) for name, one in value}
-    return len(value)
+def _noted(notes: Notes) -> Iterator[tuple[str, int]]:
+    """What was decided about answers, and of how many answers or records: out of the notes' own words, of which each
+    part with a number is "what it is: {count}" or "what it is: {records}"."""
+    for what, count, lines in notes:
+        for part in what.split("; "):
+            if found := re.match(r"(.+): \{(count|records)\}", part):
+                yield found[1], count if found[2] == "count" else len(lines)
 
 
-def _cuts(known: SampleSet, report: LengthReport, max_length: int, max_prompt_length: int) -> tuple[Cut, Cut]:
-    """What each limit took."""
-    lengths = list(zip(report.before.prompts, report.before.samples, strict=True))
-    gone = [length for asked, length in lengths if asked > max_prompt_length]
-    shorter = [length for asked, length in lengths if asked <= max_prompt_length and length > max_length]
-    lost = sum(length - max_length for length in shorter)
-    kept = sum(map(len, known.encoded))
-    rest = sum(length for _, length in lengths) - lost - kept
-    return Cut(max_length, len(shorter), lost), Cut(max_prompt_length, len(gone), rest)
+def _cuts(report: LengthReport, limits: Limits) -> tuple[Cut, Cut]:
+    """What each limit took: that of prompts from samples whose prompt is over it, that of samples from the others."""
+    before = report.before
+    over: list[int] = []
+    longer: list[int] = []
+    for asked, length, kept in zip(before.prompts, before.samples, before.kept, strict=True):
+        if asked > limits.max_prompt_length:
+            over.append(length - kept)
+        elif asked and length > kept:  # 0 where nothing is trained on
+            longer.append(length - kept)
+    return (
+        Cut(limits.max_length, len(longer), sum(longer)),
+        Cut(limits.max_prompt_length, len(over), sum(over)),
+    )

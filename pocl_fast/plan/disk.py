@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.inputs.adapters import adapter_bytes, is_adapted, saved_bytes
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.options import CacheOptions
 from pocl_fast.plan.shapes import distinct
@@ -34,6 +35,7 @@ class DiskPlan:
     checkpoints: int  # that are there at a time
     best_weights: int | None  # of all stages, at most
     student: int | None  # as it is saved
+    saved: str | None  # how that is
     peak: int  # all of this at once
     free: int  # of the file system that --output is on
     place: str  # the folder that was asked
@@ -60,20 +62,19 @@ def disk_plan(
     place = _existing(output)
     entries = None if teacher is None else entries_of(teacher, arguments)
     cache = None if entries is None else bytes_needed(entries, list({s.fingerprint: s for s in encoded}.values()))
-    checkpoint = best = whole = None
+    checkpoint = best = whole = saved_as = None
     kept = 0 if str(getattr(arguments.save_strategy, "value", arguments.save_strategy)) == "no" else saves
     if arguments.save_total_limit is not None:
         kept = min(kept, arguments.save_total_limit + 1)  # an old one goes once the new one is whole
     if student is not None:
         trained = FP32 * sum(p.numel() for p in distinct(student) if p.requires_grad)
-        adapters = hasattr(student, "peft_config")
-        words = _saved_bytes(tokenizer)
-        saved = trained if adapters else FP32 * num_parameters(student)
+        words, adapted = _saved_bytes(tokenizer), is_adapted(student)
+        saved = adapter_bytes(student) if adapted else FP32 * num_parameters(student)
         state_file = 0 if arguments.save_only_model else int(state * trained / FP32)
         checkpoint = saved + state_file + words
         best = trained * _most_best(arguments, evaluations, kept)
-        merged = adapters and arguments.merge_adapters
-        whole = words + (FP32 * num_parameters(student, adapters=False) if merged else saved)
+        whole = words + (saved_bytes(student, whole=arguments.merge_adapters) if adapted else saved)
+        saved_as = _how_saved(student, whole=arguments.merge_adapters) if adapted else "whole"
     peak = (cache or 0) + kept * (checkpoint or 0) + (best or 0) + (whole or 0)
     return DiskPlan(
         cache=cache,
@@ -82,10 +83,19 @@ def disk_plan(
         checkpoints=kept,
         best_weights=best,
         student=whole,
+        saved=saved_as,
         peak=peak,
         free=shutil.disk_usage(place).free,
         place=str(place),
     )
+
+
+def _how_saved(adapted: Any, *, whole: bool) -> str:
+    """In words what is saved of a student with adapters, as `save_adapted` decides."""
+    if whole:
+        return "whole, adapters merged"
+    named = adapted.active_peft_config.base_model_name_or_path
+    return "adapters" if named else "adapters, and the model they are for"
 
 
 def _most_best(arguments: PoclConfig, evaluations: int, kept: int) -> int:

@@ -132,9 +132,11 @@ class _Maker:
         context, data = self.context, self.config.data
         sets = {"train": context.train_file} | ({"dev": context.dev_set} if context.has_dev else {})
         for name, known in sets.items():
-            report = context.reports[f"--{name}"]
-            given = str(getattr(data, name))
-            self.plan.data[name] = data_plan(given, known, report, data.max_length, data.max_prompt_length)
+            report = context.reports.get(f"--{name}")  # none of samples that are held out of others
+            given = str(getattr(data, name) or f"held out of {data.train}")
+            self.plan.data[name] = made = data_plan(given, known, report, data)
+            if report is not None and not made.report:  # its line says no more than the table
+                self.plan.notes.remove(report.describe(given))
         if not context.has_dev:
             self._note("--dev is missing: `distill` needs held-out samples, here nothing is counted of them")
 
@@ -179,10 +181,11 @@ class _Maker:
             return None
 
     def _positions(self) -> None:
-        data, answer = self.config.data, self.config.generation.max_new_tokens
+        context, answer = self.context, self.config.generation.max_new_tokens
+        most = max(self.config.data.max_length, context.longest_prompt + answer)
         for whose, model in (("student", self.student), ("teacher", self.teacher)):
             if model is not None:
-                check_positions(model, max(data.max_length, data.max_prompt_length + answer), whose)
+                check_positions(model, most, whose)
 
     def _sizes(self, batches: Any, state: float) -> Sizes:
         config, context = self.config, self.context

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pocl_fast.inputs.adapters import configuration_of, with_adapters
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.cut import as_trainable, chosen_layers, num_parameters, stack_of
 from pocl_fast.models.cut_check import differences
 from pocl_fast.models.cut_settings import Settings
 from pocl_fast.models.loading import readable_errors, resolve
-from pocl_fast.options import AdapterOptions, RunConfig
-from pocl_fast.system.errors import InputError, first_line
+from pocl_fast.options import RunConfig
+from pocl_fast.system.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def empty_model(source: str, *, trust_remote_code: bool = False) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="eager"
             )
+    model.name_or_path = str(where.path) if where.is_plain else ""  # as a loaded one: what adapters for it will name
     return model.requires_grad_(False).eval()
 
 
@@ -86,9 +88,11 @@ def empty_student(config: RunConfig, teacher: Any) -> tuple[Any, int]:
     if chosen.student_layers is not None:
         model = cut_on_meta(model, chosen.student_layers)
     whole = num_parameters(model)
-    if has_adapters(config.adapters):
-        return with_empty_adapters(model, config.adapters), whole
-    return as_trainable(model), whole
+    adapters = configuration_of(config.adapters)
+    if adapters is None:
+        return as_trainable(model), whole
+    option = "peft_config" if config.adapters.lora_rank is None else "lora_rank"
+    return with_adapters(model, adapters, option), whole
 
 
 def cut_on_meta(model: Any, keep: int) -> Any:
@@ -105,37 +109,9 @@ def cut_on_meta(model: Any, keep: int) -> Any:
             continue
         pairs = zip(layers, (stack.layers[old] for old in chosen), strict=False)
         if len(layers) == keep and not any(any(differences(new, old)) for new, old in pairs):
+            small.name_or_path = ""  # its source's, which it is not
             return small
     raise InputError(
         f"the configuration of {type(model).__name__} alone does not say what {keep} of its layers are: `distill` finds"
         " out once it has loaded the model"
     )
-
-
-def has_adapters(options: AdapterOptions) -> bool:
-    return options.lora_rank is not None or options.peft_config is not None
-
-
-def with_empty_adapters(model: Any, options: AdapterOptions) -> Any:
-    """The model with the adapters that the options ask for, on the meta device; these alone require a gradient. Raises
-    `InputError` where peft is missing or refuses them."""
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError('--lora-rank and --peft-config need peft: pip install "pocl-fast[peft]"') from error
-    try:
-        if options.peft_config is not None:
-            settings = peft.PeftConfig.from_json_file(str(options.peft_config))
-            chosen = peft.get_peft_config({**settings, "task_type": "CAUSAL_LM"})
-        else:
-            targets = options.lora_targets
-            chosen = peft.LoraConfig(
-                r=options.lora_rank or 0,
-                target_modules="all-linear" if targets == ["all-linear"] else targets,
-                task_type="CAUSAL_LM",
-            )
-        with torch.device("meta"):
-            return peft.get_peft_model(model, chosen, low_cpu_mem_usage=True)
-    except Exception as error:  # whatever peft says of a configuration
-        what = "--lora-targets" if options.peft_config is None else f"--peft-config {options.peft_config}"
-        raise InputError(f"{what}: {first_line(error)}") from error

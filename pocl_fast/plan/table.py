@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from pocl_fast.plan.timing import StepTime
 from pocl_fast.system.console import minutes
 
 WIDTH = 100
+NAME = 44  # characters of the names before values
 BAR = 28  # characters of the longest bar
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
@@ -38,16 +40,15 @@ def plan_table(plan: Plan) -> str:
 
 
 def _data(name: str, data: DataPlan) -> str:
-    counts = [("records that are samples", data.records), ("samples", data.samples), *_parts(data.report)]
+    counts: list[tuple[str, Any]] = [("records", data.records), *_parts(data.report)]
+    for option, cut in (("--max-prompt-length", data.max_prompt_length), ("--max-length", data.max_length)):
+        if cut.samples:
+            counts.append((f"lost to {option} {cut.limit}", f"{some(cut.tokens, 'token')} of {cut.samples:,}"))
+    if data.held_out:
+        counts.append(("held out to evaluate with", data.held_out))
+    counts.append(("samples", data.samples))
     counts += [("tokens", data.tokens), ("supervised tokens", data.supervised_tokens)]
-    cut, gone = data.max_length, data.max_prompt_length
-    if cut.samples:
-        counts.append((f"cut by --max-length {cut.limit}", f"{cut.samples:,} samples, {cut.tokens:,} tokens"))
-    if gone.samples:
-        counts.append(
-            (f"left out by --max-prompt-length {gone.limit}", f"{gone.samples:,} samples, {gone.tokens:,} tokens")
-        )
-    lines = [f"Data: {name}, {data.name}"[:WIDTH], *_pairs(counts)]
+    lines = [_headed(f"Data: {name}, ", data.name), *_pairs(counts)]
     lines += _quantile_lines(data)
     return "\n".join([*lines, *_histogram(data.histogram, data.max_prompt_length.limit, data.max_length.limit)])
 
@@ -55,9 +56,9 @@ def _data(name: str, data: DataPlan) -> str:
 def _parts(report: dict[str, Any]) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, value in report.items():
-        said = NAMES.get(name, name.replace("_", " "))
+        said = NAMES[name]
         if isinstance(value, dict):
-            found += [(f"{said}: {key}", count) for key, count in value.items()]
+            found += [(f"{said}: {key}" if said else key, count) for key, count in value.items()]
         else:
             found.append((said, value))
     return found
@@ -82,7 +83,8 @@ def _histogram(known: LengthHistogram, *limits: int) -> list[str]:
             if first <= limit <= last
         ]
         bars = f"{prompts:>7,} {_bar(prompts / most):<{BAR}}  {samples:>7,} {_bar(samples / most)}"
-        lines.append(f"  {f'{first:,}-{last:,}':>13}  {bars} {' '.join(named)}".rstrip())
+        bin_ = f"{first:,}" if first == last else f"{first:,}-{last:,}"
+        lines.append(f"  {bin_:>13}  {bars} {' '.join(named)}".rstrip())
     return lines
 
 
@@ -131,7 +133,8 @@ def _disk(disk: DiskPlan) -> str:
     if disk.checkpoint is not None:
         pairs.append(("checkpoints at a time", f"{disk.checkpoints} of {size(disk.checkpoint)}"))
         pairs.append(("best weights of the stages, at most", size(disk.best_weights or 0)))
-        pairs.append(("the student", size(disk.student or 0)))
+        how = "" if disk.saved == "whole" else f" ({disk.saved})"
+        pairs.append((f"the student{how}", size(disk.student or 0)))
     pairs.append(("in all, at most", size(disk.peak)))
     pairs.append(("free on its disk", size(disk.free)))
     warning = [] if disk.fits else [f"  WARNING: it does not fit on the disk of {disk.place}"]
@@ -158,12 +161,27 @@ def _duration(seconds: float) -> str:
 
 
 def _pairs(pairs: Sequence[tuple[str, Any]]) -> list[str]:
-    return [f"  {name:<44} {value:,}" if isinstance(value, int) else f"  {name:<44} {value}" for name, value in pairs]
+    """A line a name and its value; a long name has more lines, with the value on the last."""
+    lines: list[str] = []
+    for name, value in pairs:
+        *first, last = textwrap.wrap(name, NAME, subsequent_indent="  ", break_on_hyphens=False)
+        lines += [f"  {part}" for part in first]
+        lines.append(f"  {last:<{NAME}} {value:,}" if isinstance(value, int) else f"  {last:<{NAME}} {value}")
+    return lines
+
+
+def some(count: int, noun: str) -> str:
+    """ "1 sample", "2,000 samples"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _headed(words: str, name: str) -> str:
+    """The words and a name, of which one that is too long loses its beginning."""
+    room = WIDTH - len(words)
+    return words + (name if len(name) <= room else f"…{name[-room + 1 :]}")
 
 
 def _wrapped(note: str) -> str:
-    import textwrap
-
     return textwrap.fill(note, WIDTH, initial_indent="  - ", subsequent_indent="    ")
 
 

@@ -339,7 +339,7 @@ class RunContext:
     # -- every model ------------------------------------------------------------------------------------------------
 
     @property
-    def _longest_prompt(self) -> int:
+    def longest_prompt(self) -> int:
         """The most tokens of a prompt that may be answered; samples are read before models are loaded."""
         return max(self.config.data.max_prompt_length, self.encoder.longest_prompt)
 
@@ -349,7 +349,7 @@ class RunContext:
         if whose in ("student", "teacher"):
             self._check_usable(model, whose)
         data, answer = self.config.data, self.config.generation.max_new_tokens
-        check_positions(model, max(data.max_length, self._longest_prompt + answer), whose)
+        check_positions(model, max(data.max_length, self.longest_prompt + answer), whose)
         with self.precision.autocast():
             check_head(model, whose)
             return LoadedModel(model, packing_ready(model, self._say_of(whose)))
@@ -384,7 +384,7 @@ class RunContext:
             model,
             self.encoder,
             self.config.generation,
-            max_prompt_length=self._longest_prompt,
+            max_prompt_length=self.longest_prompt,
             by_vllm=self.check_engine(),
             bf16=self.precision.name == "bf16",
         )

@@ -12,7 +12,15 @@ from tiny_options import reaches, trainer_with_options
 from tiny_training import curriculum_of, same_bits, trainer_of, weights_of
 from transformers import AutoModelForCausalLM
 
-from pocl_fast.inputs.adapters import configuration_of, described, plain_state, save_adapted, with_adapters
+from pocl_fast.inputs.adapters import (
+    adapter_bytes,
+    configuration_of,
+    described,
+    plain_state,
+    save_adapted,
+    saved_bytes,
+    with_adapters,
+)
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.cut import cut_layers
 from pocl_fast.models.loading import load_model, resolve
@@ -315,3 +323,43 @@ def test_adapters_of_the_hub_that_are_on_this_machine_are_found_by_their_id(tmp_
     torch.testing.assert_close(logits(load_model("me/adapters")), logits(model), rtol=0, atol=1e-5)
     shutil.rmtree(tmp_path / "hub")
     assert resolve("me/adapters").adapter is None
+
+
+# -- without weights ---------------------------------------------------------------------------------------------------
+
+LORA_KIND = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LORA_KIND | {"target_modules": "all-linear"},
+        LORA_KIND | {"use_dora": True},
+        LORA_KIND | {"modules_to_save": ["lm_head"]},
+        LORA_KIND | {"trainable_token_indices": [1, 2]},
+        {"peft_type": "IA3", "target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        {"peft_type": "VERA", "r": 4, "target_modules": ["q_proj"]},
+        {"peft_type": "RANDLORA", "r": 4, "target_modules": ["q_proj"]},
+        {"peft_type": "OSF", "target_modules": ["q_proj"]},
+    ],
+    ids=lambda settings: " ".join([settings["peft_type"], *list(settings)[3:]]),
+)
+def test_adapters_of_a_model_without_weights_have_the_sizes_of_real_ones(settings, tmp_path):
+    config = configuration_of(AdapterOptions(peft_config=config_file(tmp_path / "c", **settings)))
+    model = tiny_model().float()
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    empty.name_or_path = model.name_or_path = ""
+    real, empty = (with_adapters(one, copy.deepcopy(config), "peft_config") for one in (model, empty))
+    sizes, others = (
+        {name: tuple(p.shape) for name, p in one.named_parameters() if p.requires_grad} for one in (real, empty)
+    )
+    assert sizes == others
+    assert all(p.is_meta for p in empty.parameters())
+    save_adapted(real, tmp_path / "out")
+    alone = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    base = (tmp_path / "out" / "base" / "model.safetensors").stat().st_size
+    header = 20_000
+    assert adapter_bytes(empty) < alone < adapter_bytes(empty) + header
+    assert saved_bytes(empty) < alone + base < saved_bytes(empty) + header
+    assert saved_bytes(empty, whole=True) < base < saved_bytes(empty, whole=True) + header

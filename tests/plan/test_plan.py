@@ -1,16 +1,24 @@
 """`pocl-fast plan`: what it says against what `distill` then does, and that it loads and writes nothing."""
 
+import itertools
 import json
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
-from tiny import write_jsonl
+from safetensors.torch import load_file
+from tiny import tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, read_json, refusal, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from pocl_fast.cli import main
+from pocl_fast.data.answer_choice import ENDS_EARLIER, STRIPPED
+from pocl_fast.data.control_text import KeptAsText
+from pocl_fast.data.length_report import LengthReport
+from pocl_fast.data.long_prompts import Shortenings
 from pocl_fast.models import loading
+from pocl_fast.plan.data_plan import NAMES, report_parts
 from pocl_fast.run import train_step
 from pocl_fast.training.checkpoints import checkpoints
 from pocl_fast.training.metrics import read_metrics
@@ -179,6 +187,149 @@ def test_parameters_are_those_of_the_models_as_they_are_loaded(inputs, kept, cap
     assert models["teacher"]["trained"] == 0
 
 
+def test_what_is_left_out_and_what_a_limit_takes_is_counted_by_record(inputs, tmp_path, capsys):
+    """A character is a token."""
+
+    def said(*texts):
+        roles = itertools.cycle(("user", "assistant"))
+        return {"messages": [{"role": role, "content": content} for role, content in zip(roles, texts, strict=False)]}
+
+    records = [
+        said("1", "2"),
+        said("1"),  # no answer
+        said("<|end|>", "2"),  # a control token
+        said("1", "2" * 200),  # cut
+        said("7" * 40, "3", "7" * 40, "3"),  # the first exchange goes
+        said("8" * 300, "2"),  # its beginning goes
+    ]
+    given = {"train": tmp_path / "train.jsonl", "bad_records": "skip", "long_prompts": "truncate-left", "stages": 1}
+    given["train_on"] = "last"
+    write_jsonl(given["train"], records)
+    data = planned(capsys, *options(inputs, **given))["data"]["train"]
+    assert (data["records"], data["samples"], data["held_out"]) == (6, 5, 0)
+    report = data["report"]
+    assert sum(report.pop("bad").values()) == 1
+    assert report == {"shortened": 2, "turns_dropped": 2, "questions_cut": 1, "truncated": 1, "control": 1}
+    words = options(inputs, **given | {"max_length": 511, "max_prompt_length": 510})
+    whole = planned(capsys, *words)["data"]["train"]
+    lost = data["max_length"]["tokens"] + data["max_prompt_length"]["tokens"]
+    assert whole["tokens"] - data["tokens"] == lost
+    assert (data["max_length"]["samples"], data["max_prompt_length"]["samples"]) == (1, 2)
+    shown = text(capsys, *options(inputs, **given))
+    assert "  prompts shortened to the limit               2\n" in shown
+    assert (
+        f"  lost to --max-prompt-length 80               {data['max_prompt_length']['tokens']} tokens of 2\n" in shown
+    )
+
+
+def test_every_part_of_a_report_has_a_name_and_is_counted():
+    """So that a part that is added later is shown too."""
+    report = LengthReport(
+        9,
+        skipped=(1, 2),
+        truncated=(3,),
+        unused=(("tools", 4),),
+        unwritten=(("names", (5, 6)),),
+        untrained=(7,),
+        notes=((STRIPPED, 3, (8,)), (ENDS_EARLIER, 5, (9, 10))),
+        bad=(("not JSON", (11, 12)),),
+        control=KeptAsText((13,), "<|end|>"),
+        shortened=Shortenings((14, 15), turns=6, cut=1),
+    )
+    empty = LengthReport(9)
+    known = {field.name for field in fields(LengthReport)} - {"samples", "unit", "before"}
+    assert all(getattr(report, name) != getattr(empty, name) for name in known)
+    parts = report_parts(report)
+    assert parts.keys() == NAMES.keys()
+    assert parts["notes"] == {
+        "answers from which reasoning was taken out": 3,
+        "conversations that end earlier for --max-length": 2,
+        "answers left out so": 5,
+    }
+    assert parts["bad"] == {"not JSON": 2}
+    assert parts["unwritten"] == {"names": 2}
+    assert report_parts(empty) == {}
+
+
+def test_a_prompt_of_a_conversation_that_the_model_has_no_positions_for_is_refused_as_distill_does(
+    inputs, tmp_path, capsys
+):
+    """Of conversations whose answers are all trained on, the limit is on what is before the first one, and prompts that
+    are answered are longer."""
+    turns = [{"role": "user", "content": "7" * 20}, {"role": "assistant", "content": "3" * 20}]
+    write_jsonl(tmp_path / "train.jsonl", [{"messages": turns * count} for count in (1, 2, 3, 4, 5)])
+    with torch.random.fork_rng():
+        config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=512, eos_token_id=258)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt")
+    of_gpt = {"teacher": tmp_path / "gpt", "student_layers": 1, "train": tmp_path / "train.jsonl", "stages": 1}
+    words = options(inputs, train_on="all", max_length=500, **of_gpt)
+    few = planned(capsys, *words)
+    assert int(few["data"]["train"]["prompts"]["100"]) > 250
+    several = [*words, "--max-new-tokens", "300"]
+    said = refusal(capsys, "plan", tmp_path / "a", *several)
+    assert "positions" in said
+    assert said.replace("pocl-fast plan", "") == refusal(capsys, "distill", tmp_path / "b", *several).replace(
+        "pocl-fast distill", ""
+    )
+
+
+# ---- adapters, and a file of which samples are held out ----
+
+
+@pytest.fixture(scope="module")
+def adapted(inputs, tmp_path_factory):
+    """A run with adapters on a cut student and one file of samples."""
+    output = tmp_path_factory.mktemp("adapted") / "run"
+    assert run("distill", output, *with_adapters(inputs)) == 0
+    return output
+
+
+def with_adapters(inputs, **changed):
+    return options(inputs, dev=None, stages=1, eval_seeds=(10,), lora_rank=3, **changed)
+
+
+def test_a_run_with_adapters_trains_and_saves_what_was_said(inputs, adapted, capsys):
+    plan = planned(capsys, *with_adapters(inputs))
+    files = {path.name: path.stat().st_size for path in (adapted / "student").rglob("*.safetensors")}
+    saved = load_file(adapted / "student" / "adapter_model.safetensors")
+    assert plan["models"]["student"]["trained"] == sum(one.numel() for one in saved.values())
+    assert plan["disk"]["saved"] == "adapters, and the model they are for"
+    assert files.keys() == {"adapter_model.safetensors", "model.safetensors"}
+    student = sum(path.stat().st_size for path in (adapted / "student").rglob("*") if path.is_file())
+    assert plan["disk"]["student"] <= student <= plan["disk"]["student"] + 15_000
+    steps = {one["step"]: one["parts"] for one in plan["memory"]["steps"]}
+    assert steps["train"]["optimizer's state"] == 8 * plan["models"]["student"]["trained"]
+
+
+def test_adapters_merged_or_of_a_student_by_name_take_what_is_written(inputs, capsys):
+    whole = planned(capsys, *options(inputs, dev=None, stages=1))["disk"]
+    merged = planned(capsys, *with_adapters(inputs), "--merge-adapters")["disk"]
+    assert (whole["saved"], merged["saved"]) == ("whole", "whole, adapters merged")
+    assert merged["student"] == whole["student"]
+    assert merged["checkpoint"] < whole["checkpoint"]
+    named = planned(capsys, *with_adapters(inputs, student=inputs / "teacher", student_layers=None))
+    trained = named["models"]["student"]["trained"]
+    assert named["disk"]["saved"] == "adapters"
+    assert merged["student"] > named["disk"]["student"] > 4 * trained
+
+
+def test_held_out_samples_are_those_of_distill(inputs, adapted, capsys):
+    plan = planned(capsys, *with_adapters(inputs))
+    data, steps = plan["data"], plan["steps"]
+    assert (data["train"]["records"], data["train"]["held_out"], data["train"]["samples"]) == (24, 2, 22)
+    assert data["dev"]["samples"] == read_json(adapted / "evaluation.json")["after"]["samples"] == 2
+    assert steps["exact"]
+    assert steps["steps"] == max(record["step"] for record in read_metrics(adapted / "metrics.jsonl"))
+    assert steps["stages"][0]["samples"] == len(read_json(adapted / "curriculum.json")["order"]) == 22
+    assert steps["evaluations"] == 1
+    shown = text(capsys, *with_adapters(inputs, held_out=1))
+    assert (
+        "  held out to evaluate with                    1\n  samples                                      23\n" in shown
+    )
+    assert "Data: dev, held out of " in shown
+
+
 def test_adapters_train_as_many_weights_as_peft_makes(inputs, kept, capsys):
     from peft import LoraConfig, get_peft_model
 
@@ -243,10 +394,8 @@ def test_parts_without_their_model_are_left_out_with_a_line(inputs, capsys):
     alone = planned(capsys, *options(inputs, teacher=None, student_layers=None, student=inputs / "teacher", dev=None))
     assert set(alone["models"]) == {"student"}
     assert alone["disk"]["cache"] is None
-    assert set(alone["data"]) == {"train"}
     said = " ".join(alone["notes"])
     assert "--teacher is missing" in said
-    assert "--dev is missing" in said
     teacher = planned(capsys, *options(inputs, student_layers=None))
     assert set(teacher["models"]) == {"teacher"}
     assert teacher["memory"] is None

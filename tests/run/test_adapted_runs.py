@@ -13,7 +13,8 @@ from tiny_run import make_inputs, options, read_json, refusal, run, select
 from tiny_training import before_each_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pocl_fast.data.encoding import encode_all, encoder_of
+from pocl_fast.data.encoding import encoder_of
+from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.sample_set import SampleSet, split
 from pocl_fast.options import RunData
 from pocl_fast.records.samples import samples_from
