@@ -177,7 +177,8 @@ COMMANDS: dict[str, Command] = {
         step=DemoOutput,
     ),
 }
-HELD_OUT = 100  # samples that distill holds out of a training file that is all there is
+HELD_OUT = 100  # samples that are held out of a training file that is all there is
+HOLD_OUT = ("distill", "plan")  # by themselves
 NEED_A_RUN = ("rank", "train", "report")  # of what an earlier step left
 
 
@@ -219,6 +220,8 @@ def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     _prepare_environment()  # before --set loads transformers
     given, config = _parse(name, command, arguments)
+    if name in HOLD_OUT and config.data.dev is None and config.data.held_out is None:
+        config = from_options({"held_out": HELD_OUT}, config)
     if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     _quiet_libraries()
@@ -234,8 +237,6 @@ def _run(name: str, arguments: list[str]) -> None:
         from pocl_fast.run.demo import demo_options
 
         options = demo_options()
-    if name == "distill" and options["dev"] is None and options["held_out"] is None:
-        options["held_out"] = HELD_OUT
     command.work(open_run(given.output, options, restart=getattr(given, "restart", False)))
     if joined:
         ranks.stop()

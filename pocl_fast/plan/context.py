@@ -51,7 +51,8 @@ class PlanContext(RunContext):
 
     @property
     def has_dev(self) -> bool:
-        return self.config.data.dev is not None
+        """Whether the options say what the held-out samples are."""
+        return self.config.data.dev is not None or self.config.data.held_out is not None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

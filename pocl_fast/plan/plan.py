@@ -18,7 +18,7 @@ from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.inputs.positions import check_positions
 from pocl_fast.options import RunConfig
 from pocl_fast.plan.context import PlanContext
-from pocl_fast.plan.data_plan import DataPlan, data_plan
+from pocl_fast.plan.data_plan import DataPlan, data_plan, held_out_plan
 from pocl_fast.plan.disk import DiskPlan, disk_plan
 from pocl_fast.plan.memory import Sizes, StepMemory, answered_prompts, memory_plan, room
 from pocl_fast.plan.optimizer import state_bytes_a_weight
@@ -130,13 +130,15 @@ class _Maker:
 
     def _data(self) -> None:
         context, data = self.context, self.config.data
-        sets = {"train": context.train_file} | ({"dev": context.dev_set} if context.has_dev else {})
-        for name, known in sets.items():
-            report = context.reports[f"--{name}"]
-            given = str(getattr(data, name))
-            self.plan.data[name] = data_plan(given, known, report, data.max_length, data.max_prompt_length)
-        if not context.has_dev:
-            self._note("--dev is missing: `distill` needs held-out samples, here nothing is counted of them")
+        limits = data.max_length, data.max_prompt_length
+        report, out = context.reports["--train"], context.dev_set if context.has_dev and data.dev is None else None
+        self.plan.data["train"] = data_plan(str(data.train), context.train_file, report, *limits, held_out=out)
+        if out is not None:
+            self.plan.data["dev"] = held_out_plan(f"held out of {data.train}", out, *limits)
+        elif context.has_dev:
+            self.plan.data["dev"] = data_plan(str(data.dev), context.dev_set, context.reports["--dev"], *limits)
+        else:
+            self._note("--dev and --held-out are missing: nothing is counted of held-out samples")
 
     def _answers(self) -> None:
         """The teacher's answers are not known yet: each is taken to be as long as it may be."""

@@ -243,15 +243,35 @@ def test_parts_without_their_model_are_left_out_with_a_line(inputs, capsys):
     alone = planned(capsys, *options(inputs, teacher=None, student_layers=None, student=inputs / "teacher", dev=None))
     assert set(alone["models"]) == {"student"}
     assert alone["disk"]["cache"] is None
-    assert set(alone["data"]) == {"train"}
     said = " ".join(alone["notes"])
     assert "--teacher is missing" in said
-    assert "--dev is missing" in said
     teacher = planned(capsys, *options(inputs, student_layers=None))
     assert set(teacher["models"]) == {"teacher"}
     assert teacher["memory"] is None
     assert teacher["disk"]["cache"] > 0
     assert "--student or --student-layers is missing" in " ".join(teacher["notes"])
+
+
+def test_samples_are_held_out_of_the_file_as_distill_does(inputs, capsys):
+    plan = planned(capsys, *options(inputs, dev=None))
+    train, dev = plan["data"]["train"], plan["data"]["dev"]
+    assert dev["samples"] == dev["records"] == train["report"]["held_out"] == 2
+    assert train["records"] == train["samples"] + 2 == 24
+    assert plan["steps"]["stages"][-1]["samples"] == 22
+    assert sum(train["histogram"]["samples"]) + sum(dev["histogram"]["samples"]) == 24
+    assert train["max_prompt_length"]["tokens"] == 0
+    said = text(capsys, *options(inputs, dev=None))
+    assert "held out, not trained on                     2\n" in said
+    assert "missing" not in said
+
+
+def test_what_is_counted_is_shown_as_a_number(inputs, tmp_path, capsys):
+    lines = (inputs / "train.jsonl").read_text().splitlines()
+    marked = {"instruction": "2+2?", "output": "4<|end|>"}
+    write_jsonl(tmp_path / "marked.jsonl", [json.loads(line) for line in lines] + [marked])
+    words = options(inputs, train=tmp_path / "marked.jsonl")
+    assert planned(capsys, *words)["data"]["train"]["report"] == {"control": 1}
+    assert "control tokens kept as text: samples         1\n" in text(capsys, *words)
 
 
 def test_without_any_model_it_says_that_a_tokenizer_is_needed(inputs, tmp_path, capsys):
