@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pocl_fast.inputs.adapters import check_targets, configuration_of
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.cut import as_trainable, chosen_layers, num_parameters, stack_of
 from pocl_fast.models.cut_check import differences
@@ -118,24 +119,14 @@ def has_adapters(options: AdapterOptions) -> bool:
 
 def with_empty_adapters(model: Any, options: AdapterOptions) -> Any:
     """The model with the adapters that the options ask for, on the meta device; these alone require a gradient. Raises
-    `InputError` where peft is missing or refuses them."""
+    `InputError` for what a run refuses of them."""
+    config = configuration_of(options)
+    check_targets(model, config)
+    from peft import get_peft_model
+
     try:
-        import peft
-    except ImportError as error:
-        raise InputError('--lora-rank and --peft-config need peft: pip install "pocl-fast[peft]"') from error
-    try:
-        if options.peft_config is not None:
-            settings = peft.PeftConfig.from_json_file(str(options.peft_config))
-            chosen = peft.get_peft_config({**settings, "task_type": "CAUSAL_LM"})
-        else:
-            targets = options.lora_targets
-            chosen = peft.LoraConfig(
-                r=options.lora_rank or 0,
-                target_modules="all-linear" if targets == ["all-linear"] else targets,
-                task_type="CAUSAL_LM",
-            )
         with torch.device("meta"):
-            return peft.get_peft_model(model, chosen, low_cpu_mem_usage=True)
+            return get_peft_model(model, config, low_cpu_mem_usage=True)
     except Exception as error:  # whatever peft says of a configuration
-        what = "--lora-targets" if options.peft_config is None else f"--peft-config {options.peft_config}"
-        raise InputError(f"{what}: {first_line(error)}") from error
+        what = "--lora-rank" if options.peft_config is None else f"--peft-config {options.peft_config}"
+        raise InputError(f"{what} does not fit {type(model).__name__}: {first_line(error)}") from error

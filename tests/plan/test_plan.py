@@ -194,6 +194,17 @@ def test_adapters_train_as_many_weights_as_peft_makes(inputs, kept, capsys):
     assert plan["disk"]["best_weights"] == 4 * 4 * trained  # fp32, of four evaluations
 
 
+def test_adapters_are_described_and_refused_as_in_a_run(inputs, tmp_path, capsys):
+    from peft import LoraConfig
+
+    LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path / "older")
+    by_folder = planned(capsys, *options(inputs, peft_config=tmp_path / "older"))["models"]["student"]
+    by_words = planned(capsys, *options(inputs, lora_rank=3, lora_targets=("q_proj",)))["models"]["student"]
+    assert by_folder["trained"] == by_words["trained"] > 0
+    said = refusal(capsys, "plan", tmp_path / "out", *options(inputs, lora_rank=3, lora_targets=("q_prj",)))
+    assert "has no layer q_prj (target_modules). Its linear layers are q_proj" in said
+
+
 # ---- nothing is loaded and nothing written ----
 
 
