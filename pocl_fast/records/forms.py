@@ -151,7 +151,7 @@ def check_names(fields: Mapping[Any, Any]) -> None:
         if name not in KNOWN:
             known = [*CHATS, *QUESTIONS, *ANSWERS, *OPTIONAL]
             swapped = isinstance(field, str) and field in KNOWN
-            hint = f" (did you mean {field}={name}?)" if swapped else did_you_mean(str(name), known)
+            hint = did_you_mean(str(name), known) or (f" (did you mean {field}={name}?)" if swapped else "")
             raise InputError(
                 f"{name}={field}: nothing is called {name!r} here{hint}; NAME is one of"
                 f" {', '.join(known)}, and FIELD is what the records call it"
