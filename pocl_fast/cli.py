@@ -19,7 +19,7 @@ from pocl_fast.options import RunConfig, option_name
 from pocl_fast.run.configuration import PAIRS, from_options, read_yaml, recorded_config
 from pocl_fast.system import tokenizer_threads
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
-from pocl_fast.system.typed_values import hints_of
+from pocl_fast.system.typed_values import did_you_mean, hints_of
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pocl-fast {__version__}")
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"pocl-fast: no command {arguments[0]!r}\n\n{_overview()}", file=sys.stderr)
+        first = arguments[0]
+        wrong = f"no command {first!r}{did_you_mean(first, list(COMMANDS))}"
+        if first.startswith("-"):
+            wrong = f"{first} stands before the command"
+        print(f"pocl-fast: {wrong}\n\n{_overview()}", file=sys.stderr)
         return 2
     terminate = signal.signal(signal.SIGTERM, _terminate)
     try:

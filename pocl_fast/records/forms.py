@@ -78,7 +78,8 @@ def missing(given: Mapping[str, Any], field: str, where: str) -> BadRecord:
     fields = sorted(map(str, given))
     return BadRecord(
         f'{where}: field "{field}" is missing; the line has {fields}'
-        f"{_near(given, (field,)) or _preference(given) or f'; --fields {field}=FIELD says what else it is called'}",
+        f"{_near(given, (field,)) or _preference(given) or f'; --fields {field}=FIELD says what else it is called'}"
+        "; --bad-records skip leaves such records out",
         MISSING,
     )
 
