@@ -19,7 +19,7 @@ from pocl_fast.options import RunConfig, option_name
 from pocl_fast.run.configuration import PAIRS, from_options, read_yaml, recorded_config
 from pocl_fast.system import tokenizer_threads
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
-from pocl_fast.system.typed_values import hints_of
+from pocl_fast.system.typed_values import did_you_mean, hints_of
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ COMMANDS: dict[str, Command] = {
         step=DemoOutput,
     ),
 }
-HELD_OUT = 100  # samples that distill holds out of a training file that is all there is
+HELD_OUT = 100  # samples that are held out of a training file that is all there is
+HOLD_OUT = ("distill", "plan")  # by themselves
 NEED_A_RUN = ("rank", "train", "report")  # of what an earlier step left
 
 
@@ -193,7 +194,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pocl-fast {__version__}")
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"pocl-fast: no command {arguments[0]!r}\n\n{_overview()}", file=sys.stderr)
+        first = arguments[0]
+        wrong = f"no command {first!r}{did_you_mean(first, list(COMMANDS))}"
+        if first.startswith("-"):
+            wrong = f"{first} stands before the command"
+        print(f"pocl-fast: {wrong}\n\n{_overview()}", file=sys.stderr)
         return 2
     terminate = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -219,7 +224,7 @@ def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     _prepare_environment()  # before --set loads transformers
     given, config = _parse(name, command, arguments)
-    if name in ("distill", "plan") and config.data.dev is None and config.data.held_out is None:
+    if name in HOLD_OUT and config.data.dev is None and config.data.held_out is None:
         config = from_options({"held_out": HELD_OUT}, config)
     if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")

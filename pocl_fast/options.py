@@ -51,8 +51,8 @@ class DataFiles:
     dev: str | None = None
     """The same for held-out samples; answers are scored against all of a sample's references."""
     held_out: Count | None = None
-    """Without a file of them, take so many of the training samples as held-out ones, but at most a tenth, and train on
-    the others. No prompt is on both sides. distill without --dev takes 100."""
+    """Without --dev: so many of the training samples, but at most a tenth, are held out for scores and not trained on.
+    No prompt is on both sides. distill and plan hold out 100 where neither is given."""
 
 
 # -- what a run and a trainer have -------------------------------------------------------------------------------------

@@ -59,7 +59,12 @@ def test_version_is_the_packages(capsys):
 
 def test_an_unknown_command_is_named(capsys):
     assert main(["destil"]) == 2
-    assert "no command 'destil'" in capsys.readouterr().err
+    assert "no command 'destil' (did you mean distill?)" in capsys.readouterr().err
+
+
+def test_options_stand_behind_the_command(capsys):
+    assert main(["--train", "data.jsonl", "distill"]) == 2
+    assert "--train stands before the command\n\nusage: pocl-fast COMMAND [options]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import arithmetic, save_tiny, tiny_model, tiny_tokenizer, write_jsonl
+from tiny import arithmetic, save_tiny, tiny_model, tiny_tokenizer
 
 from pocl_fast.cli import main
 from pocl_fast.records.samples import read_samples

@@ -178,7 +178,7 @@ def check_fit(model: Any, options: AdapterSettings) -> None:
         return
     from peft import get_peft_model
 
-    _check_targets(model, config)
+    check_targets(model, config)
     try:
         with torch.device("meta"):
             empty = type(model)(copy.deepcopy(model.config))
@@ -218,7 +218,7 @@ def with_adapters(model: Any, config: Any, argument: str, *, seed: int = 0, merg
             " (merge_and_unload()), or leave the argument out to train those it has"
         )
     _check_kind(config, argument)
-    _check_targets(model, config)
+    check_targets(model, config)
     before = {name: _bits(tensor) for name, tensor in plain_state(model).items()}
     try:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -253,7 +253,7 @@ def _bits(tensor: Tensor) -> Any:
     return (tuple(tensor.shape), 0 if kind is None else whole.view(kind).sum(dtype=torch.int64).item())
 
 
-def _check_targets(model: Any, config: Any) -> None:
+def check_targets(model: Any, config: Any) -> None:
     """Raises `InputError` where a name of a layer that is to get adapters is no layer's, which peft passes over where
     another name is one's."""
     for setting in ("target_modules", "modules_to_save", "feedforward_modules"):

@@ -27,6 +27,7 @@ _UNPACK, _AGAIN = "unpack it first", "get the file again"
 _UTF_16 = "write it as UTF-8 (`iconv -f UTF-16 -t UTF-8`)"
 _UTF_32 = "write it as UTF-8 (`iconv -f UTF-32 -t UTF-8`)"
 _SHEET = "write it as JSON Lines (`pandas.DataFrame.to_json(FILE, orient='records', lines=True)`)"
+_TEXT_ALONE = "give a file of records, whose prompts and answers are text"
 _PAGE = "get the file itself, on the hub from its link `download` or with `hf download`"
 # how files that hold no records begin; UTF-32 before UTF-16, which begins alike
 _KINDS = (
@@ -41,6 +42,10 @@ _KINDS = (
     (b"\x80\x04", "a pickle", _SHEET),
     (b"\x80\x05", "a pickle", _SHEET),
     (b"\x93NUMPY", "a NumPy array", _SHEET),
+    (b"\x89PNG", "a PNG image", _TEXT_ALONE),
+    (b"\xff\xd8\xff", "a JPEG image", _TEXT_ALONE),
+    (b"GIF8", "a GIF image", _TEXT_ALONE),
+    (b"%PDF-", "a PDF", _TEXT_ALONE),
     (b"\xff\xfe\x00\x00", "UTF-32 text", _UTF_32),
     (b"\x00\x00\xfe\xff", "UTF-32 text", _UTF_32),
     (b"{\x00\x00\x00", "UTF-32 text", _UTF_32),

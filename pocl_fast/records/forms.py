@@ -82,7 +82,8 @@ def missing(given: Mapping[str, Any], field: str, where: str) -> BadRecord:
     """The error for a record without a field that its form has."""
     return BadRecord(
         f'{where}: field "{field}" is missing; the line has {_some(given)}'
-        f"{_near(given, (field,)) or _preference(given) or f'; --fields {field}=FIELD says what else it is called'}",
+        f"{_near(given, (field,)) or _preference(given) or f'; --fields {field}=FIELD says what else it is called'}"
+        "; --bad-records skip leaves such records out",
         MISSING,
     )
 
@@ -171,7 +172,7 @@ def check_names(fields: Mapping[Any, Any]) -> None:
         if name not in KNOWN:
             known = [*CHATS, *QUESTIONS, *ANSWERS, *OPTIONAL]
             swapped = isinstance(field, str) and field in KNOWN
-            hint = f" (did you mean {field}={name}?)" if swapped else did_you_mean(str(name), known)
+            hint = did_you_mean(str(name), known) or (f" (did you mean {field}={name}?)" if swapped else "")
             raise InputError(
                 f"{name}={field}: nothing is called {name!r} here{hint}; NAME is one of"
                 f" {', '.join(known)}, and FIELD is what the records call it"

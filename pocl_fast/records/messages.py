@@ -232,7 +232,8 @@ def _part(part: Any, place: str) -> str:
     media = next((name for name in part if medium(name) and not is_absent(part[name])), kind)
     if kind not in _TEXT or media != kind:
         raise BadRecord(
-            f'{place} is of type "{media}", and the models here read text alone: leave such records out',
+            f'{place} is of type "{media}", and the models here read text alone: leave such records out'
+            " (--bad-records skip)",
             medium(media) or "a part that is no text",
         )
     if not isinstance(part.get("text"), str):

@@ -196,7 +196,7 @@ def means_more(where: str, why: str, kind: str) -> BadRecord:
     return BadRecord(
         f"{where}: {why}, and without it the answer would be to another question. Take a"
         " tokenizer with a chat template that shows it, or give one as a file (--chat-template FILE), or leave such"
-        " records out",
+        " records out (--bad-records skip)",
         kind,
     )
 

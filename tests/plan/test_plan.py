@@ -345,6 +345,17 @@ def test_adapters_train_as_many_weights_as_peft_makes(inputs, kept, capsys):
     assert plan["disk"]["best_weights"] == 4 * 4 * trained  # fp32, of four evaluations
 
 
+def test_adapters_are_described_and_refused_as_in_a_run(inputs, tmp_path, capsys):
+    from peft import LoraConfig
+
+    LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path / "older")
+    by_folder = planned(capsys, *options(inputs, peft_config=tmp_path / "older"))["models"]["student"]
+    by_words = planned(capsys, *options(inputs, lora_rank=3, lora_targets=("q_proj",)))["models"]["student"]
+    assert by_folder["trained"] == by_words["trained"] > 0
+    said = refusal(capsys, "plan", tmp_path / "out", *options(inputs, lora_rank=3, lora_targets=("q_prj",)))
+    assert "has no layer q_prj (target_modules). Its linear layers are q_proj" in said
+
+
 # ---- nothing is loaded and nothing written ----
 
 
@@ -401,6 +412,28 @@ def test_parts_without_their_model_are_left_out_with_a_line(inputs, capsys):
     assert teacher["memory"] is None
     assert teacher["disk"]["cache"] > 0
     assert "--student or --student-layers is missing" in " ".join(teacher["notes"])
+
+
+def test_samples_are_held_out_of_the_file_as_distill_does(inputs, capsys):
+    plan = planned(capsys, *options(inputs, dev=None))
+    train, dev = plan["data"]["train"], plan["data"]["dev"]
+    assert dev["samples"] == dev["records"] == train["report"]["held_out"] == 2
+    assert train["records"] == train["samples"] + 2 == 24
+    assert plan["steps"]["stages"][-1]["samples"] == 22
+    assert sum(train["histogram"]["samples"]) + sum(dev["histogram"]["samples"]) == 24
+    assert train["max_prompt_length"]["tokens"] == 0
+    said = text(capsys, *options(inputs, dev=None))
+    assert "held out, not trained on                     2\n" in said
+    assert "missing" not in said
+
+
+def test_what_is_counted_is_shown_as_a_number(inputs, tmp_path, capsys):
+    lines = (inputs / "train.jsonl").read_text().splitlines()
+    marked = {"instruction": "2+2?", "output": "4<|end|>"}
+    write_jsonl(tmp_path / "marked.jsonl", [json.loads(line) for line in lines] + [marked])
+    words = options(inputs, train=tmp_path / "marked.jsonl")
+    assert planned(capsys, *words)["data"]["train"]["report"] == {"control": 1}
+    assert "control tokens kept as text: samples         1\n" in text(capsys, *words)
 
 
 def test_without_any_model_it_says_that_a_tokenizer_is_needed(inputs, tmp_path, capsys):

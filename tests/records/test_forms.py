@@ -274,6 +274,7 @@ def test_errors_name_the_records_own_field():
     [
         ({"promt": "q"}, "promt=q: nothing is called 'promt' here (did you mean prompt?); NAME is one of messages, "),
         ({"question": "prompt"}, "question=prompt: nothing is called 'question' here (did you mean prompt=question?)"),
+        ({"respnse": "output"}, "respnse=output: nothing is called 'respnse' here (did you mean response?)"),
         ({"prompt": "q", "response": "q"}, 'both prompt and response are "q"'),
         ({"prompt": "q", "instruction": "r", "output": "a"}, "of prompt and instruction a record has one"),
         ({"messages": "m", "response": "a"}, "of messages and response a record has one"),

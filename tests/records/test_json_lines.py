@@ -97,6 +97,8 @@ def test_pretty_printed_json_is_called_so(tmp_path):
     [
         (b"PK\x03\x04" + bytes(50), "zip"),
         (b"SQLite format 3\x00" + bytes(50), "an SQLite database"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "a PNG image"),
+        (b"\xff\xd8\xff\xe0" + bytes(50), "a JPEG image"),
         (b"\n<!DOCTYPE html><html>", "a web page"),
         (gzip.compress(b"a.jsonl" + bytes(250) + b"ustar" + bytes(250), mtime=0), "tar"),
         (ONE.encode("utf-16"), "UTF-16"),
