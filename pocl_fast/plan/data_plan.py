@@ -89,16 +89,6 @@ def data_plan(name: str, known: SampleSet, report: LengthReport | None, limits: 
     )
 
 
-def held_out_plan(name: str, known: SampleSet, max_length: int, max_prompt_length: int) -> DataPlan:
-    """The numbers of samples that are held out of a file whose report is another's."""
-    return replace(
-        data_plan(name, known, LengthReport(len(known.encoded)), max_length, max_prompt_length),
-        records=len(known.encoded),
-        max_length=Cut(max_length, 0, 0),
-        max_prompt_length=Cut(max_prompt_length, 0, 0),
-    )
-
-
 def report_parts(report: LengthReport) -> dict[str, Any]:
     """What a report counts, by the keys of `NAMES`: a number, or a number by name. Parts of nothing are left out."""
     parts: dict[str, Any] = {
