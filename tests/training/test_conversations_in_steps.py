@@ -41,6 +41,7 @@ def stepped(samples):
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 4, "gradient_checkpointing": True},
+        {"tokens_per_batch": 100_000},
     ],
     ids=str,
 )
