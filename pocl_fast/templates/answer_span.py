@@ -98,6 +98,8 @@ class AnswerFinder:
             prompt, continues = whole[:start], True
         elif continues:
             first = len(prompt)
+        elif shape.opening and prompt.endswith(shape.header) and whole.endswith(shape.header + shape.opening, 0, first):
+            first -= len(shape.opening)  # turns before this one are other text where it is not asked for
         ended, upto = self._turn_end(whole, end, first, turns, tools)
         marks = [(start, to) for start, to in self.template.marked(turns, tools) if continues and first < to]
         if marks:

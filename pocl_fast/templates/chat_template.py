@@ -130,8 +130,10 @@ class ChatTemplate:
     def _renderers(self) -> dict[str, PlainRenderer]:
         return {}
 
-    def marked(self, messages: Sequence[Any], tools: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-        """Where in the rendered text the template's {% generation %} marks are: from, to; none without marks."""
+    def marked(
+        self, messages: Sequence[Any], tools: Sequence[Any], *, prompt: bool = False
+    ) -> tuple[tuple[int, int], ...]:
+        """Where in the text of `render` the template's {% generation %} marks are: from, to; none without marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         text = self._text(tools)
@@ -143,7 +145,7 @@ class ChatTemplate:
                 tools=list(tools) or None,
                 chat_template=text,
                 return_assistant_tokens_mask=True,
-                add_generation_prompt=False,
+                add_generation_prompt=prompt,
                 **{**self.tokenizer.special_tokens_map, **self.kwargs},
             )
         except Exception as error:

@@ -54,7 +54,7 @@ class TurnFinder:
         """Where the `wanted` ones of the messages are in the split's prompt. `messages` are those before the answer, as
         the template is given them."""
         talk = _Talk(self.finder, split, messages, tools, self._contents(split.prompt, messages, tools))
-        marks = self.finder.template.marked([*messages, answer], tools)
+        marks = self._marks(split.prompt, messages, tools, answer)
         turns: list[Turn] = []
         unreasoned = lost = 0
         for place in wanted:
@@ -79,7 +79,7 @@ class TurnFinder:
         if talk.messages[place].get("tool_calls"):
             return self._calling(talk, place, start)
         if place not in talk.contents or not self.finder.shape.tail:
-            return self._as_last(talk, place)
+            return self._as_last(talk, place, start)
         _, end = talk.contents[place]
         closing = self.finder.shape.end
         ended = bool(closing) and talk.text.startswith(closing, end)
@@ -93,21 +93,35 @@ class TurnFinder:
         behind = talk.contents[place - 1][1]
         if talk.text.startswith(header, behind):
             return behind + len(header)
+        unopened = self._without_block(header)  # only an asked answer has the block, or another one than this
         if place not in talk.contents:
-            return None
+            if unopened == header or not talk.text.startswith(unopened, behind):
+                return None
+            return self._behind_block(talk.text, behind + len(unopened))
         start = talk.contents[place][0]
         written = talk.text[behind:start]
-        if header.startswith(written) and self._is_block(header[len(written) :]):
-            return start  # only an asked answer has it
+        if unopened != header and self._without_block(written) == unopened:
+            return start
         shape = self.finder.shape  # or what ends the text stands before the header of an asked answer alone
         _, found, opening = written.rpartition(shape.header) if shape.header.strip() else ("", "", "")
         return start - len(opening) if found and opening in ("", shape.opening) else None
 
-    def _is_block(self, text: str) -> bool:
-        """Whether a text opens a block of reasoning, and perhaps closes it."""
-        said = "".join(text.split())
-        blocks = ((opens or closes.replace("/", "", 1), closes) for opens, closes in self.finder.shape.reasoning)
-        return any(said in (opens, opens + closes) for opens, closes in blocks)
+    def _without_block(self, text: str) -> str:
+        """A text without a block of reasoning that it ends with, opened or empty."""
+        for opens, closes in self.finder.shape.reasoning:
+            before, found, behind = text.rpartition(opens or closes.replace("/", "", 1))
+            if found and behind.strip() in ("", closes):
+                return before
+        return text
+
+    def _behind_block(self, text: str, start: int) -> int:
+        """Behind an empty block of reasoning that begins there."""
+        for opens, closes in self.finder.shape.reasoning:
+            opened = opens or closes.replace("/", "", 1)
+            within, found, _ = text[start:].partition(closes)
+            if found and within.strip() == opened:
+                return start + len(within) + len(closes)
+        return start
 
     def _calling(self, talk: _Talk, place: int, start: int) -> Turn | None:
         """A turn that calls tools, whose text only the template knows: up to what it writes between such a turn and the
@@ -119,30 +133,42 @@ class TurnFinder:
             end = following[0] - len(between)
             if talk.text.startswith(between, end) and talk.text.endswith(ends, start, end):
                 return Turn(start, end, True, place)
-        turn = self._as_last(talk, place)
+        turn = self._as_last(talk, place, start)
         if turn is not None and turn.ended and following and turn.end <= following[0]:
             said = talk.text[turn.start : turn.end]
             ends = next((token for token in self.finder.special if said.endswith(token)), said[-1:])
             self._behind_calls[role] = ends, talk.text[turn.end : following[0]]
         return turn
 
-    def _as_last(self, talk: _Talk, place: int) -> Turn | None:
-        """The turn as the last one of its own conversation, where the text begins with that one."""
+    def _as_last(self, talk: _Talk, place: int, start: int | None = None) -> Turn | None:
+        """The turn as the last one of its own conversation, where the text begins with that one; or where the text has
+        its answer at this `start`."""
         try:
             alone = self.finder.split(talk.messages[:place], talk.tools, talk.messages[place])
         except TemplateRefusal:
             return None
-        start, shape = len(alone.prompt), self.finder.shape
-        if not talk.text.startswith(alone.prompt):
+        if talk.text.startswith(alone.prompt):
+            start = len(alone.prompt)
+        if start is None:
             return None
-        for said in (alone.answer, alone.answer.removeprefix(shape.opening)):
+        shape = self.finder.shape
+        forms = [alone.answer, alone.answer.removeprefix(shape.opening), *self._unreasoned(alone.answer)]
+        for said in forms:
             if talk.text.startswith(said, start):
                 return Turn(start, start + len(said), alone.ended, place)
-        for said in (alone.answer, alone.answer.removeprefix(shape.opening)):
+        for said in forms:
             bare = said.removesuffix(shape.end) if shape.end else said
             if talk.text.startswith(bare, start):
                 return Turn(start, start + len(bare), False, place)
         return None
+
+    def _unreasoned(self, answer: str) -> Iterable[str]:
+        """An answer without the empty block of reasoning that it begins with, or the end of one."""
+        for opens, closes in self.finder.shape.reasoning:
+            rest = answer.lstrip().removeprefix(opens or closes.replace("/", "", 1)).lstrip()
+            if rest.startswith(closes):
+                said = rest.removeprefix(closes)
+                yield from (said, said.removeprefix("\n\n"), said.removeprefix("\n"), said.lstrip())
 
     def _within_marks(self, turn: Turn, text: str, marks: Sequence[Place]) -> Turn:
         """The turn as far as the template's marks say that the model writes it; its end of turn is the model's."""
@@ -153,6 +179,15 @@ class TurnFinder:
         if end < turn.end and text[end : turn.end].strip() != self.finder.shape.end.strip():
             return Turn(start, end, False, turn.place)
         return turn._replace(start=start)
+
+    def _marks(self, text: str, messages: Sequence[Any], tools: Sequence[Any], answer: Any) -> Sequence[Place]:
+        """The template's marks in the text of a prompt, which may be other text before an answer than before none."""
+        template = self.finder.template
+        if not (marks := template.marked([*messages, answer], tools)):
+            return marks
+        if text.startswith(template.render(messages, tools, prompt=True)):
+            return template.marked(messages, tools, prompt=True)
+        return marks
 
     # -- the contents of all turns ------------------------------------------------------------------------------------
 
@@ -250,7 +285,16 @@ class _Talk:
         except TemplateRefusal:
             return None
         behind = self.contents[place - 1][1]
-        return prompt[behind:] if prompt[:behind] == self.text[:behind] else None
+        if prompt[:behind] == self.text[:behind]:
+            return prompt[behind:]
+        said = PROBE.replace("7", "7n")  # the text before is another, such as that of the tools
+        try:
+            turns = [*self.messages[: place - 1], {**self.messages[place - 1], "content": said}]
+            prompt = self.finder.split(turns, self.tools, probe).prompt
+        except TemplateRefusal:
+            return None
+        _, found, header = prompt.rpartition(said)
+        return header if found else None
 
 
 def _forms(content: str, head: str) -> Iterable[str]:
