@@ -69,8 +69,7 @@ class ControlText:
         self.tokenizer = MarkedTokenizer(tokenizer, control)
         self._all = _Finder(control, self.tokenizer)
         self._spoken = _Finder([token for token in control if token not in reasoning], self.tokenizer)
-        self._lines: list[int] = []
-        self._token = ""
+        self._found: dict[int, str] = {}  # line -> the first control token in its text
 
     def chat(self, chat: ChatTemplate) -> ChatTemplate:
         """The template with marks in the system prompt that the options give it."""
@@ -85,9 +84,7 @@ class ControlText:
         found = next(filter(None, self._firsts(sample)), None)
         if found is None:
             return sample
-        if not self._lines or self._lines[-1] != sample.line:  # a long prompt is encoded several times
-            self._lines.append(sample.line)
-        self._token = self._token or found
+        self._found[sample.line] = found
         return replace(
             sample,
             messages=tuple(self._turn(turn) for turn in sample.messages),
@@ -102,10 +99,15 @@ class ControlText:
         """A text without marks, for messages."""
         return self.tokenizer.unmarked(text)
 
-    def take_kept(self, left_out: Collection[int] = ()) -> KeptAsText:
-        """What was marked since the last call, but for lines that were `left_out`."""
-        kept = KeptAsText(tuple(line for line in self._lines if line not in left_out), self._token)
-        self._lines, self._token = [], ""
+    def forget(self, line: int) -> None:
+        """Drops what was noted of a record."""
+        self._found.pop(line, None)
+
+    def take_kept(self) -> KeptAsText:
+        """What was marked since the last call."""
+        lines = tuple(sorted(self._found))
+        kept = KeptAsText(lines, self._found[lines[0]]) if lines else KeptAsText()
+        self._found.clear()
         return kept
 
     # -- inside -----------------------------------------------------------------------------------------------------
