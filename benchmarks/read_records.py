@@ -89,8 +89,10 @@ def write(path: Path, texts: Path, rows: list[dict[str, str]], count: int, form:
         piece = [record(rows, place, form) for place in range(start, min(count, start + 10_000))]
         ready = [{"text": text_of(tokenizer, one)} for one in piece]
         tables = [pa.Table.from_pylist(one) for one in (piece, ready)]
-        writers = writers or [pq.ParquetWriter(*one) for one in zip((path, texts), (t.schema for t in tables))]
-        for writer, table in zip(writers, tables):
+        writers = writers or [
+            pq.ParquetWriter(*one) for one in zip((path, texts), (t.schema for t in tables), strict=True)
+        ]
+        for writer, table in zip(writers, tables, strict=True):
             writer.write_table(table)
     for writer in writers:
         writer.close()

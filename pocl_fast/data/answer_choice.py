@@ -121,17 +121,20 @@ class AnswerChoice:
         if not split.earlier and self._reasoning != "only":
             before, response = tokens
             return Turns(before, response, [(len(sample.messages), (len(before), len(before) + len(response)))])
-        texts, response = texts_of(split)[1::2], tokens[-1]
+        only = self._reasoning == "only"
+        texts = texts_of(split)[1::2] if only else [""] * (len(split.earlier) + 1)
         places = [*(turn.place for turn in split.earlier), len(sample.messages)]
         starts = list(accumulate((len(ids) for ids in tokens), initial=0))[1::2]
         trained = []
         for place, text, ids, start in zip(places, texts, tokens[1::2], starts, strict=True):
-            turn = sample.answer_turn if place == len(sample.messages) else sample.messages[place]
-            length = len(ids) if self._reasoning != "only" else self._reasoning_length(turn, text, ids, read)
+            length = len(ids)
+            if only:
+                turn = sample.answer_turn if place == len(sample.messages) else sample.messages[place]
+                length = self._reasoning_length(turn, text, ids, read)
             if length:
                 trained.append((place, (start, start + length)))
         self.note(NO_REASONING, sample.line, len(places) - len(trained))
-        return Turns(list(chain(*tokens[:-1])), response, trained)
+        return Turns(list(chain(*tokens[:-1])), tokens[-1], trained)
 
     def _reasoning_length(self, turn: Message, text: str, ids: Sequence[int], read: Callable[[str], str]) -> int:
         """How many of an answer's tokens are its reasoning, with what closes it."""

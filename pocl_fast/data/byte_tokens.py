@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 _AsAsked: TypeAlias = Callable[[str, Sequence[int]], bool]
@@ -57,7 +58,7 @@ class ByteTokens:
         *before, last = texts
         if last.isspace() or any(text[-1:] == " " or text.isspace() for text in before):
             return None
-        tokens = [self._bytes_of[one] for one in ids]
+        tokens = itemgetter(*ids)(self._bytes_of) if len(ids) > 1 else [self._bytes_of[one] for one in ids]
         if b"".join(tokens) != whole.encode():
             return None
         ends = list(accumulate(map(len, tokens)))

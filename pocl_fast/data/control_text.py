@@ -121,7 +121,7 @@ class ControlText:
             if len(turn) != 2:
                 return False
             texts += turn.values()  # type: ignore[arg-type]  # role and content
-        return not any(start in text for text in texts for start in self._all.starts)
+        return not any(map(self._all.may_be_in, texts))
 
     def _firsts(self, sample: Sample) -> Iterator[str | None]:
         for turn in (*sample.messages, sample.answer_turn):
@@ -144,9 +144,17 @@ class _Finder:
     def __init__(self, tokens: Collection[str], tokenizer: MarkedTokenizer) -> None:
         self._tokens = frozenset(tokens)
         self._lengths = sorted({len(token) for token in tokens})
-        self.starts = sorted({token[:2] for token in tokens})
-        self._begins = re.compile(f"(?={'|'.join(map(re.escape, self.starts))})")  # overlapping ones too
+        self._starts = sorted({token[:2] for token in tokens})
+        self._signs = sorted({token[:1] for token in tokens})
+        self._begins = re.compile(f"(?={'|'.join(map(re.escape, self._starts))})")  # overlapping ones too
         self._tokenizer = tokenizer
+
+    def may_be_in(self, text: str) -> bool:
+        """Whether a text has two signs that a control token begins with. 0.1 us for each, against 20 us for the tokens
+        of 100 words; most texts have not even the first one."""
+        if not any(sign in text for sign in self._signs):
+            return False
+        return any(start in text for start in self._starts)
 
     def first(self, text: str) -> str | None:
         """The first control token in the text, None where it has none."""
@@ -166,7 +174,7 @@ class _Finder:
     def _places(self, text: str) -> list[int]:
         """Where control tokens begin."""
         found = []
-        if any(start in text for start in self.starts):  # 0.1 us for each, against 20 us for the tokens of 100 words
+        if self.may_be_in(text):
             begins = (match.start() for match in self._begins.finditer(text))
             found = [at for at in begins if any(text[at : at + n] in self._tokens for n in self._lengths)]
         others = self._tokenizer.normalized_places(text, self._tokens)  # of tokenizers that read </S> as </s>

@@ -250,7 +250,7 @@ class SampleEncoder:
             self.choice.note(ENDS_EARLIER, line, lost)
         self.longest_prompt = max(self.longest_prompt, len(turns.prompt))
         room = max_length - len(turns.prompt)
-        prompt, response = (tuple(map(self._shared.__getitem__, ids)) for ids in (turns.prompt, turns.response[:room]))
+        prompt, response = (self._shared.of(ids) for ids in (turns.prompt, turns.response[:room]))
         cut = len(response) < len(turns.response)
         made = EncodedSample(text.used.index, prompt, response, cut, turns.spans(max_length))
         return Fitted(text.used, made, asked, length)

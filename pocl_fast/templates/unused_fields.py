@@ -92,7 +92,7 @@ def _said(turn: Any) -> str:
 
 def _thoughts(turn: Any) -> list[str]:
     """A turn's reasoning, in its own field and in its content; an empty text is in every text."""
-    if turn["role"] != "assistant":
+    if turn["role"] != "assistant" or (len(turn) == 2 and REASONING_TAGS[1] not in (turn.get("content") or "")):
         return []
     texts = [turn.get("reasoning_content"), (turn.get("content") or "")]
     own, content = (text if isinstance(text, str) else "" for text in texts)
