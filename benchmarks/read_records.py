@@ -1,7 +1,7 @@
-"""Reading Parquet to tokens takes, on one thread, at most 1.4 times as long as pyarrow and the tokenizer alone for a
-question and its answer, 1.75 times for four turns, less than `apply_chat_template` of each record; memory is flat.
+"""How long reading Parquet to tokens takes beside pyarrow and the tokenizer alone, and beside `apply_chat_template` of
+each record; and whether its memory is flat.
 
-The aim is 1.3; on a busy machine it was met by 1.19 to 1.38 and missed by four turns.
+The aim is 1.3 times pyarrow and the tokenizer. It is not met: see docs/log.md for what was measured, and how.
 Three sides in this process, in turns, on the same file; the figures are medians. "ours" is the whole way of a run:
 records, checked and counted fields, the template's text of prompt and answer, what the template leaves out, tokens cut
 at the answer. "bare" is pyarrow's `iter_batches` and the tokenizer on 1000 texts at a time, where the text that the

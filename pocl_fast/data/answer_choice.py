@@ -107,7 +107,8 @@ class AnswerChoice:
         roles = [turn["role"] for turn in messages]
         asked = next((i for i, role in enumerate(roles) if role not in _NO_QUESTION), len(roles))
         answered = [place + shift for place in sample.earlier if place + shift > asked]
-        wanted = [place for place in answered if place not in unshown]
+        # of a turn that calls tools the text alone may be left out
+        wanted = [place for place in answered if place not in unshown or messages[place].get("tool_calls")]
         found = self._finder.find(split, messages, sample.tools, sample.answer_turn, wanted)
         for what, count in (*found.left, (UNASKED, len(sample.earlier) - len(answered))):
             self.note(what, sample.line, count)
