@@ -7,7 +7,7 @@ where in a text an answer is (answer_span.py, turn_spans.py).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -60,7 +60,7 @@ class AnswerChoice:
     def __init__(self, tokenizer: Any, tags: Tags, turns: TurnFinder | None, train_on: TrainOn, reasoning: Reasoning):
         """`tags` are around reasoning; `turns` is None where there is no chat template."""
         self._tokenizer, self._tags, self._finder = tokenizer, tags, turns
-        self._train_on, self._reasoning = train_on, reasoning
+        self.train_on, self._reasoning = train_on, reasoning
         self._noted: dict[str, dict[int, int]] = {}  # what was decided -> how many answers, by line
 
     def note(self, what: str, line: int, count: int) -> None:
@@ -77,9 +77,10 @@ class AnswerChoice:
 
     def take_notes(self) -> Notes:
         """What was decided since the last call."""
-        taken = tuple((what, sum(lines.values()), tuple(lines)) for what, lines in self._noted.items() if lines)
+        taken = ((what, sum(lines.values()), tuple(sorted(lines))) for what, lines in self._noted.items() if lines)
+        ordered = tuple(sorted(taken, key=lambda note: (note[2][0], note[0])))  # however they came together
         self._noted.clear()
-        return taken
+        return ordered
 
     def prepared(self, sample: Sample, where: str) -> Sample:
         """The sample without reasoning where that is to be taken out. Raises `BadRecord` where nothing else is said."""
@@ -95,46 +96,56 @@ class AnswerChoice:
         self.note(STRIPPED, sample.line, sum(one != other for one, other in zip(before, after, strict=True)))
         return made
 
-    def with_earlier(self, split: Split, sample: Sample, messages: Sequence[Any]) -> Split:
+    def with_earlier(
+        self, split: Split, sample: Sample, messages: Sequence[Any], unshown: Collection[int] = ()
+    ) -> Split:
         """The split with the earlier answers that are trained on. `messages` are those of the sample as the template is
-        given them."""
-        if self._train_on == "last" or not sample.earlier or self._finder is None:
+        given them; those that it leaves out, `unshown`, are said elsewhere."""
+        if self.train_on == "last" or not sample.earlier or self._finder is None:
             return split
         shift = len(messages) - len(sample.messages)  # a system prompt
         roles = [turn["role"] for turn in messages]
         asked = next((i for i, role in enumerate(roles) if role not in _NO_QUESTION), len(roles))
-        wanted = [place + shift for place in sample.earlier if place + shift > asked]
+        answered = [place + shift for place in sample.earlier if place + shift > asked]
+        # of a turn that calls tools the text alone may be left out
+        wanted = [place for place in answered if place not in unshown or messages[place].get("tool_calls")]
         found = self._finder.find(split, messages, sample.tools, sample.answer_turn, wanted)
-        for what, count in (*found.left, (UNASKED, len(sample.earlier) - len(wanted))):
+        for what, count in (*found.left, (UNASKED, len(sample.earlier) - len(answered))):
             self.note(what, sample.line, count)
         return replace(split, earlier=tuple(turn._replace(place=turn.place - shift) for turn in found.turns))
 
-    def turns(self, sample: Sample, split: Split, tokens: Sequence[list[int]]) -> Turns:
-        """What is trained on of a sample whose texts (`texts_of`) have these tokens."""
+    def turns(
+        self, sample: Sample, split: Split, tokens: Sequence[list[int]], read: Callable[[str], str] = str
+    ) -> Turns:
+        """What is trained on of a sample whose texts (`texts_of`) have these tokens. `read` gives such a text as the
+        tokens say it."""
         if not split.earlier and self._reasoning != "only":
             before, response = tokens
             return Turns(before, response, [(len(sample.messages), (len(before), len(before) + len(response)))])
-        texts, response = texts_of(split)[1::2], tokens[-1]
+        only = self._reasoning == "only"
+        texts = texts_of(split)[1::2] if only else [""] * (len(split.earlier) + 1)
         places = [*(turn.place for turn in split.earlier), len(sample.messages)]
         starts = list(accumulate((len(ids) for ids in tokens), initial=0))[1::2]
         trained = []
         for place, text, ids, start in zip(places, texts, tokens[1::2], starts, strict=True):
-            turn = sample.answer_turn if place == len(sample.messages) else sample.messages[place]
-            length = len(ids) if self._reasoning != "only" else self._reasoning_length(turn, text, ids)
+            length = len(ids)
+            if only:
+                turn = sample.answer_turn if place == len(sample.messages) else sample.messages[place]
+                length = self._reasoning_length(turn, text, ids, read)
             if length:
                 trained.append((place, (start, start + length)))
         self.note(NO_REASONING, sample.line, len(places) - len(trained))
-        return Turns(list(chain(*tokens[:-1])), response, trained)
+        return Turns(list(chain(*tokens[:-1])), tokens[-1], trained)
 
-    def _reasoning_length(self, turn: Message, text: str, ids: Sequence[int]) -> int:
+    def _reasoning_length(self, turn: Message, text: str, ids: Sequence[int], read: Callable[[str], str]) -> int:
         """How many of an answer's tokens are its reasoning, with what closes it."""
         closed = closed_in(text, turn, self._tags)
         if closed is None:
             return 0
-        lengths = range(1, len(ids) + 1)
+        lengths, closing = range(1, len(ids) + 1), read(closed.tag)
 
         def holds(length: int) -> bool:
-            return self._tokenizer.decode(list(ids[:length])).count(closed.tag) >= closed.times
+            return self._tokenizer.decode(list(ids[:length])).count(closing) >= closed.times
 
         found = bisect_left(lengths, True, key=holds)
         return lengths[found] if found < len(lengths) else 0

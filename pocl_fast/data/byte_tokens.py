@@ -7,24 +7,26 @@ Knows tokenizers. Does not know what a text is, nor how one is cut where no toke
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from operator import itemgetter
+from typing import Any, TypeAlias
 
-_Parts = tuple[list[int], list[int]]
+_AsAsked: TypeAlias = Callable[[str, Sequence[int]], bool]
 
 
 class ByteTokens:
-    """Cuts texts in two at a border between tokens. That a text's tokens are its bytes is seen at each text: the bytes
+    """Cuts texts at borders between tokens. That a text's tokens are its bytes is seen at each text: the bytes
     of all of them, one behind the other, must be the text's."""
 
-    def __init__(self, tokenizer: Any, bytes_of: list[bytes]) -> None:
-        """`bytes_of` are those of each token id."""
-        self._tokenizer, self._bytes_of = tokenizer, bytes_of
+    def __init__(self, tokenizer: Any, bytes_of: list[bytes], as_asked: _AsAsked) -> None:
+        """`bytes_of` are those of each token id. `as_asked` says whether a text that ends with blanks has these tokens
+        as the beginning of a longer one and alone."""
+        self._tokenizer, self._bytes_of, self._as_asked = tokenizer, bytes_of, as_asked
         self._helps = True
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ByteTokens | None:
+    def of(cls, tokenizer: Any, as_asked: _AsAsked = lambda *_: False) -> ByteTokens | None:
         """None of a tokenizer whose tokens are not known to be bytes, and of one that is not as transformers has it."""
         from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -36,34 +38,40 @@ class ByteTokens:
         if kind._encode_plus is not PreTrainedTokenizerFast._encode_plus:
             return None
         bytes_of = _bytes_of(backend)
-        return None if bytes_of is None else cls(tokenizer, bytes_of)
+        return None if bytes_of is None else cls(tokenizer, bytes_of, as_asked)
 
-    def parts_of(self, texts: Sequence[tuple[str, str]]) -> list[_Parts | None]:
-        """The tokens of each prompt and of the answer behind it, tokenised as one text. None where no token begins at
-        the answer, where it may be the tokenizer's choice which of the two a blank belongs to, and where the tokens are
-        not the text's bytes."""
+    def turns_of(self, conversations: Sequence[Sequence[str]]) -> list[list[list[int]] | None]:
+        """The tokens of each conversation's texts, tokenised as one text. None where no token begins at one of them,
+        where it may be the tokenizer's choice which of two a blank belongs to, and where the tokens are not the text's
+        bytes."""
         if not self._helps:
-            return [None] * len(texts)
+            return [None] * len(conversations)
         self._tokenizer("", add_special_tokens=False)  # the settings of this call, in place of those of the last one
-        whole = ["".join(text) for text in texts]
+        whole = ["".join(texts) for texts in conversations]
         encoded = self._tokenizer._tokenizer.encode_batch_fast(whole, add_special_tokens=False)
-        pairs = zip(encoded, whole, texts, strict=True)
-        found = [self._cut(one.ids, text, prompt) for one, text, (prompt, _) in pairs]
+        each = zip(encoded, whole, conversations, strict=True)
+        found = [self._cut(one.ids, text, texts) for one, text, texts in each]
         self._helps = sum(parts is None for parts in found) <= len(found) // 2  # else texts are tokenised twice
         return found
 
-    def _cut(self, ids: list[int], text: str, prompt: str) -> _Parts | None:
-        if prompt[-1:] == " " or prompt[-2:].isspace() or text[len(prompt) :].isspace():
+    def _cut(self, ids: list[int], whole: str, texts: Sequence[str]) -> list[list[int]] | None:
+        *before, last = texts
+        if last.isspace() or any(text[-1:] == " " or text.isspace() for text in before):
             return None
-        tokens = [self._bytes_of[one] for one in ids]
-        if b"".join(tokens) != text.encode():
+        tokens = itemgetter(*ids)(self._bytes_of) if len(ids) > 1 else [self._bytes_of[one] for one in ids]
+        if b"".join(tokens) != whole.encode():
             return None
         ends = list(accumulate(map(len, tokens)))
-        border = len(prompt.encode())
-        first = bisect_left(ends, border) + 1 if border else 0
-        if border and ends[first - 1] != border:
-            return None
-        return ids[:first], ids[first:]
+        cuts, border, place = [0], 0, 0
+        for text in before:
+            border, place = border + len(text.encode()), place + len(text)
+            first = bisect_left(ends, border) + 1 if border else 0
+            if border and ends[first - 1] != border:
+                return None
+            if text[-2:].isspace() and not self._as_asked(whole[:place], ids[:first]):
+                return None
+            cuts.append(first)
+        return [ids[start:end] for start, end in pairwise([*cuts, len(ids)])]
 
 
 def _bytes_of(backend: Any) -> list[bytes] | None:

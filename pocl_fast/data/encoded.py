@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import TypeAlias
 
 from pocl_fast.records.samples import Sample
@@ -60,9 +62,18 @@ class Fitted:
     length: int  # tokens of the whole sample, before a limit cut it
 
 
-class SharedIds(dict[int, int]):
+class SharedIds:
     """One object for each token id: 8 bytes a token of samples that are kept, in place of 36."""
 
-    def __missing__(self, one: int) -> int:
-        self[one] = one
-        return one
+    def __init__(self) -> None:
+        self._known: list[int] = []
+
+    def of(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The ids as shared objects."""
+        if len(ids) < 2:
+            return tuple(ids)
+        try:
+            return itemgetter(*ids)(self._known)  # a third of the time of a map
+        except IndexError:
+            self._known += range(len(self._known), max(ids) + 1)
+            return itemgetter(*ids)(self._known)

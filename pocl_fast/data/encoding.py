@@ -5,7 +5,7 @@ Knows tokenizers. Does not know files (records/sources.py), batches or models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from pocl_fast.data.answer_choice import (
     AnswerChoice,
     ChoiceOptions,
     TrainOn,
+    Turns,
     texts_of,
 )
 from pocl_fast.data.answer_text import PLAIN, AnswerReader
@@ -85,7 +86,7 @@ class SampleEncoder:
         self._border = TokenBorder(tokenizer, self._special)
         self.end_id, self._ends = self._eos, {self._eos}
         self._end_is_known = template == "alpaca"
-        self._unwritten: dict[str, list[int]] = {}
+        self._unwritten: dict[str, set[int]] = {}  # what the template does not write -> of which lines
         self._begin: list[int] = []
         self.longest_prompt = 0  # tokens before the last answer, of all samples so far
         self._shared = SharedIds()
@@ -99,6 +100,7 @@ class SampleEncoder:
         else:
             self._begin = self._tokens_before_a_text()
         self._control: ControlText | None = None
+        self._marks_all = False
         if special_tokens == "text":
             self._control = ControlText(tokenizer, self.chat, shape, alpaca.WITH_INPUT)
             self._border = TokenBorder(tokenizer, self._special, self._control.tokenizer)
@@ -106,6 +108,7 @@ class SampleEncoder:
         if self.chat is not None:
             if self._control is not None and (marked := self._control.chat(self.chat)) is not self.chat:
                 self.chat, self._finder = marked, AnswerFinder(marked, added)
+                self._marks_all = True  # in the system prompt
             self._unshown = unused_fields.UnshownTurns(self.chat)
             finder = TurnFinder(self._finder)
         self._reader = AnswerReader(tokenizer, shape, ends_with_token=shape.end.strip() in added)
@@ -140,7 +143,7 @@ class SampleEncoder:
         Raises `BadRecord` with the sample's line, and the `name` of its file, where the template cannot render it.
         """
         text = self._text_of(sample, name)
-        return self._fitted(text, self._tokens_of([text.split])[0], max_length, max_prompt_length)
+        return self._fitted(text, self._tokens_alone(text), max_length, max_prompt_length)
 
     def fit_each(
         self,
@@ -161,31 +164,39 @@ class SampleEncoder:
                 try:
                     texts.append(self._text_of(sample, name))
                 except BadRecord as error:
+                    self.forget(sample.line)
                     refused(error, sample.line)
-            tokens = self._tokens_of([text.split for text in texts])
-            for text, made in zip(texts, tokens, strict=True):
+            together = iter(self._tokens_of([text.split for text in texts if not text.has_marks]))
+            for text in texts:
                 try:
-                    yield text.given, self._fitted(text, made, max_length, max_prompt_length)
+                    tokens = self._tokens_alone(text) if text.has_marks else next(together)
+                    made = self._fitted(text, tokens, max_length, max_prompt_length)
                 except BadRecord as error:
+                    self.forget(text.given.line)
                     refused(error, text.given.line)
+                else:
+                    yield text.given, made
 
     def asked(self, sample: Sample, name: str = "") -> int:
         """How many tokens are before the first answer that is trained on, 0 where none is. Nothing is noted of it."""
-        text = self._text_of(sample, name)
-        trained = self.choice.turns(text.marked, text.split, self._tokens_of([text.split])[0]).trained
-        self.forget(sample.line)
+        try:
+            trained = self._turns(text := self._text_of(sample, name), self._tokens_alone(text)).trained
+        finally:
+            self.forget(sample.line)
         return trained[0][1][0] if trained else 0
 
     def forget(self, line: int) -> None:
         """Drops what was noted of a record's sample."""
         for lines in self._unwritten.values():
-            lines[:] = [one for one in lines if one != line]
+            lines.discard(line)
         self.choice.forget(line)
+        if self._control is not None:
+            self._control.forget(line)
 
     def encode_prompt(self, sample: Sample) -> list[int]:
         """The prompt's tokens, up to where the answer starts."""
         text = self._text_of(sample, "")
-        return self.choice.turns(text.marked, text.split, self._tokens_of([text.split])[0]).prompt
+        return self._turns(text, self._tokens_alone(text)).prompt
 
     def answer_texts(
         self, answers: Sequence[Sequence[int]], references: Sequence[Sequence[str]] | None = None
@@ -196,31 +207,35 @@ class SampleEncoder:
 
     def take_unwritten(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """What the chat template did not write of the samples encoded since the last call, each with line numbers."""
-        taken = tuple((what, tuple(dict.fromkeys(lines))) for what, lines in self._unwritten.items() if lines)
+        taken = ((what, tuple(sorted(lines))) for what, lines in self._unwritten.items() if lines)
+        ordered = tuple(sorted(taken, key=lambda one: (one[1][0], one[0])))  # however they came together
         self._unwritten.clear()
-        return taken
+        return ordered
 
-    def take_control(self, left_out: Collection[int] = ()) -> KeptAsText:
-        """The lines of the samples encoded since the last call that have control tokens in their text, but for those
-        that were `left_out`."""
-        return KeptAsText() if self._control is None else self._control.take_kept(left_out)
+    def take_control(self) -> KeptAsText:
+        """The lines of the samples encoded since the last call that have control tokens in their text."""
+        return KeptAsText() if self._control is None else self._control.take_kept()
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _text_of(self, sample: Sample, name: str) -> _Text:
         """A sample's text. Raises `BadRecord`."""
-        where = f"{name}, {sample.place}" if name else sample.place
-        return self._text(sample, self.choice.prepared(sample, where), where)
+        return self._text(sample, f"{name}, {sample.place}" if name else sample.place)
 
-    def _text(self, given: Sample, used: Sample, where: str) -> _Text:
+    def _text(self, given: Sample, where: str) -> _Text:
+        used = self.choice.prepared(given, where)
         marked = used if self._control is None else self._control.marked(used, where)
         split = self._alpaca(marked, where) if self.template == "alpaca" else self._chat(marked, where)
-        return _Text(given, used, marked, split, where)
+        return _Text(given, used, marked, split, where, self._marks_all or marked is not used)
+
+    def _turns(self, text: _Text, tokens: list[list[int]]) -> Turns:
+        unmarked = str if self._control is None else self._control.unmarked
+        return self.choice.turns(text.marked, text.split, tokens, unmarked)
 
     def _fitted(self, text: _Text, tokens: list[list[int]], max_length: int, max_prompt_length: int) -> Fitted:
-        lost, length = 0, sum(map(len, tokens))
+        lost, length, line = 0, sum(map(len, tokens)), text.given.line
         while True:
-            turns = self.choice.turns(text.marked, text.split, tokens)
+            turns = self._turns(text, tokens)
             asked = turns.trained[0][1][0] if turns.trained else 0
             if not turns.trained or asked > max_prompt_length:
                 return Fitted(text.used, None, asked, length)
@@ -228,13 +243,14 @@ class SampleEncoder:
                 break
             kept = [place for place, (start, _) in turns.trained if start < max_length]
             lost += len(turns.trained) - len(kept)
-            text = self._text(text.given, text.used.up_to(kept[-1]), text.where)
-            [tokens] = self._tokens_of([text.split])
+            self.forget(line)  # what was noted of the turns that go
+            text = self._text(text.given.up_to(kept[-1]), text.where)
+            tokens = self._tokens_alone(text)
         if lost:
-            self.choice.note(ENDS_EARLIER, text.given.line, lost)
+            self.choice.note(ENDS_EARLIER, line, lost)
         self.longest_prompt = max(self.longest_prompt, len(turns.prompt))
         room = max_length - len(turns.prompt)
-        prompt, response = (tuple(map(self._shared.__getitem__, ids)) for ids in (turns.prompt, turns.response[:room]))
+        prompt, response = (self._shared.of(ids) for ids in (turns.prompt, turns.response[:room]))
         cut = len(response) < len(turns.response)
         made = EncodedSample(text.used.index, prompt, response, cut, turns.spans(max_length))
         return Fitted(text.used, made, asked, length)
@@ -252,16 +268,17 @@ class SampleEncoder:
                 refusal.kind,
             ) from refusal
         messages = self.chat.messages(sample.messages)
-        self._check_turns(messages, sample, split, where)
+        unshown = self._unshown_turns(messages, sample, split, where)
         for what in unused_fields.unwritten(messages, sample.tools, sample.answer_turn, split):
-            self._unwritten.setdefault(what, []).append(sample.line)
-        return self.choice.with_earlier(split, sample, messages)
+            self._unwritten.setdefault(what, set()).add(sample.line)
+        return self.choice.with_earlier(split, sample, messages, unshown)
 
-    def _check_turns(self, messages: Sequence[Any], sample: Sample, split: Split, where: str) -> None:
-        """Counts earlier turns that the template leaves out. Raises `InputError` where it leaves the question out."""
+    def _unshown_turns(self, messages: Sequence[Any], sample: Sample, split: Split, where: str) -> list[int]:
+        """The places of earlier turns that the template leaves out. Raises `BadRecord` where it leaves the question
+        out."""
         places = self._unshown.places(messages, sample.tools, split.prompt)
         if not places:
-            return
+            return places
         asks = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         if not {asks, len(messages) - 1}.isdisjoint(places):
             raise unused_fields.means_more(
@@ -269,18 +286,18 @@ class SampleEncoder:
                 "the chat template leaves the question out, or a part of it",
                 "the template leaves the question out",
             )
-        self._unwritten.setdefault("earlier turns", []).append(sample.line)
+        self._unwritten.setdefault("earlier turns", set()).add(sample.line)
+        return places
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
         split = alpaca.split(sample, where)
         if sample.answer_turn.get("reasoning_content"):
-            self._unwritten.setdefault("reasoning", []).append(sample.line)
+            self._unwritten.setdefault("reasoning", set()).add(sample.line)
         return split
 
     def _tokens_of(self, splits: Sequence[Split]) -> list[list[list[int]]]:
         """The tokens of each conversation's parts (`texts_of`), the template's beginning before them, an end behind."""
-        plain = iter(self._border.parts_of([(one.prompt, one.answer) for one in splits if not one.earlier]))
-        tokens = [self._border.turns(texts_of(one)) if one.earlier else list(next(plain)) for one in splits]
+        tokens = self._border.turns_of([texts_of(one) for one in splits])
         for split, made in zip(splits, tokens, strict=True):
             for turn, said in zip(split.earlier, made[1::2], strict=False):
                 if turn.ended:
@@ -292,6 +309,12 @@ class SampleEncoder:
             if not self._end_is_known:
                 self.end_id, self._end_is_known = response[-1], True
         return tokens
+
+    def _tokens_alone(self, text: _Text) -> list[list[int]]:
+        """The tokens of one conversation. Raises `BadRecord` where control tokens in its text cannot stay text."""
+        if self._control is not None:
+            self._control.tokenizer.where = text.where
+        return self._tokens_of([text.split])[0]
 
     def _ends_with(self, said: Sequence[int]) -> bool:
         """Whether an answer's last token, which the template writes, can end answers; it is one of `end_ids` then."""
@@ -329,6 +352,7 @@ class _Text:
     marked: Sample
     split: Split
     where: str
+    has_marks: bool
 
 
 class EncoderOptions(TemplateOptions, ChoiceOptions, Protocol):

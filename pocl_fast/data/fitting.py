@@ -53,11 +53,16 @@ class Fitting:
         template refuses, where it may not be left out."""
         fitted = self._encoder.fit_each(self._seen(samples), self._bad.found, **self._limits, batch=self._batch)
         for sample, made in fitted:
-            one = made
-            if made.encoded is None and made.asked and self._rule == "truncate-left":
+            try:
                 one = self._made_to_fit(sample, made)
+            except BadRecord as error:  # of what was left of it
+                self._encoder.forget(sample.line)
+                self._bad.found(error, sample.line)
+                continue
             self._before.add(made, one)
             if one.encoded is None:
+                if one.asked:
+                    self._encoder.forget(sample.line)  # nothing of it is used
                 (self._skipped if one.asked else self._untrained).append(sample.line)
                 self._longest = max(self._longest, one.asked)
                 continue
@@ -103,24 +108,32 @@ class Fitting:
             yield sample
 
     def _made_to_fit(self, sample: Sample, too_long: Fitted) -> Fitted:
-        """The sample with a shortened prompt; as it is where none is short enough."""
+        """The sample with a shortened prompt where that is asked for; as it is where it fits, and where none is short
+        enough."""
+        if too_long.encoded is not None or not too_long.asked or self._rule != "truncate-left":
+            return too_long
 
         def length(one: Sample) -> int:
-            return self._encoder.asked(one, self._name) or sys.maxsize
+            try:
+                return self._encoder.asked(one, self._name) or sys.maxsize
+            except BadRecord:  # a template may refuse what is left of a conversation
+                return sys.maxsize
 
-        shorter = shortened(sample, length, self._limits["max_prompt_length"])
+        limit, every_answer = self._limits["max_prompt_length"], self._encoder.choice.train_on == "all"
+        shorter = shortened(sample, length, limit, every_answer=every_answer)
         if shorter is None:
             return too_long
-        self._shortened.append(sample.line)
-        self._turns += shorter.turns
-        self._cut += shorter.cut
-        return self._encoder.fit(shorter.sample, **self._limits)
+        made = self._encoder.fit(shorter.sample, **self._limits)
+        if made.encoded is not None:
+            self._shortened.append(sample.line)
+            self._turns += shorter.turns
+            self._cut += shorter.cut
+        return made
 
     def _take_notes(self) -> Any:
         """What the encoder noted of samples since the last call."""
-        left_out = frozenset(self._skipped)
         encoder = self._encoder
-        return encoder.take_unwritten(), encoder.choice.take_notes(), encoder.take_control(left_out)
+        return encoder.take_unwritten(), encoder.choice.take_notes(), encoder.take_control()
 
 
 def fit_all(

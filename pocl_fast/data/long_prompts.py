@@ -46,9 +46,11 @@ class Shortenings:
         return f"{prompts} shortened to --max-prompt-length ({lines}): {' and '.join(lost)} dropped"
 
 
-def shortened(sample: Sample, length: Callable[[Sample], int], limit: int) -> Shortened | None:
+def shortened(
+    sample: Sample, length: Callable[[Sample], int], limit: int, *, every_answer: bool = True
+) -> Shortened | None:
     """The sample with the least taken from its prompt's beginning so that `length` is at most `limit`; None where even
-    one sign of its question is too much.
+    one sign of its question is too much. `every_answer` is trained on, or the last one alone.
 
     The oldest turns go first, a question with its answers, a tool call with its results. System messages and tools
     stay, and so do the last question and the last results. Then a text loses its beginning, at a character's border:
@@ -56,12 +58,12 @@ def shortened(sample: Sample, length: Callable[[Sample], int], limit: int) -> Sh
     and its instruction after it. Answers that are trained on go with their turns.
     """
     units = _units(sample)
-    dropped = _fewest(sample, units, length, limit)
+    dropped = _fewest(sample, units, length, limit, in_order=not (every_answer and sample.earlier))
     rest = _without(sample, [place for unit in units[:dropped] for place in unit])
     turns = len(sample.messages) - len(rest.messages)
     if length(rest) <= limit:
         return Shortened(rest, turns, cut=False)
-    for text, put, optional in _texts(rest):
+    for text, put, optional in _texts(rest, every_answer):
         offset = _first_fitting(text, lambda left, put=put: length(put(left)) <= limit)  # type: ignore[misc]
         if offset is not None:
             return Shortened(put(text[offset:]), turns, cut=True)
@@ -101,13 +103,16 @@ def _units(sample: Sample) -> list[list[int]]:
     return [*older, *([place] for place in last[: max(asked - 1, 0)]), *steps[:-1]]
 
 
-def _fewest(sample: Sample, units: Sequence[Sequence[int]], length: Callable[[Sample], int], limit: int) -> int:
-    """How many units must go so that the rest fits; all of them where it never does."""
+def _fewest(
+    sample: Sample, units: Sequence[Sequence[int]], length: Callable[[Sample], int], limit: int, *, in_order: bool
+) -> int:
+    """How many units must go so that the rest fits; all of them where it never does. `in_order`: the more go, the
+    shorter is the rest."""
 
     def fits(count: int) -> bool:
         return length(_without(sample, [place for unit in units[:count] for place in unit])) <= limit
 
-    if sample.earlier:  # what is before the first answer may be longer in a later exchange
+    if not in_order:  # what is before the first answer may be longer in a later exchange
         return next((count for count in range(1, len(units) + 1) if fits(count)), len(units))
     low, high = 0, len(units)  # not even `low` fits
     while high - low > 1:
@@ -131,11 +136,11 @@ def _without(sample: Sample, places: Sequence[int]) -> Sample:
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def _texts(sample: Sample) -> Iterator[tuple[str, Callable[[str], Sample], bool]]:
-    """The texts before the first answer that may lose their beginning, in the order in which they do: each with what
-    puts another in its place, and whether it may go altogether. What the texts before became is kept."""
+def _texts(sample: Sample, every_answer: bool) -> Iterator[tuple[str, Callable[[str], Sample], bool]]:
+    """The texts before the first answer trained on that may lose their beginning, in the order in which they do: each
+    with what puts another in its place, and whether it may go altogether. What the texts before became is kept."""
     turns = list(sample.messages)
-    end = min(sample.earlier, default=len(turns))
+    end = min(sample.earlier, default=len(turns)) if every_answer else len(turns)
     asked = max((i for i in range(end) if turns[i]["role"] == "user"), default=-1)
     spoken = max((i for i in range(end) if turns[i]["role"] == "assistant"), default=-1)
     known = sample

@@ -15,7 +15,7 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from pocl_fast.system.errors import InputError
+from pocl_fast.records.bad_records import BadRecord
 
 # Syllables of Yi: letters without case, so no normalizer, filter of jinja or repr() changes them. Four by chance are
 # in no text.
@@ -35,7 +35,7 @@ class MarkedTokenizer:
     A text without marks is the tokenizer's own. Else the control tokens that the tokenizer finds in it, those without
     marks, are written under names that no text has, the marks are taken out, and a copy of the tokenizer that knows
     control tokens by these names alone cuts the whole. So what stands around the plain ones is read as any text is.
-    Places in a text are those of the text with marks. Raises `InputError` where a tokenizer cannot be copied so, or its
+    Places in a text are those of the text with marks. Raises `BadRecord` where a tokenizer cannot be copied so, or its
     model makes control tokens out of plain text.
     """
 
@@ -166,12 +166,13 @@ class MarkedTokenizer:
         said = self.unmarked(text[max(0, found.start() - 1) :]) if found else ""
         return next((token for token in self._control if said.startswith(token)), None)
 
-    def _refusal(self, token: str | None, why: str = "") -> InputError:
+    def _refusal(self, token: str | None, why: str = "") -> BadRecord:
         which = f"the control token {token!r}" if token else "a control token"
-        return InputError(
+        return BadRecord(
             f"{self.where}: its text has {which}, which this tokenizer ({type(self._tokenizer).__name__}) cannot keep"
             f" as text{why}: leave the record out, write the token otherwise, or make it the token itself with"
-            " --special-tokens parse"
+            " --special-tokens parse",
+            "control tokens that cannot stay text",
         )
 
 

@@ -13,6 +13,7 @@ from pocl_fast.data.byte_tokens import ByteTokens
 from pocl_fast.data.marked_tokenizer import MarkedTokenizer
 from pocl_fast.system import tokenizer_threads
 
+_NEAR = 16  # tokens from the end of a prompt in which an added token is looked for: a header has fewer
 _ANCHORS = ("1", "a", ".", "\n", "]", "#")  # texts that stand before an answer to be tokenised without its prompt
 
 
@@ -30,28 +31,47 @@ class TokenBorder:
         """`special` are the ids of the tokenizer's added tokens; `marked` cuts texts that may have marks."""
         self._plain, self._special, self._marked = tokenizer, special, marked
         self._tokenizer = marked or tokenizer
-        self._bytes = ByteTokens.of(tokenizer)
+        self._bytes = ByteTokens.of(tokenizer, self._as_asked)
+        self._tails: dict[str, list[int]] = {}  # ends of prompts, from an added token on
 
     def parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The prompt's tokens and the answer's."""
         return self._parts(self._tokenizer(prompt + answer, add_special_tokens=False), 0, prompt, answer)
 
-    def parts_of(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """The `parts` of each prompt and answer. Fast tokenizers take all without marks in one call, on several
+    def turns_of(self, conversations: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """The `turns` of each conversation's texts. Fast tokenizers take all without marks in one call, on several
         threads."""
-        if not self._plain.is_fast or len(texts) == 1:
-            return [self.parts(prompt, answer) for prompt, answer in texts]
-        whole = ["".join(text) for text in texts]
+        if not self._plain.is_fast or len(conversations) == 1:
+            return [self.turns(texts) for texts in conversations]
+        whole = ["".join(texts) for texts in conversations]
         if self._marked is not None and any(map(self._marked.has_marks, whole)):
             plain = [not self._marked.has_marks(text) for text in whole]
-            others = iter(self.parts_of([text for text, one in zip(texts, plain, strict=True) if one]))
-            return [next(others) if one else self.parts(*text) for text, one in zip(texts, plain, strict=True)]
+            pairs = list(zip(conversations, plain, strict=True))
+            others = iter(self.turns_of([texts for texts, one in pairs if one]))
+            return [next(others) if one else self.turns(texts) for texts, one in pairs]
         with tokenizer_threads.on():
-            found = self._bytes.parts_of(texts) if self._bytes else [None] * len(texts)
-            left = [text for text, parts in zip(whole, found, strict=True) if parts is None]
+            found = self._bytes.turns_of(conversations) if self._bytes else [None] * len(conversations)
+            left = [text for text, turns in zip(whole, found, strict=True) if turns is None]
             encoded = self._plain(left, add_special_tokens=False) if left else None
         number = count()
-        return [parts or self._parts(encoded, next(number), *text) for text, parts in zip(texts, found, strict=True)]
+        pairs_found = zip(conversations, found, strict=True)
+        return [turns or self._turns(encoded, next(number), texts) for texts, turns in pairs_found]
+
+    def turns(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of the texts that make one conversation: what stands before an answer and the answer, by turns.
+
+        Each answer has the tokens that `parts` gives of it as the last one: where a token of the whole text crosses the
+        border before or behind an answer, the texts are tokenised apart.
+        """
+        if len(texts) > 2 and not self._tokenizer.is_fast:
+            return self._apart(texts)
+        return self._turns(self._tokenizer("".join(texts), add_special_tokens=False), 0, texts)
+
+    def _turns(self, encoded: Any, number: int, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts that were tokenised with others, as the ones of this `number`."""
+        if len(texts) == 2:
+            return list(self._parts(encoded, number, *texts))
+        return self._joint(encoded.encodings[number], texts) or self._apart(texts)
 
     def _parts(self, encoded: Any, number: int, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The two parts of a text that was tokenised with others, as the one of this `number`."""
@@ -60,7 +80,8 @@ class TokenBorder:
             ids = encoding.ids
             first, taken = self._first_token(encoding, prompt, answer)
             # no merge crosses the border here; but blanks are split by what follows them
-            if not taken and prompt[-2:].isspace() and ids[:first] != (asked := self._ids(prompt)):
+            blanks = not taken and prompt[-2:].isspace() and not self._as_asked(prompt, ids[:first])
+            if blanks and ids[:first] != (asked := self._ids(prompt)):
                 return asked, self._alone(answer) or ids[first:]
         else:
             ids = list(encoded.input_ids)
@@ -71,20 +92,9 @@ class TokenBorder:
                 return self._ids(prompt), apart
         return ids[:first], ids[first:]
 
-    def turns(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of the texts that make one conversation: what stands before an answer and the answer, by turns.
-
-        Each answer has the tokens that `parts` gives of it as the last one: where a token of the whole text crosses the
-        border before or behind an answer, the texts are tokenised apart.
-        """
-        return (self._joint(texts) if self._tokenizer.is_fast else None) or self._apart(texts)
-
-    def _joint(self, texts: Sequence[str]) -> list[list[int]] | None:
+    def _joint(self, encoding: Any, texts: Sequence[str]) -> list[list[int]] | None:
         """The tokens of all as one text; None where one of them crosses a border."""
-        whole = "".join(texts)
-        encoded = self._tokenizer(whole, add_special_tokens=False)
-        ids = list(encoded.input_ids)
-        [encoding] = encoded.encodings
+        whole, ids = "".join(texts), encoding.ids
         cuts, place = [0], 0
         for number, text in enumerate(texts[:-1]):
             place += len(text)
@@ -92,7 +102,8 @@ class TokenBorder:
             begins = number % 2 == 0
             if taken.strip(" ▁Ġ") or len(taken) > (1 if begins else 0):
                 return None
-            if not taken and text[-2:].isspace() and len(text) > 1:  # blanks are split by what follows them
+            blank = not taken and text[-2:].isspace() and len(text) > 1  # blanks are split by what follows them
+            if blank and not self._as_asked(whole[:place], ids[:first]):
                 asked = self._ids(text)[-4:]
                 if ids[first - len(asked) : first] != asked:
                     return None
@@ -114,6 +125,21 @@ class TokenBorder:
             if known and asked[: len(known)] == known:
                 return asked[len(known) :], said
         return self.parts(before, answer)
+
+    def _as_asked(self, prompt: str, ids: Sequence[int]) -> bool:
+        """Whether these tokens, of a prompt with more behind it, are surely those of it alone: an added token near its
+        end cuts the text, and what stands from there on has these tokens too."""
+        place = next((i for i in range(len(ids) - 1, max(-1, len(ids) - _NEAR), -1) if ids[i] in self._special), None)
+        if place is None:
+            return False
+        tail = prompt[max(0, prompt.rfind(self._tokenizer.convert_ids_to_tokens([ids[place]])[0])) :]
+        if len(tail) > _NEAR * 4:
+            return False
+        if tail not in self._tails:
+            if len(self._tails) > 1000:
+                self._tails.clear()
+            self._tails[tail] = self._ids(tail)
+        return self._tails[tail] == list(ids[place:])
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)

@@ -25,24 +25,26 @@ class BadRecords:
     def __init__(self, policy: Policy = "error") -> None:
         self._policy: Policy = policy
         self._lines: dict[str, list[int]] = {}
-        self._first: BadRecord | None = None
+        self._first: tuple[int, BadRecord] | None = None  # by its line: what is wrong is not found in their order
 
     def found(self, error: BadRecord, line: int) -> None:
         """Counts a record that is left out. Raises `error` where none may be."""
         if self._policy == "error":
             raise error
-        self._first = self._first or error
+        if self._first is None or line < self._first[0]:
+            self._first = line, error
         self._lines.setdefault(error.kind, []).append(line)
 
     @property
     def counts(self) -> Counts:
-        """What is wrong -> the lines of such records."""
-        return tuple((kind, tuple(lines)) for kind, lines in self._lines.items())
+        """What is wrong -> the lines of such records; the kind of the first of them first."""
+        counts = ((kind, tuple(sorted(lines))) for kind, lines in self._lines.items())
+        return tuple(sorted(counts, key=lambda count: count[1]))
 
     def check_left(self, good: int, name: str, unit: str = "line") -> None:
         """Raises `InputError` where every record of `name` was bad."""
         if not good and self._first is not None:
-            raise InputError(f"{name}: no record is left, {describe(self.counts, unit)}; the first: {self._first}")
+            raise InputError(f"{name}: no record is left, {describe(self.counts, unit)}; the first: {self._first[1]}")
 
 
 def describe(counts: Counts, unit: str = "line") -> str:

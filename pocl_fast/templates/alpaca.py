@@ -20,16 +20,24 @@ WITH_INPUT = (
 
 def split(sample: Sample, where: str) -> Split:
     """The sample's text in two. Raises `BadRecord` for what these templates have no place for."""
-    if len(sample.messages) > 1:
-        raise BadRecord(
-            f"{where}: a conversation of several turns needs a tokenizer with a chat template",
-            "the Alpaca template has no place for earlier turns",
-        )
-    if sample.tools or sample.answer_turn.get("tool_calls"):
-        raise BadRecord(
-            f"{where}: tools and tool calls need a tokenizer with a chat template",
-            "the Alpaca template has no place for tools",
-        )
+    if lacking := no_place_for(sample):
+        raise BadRecord(f"{where}: {lacking}: take a tokenizer with a chat template, or leave this record out", lacking)
     form = WITH_INPUT if sample.input else NO_INPUT
     prompt = form.format(instruction=sample.instruction, input=sample.input)
     return Split(prompt, sample.references[0], ended=False)
+
+
+def no_place_for(sample: Sample) -> str:
+    """What of a sample these templates do not show, in words; empty where they show all of it."""
+    if len(sample.messages) == 1 and not sample.tools and sample.answer is None:
+        return ""
+    *before, asked = sample.messages
+    told = [turn["role"] in ("system", "developer") for turn in before]
+    lacking = {
+        "tools": bool(sample.tools),
+        "system messages": any(told),
+        "earlier turns": not all(told),
+        "tool calls": any(turn.get("tool_calls") for turn in (*before, asked, sample.answer_turn)),
+    }
+    what = ", ".join(name for name, has in lacking.items() if has)
+    return f"the Alpaca template has no place for {what}" if what else ""

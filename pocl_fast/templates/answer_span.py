@@ -124,8 +124,11 @@ class AnswerFinder:
         """Where the answer's own text starts and ends in the whole, each None where that is not known."""
         content = answer.get("content")
         content = content if isinstance(content, str) else ""
-        texts = [content, content.strip(), content.rpartition(self._closing_tag(content))[2].strip()]
         tail = self.shape.tail
+        if content and not content[0].isspace() and whole.endswith(content + tail):  # as most are
+            end = len(whole) - len(tail)
+            return end - len(content), end
+        texts = [content, content.strip(), content.rpartition(self._closing_tag(content))[2].strip()]
         if whole.endswith(tail):
             end = len(whole) - len(tail)
             for text in filter(None, texts):

@@ -127,6 +127,10 @@ class ChatTemplate:
         return str(written)
 
     @cached_property
+    def _with_marks(self) -> frozenset[str]:
+        return frozenset(text for text in self.texts.values() if _MARKED.search(text))
+
+    @cached_property
     def _renderers(self) -> dict[str, PlainRenderer]:
         return {}
 
@@ -134,11 +138,11 @@ class ChatTemplate:
         self, messages: Sequence[Any], tools: Sequence[Any], *, prompt: bool = False
     ) -> tuple[tuple[int, int], ...]:
         """Where in the text of `render` the template's {% generation %} marks are: from, to; none without marks."""
+        text = self._text(tools)
+        if text not in self._with_marks:
+            return ()
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        text = self._text(tools)
-        if not _MARKED.search(text):
-            return ()
         try:
             rendered: Any = render_jinja_template(  # texts, and where the marks of each are
                 conversations=[self._as_read(messages)],

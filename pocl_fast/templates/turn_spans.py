@@ -240,9 +240,10 @@ class _Skeleton:
             if not text.startswith(piece, behind):
                 return {}
             forms = _forms(messages[place].get("content") or "", heads[place])
-            ends = [start + len(form) for form in forms if text.startswith(form, start)]
+            ends = (start + len(form) for form in forms if text.startswith(form, start))
             if following is None:
-                behind = next((end for end in ends if text[end:] == self.tail), ends[0] if ends else -1)
+                all_ends = list(ends)
+                behind = next((end for end in all_ends if text[end:] == self.tail), all_ends[0] if all_ends else -1)
             else:
                 behind = next((end for end in ends if text.startswith(following, end)), -1)
             if behind < 0:

@@ -15,12 +15,12 @@ from pocl_fast.records.forms import KNOWN, ONE_QUESTION, OPTIONAL
 from pocl_fast.records.messages import Message
 from pocl_fast.records.samples import BEHIND, Sample
 from pocl_fast.system.typed_values import did_you_mean
+from pocl_fast.templates import alpaca
 from pocl_fast.templates.answer_span import REASONING_TAGS, Split, called_names
 from pocl_fast.templates.chat_template import ChatTemplate, TemplateRefusal
 
 MEANS_MORE = frozenset({"tools", "tool_calls"})  # without them the answer answers something else
 EARLIER_REASONING = "reasoning in earlier turns"
-REFUSED = "not for this template"  # the kind of such records
 _OTHER_TEXT = "another text"
 _SHORT = 16  # a shorter text may be in a prompt by chance
 
@@ -92,7 +92,7 @@ def _said(turn: Any) -> str:
 
 def _thoughts(turn: Any) -> list[str]:
     """A turn's reasoning, in its own field and in its content; an empty text is in every text."""
-    if turn["role"] != "assistant":
+    if turn["role"] != "assistant" or (len(turn) == 2 and REASONING_TAGS[1] not in (turn.get("content") or "")):
         return []
     texts = [turn.get("reasoning_content"), (turn.get("content") or "")]
     own, content = (text if isinstance(text, str) else "" for text in texts)
@@ -134,16 +134,14 @@ class UnusedFields:
             self._count.update(sample.unused)
         turns = (*sample.messages, sample.answer_turn)
         if not sample.tools and all(len(turn) == 2 and turn["role"] in ("user", "assistant") for turn in turns):
-            if self._alpaca and len(turns) > 2:
-                self._refuse(sample, why := "the Alpaca template has no place for earlier turns", why)
+            if self._alpaca and (lacking := alpaca.no_place_for(sample)):
+                self._refuse(sample, lacking, lacking)
             return
         self._count.update(self._unshown_by_alpaca(sample) if self._alpaca else self._unshown_by_chat(sample, turns))
 
     def _unshown_by_alpaca(self, sample: Sample) -> list[str]:
-        roles = sorted({turn["role"] for turn in sample.messages[:-1]})
-        asked = [*(["tools"] if sample.tools else []), *roles, *(["tool calls"] if _calls(sample) else [])]
-        if asked:
-            self._refuse(sample, why := f"the Alpaca template has no place for {', '.join(asked)}", why)
+        if lacking := alpaca.no_place_for(sample):
+            self._refuse(sample, lacking, lacking)
         return _described(_own_fields((*sample.messages, sample.answer_turn)))
 
     def _unshown_by_chat(self, sample: Sample, turns: Sequence[Message]) -> list[str]:
@@ -234,7 +232,3 @@ def _own_fields(turns: Sequence[Message]) -> list[tuple[str, str]]:
 
 def _described(fields: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{field} of {role} messages" for role, field in fields]
-
-
-def _calls(sample: Sample) -> bool:
-    return any(turn.get("tool_calls") for turn in (*sample.messages, sample.answer_turn))

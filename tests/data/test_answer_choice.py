@@ -3,8 +3,19 @@
 from dataclasses import replace
 
 import pytest
-from test_answer_span import HEADER, TURNS, tokenizer_of
-from test_turn_spans import AGENT, DEEPSEEK, QWEN3, WIDE, answers, conversation, said, sample_of
+from template_shapes import (
+    AGENT,
+    DEEPSEEK,
+    HEADER,
+    QWEN3,
+    TURNS,
+    WIDE,
+    answers,
+    conversation,
+    said,
+    sample_of,
+    tokenizer_of,
+)
 from tiny import tiny_tokenizer, write_jsonl
 
 from pocl_fast.data.encoding import SampleEncoder, encoder_of

@@ -4,8 +4,7 @@ import random
 import tracemalloc
 
 import pytest
-from test_answer_span import SHAPES
-from test_encoding import MISTRAL, ZEPHYR, sentencepiece
+from template_shapes import MISTRAL, SHAPES, ZEPHYR, sentencepiece
 from tiny import CHAT_TEMPLATE, arithmetic, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -59,14 +58,14 @@ def test_texts_cut_together_have_the_tokens_of_each_alone(kind):
     border = TokenBorder(TOKENIZERS[kind](), special=())
     for start in range(0, len(texts), 500):
         some = texts[start : start + 500]
-        assert border.parts_of(some) == [border.parts(prompt, answer) for prompt, answer in some]
+        assert border.turns_of(some) == [list(border.parts(prompt, answer)) for prompt, answer in some]
 
 
 def test_tokens_that_are_bytes_are_cut_without_their_places_in_the_text():
     texts = [("<s>user\nHi é😀\n", "Hi b"), ("b", " b"), ("", "b"), ("Hi\n", "")]
-    assert None not in ByteTokens.of(byte_level()).parts_of(texts)
+    assert None not in ByteTokens.of(byte_level()).turns_of(texts)
     others = [("Hi\n", "b"), ("b ", "b"), ("b\n\n", "b")]  # in one token; whose the blank is; blanks by what follows
-    assert ByteTokens.of(byte_level()).parts_of([*texts, *others])[len(texts) :] == [None, None, None]
+    assert ByteTokens.of(byte_level()).turns_of([*texts, *others])[len(texts) :] == [None, None, None]
     assert ByteTokens.of(sentencepiece("first")) is None
 
 
@@ -87,7 +86,8 @@ def test_samples_encoded_together_are_those_encoded_one_by_one(kind, template, b
     one, many = encoder(), encoder()
     alone = [one.encode(sample, **LIMITS) for sample in samples]
     assert alone[5] is None
-    assert list(many.encode_each(samples, **LIMITS, batch=batch)) == list(zip(samples, alone, strict=True))
+    together = list(many.fit_each(samples, pytest.fail, **LIMITS, batch=batch))
+    assert [(sample, one.encoded) for sample, one in together] == list(zip(samples, alone, strict=True))
     assert (many.end_id, many.end_ids) == (one.end_id, one.end_ids)
 
 
@@ -100,7 +100,7 @@ def test_a_sample_is_asked_for_when_its_text_is_made():
             taken.append(sample.index)
             yield sample
 
-    each = SampleEncoder(tiny_tokenizer()).encode_each(samples(), **LIMITS, batch=2)
+    each = SampleEncoder(tiny_tokenizer()).fit_each(samples(), pytest.fail, **LIMITS, batch=2)
     assert [(next(each)[0].index, len(taken)) for _ in range(5)] == [(0, 2), (1, 2), (2, 4), (3, 4), (4, 5)]
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_encoding import SlowTokenizer
+from template_shapes import SlowTokenizer
 from tiny import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -117,7 +117,7 @@ def test_a_text_between_control_tokens_is_cut_as_by_a_tokenizer_that_has_none(ki
 
 def test_a_tokenizer_whose_model_merges_the_templates_own_end_tokens_is_refused_with_line_and_token():
     tokenizer, _ = pair(llama_2, normalized=True)  # finds "▁</s>" alone: "</s>" is put together by its merges
-    with pytest.raises(InputError, match=r"x, line 1: its text has the control token '</s>', which this .*cannot keep"):
+    with pytest.raises(InputError, match=r"x, record 1: its text has the control token '</s>', which .*cannot keep"):
         encoded(tokenizer, {"prompt": "a </s> b", "response": "b"})
     encoded(tokenizer, {"prompt": "a </s> b", "response": "b"}, special_tokens="parse")
 
@@ -303,7 +303,7 @@ def test_samples_with_control_tokens_in_their_text_are_counted_once_with_their_l
     encoder = SampleEncoder(tiny_tokenizer())
     _, report = encode_all(samples, encoder, **LIMITS)
     said = report.describe("x")
-    assert "2 samples have control tokens in their text, such as <|end|> (lines 3, 9): these are kept as text" in said
+    assert "2 samples have control tokens in their text, such as <|end|> (records 3, 9): these are kept as text" in said
     assert "--special-tokens parse" in said
     _, report = encode_all(samples[:2], encoder, **LIMITS)
     assert "control" not in report.describe("x")
@@ -342,6 +342,6 @@ def test_a_tokenizer_that_makes_control_tokens_out_of_plain_text_is_refused_with
     tokenizer = slow(Parsing)
     tokenizer._letters["<|end|>"] = tokenizer.eos_token_id
     with pytest.raises(
-        InputError, match=r"x, line 1: its text has the control token '<\|end\|>', which this .*Parsing"
+        InputError, match=r"x, record 1: its text has the control token '<\|end\|>', which this .*Parsing"
     ):
         encoded(tokenizer, {"prompt": "a", "response": "b<|end|>c"})

@@ -1,10 +1,11 @@
 """From samples to tokens: templates, length limits, and what is said of samples over these."""
 
 import pytest
+from template_shapes import MISTRAL, ZEPHYR, SlowTokenizer, sentencepiece
 from tiny import tiny_tokenizer, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
@@ -85,7 +86,7 @@ def test_a_template_that_leaves_the_answer_out_is_refused_with_file_and_line(tmp
 def test_a_template_that_leaves_every_answer_out_is_to_blame_and_not_the_record():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("messages %}", "messages if m['role'] == 'user' %}")
-    with pytest.raises(InputError, match=r"x, line 1: the chat template leaves every answer out.*\. Take another"):
+    with pytest.raises(InputError, match=r"x, record 1: the chat template leaves every answer out.*\. Take another"):
         one_of(tokenizer, {"prompt": "Hi", "response": "yes"})
 
 
@@ -97,26 +98,6 @@ def test_a_tokenizer_without_an_end_token_is_refused():
 
 
 # -- prompt and answer as one text -------------------------------------------------------------------------------------
-
-ZEPHYR = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def sentencepiece(scheme):
-    """A tokenizer that puts a blank before the first word, or before each piece of text."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "▁", "▁b", "▁Hi", "Hi", "b", *map(chr, range(33, 127)), "\n"]
-    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "b"), ("H", "i"), ("▁", "Hi")], unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **names)
 
 
 def one_of(tokenizer, record, template="auto", **options):
@@ -229,33 +210,6 @@ def test_special_tokens_within_an_answer_do_not_end_it(answer, kept):
     one = one_of(tokenizer, {"prompt": "a", "response": answer}, special_tokens=kept)
     said = answer.removesuffix("<|end|>") if kept == "parse" else answer  # as text it is no end
     assert tokenizer.decode(one.response_ids) == said + "<|end|>"
-
-
-class SlowTokenizer(PreTrainedTokenizer):
-    """Every letter a token, in Python: it does not tell which characters a token stands for."""
-
-    def __init__(self, **names):
-        self._letters = {chr(i): i for i in range(128)}
-        super().__init__(**names)
-
-    @property
-    def vocab_size(self):
-        return 128
-
-    def get_vocab(self):
-        return self._letters | self.added_tokens_encoder
-
-    def _tokenize(self, text, **_):
-        return list(text)
-
-    def _convert_token_to_id(self, token):
-        return self._letters.get(token, 0)
-
-    def _convert_id_to_token(self, index):
-        return chr(index)
-
-    def convert_tokens_to_string(self, tokens):
-        return "".join(tokens)
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_parts():

@@ -170,9 +170,9 @@ def test_the_longest_end_that_fits_is_kept():
 def records():
     talk = {"messages": turns("user: " + "old " * 9, "assistant: yes", "user: " + "new " * 3, "assistant: b")}
     return [
-        {"prompt": "Hi", "response": "b"},
+        {"messages": turns("user: Hi", "assistant: b")},
         talk,
-        {"prompt": "start " + "more " * 20 + "end <|end|>", "response": "b" * 90},
+        {"messages": turns("user: start " + "more " * 20 + "end <|end|>", "assistant: " + "b" * 90)},
         {**talk, "messages": [{"role": "system", "content": "Be brief."}, *talk["messages"]]},
     ]
 
@@ -180,7 +180,7 @@ def records():
 def test_a_set_has_the_shortened_samples_beside_their_tokens_and_says_what_was_dropped(tmp_path):
     options = DataOptions(max_length=120, max_prompt_length=70, long_prompts="truncate-left")
     path, tokenizer = write_jsonl(tmp_path / "long.jsonl", records()), tiny_tokenizer()
-    made, report = read_set(path, SampleEncoder(tokenizer), options, "x")
+    made, report = read_set(path, SampleEncoder(tokenizer, train_on="last"), options, "x")
     assert [len(one.prompt_ids) <= 70 for one in made.encoded] == [True] * 4
     assert len(made.encoded[2].prompt_ids) == 70
     for one in made.encoded:
@@ -196,7 +196,7 @@ def test_a_set_has_the_shortened_samples_beside_their_tokens_and_says_what_was_d
     assert expected in said
     assert "1 sample has a control token in its text, <|end|> (line 3)" in said
 
-    stream = SampleStream(source_of(path), SampleEncoder(tokenizer), options)
+    stream = SampleStream(source_of(path), SampleEncoder(tokenizer, train_on="last"), options)
     assert stream.check() == report
     assert [row for piece in stream for row in piece] == list(zip(made.samples, made.encoded, strict=True))
 
@@ -216,7 +216,7 @@ def test_the_alpaca_template_is_kept_whole():
 
 def test_a_prompt_that_no_question_fits_in_is_refused_with_its_line(tmp_path):
     options = DataOptions(max_length=120, max_prompt_length=70, long_prompts="truncate-left")
-    bad = [*records(), {"prompt": "Hi", "response": "b", "system": "S" * 80}]
+    bad = [*records(), {"messages": turns("system: " + "S" * 80, "user: Hi", "assistant: b")}]
     path = write_jsonl(tmp_path / "long.jsonl", bad)
     message = (
         r"1 of 5 prompts are over --max-prompt-length 70 tokens even with one sign left of their question \(line 5\)"

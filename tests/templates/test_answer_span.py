@@ -1,7 +1,7 @@
 """Where an answer starts and ends in the text of a chat template: the shapes of templates that people have."""
 
 import pytest
-from tiny import tiny_tokenizer
+from template_shapes import CALL, HEADER, SHAPES, TURNS, tokenizer_of
 
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
@@ -9,118 +9,6 @@ from pocl_fast.records.samples import Sample, samples_from
 from pocl_fast.system.errors import InputError
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "x"}
-HEADER = "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
-TURNS = "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|eot|>\n' }}{% endfor %}"
-SHAPES = {  # name: template, how the prompt of "Hi" ends, the response "yes", the token that ends it
-    "Phi-3: eos behind the whole text": (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|eot|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
-        "Hi<|eot|>\n<|assistant|>\n", "yes<|eot|>", "<|eot|>",
-    ),
-    "GLM-4: no end of turn": (
-        "[gMASK]<sop>{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-        "<|user|>\nHi<|assistant|>\n", "yes<|end|>", "<|end|>",
-    ),
-    "Mistral: no header, eos": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
-        "[INST] Hi [/INST]", " yes<|end|>", "<|end|>",
-    ),
-    "Zephyr: eos, then a line end": (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-        "Hi<|end|>\n<|assistant|>\n", "yes<|end|>", "<|end|>",
-    ),
-    "Gemma: another role, stripped": (
-        "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
-        "{{ '<|start|>' + role + '\n' + m['content'] | trim + '<|eot|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start|>model\n' }}{% endif %}",
-        "Hi<|eot|>\n<|start|>model\n", "yes<|eot|>", "<|eot|>",
-    ),
-    "Llama 3: two line ends in the header": (
-        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start|>assistant\n\n' }}{% endif %}",
-        "Hi<|eot|><|start|>assistant\n\n", "yes<|eot|>", "<|eot|>",
-    ),
-    "Qwen3: an empty block of reasoning before a finished answer": (
-        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last %}"
-        "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|eot|>\n' }}{% endfor %}" + HEADER,
-        "Hi<|eot|>\n<|start|>assistant\n", "<think>\n\n</think>\n\nyes<|eot|>", "<|eot|>",
-    ),
-    "Vicuna: plain text around, eos behind": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + '\n' }}"
-        "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token + '\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-        "USER: Hi\nASSISTANT:", " yes<|end|>", "<|end|>",
-    ),
-    "an end of turn in plain text": (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</turn>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-        "user: Hi</turn>\nassistant: ", "yes</turn><|end|>", "<|end|>",
-    ),
-    "nothing but line ends": (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-        "user: Hi\n\nassistant: ", "yes<|end|>", "<|end|>",
-    ),
-    "eos behind the whole text is all there is": (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}",
-        "user: Hi\nassistant: ", "yes\n<|end|>", "<|end|>",
-    ),
-    "the header is never asked for": (TURNS, "Hi<|eot|>\n<|start|>assistant\n", "yes<|eot|>", "<|eot|>"),
-    "the header is always there": (
-        TURNS + "{{ '<|start|>assistant\n' }}", "Hi<|eot|>\n<|start|>assistant\n", "yes<|eot|>", "<|eot|>",
-    ),
-    "the header is always there, no end of turn": (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}{{ '<|assistant|>\n' }}",
-        "<|user|>\nHi<|assistant|>\n", "yes<|end|>", "<|end|>",
-    ),
-    "gpt-oss: a last turn ends otherwise, the channel is the answer's": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|start|>user<|msg|>' + m['content'] + '<|eot|>' }}"
-        "{% elif loop.last and not add_generation_prompt %}{{ '<|start|>assistant<|ch|>final<|msg|>' + m['content'] }}"
-        "{{ '<|return|>' }}{% else %}{{ '<|start|>assistant<|ch|>final<|msg|>' + m['content'] + '<|eot|>' }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
-        "Hi<|eot|><|start|>assistant", "<|ch|>final<|msg|>yes<|return|>", "<|return|>",
-    ),
-    "eos behind the whole text, before the next header too": (
-        TURNS + "{{ eos_token }}" + HEADER, "Hi<|eot|>\n<|end|><|start|>assistant\n", "yes<|eot|>", "<|eot|>",
-    ),
-    "Llama 2: a blank before eos": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
-        "[INST] Hi [/INST]", " yes <|end|>", "<|end|>",
-    ),
-    "a default system message": (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|start|>system\nYou help.<|eot|>\n' }}{% endif %}"
-        + TURNS + HEADER,
-        "Hi<|eot|>\n<|start|>assistant\n", "yes<|eot|>", "<|eot|>",
-    ),
-    "marks around answer and end": (
-        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
-        "{{ m['content'] + '<|eot|>\n' }}{% endgeneration %}{% else %}{{ m['content'] + '<|eot|>\n' }}{% endif %}"
-        "{% endfor %}" + HEADER,
-        "Hi<|eot|>\n<|start|>assistant\n", "yes<|eot|>", "<|eot|>",
-    ),
-    "marks behind an empty block of reasoning": (
-        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-        "{{ '<think></think>' }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|eot|>\n' }}{% else %}"
-        "{{ m['content'] + '<|eot|>\n' }}{% endif %}{% endfor %}" + HEADER,
-        "<|start|>assistant\n<think></think>", "yes<|eot|>", "<|eot|>",
-    ),
-}  # fmt: skip
-
-
-def tokenizer_of(template, *, special=True):
-    tokenizer = tiny_tokenizer()
-    tokens = ["<|eot|>", "<|return|>", "<|user|>", "<|assistant|>"]
-    if special:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", *tokens]})
-    else:
-        tokenizer.add_tokens(tokens)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def encoded(record, tokenizer):
@@ -199,7 +87,6 @@ TOOL_ENDS = (  # Llama 3.1: another end where a tool is called
     "{{ m['tool_calls'][0]['function'] | tojson + '<|return|>' }}{% else %}{{ m['content'] + '<|eot|>' }}{% endif %}"
     "{% endfor %}" + HEADER
 )
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum", "arguments": {"a": 1}}}]}
 
 
 def test_two_ends_in_one_file_are_each_kept_and_both_stop_an_answer():

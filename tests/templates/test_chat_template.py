@@ -186,7 +186,7 @@ def test_a_template_that_refuses_the_system_prompt_says_whose_it_is(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = REFUSES + CHAT_TEMPLATE
     made = encoder(tmp_path, tokenizer, system_prompt="Be brief.")
-    with pytest.raises(InputError, match=r"line 1: .*no system here \(the system message is --system-prompt's\)"):
+    with pytest.raises(InputError, match=r"record 1: .*no system here \(the system message is --system-prompt's\)"):
         prompt_of(made)
 
 
@@ -198,5 +198,5 @@ def test_a_template_that_refuses_an_order_of_turns():
     )
     tokenizer.chat_template = order + CHAT_TEMPLATE
     turns = [{"role": role, "content": "a"} for role in ("user", "user", "assistant")]
-    with pytest.raises(InputError, match=r"train\.jsonl, line 1: the chat template refuses it: roles must alternate"):
+    with pytest.raises(InputError, match=r"train\.jsonl, record 1: the chat template refuses it: roles must"):
         encode_all(samples_from([{"messages": turns}], "x"), SampleEncoder(tokenizer), **LIMITS)

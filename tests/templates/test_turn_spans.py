@@ -3,52 +3,30 @@
 from functools import cache
 
 import pytest
-from test_answer_span import CALL, HEADER, SHAPES, TURNS, tokenizer_of
-from test_encoding import SlowTokenizer, sentencepiece
+from template_shapes import (
+    AGENT,
+    DEEPSEEK,
+    HEADER,
+    QWEN3,
+    SHAPES,
+    TALK,
+    TURNS,
+    WIDE,
+    SlowTokenizer,
+    answers,
+    conversation,
+    said,
+    sample_of,
+    sentencepiece,
+    tokenizer_of,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.records.samples import Sample
 from pocl_fast.templates.chat_template import ChatTemplate
 
-WIDE = {"max_length": 9000, "max_prompt_length": 8000}
 SPECIAL = ["<|eot|>", "<|return|>", "<|user|>", "<|assistant|>", "<|start|>"]
-TALK = [
-    ("one", "yes"),
-    ("Hi", "yes"),
-    ("a\n\nb", "yes\n\n"),
-    ("user", "assistant"),
-    ("1", " 2 "),
-    ("Hi", "ok.\n"),
-    ("e", "n"),
-]
-
-
-def conversation(pairs=TALK, system=False):
-    """A sample whose answers are all trained on."""
-    turns = [{"role": "system", "content": "Be brief."}] if system else []
-    for question, answer in pairs:
-        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return sample_of(turns)
-
-
-def sample_of(turns, **given):
-    *before, last = turns
-    earlier = tuple(i for i, turn in enumerate(before) if turn["role"] == "assistant")
-    answer = last if len(last) > 2 else None
-    text = last["content"] or "call"
-    return Sample(0, 1, tuple(before), (text,), before[-1]["content"], answer=answer, earlier=earlier, **given)
-
-
-def answers(tokenizer, sample, **options):
-    """Each answer's tokens out of one pass, and each as the last one of its own conversation."""
-    whole = SampleEncoder(tokenizer, **options).encode(sample, **WIDE)
-    alone = SampleEncoder(tokenizer, train_on="last", **options)
-    ends = [sample.up_to(place) for place in sample.earlier]
-    last = [alone.encode(one, **WIDE) for one in (*ends, sample)]
-    assert [whole.ids[start - 1] for start, _ in whole.spans] == [one.prompt_ids[-1] for one in last]  # the header's
-    return [whole.ids[start:end] for start, end in whole.spans], [one.response_ids for one in last]
 
 
 @cache
@@ -93,11 +71,11 @@ def test_every_answer_has_the_tokens_that_it_has_as_the_last_one(name, kind):
     found, last = answers(tokenizer, sample)
     assert len(found) == len(TALK)
     assert found[-1] == last[-1]
-    for said, want in zip(found[:-1], last[:-1], strict=True):
+    for one, want in zip(found[:-1], last[:-1], strict=True):
         if name.startswith("eos behind the whole text is"):  # that end's line end may be one token with the answer's
-            assert f"{tokenizer.decode(said)}\n{tokenizer.eos_token}" == tokenizer.decode(want)
+            assert f"{tokenizer.decode(one)}\n{tokenizer.eos_token}" == tokenizer.decode(want)
         else:
-            assert said == of_history(name, tokenizer, want)
+            assert one == of_history(name, tokenizer, want)
 
 
 def of_history(name, tokenizer, ids):
@@ -116,54 +94,12 @@ NO_END = {
     "the header is always there, no end of turn",
     "gpt-oss: a last turn ends otherwise, the channel is the answer's",
 }
-QWEN3 = (
-    "{%- if messages[0].role == 'system' %}{{- '<|start|>system\n' + messages[0].content + '<|eot|>\n' }}{%- endif %}"
-    "{%- set ns = namespace(looking=true, last=messages|length - 1) %}{%- for m in messages[::-1] %}"
-    "{%- if ns.looking and m.role == 'user' %}{%- set ns.looking = false %}"
-    "{%- set ns.last = messages|length - 1 - loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}"
-    "{%- set content = m.content %}{%- if m.role == 'user' %}{{- '<|start|>user\n' + content + '<|eot|>\n' }}"
-    "{%- elif m.role == 'assistant' %}{%- set thought = '' %}{%- if m.reasoning_content is string %}"
-    "{%- set thought = m.reasoning_content %}{%- elif '</think>' in content %}"
-    "{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
-    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{{- '<|start|>assistant\n' }}"
-    "{%- if loop.index0 > ns.last and (loop.last or thought) %}"
-    "{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
-    "{%- else %}{{- content }}{%- endif %}"
-    "{%- for call in m.tool_calls or [] %}{%- if (loop.first and content) or not loop.first %}{{- '\n' }}{%- endif %}"
-    "{{- '<tool_call>\n' + (call.function | tojson) + '\n</tool_call>' }}{%- endfor %}{{- '<|eot|>\n' }}"
-    "{%- elif m.role == 'tool' %}{%- if messages[loop.index0 - 1].role != 'tool' %}{{- '<|start|>user' }}{%- endif %}"
-    "{{- '\n<tool_response>\n' + content + '\n</tool_response>' }}"
-    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|eot|>\n' }}{%- endif %}{%- endif %}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
-    "{%- endif %}"
-)
-DEEPSEEK = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% elif m.role == 'assistant' %}"
-    "{{ '<|assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
-)
 LLAMA31 = (  # a call ends otherwise, what a tool says is written as JSON
     "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|start|>ipython\n\n' + (m.content | tojson) + '<|eot|>' }}"
     "{% elif m.tool_calls %}{{ '<|start|>assistant\n\n' + (m.tool_calls[0].function | tojson) + '<|return|>' }}"
     "{% else %}{{ '<|start|>' + m.role + '\n\n' + m.content | trim + '<|eot|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n\n' }}{% endif %}"
 )
-
-
-def said(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
-def calling(number, content=""):
-    return {**CALL, "content": content, "tool_calls": [{"function": {"name": "sum", "arguments": {"a": number}}}]}
-
-
-AGENT = [
-    said("system", "Add."), said("user", "1?"), calling(1), said("tool", 'is "1"'), said("assistant", "It is 1."),
-    said("user", "2, 3?"), calling(2, "First 2."), said("tool", "2"), calling(33), said("tool", "3"), said("tool", "!"),
-    said("assistant", "2, 3."), said("user", "and?"), calling(4),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["bytes", *KINDS])
