@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import textwrap
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TextIO
@@ -35,7 +36,7 @@ def as_text(one: Inspected, *, colours: bool, wide: int, ids: bool = False) -> s
     """A sample as lines: its tokens, wrapped to `wide` columns, and a table of them; with a line a token for `ids`."""
     lines = [one.where]
     if one.left_out:
-        lines.append(f"not trained on: {one.left_out}")
+        lines += _said("", f"not trained on: {one.left_out}", wide if colours else 0)
     lines.append("")
     if one.record:
         lines += [one.record, ""]
@@ -43,9 +44,18 @@ def as_text(one: Inspected, *, colours: bool, wide: int, ids: bool = False) -> s
         lines += [_legend(one.view, colours), "", *_flow(one.view, colours, wide), ""]
     if ids and one.view.tokens:
         lines += [*_listing(one.view), ""]
-    lines += [f"{name:<15}{value}" for name, value in one.facts]
-    lines += [f"{'note':<15}{note}" for note in one.notes]
+    for name, value in (*one.facts, *(("note", note) for note in one.notes)):
+        lines += _said(f"{name:<15}", value, wide if colours else 0)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _said(name: str, value: str, wide: int) -> list[str]:
+    """Words behind their name, wrapped beside it to `wide` columns; one line where these are too few, or 0."""
+    if wide < len(name) + 20:
+        return [name + value]
+    indent = " " * len(name)
+    options = {"initial_indent": name, "subsequent_indent": indent, "break_on_hyphens": False}
+    return textwrap.wrap(value, wide, **options)  # type: ignore[arg-type]
 
 
 def _legend(view: TokenView, colours: bool) -> str:
