@@ -41,16 +41,16 @@ def samples_part(
 
 
 def lengths_part(stamps: Mapping[str, Any]) -> tuple[Markup, list[str]]:
-    """The histograms of lengths and what the limits cut, in words; empty where no step has counted them yet."""
-    known = [stamp["lengths"] for stamp in stamps.values() if "lengths" in stamp]
+    """The histograms of lengths, and what reading and the limits took away, in words; empty where no step has counted them yet."""
+    known = [stamp for stamp in stamps.values() if "lengths" in stamp]
     if not known:
         return Markup(""), []
-    lengths = Lengths.from_json(known[-1])
+    lengths = Lengths.from_json(known[-1]["lengths"])
     pictures = [
         svg(lengths.prompts, "prompts", "--max-prompt-length"),
         svg(lengths.samples, "prompts with answers", "--max-length"),
     ]
-    return Markup("").join(pictures), in_words(lengths)
+    return Markup("").join(pictures), [known[-1]["read"], *in_words(lengths)]
 
 
 def _chosen(

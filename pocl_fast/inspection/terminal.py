@@ -41,7 +41,7 @@ def as_text(one: Inspected, *, colours: bool, wide: int, ids: bool = False) -> s
     if one.record:
         lines += [one.record, ""]
     if one.view.tokens:
-        lines += [_legend(one.view, colours), "", *_flow(one.view, colours, wide), ""]
+        lines += [*_legend(one.view, colours, wide), "", *_flow(one.view, colours, wide), ""]
     if ids and one.view.tokens:
         lines += [*_listing(one.view), ""]
     for name, value in (*one.facts, *(("note", note) for note in one.notes)):
@@ -58,13 +58,15 @@ def _said(name: str, value: str, wide: int) -> list[str]:
     return textwrap.wrap(value, wide, **options)  # type: ignore[arg-type]
 
 
-def _legend(view: TokenView, colours: bool) -> str:
-    kinds = [kind for kind in KINDS if view.count(kind)]
+def _legend(view: TokenView, colours: bool, wide: int) -> list[str]:
     if not colours:
-        return "a · is between two tokens; ⟦ ⟧ is around a token that no text is cut into"
-    names = [_painted(f" {kind} ", _STYLES[kind]) for kind in kinds]
-    added = _painted(" added token ", _ADDED)
-    return "  ".join([*names, added]) + "  every second token is underlined"
+        return ["a · is between two tokens; ⟦ ⟧ is around a token that no text is cut into"]
+    names = [f" {kind} " for kind in KINDS if view.count(kind)]
+    styles = [*(_STYLES[kind] for kind in KINDS if view.count(kind)), _ADDED]
+    names.append(" added token ")
+    painted = "  ".join(map(_painted, names, styles))
+    rest = "every second token is underlined"
+    return [f"{painted}  {rest}"] if len("  ".join([*names, rest])) <= wide else [painted, rest]
 
 
 def _flow(view: TokenView, colours: bool, wide: int) -> Iterator[str]:
