@@ -41,7 +41,8 @@ def samples_part(
 
 
 def lengths_part(stamps: Mapping[str, Any]) -> tuple[Markup, list[str]]:
-    """The histograms of lengths, and what reading and the limits took away, in words; empty where no step has counted them yet."""
+    """The histograms of lengths, and what reading and the limits took away, in words; empty where no step has counted
+    them yet."""
     known = [stamp for stamp in stamps.values() if "lengths" in stamp]
     if not known:
         return Markup(""), []
