@@ -160,7 +160,7 @@ def texts_of(split: Split) -> list[str]:
     return [*texts, split.prompt[place:], split.answer]
 
 
-def described(notes: Notes, some_lines: Any) -> Iterable[str]:
+def described(notes: Iterable[tuple[str, int, tuple[int, ...]]], some_lines: Any) -> Iterable[str]:
     """The notes in words; `some_lines` names a few of many lines."""
     for what, count, lines in notes:
         yield what.format(count=count, records=len(lines), lines=some_lines(lines))

@@ -60,6 +60,8 @@ class Fitted:
     encoded: EncodedSample | None
     asked: int  # tokens before the first answer that is trained on; 0 where none is
     length: int  # tokens of the whole sample, before a limit cut it
+    trained: tuple[int, ...] = ()  # the answers that are trained on: their places among the turns; the last is behind
+    lost: tuple[int, ...] = ()  # turns that a limit took out of the prompt: their places before
 
 
 class SharedIds:

@@ -193,6 +193,10 @@ class SampleEncoder:
         if self._control is not None:
             self._control.forget(line)
 
+    def encode_all_of(self, sample: Sample, name: str = "") -> list[int]:
+        """All tokens of a sample, before any limit, whatever of them is trained on."""
+        return [id_ for part in self._tokens_of([self._text_of(sample, name).split])[0] for id_ in part]
+
     def encode_prompt(self, sample: Sample) -> list[int]:
         """The prompt's tokens, up to where the answer starts."""
         text = self._text_of(sample, "")
@@ -253,7 +257,8 @@ class SampleEncoder:
         prompt, response = (self._shared.of(ids) for ids in (turns.prompt, turns.response[:room]))
         cut = len(response) < len(turns.response)
         made = EncodedSample(text.used.index, prompt, response, cut, turns.spans(max_length))
-        return Fitted(text.used, made, asked, length)
+        places = tuple(place for place, (start, _) in turns.trained if start < max_length)
+        return Fitted(text.used, made, asked, length, places)
 
     def _chat(self, sample: Sample, where: str) -> Split:
         assert self.chat is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pocl_fast.data.encoded import EncodedSample, Fitted
@@ -51,6 +52,10 @@ class Fitting:
     def each(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, EncodedSample]]:
         """The samples that fit, as they are used, with their tokens, in order. Raises `BadRecord` for a sample that the
         template refuses, where it may not be left out."""
+        return ((one.sample, one.encoded) for one in self.fitted(samples) if one.encoded is not None)
+
+    def fitted(self, samples: Iterable[Sample]) -> Iterator[Fitted]:
+        """The same, with those that are left out for their length, or because nothing in them is trained on."""
         fitted = self._encoder.fit_each(self._seen(samples), self._bad.found, **self._limits, batch=self._batch)
         for sample, made in fitted:
             try:
@@ -65,22 +70,27 @@ class Fitting:
                     self._encoder.forget(sample.line)  # nothing of it is used
                 (self._skipped if one.asked else self._untrained).append(sample.line)
                 self._longest = max(self._longest, one.asked)
-                continue
-            self._kept += 1
-            if one.encoded.truncated:
-                self._truncated.append(sample.line)
-            yield one.sample, one.encoded
+            else:
+                self._kept += 1
+                if one.encoded.truncated:
+                    self._truncated.append(sample.line)
+            yield one
 
     def report(self) -> LengthReport:
         """What was taken, after the last sample. Raises `InputError` where a prompt is over the limit and may not be,
         and where no sample is left."""
-        unwritten, notes, control = self._take_notes()
+        taken = self.taken()
         if self._skipped and (self._rule != "skip" or not self._kept):
             over = OverTheLimit(tuple(self._skipped), self._count, self._longest, self._unit)
             raise over.error(self._name, self._limits["max_prompt_length"], self._rule)
         self._bad.check_left(self._kept + len(self._untrained), self._name, self._unit)
         if not self._kept and self._untrained:
             raise nothing_trained(self._name, self._untrained, self._unit)
+        return taken
+
+    def taken(self) -> LengthReport:
+        """The same, whatever is left."""
+        unwritten, notes, control = self._take_notes()
         return LengthReport(
             self._kept,
             tuple(self._skipped),
@@ -123,7 +133,7 @@ class Fitting:
         shorter = shortened(sample, length, limit, every_answer=every_answer)
         if shorter is None:
             return too_long
-        made = self._encoder.fit(shorter.sample, **self._limits)
+        made = replace(self._encoder.fit(shorter.sample, **self._limits), lost=shorter.lost)
         if made.encoded is not None:
             self._shortened.append(sample.line)
             self._turns += shorter.turns

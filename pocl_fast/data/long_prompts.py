@@ -20,11 +20,15 @@ _BEYOND = 32
 
 @dataclass(frozen=True)
 class Shortened:
-    """A sample whose prompt was shortened: how many turns it lost, and whether a text lost its beginning."""
+    """A sample whose prompt was shortened: which of its turns it lost, and whether a text lost its beginning."""
 
     sample: Sample
-    turns: int
+    lost: tuple[int, ...]  # places among the messages that it had
     cut: bool
+
+    @property
+    def turns(self) -> int:
+        return len(self.lost)
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,19 @@ def shortened(
     """
     units = _units(sample)
     dropped = _fewest(sample, units, length, limit, in_order=not (every_answer and sample.earlier))
-    rest = _without(sample, [place for unit in units[:dropped] for place in unit])
-    turns = len(sample.messages) - len(rest.messages)
+    lost = tuple(sorted(place for unit in units[:dropped] for place in unit))
+    rest = _without(sample, lost)
     if length(rest) <= limit:
-        return Shortened(rest, turns, cut=False)
+        return Shortened(rest, lost, cut=False)
     for text, put, optional in _texts(rest, every_answer):
         offset = _first_fitting(text, lambda left, put=put: length(put(left)) <= limit)  # type: ignore[misc]
         if offset is not None:
-            return Shortened(put(text[offset:]), turns, cut=True)
+            return Shortened(put(text[offset:]), lost, cut=True)
         if not optional:
             return None
         rest = put("")
         if length(rest) <= limit:
-            return Shortened(rest, turns, cut=True)
+            return Shortened(rest, lost, cut=True)
     return None
 
 

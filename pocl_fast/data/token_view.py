@@ -19,8 +19,8 @@ Kind = Literal["prompt", "supervised", "context", "cut"]
 KINDS: dict[Kind, str] = {
     "prompt": "what the model is asked with",
     "supervised": "what it is trained to say",
-    "context": "read along between the answers, not trained on",
-    "cut": "in the record, and taken away by a limit",
+    "context": "read along, not trained on",
+    "cut": "in the record, and left out",
 }
 _PARTIAL = "\ufffd"  # what a decoder writes for a part of a character
 _LONGEST = 4  # bytes of a character, so of tokens that share one

@@ -6,24 +6,23 @@ Knows encoders and the options of data. Does not know how it is shown (terminal.
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pocl_fast.data.encoded import EncodedSample
+from pocl_fast.data.answer_choice import ENDS_EARLIER, described
+from pocl_fast.data.encoded import EncodedSample, Fitted
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.data.fitting import encode_all
+from pocl_fast.data.fitting import Fitting
 from pocl_fast.data.length_report import LengthReport
 from pocl_fast.data.sample_set import SetOptions
 from pocl_fast.data.token_view import TokenView, token_view
 from pocl_fast.inspection.picked import OneRecord, Record
-from pocl_fast.records.bad_records import BadRecord
+from pocl_fast.records.bad_records import BadRecord, some_lines
 from pocl_fast.records.samples import Sample, iter_samples
 from pocl_fast.records.sources import Source
 from pocl_fast.templates import unused_fields
 from pocl_fast.templates.chat_template import TemplateOptions
-
-_NO_LIMIT = sys.maxsize
 
 
 class Options(SetOptions, TemplateOptions, Protocol):
@@ -31,6 +30,8 @@ class Options(SetOptions, TemplateOptions, Protocol):
 
     @property
     def data_source(self) -> Any: ...
+    @property
+    def reasoning(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Inspector:
     def look(self, record: Record) -> Inspected:
         """A record as the model sees it, with what a run would do about it.
 
-        Raises `InputError` as a run does, but for a prompt over the limit, which is shown.
+        Raises `InputError` as a run does, but for a sample that is left out or too long, which is shown.
         """
         try:
             [sample] = iter_samples(OneRecord(self._source, record), fields=self._options.fields)
@@ -62,43 +63,48 @@ class Inspector:
         except BadRecord as error:
             if self._options.bad_records == "error":
                 raise
-            said = json.dumps(record[1], ensure_ascii=False, default=str)
-            return Inspected(
-                self._where(record[0]), TokenView(()), left_out=f"{error} (--bad-records skip)", record=said
-            )
+            number, said = record
+            shown = "" if isinstance(said, BadRecord) else json.dumps(said, ensure_ascii=False, default=str)
+            return Inspected(self._where(number), TokenView(()), left_out=f"{error} (--bad-records skip)", record=shown)
 
     def look_at(self, sample: Sample) -> Inspected:
         """The same for a record that is read already."""
-        options = self._options
-        whole, report = self._encoded(sample, _NO_LIMIT)
-        left_out = self._over_the_limit(_asked(whole))
-        one = None if left_out else self._encoded(sample, options.max_length)[0]
-        view = token_view(one, self._encoder.tokenizer, whole)
-        facts = (*self._counts(view), *self._facts(one or whole, whole, sample))
-        notes = (*self._cut(one, whole), *self._untold(sample, report))
-        return Inspected(self._where(sample.line), view, facts, notes, left_out)
+        options, encoder = self._options, self._encoder
+        whole = EncodedSample(sample.index, (), tuple(encoder.encode_all_of(sample, self._source.name)), False)
+        fitting = Fitting(
+            encoder,
+            max_length=options.max_length,
+            max_prompt_length=options.max_prompt_length,
+            long_prompts=options.long_prompts,
+            name=self._source.name,
+        )
+        [fitted] = fitting.fitted([sample])
+        report = fitting.taken()
+        view = token_view(fitted.encoded, encoder.tokenizer, whole)
+        trains = [] if fitted.encoded is None else self._trains(fitted, fitted.encoded, sample)
+        return Inspected(
+            self._where(sample.line),
+            view,
+            (*self._counts(view), ("template", self._template(sample)), *trains),
+            (*self._cut(fitted, view, sample, report), *self._decided(sample, report)),
+            self._left_out(fitted),
+        )
 
     def _where(self, number: int) -> str:
         return f"{self._source.name}, {self._source.unit} {number}"
 
-    def _encoded(self, sample: Sample, max_length: int) -> tuple[EncodedSample, LengthReport]:
-        """The sample's tokens, as a run makes them."""
-        encoded, report = encode_all(
-            [sample],
-            self._encoder,
-            max_length=max_length,
-            max_prompt_length=max_length - 1 if max_length == _NO_LIMIT else self._options.max_prompt_length,
-            long_prompts=self._options.long_prompts,
-            name=self._source.name,
-        )
-        return encoded[0], report
-
-    def _over_the_limit(self, tokens: int) -> str:
-        most, policy = self._options.max_prompt_length, self._options.long_prompts
-        if tokens <= most or policy == "truncate-left":
+    def _left_out(self, fitted: Fitted) -> str:
+        """Why a sample is not trained on."""
+        if fitted.encoded is not None:
             return ""
+        if not fitted.asked:
+            return "no answer has reasoning in the prompt's format: it is left out (--reasoning only)"
+        most, policy = self._options.max_prompt_length, self._options.long_prompts
         does = "it is left out" if policy == "skip" else "a run stops before it begins"
-        return f"its prompt has {tokens} tokens, over --max-prompt-length {most}: {does} (--long-prompts {policy})"
+        over = f"its prompt has {fitted.asked:,} tokens, over --max-prompt-length {most}"
+        if policy == "truncate-left":
+            over += ", and would be over it even with one sign left of its question"
+        return f"{over}: {does} (--long-prompts {policy})"
 
     # -- what there is to say -----------------------------------------------------------------------------------------
 
@@ -110,17 +116,24 @@ class Inspector:
             del counts["context"]
         return [*((kind, _tokens(count)) for kind, count in counts.items()), ("kept", f"{_tokens(kept)} ({limits})")]
 
-    def _facts(self, one: EncodedSample, whole: EncodedSample, sample: Sample) -> list[tuple[str, str]]:
+    def _trains(self, fitted: Fitted, one: EncodedSample, sample: Sample) -> list[tuple[str, str]]:
         last = one.ids[one.spans[-1][1] - 1]
-        if one.truncated or last not in self._encoder.end_ids:
-            end = "none: the answer is cut before its end"
-        else:
+        if last in self._encoder.end_ids:
             end = f"{self._encoder.tokenizer.convert_ids_to_tokens(last)} (id {last})"
-        return [
-            ("end of answer", end),
-            ("template", self._template(sample)),
-            ("trained on", _turns(one, whole, sample)),
-        ]
+        elif self._options.reasoning == "only" and one.spans[-1][1] < len(one):
+            end = "none: --reasoning only trains on what is before it"
+        else:
+            end = "none: the answer is cut before its end"
+        turns = len(sample.messages) + 1
+        there = _kept(fitted, turns)
+        trained = [there[place] + 1 for place in fitted.trained]
+        if turns == 2:
+            which = "the answer"
+        elif trained == [turns]:
+            which = f"the last of {turns} turns"
+        else:
+            which = f"{_turns(trained)} of {turns}"
+        return [("end of answer", end), ("trained on", which)]
 
     def _template(self, sample: Sample) -> str:
         chat = self._encoder.chat
@@ -131,21 +144,37 @@ class Inspector:
         name = "tool_use" if sample.tools and "tool_use" in chat.texts else next(iter(chat.texts))
         return f"the tokenizer's chat template {name!r}"
 
-    def _cut(self, one: EncodedSample | None, whole: EncodedSample) -> list[str]:
-        if one is None:
+    def _cut(self, fitted: Fitted, view: TokenView, sample: Sample, report: LengthReport) -> list[str]:
+        """What the limits took away: tokens, and turns."""
+        if fitted.encoded is None:
             return []
-        notes = []
-        asked = max(0, _asked(whole) - _asked(one))
-        if (rest := len(whole) - len(one) - asked) > 0:
-            notes.append(f"--max-length {self._options.max_length} cuts {_tokens(rest)} off the end")
-        if asked:
-            notes.append(f"--long-prompts {self._options.long_prompts} took away {_tokens(asked)} of the prompt")
+        notes, before = [], 0
+        if report.shortened.lines:
+            last = max(i for i, token in enumerate(view.tokens) if token.kind != "cut")
+            before = sum(len(token.ids) for token in view.tokens[:last] if token.kind == "cut")
+            lost = [_turns([place + 1 for place in fitted.lost])] if fitted.lost else []
+            lost += ["the beginning of what is asked"] if report.shortened.cut else []
+            notes.append(
+                f"--long-prompts {self._options.long_prompts} takes {_tokens(before)} out of the prompt:"
+                f" {' and '.join(lost)}"
+            )
+        if (behind := view.count("cut") - before) > 0:
+            turns = len(sample.messages) + 1
+            ended = _kept(fitted, turns)[len(fitted.sample.messages) + 1 :]
+            lost = [f": {_turns([place + 1 for place in ended])}"] if ended else []
+            notes.append(f"--max-length {self._options.max_length} cuts {_tokens(behind)} off the end{''.join(lost)}")
         return notes
 
-    def _untold(self, sample: Sample, report: LengthReport) -> list[str]:
-        """What the record says and no model is told."""
-        notes = [unused_fields.describe(report.unused)] if report.unused else []
+    def _decided(self, sample: Sample, report: LengthReport) -> list[str]:
+        """What the record says and no model is told, and what else was decided about it."""
+
+        def some(lines: Sequence[int]) -> str:
+            return some_lines(lines, sample.unit)
+
+        notes = list(described([note for note in report.notes if note[0] != ENDS_EARLIER], some))  # `_cut` says that
+        notes += [unused_fields.describe(report.unused)] if report.unused else []
         notes += [f"the template does not write the {what}" for what, _ in report.unwritten]
+        notes += [report.control.describe(some(report.control.lines))] if report.control.lines else []
         if (more := len(sample.references) - 1) > 0:
             notes.append(f"of {more + 1} accepted answers the first is trained on")
         if self._options.data_source == "teacher":
@@ -153,20 +182,18 @@ class Inspector:
         return notes
 
 
-def _asked(one: EncodedSample) -> int:
-    """How many tokens are before the first one that is trained on."""
-    return one.spans[0][0]
+def _kept(fitted: Fitted, turns: int) -> list[int]:
+    """The places of the turns that are left where some are lost at the beginning."""
+    return [place for place in range(turns) if place not in fitted.lost]
 
 
-def _turns(one: EncodedSample, whole: EncodedSample, sample: Sample) -> str:
-    """Which of a conversation's turns are trained on, from 1."""
-    turns = len(sample.messages) + 1
-    if len(whole.spans) == 1:
-        return f"the last of {turns} turns" if turns > 2 else "the answer"
-    places = (*sample.earlier, len(sample.messages))
-    if len(places) == len(one.spans):
-        return f"turns {', '.join(str(place + 1) for place in places)} of {turns}"
-    return f"{len(one.spans)} of the {len(whole.spans)} parts that the answers of {turns} turns have"
+def _turns(numbers: Sequence[int]) -> str:
+    """Turns, from 1, in words: "turn 4", "turns 2, 4, 6"; "turns 5 to 9" for more than three in a row."""
+    if len(numbers) == 1:
+        return f"turn {numbers[0]}"
+    if len(numbers) > 3 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"turns {numbers[0]} to {numbers[-1]}"
+    return f"turns {', '.join(map(str, numbers))}"
 
 
 def _tokens(count: int) -> str:

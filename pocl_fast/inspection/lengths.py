@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 BINS = 30
+_DONE = {"skip": "left out", "truncate-left": "shortened"}  # which is done about long prompts
 _BEYOND = 15  # bins over a limit; the last one holds all that is longer
 
 
@@ -23,6 +24,8 @@ class Limits(Protocol):
     def max_length(self) -> int: ...
     @property
     def max_prompt_length(self) -> int: ...
+    @property
+    def long_prompts(self) -> Any: ...
 
 
 class BeforeLimits(Protocol):
@@ -59,7 +62,8 @@ class Lengths:
     prompts: Histogram
     samples: Histogram
     tokens: int  # of all samples whose prompt is within the limit
-    cut_tokens: int  # of these, over --max-length
+    cut_tokens: int  # of these, behind --max-length
+    long_prompts: str  # what is done about prompts over the limit
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,7 +71,7 @@ class Lengths:
     @classmethod
     def from_json(cls, known: dict[str, Any]) -> Lengths:
         prompts, samples = (_from_json(known[name]) for name in ("prompts", "samples"))
-        return cls(prompts, samples, known["tokens"], known["cut_tokens"])
+        return cls(prompts, samples, known["tokens"], known["cut_tokens"], known["long_prompts"])
 
 
 def _from_json(known: dict[str, Any]) -> Histogram:
@@ -75,14 +79,17 @@ def _from_json(known: dict[str, Any]) -> Histogram:
 
 
 def count_lengths(before: BeforeLimits, limits: Limits) -> Lengths:
-    """The lengths of a data set that was read within limits, as they were before these."""
+    """The lengths of a data set that was read within limits, as they were before these; of samples that something is
+    trained on in."""
     prompts, samples = (np.array(one, dtype=np.int64) for one in (before.prompts, before.samples))
+    prompts, samples = prompts[prompts > 0], samples[prompts > 0]
     kept = samples[prompts <= limits.max_prompt_length]
     return Lengths(
         histogram(prompts, limits.max_prompt_length),
         histogram(samples, limits.max_length),
         int(kept.sum()),
         int(np.maximum(kept - limits.max_length, 0).sum()),
+        limits.long_prompts,
     )
 
 
@@ -111,15 +118,19 @@ def histogram(lengths: np.ndarray, limit: int) -> Histogram:
 def in_words(lengths: Lengths) -> list[str]:
     """What the limits cut, with counts."""
     prompts, samples = lengths.prompts, lengths.samples
+    done = ""
+    if prompts.over and lengths.long_prompts in _DONE:
+        done = f": {_DONE[lengths.long_prompts]} (--long-prompts {lengths.long_prompts})"
     share = 100 * lengths.cut_tokens / max(1, lengths.tokens)
     lines = [
         f"prompts: median {prompts.median:,} tokens, longest {prompts.longest:,};"
-        f" {prompts.over:,} of {prompts.total:,} are over --max-prompt-length {prompts.limit:,}",
+        f" {prompts.over:,} of {prompts.total:,} are over --max-prompt-length {prompts.limit:,}{done}",
         f"prompts with answers: median {samples.median:,} tokens, longest {samples.longest:,};"
         f" {samples.over:,} of {samples.total:,} are over --max-length {samples.limit:,}",
     ]
     if lengths.cut_tokens:
-        lines.append(f"--max-length cuts {lengths.cut_tokens:,} of {lengths.tokens:,} tokens ({share:.1f} %)")
+        of = "of the samples whose prompt is within the limit, " if prompts.over else ""
+        lines.append(f"{of}{lengths.cut_tokens:,} of {lengths.tokens:,} tokens ({share:.1f} %) are behind --max-length")
     return lines
 
 

@@ -5,13 +5,14 @@ Knows the curriculum and what the steps have noted. Does not know the rest of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from pocl_fast.curriculum.scores import open_difficulty
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.command import encoder_for
@@ -19,11 +20,12 @@ from pocl_fast.inspection.inspected import Inspected, Inspector
 from pocl_fast.inspection.lengths import Lengths, in_words, svg
 from pocl_fast.inspection.page import folded
 from pocl_fast.options import RunConfig
-from pocl_fast.records.bad_records import BadRecords
+from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.samples import Sample, iter_samples
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
 
+_FIRST = ("first", "second", "third")
 _READ = 10_000  # samples among which the three are chosen: no report reads a large file to its end
 
 
@@ -39,16 +41,17 @@ def samples_part(
 
 
 def lengths_part(stamps: Mapping[str, Any]) -> tuple[Markup, list[str]]:
-    """The histograms of lengths and what the limits cut, in words; empty where no step has counted them yet."""
-    known = [stamp["lengths"] for stamp in stamps.values() if "lengths" in stamp]
+    """The histograms of lengths, and what reading and the limits took away, in words; empty where no step has counted
+    them yet."""
+    known = [stamp for stamp in stamps.values() if "lengths" in stamp]
     if not known:
         return Markup(""), []
-    lengths = Lengths.from_json(known[-1])
+    lengths = Lengths.from_json(known[-1]["lengths"])
     pictures = [
         svg(lengths.prompts, "prompts", "--max-prompt-length"),
         svg(lengths.samples, "prompts with answers", "--max-length"),
     ]
-    return Markup("").join(pictures), in_words(lengths)
+    return Markup("").join(pictures), [known[-1]["read"], *in_words(lengths)]
 
 
 def _chosen(
@@ -60,26 +63,46 @@ def _chosen(
     made_from = [stamp["made_from"]["train data"] for stamp in stamps.values() if "train data" in stamp["made_from"]]
     if made_from and source.fingerprint() != made_from[-1]:
         raise InputError(f"{source.name} has changed since the run read it")
-    wanted = _names(run, config)
-    samples = _read(config, max(wanted) + 1)
     if encoder is None:
         saved = run / "student"
         known = (saved / "tokenizer_config.json").is_file()
         encoder = encoder_for(config, str(saved) if known else None, run)
     inspector = Inspector(source, encoder, config.data)
+    if (wanted := _names(run, config)) is None:
+        return list(zip(_FIRST, _used(inspector, config), strict=False))
+    samples = _read(config, max(wanted) + 1)
     return [(name, inspector.look_at(samples[index])) for index, name in wanted.items() if index in samples]
 
 
-def _names(run: Path, config: RunConfig) -> dict[int, str]:
+def _names(run: Path, config: RunConfig) -> dict[int, str] | None:
     """The indices of the samples to show, and what each is: of a curriculum the easiest, the middle one and the
-    hardest, else the first three."""
-    path = run / "curriculum.json"
+    hardest, of what was measured or trained on in the file's order the first three. None where a run has not chosen
+    among its samples yet."""
+    path, measured = run / "curriculum.json", run / "difficulty.parquet"
+    if path.is_file():
+        order = Curriculum.load(path).order
+    elif measured.is_file():
+        order = next(open_difficulty(measured).iter_batches(_READ, columns=["index"]))["index"].to_numpy()
+    else:
+        return None
+    read = [int(index) for index in order if index < _READ]
     if not path.is_file() or config.schedule.curriculum == "none":
-        return {0: "first", 1: "second", 2: "third"}
-    order = [int(index) for index in Curriculum.load(path).order if index < _READ]
-    some = "" if len(order) == len(Curriculum.load(path).order) else f" of the first {_READ:,} samples"
-    places = {0: "easiest", len(order) // 2: "middle", len(order) - 1: "hardest"}
-    return {order[place]: name + some for place, name in places.items()}
+        return dict(zip(sorted(read), _FIRST, strict=False))
+    some = "" if len(read) == len(order) else f" of the first {_READ:,} samples"
+    places = {0: "easiest", len(read) // 2: "middle", len(read) - 1: "hardest"}
+    return {read[place]: name + some for place, name in places.items()}
+
+
+def _used(inspector: Inspector, config: RunConfig) -> Iterator[Inspected]:
+    """The samples that are trained on, from the file's beginning."""
+    for sample in _read(config, _READ).values():
+        try:
+            one = inspector.look_at(sample)
+        except BadRecord as error:
+            BadRecords(config.data.bad_records).found(error, sample.line)
+            continue
+        if not one.left_out:
+            yield one
 
 
 def _read(config: RunConfig, count: int) -> dict[int, Sample]:

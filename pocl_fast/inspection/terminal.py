@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import textwrap
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TextIO
@@ -35,26 +36,37 @@ def as_text(one: Inspected, *, colours: bool, wide: int, ids: bool = False) -> s
     """A sample as lines: its tokens, wrapped to `wide` columns, and a table of them; with a line a token for `ids`."""
     lines = [one.where]
     if one.left_out:
-        lines.append(f"not trained on: {one.left_out}")
+        lines += _said("", f"not trained on: {one.left_out}", wide if colours else 0)
     lines.append("")
     if one.record:
         lines += [one.record, ""]
     if one.view.tokens:
-        lines += [_legend(one.view, colours), "", *_flow(one.view, colours, wide), ""]
+        lines += [*_legend(one.view, colours, wide), "", *_flow(one.view, colours, wide), ""]
     if ids and one.view.tokens:
         lines += [*_listing(one.view), ""]
-    lines += [f"{name:<15}{value}" for name, value in one.facts]
-    lines += [f"{'note':<15}{note}" for note in one.notes]
+    for name, value in (*one.facts, *(("note", note) for note in one.notes)):
+        lines += _said(f"{name:<15}", value, wide if colours else 0)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _legend(view: TokenView, colours: bool) -> str:
-    kinds = [kind for kind in KINDS if view.count(kind)]
+def _said(name: str, value: str, wide: int) -> list[str]:
+    """Words behind their name, wrapped beside it to `wide` columns; one line where these are too few, or 0."""
+    if wide < len(name) + 20:
+        return [name + value]
+    indent = " " * len(name)
+    options = {"initial_indent": name, "subsequent_indent": indent, "break_on_hyphens": False}
+    return textwrap.wrap(value, wide, **options)  # type: ignore[arg-type]
+
+
+def _legend(view: TokenView, colours: bool, wide: int) -> list[str]:
     if not colours:
-        return "a · is between two tokens; ⟦ ⟧ is around a token that no text is cut into"
-    names = [_painted(f" {kind} ", _STYLES[kind]) for kind in kinds]
-    added = _painted(" added token ", _ADDED)
-    return "  ".join([*names, added]) + "  every second token is underlined"
+        return ["a · is between two tokens; ⟦ ⟧ is around a token that no text is cut into"]
+    names = [f" {kind} " for kind in KINDS if view.count(kind)]
+    styles = [*(_STYLES[kind] for kind in KINDS if view.count(kind)), _ADDED]
+    names.append(" added token ")
+    painted = "  ".join(map(_painted, names, styles))
+    rest = "every second token is underlined"
+    return [f"{painted}  {rest}"] if len("  ".join([*names, rest])) <= wide else [painted, rest]
 
 
 def _flow(view: TokenView, colours: bool, wide: int) -> Iterator[str]:

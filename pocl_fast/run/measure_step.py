@@ -63,9 +63,11 @@ def _measure_student(context: RunContext, pieces: Pieces) -> None:
 
 
 def length_facts(context: RunContext) -> dict[str, Any]:
-    """What a stamp holds of the lengths of the training samples, for the report."""
-    report = context.reports.get("--train")
-    return {"lengths": count_lengths(report.before, context.config.data).as_json()} if report else {}
+    """What a stamp holds of the training samples, for the report: their lengths, and what reading them took away."""
+    report, data = context.reports.get("--train"), context.config.data
+    if report is None:
+        return {}
+    return {"lengths": count_lengths(report.before, data).as_json(), "read": report.describe(str(data.train))}
 
 
 def _measure_teacher(context: RunContext, pieces: Pieces) -> None:

@@ -1,6 +1,5 @@
 """`pocl-fast inspect`: what it prints of a record, and that it loads no model and writes nothing unasked."""
 
-import json
 import re
 import shutil
 import sys
@@ -175,6 +174,133 @@ def test_the_options_of_a_run_and_of_a_file_are_taken(folder, finished, capsys, 
     assert "(--max-length 300, " in capsys.readouterr().out
 
 
+# -- conversations, and what options and limits take of them --------------------------------------------------------
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+TURNS = [turn("system", "s"), *(turn(role, f"{role[0]}{n}" * n) for n in (1, 2, 3) for role in ("user", "assistant"))]
+
+
+def written(turns):
+    """The tiny template's text of some turns."""
+    return "".join(f"<|start|>{one['role']}\n{one['content']}<|end|>\n" for one in turns)
+
+
+@pytest.fixture
+def seen(folder, capsys, tmp_path):
+    """What is printed of one record; by the options that are given."""
+
+    def shown(record, *words):
+        write_jsonl(tmp_path / "train.jsonl", [record])
+        capsys.readouterr()
+        assert (
+            main(["inspect", "--train", str(tmp_path / "train.jsonl"), "--model", str(folder / "model"), *words]) == 0
+        )
+        return capsys.readouterr().out
+
+    return shown
+
+
+def parts(said):
+    """Kinds and texts, in order."""
+    found = re.findall(r"^\[(\w+)\]\n(.*?)\n(?=\n|\[)", said, re.MULTILINE | re.DOTALL)
+    return [(kind, re.sub("[·⟦⟧\n]", "", text).replace("␣", " ").replace("⏎", "\n")) for kind, text in found]
+
+
+ASKS = "<|start|>assistant\n"
+
+
+def test_each_answer_is_shown_as_trained_on_with_its_end_and_what_is_between_as_read_along(seen):
+    said = seen({"messages": TURNS})
+    between = [f"\n{written(TURNS[place : place + 1])}{ASKS}" for place in (3, 5)]
+    assert parts(said) == [
+        ("prompt", written(TURNS[:2]) + ASKS),
+        ("supervised", "a1<|end|>"),
+        ("context", between[0]),
+        ("supervised", "a2a2<|end|>"),
+        ("context", between[1]),
+        ("supervised", "a3a3a3<|end|>"),
+    ]
+    assert value(said, "trained on") == "turns 3, 5, 7 of 7"
+    assert value(said, "end of answer") == "<|end|> (id 258)"
+
+
+def test_a_conversation_over_the_limit_shows_what_was_cut_and_which_turns_went(seen):
+    upto = len(tiny_tokenizer()(written(TURNS[:5])).input_ids)  # the third question begins there
+    said = seen({"messages": TURNS}, "--max-length", str(upto + 5), "--max-prompt-length", "60")
+    assert parts(said)[-1] == ("cut", f"\n{written(TURNS[5:])}".rstrip("\n"))
+    assert value(said, "trained on") == "turns 3, 5 of 7"
+    gone = len(tiny_tokenizer()(f"\n{written(TURNS[5:])}".rstrip("\n")).input_ids)
+    assert value(said, "note") == f"--max-length {upto + 5} cuts {gone} tokens off the end: turns 6, 7"
+
+
+def test_a_prompt_that_is_shortened_shows_the_turns_and_the_beginning_that_went(seen):
+    left = [TURNS[0], turn("user", "u3")]
+    most = len(tiny_tokenizer()(written(left) + ASKS).input_ids)
+    words = ("--train-on", "last", "--long-prompts", "truncate-left", "--max-prompt-length", str(most))
+    said = seen({"messages": TURNS}, *words)
+    kept = [text for kind, text in parts(said) if kind == "prompt"]
+    assert "".join(kept) == written(left) + ASKS
+    whole = "".join(text for _, text in parts(said))
+    assert whole == written(TURNS).rstrip("\n")
+    cut = value(said, "cut")
+    assert value(said, "note") == (
+        f"--long-prompts truncate-left takes {cut} out of the prompt: turns 2 to 5 and the beginning of what is asked"
+    )
+    assert value(said, "trained on") == "the last of 7 turns"
+
+
+def test_what_no_rule_makes_short_enough_is_shown_with_the_reason(seen):
+    said = seen({"messages": TURNS}, "--long-prompts", "truncate-left", "--max-prompt-length", "9")
+    assert "over it even with one sign left of its question: a run stops before it begins" in said
+    assert [kind for kind, _ in parts(said)] == ["cut"]
+    assert "trained on  " not in said
+
+
+def test_a_control_token_in_text_is_shown_as_text_and_said(seen):
+    said = seen({"prompt": "Is <|end|> one?", "response": "<|end|>"})
+    assert said.count("⟦<|end|>⟧") == 2
+    assert part(said, "supervised") == "<|end|>" * 2
+    assert value(said, "supervised") == f"{len('<|end|>') + 1} tokens"
+    assert value(said, "note").startswith(
+        "1 sample has a control token in its text, <|end|> (line 1): it is kept as text"
+    )
+    said = seen({"prompt": "Is <|end|> one?", "response": "a"}, "--special-tokens", "parse")
+    assert said.count("⟦<|end|>⟧") == 3
+    assert "note" not in said
+
+
+def test_reasoning_is_shown_as_it_is_trained_on(seen):
+    thinks = {"messages": [turn("user", "q"), turn("assistant", "<think>t</think>a")]}
+    said = seen(thinks, "--reasoning", "only")
+    assert parts(said)[1:] == [("supervised", "<think>t</think>"), ("context", "a<|end|>")]
+    assert value(said, "end of answer") == "none: --reasoning only trains on what is before it"
+    said = seen(thinks, "--reasoning", "strip")
+    assert parts(said)[1:] == [("supervised", "a<|end|>")]
+    assert value(said, "note") == "answers from which reasoning was taken out: 1 (line 1)"
+    said = seen({"messages": [turn("user", "q"), turn("assistant", "a")]}, "--reasoning", "only")
+    assert "not trained on: no answer has reasoning in the prompt's format: it is left out (--reasoning only)" in said
+    assert parts(said) == [("cut", f"{written([turn('user', 'q')])}{ASKS}a<|end|>")]
+
+
+def test_a_record_that_is_none_has_its_reason_and_rows_are_counted_as_rows(folder, capsys, tmp_path):
+    import pandas
+
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
+    said = inspect(folder, capsys, "--bad-records", "skip", "--line", 2, train="bad.jsonl")
+    assert f"not trained on: {folder / 'bad.jsonl'}, line 2: not JSON" in said
+    pandas.DataFrame(RECORDS[:2]).to_parquet(folder / "train.parquet")
+    assert inspect(folder, capsys, "--line", 2, train="train.parquet").startswith(
+        f"{folder / 'train.parquet'}, row 2\n"
+    )
+    assert "has no such row, its 2 records end with row 2" in inspect(
+        folder, capsys, "--line", 3, status=2, train="train.parquet"
+    )
+
+
 # -- how it looks ------------------------------------------------------------------------------------------------------
 
 
@@ -280,14 +406,3 @@ def test_the_page_is_one_file_and_balanced_and_what_a_record_says_is_no_markup(f
     assert ids == answer
     learns = [attributes for attributes, _ in reader.tokens if "the next token is learned" in attributes["title"]]
     assert len(learns) == len(supervised)
-
-
-def test_json_of_the_lengths_is_read_as_it_was_written(folder):
-    from pocl_fast.data.sample_set import read_set
-    from pocl_fast.inspection.lengths import Lengths, count_lengths
-
-    encoder = SampleEncoder(tiny_tokenizer())
-    options = RunData(max_length=44, max_prompt_length=43, long_prompts="skip")
-    known, _ = read_set(folder / "train.jsonl", encoder, options, "train")
-    lengths = count_lengths(known, encoder, options)
-    assert Lengths.from_json(json.loads(json.dumps(lengths.as_json()))) == lengths

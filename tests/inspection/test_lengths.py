@@ -1,17 +1,20 @@
 """The lengths of a data set before its limits, and what these cut, against a count without limits."""
 
+import json
 import random
 import re
 
 import numpy as np
 import pytest
-from tiny import tiny_tokenizer
+from tiny import tiny_tokenizer, write_jsonl
 
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.sample_set import read_set
+from pocl_fast.data.stream import SampleStream
 from pocl_fast.inspection import lengths as counting
-from pocl_fast.inspection.lengths import count_lengths, histogram, in_words, svg
+from pocl_fast.inspection.lengths import Lengths, count_lengths, histogram, in_words, svg
 from pocl_fast.options import RunData
+from pocl_fast.records.sources import source_of
 
 
 def data_set(count=40):
@@ -19,38 +22,70 @@ def data_set(count=40):
     return [{"prompt": "p" * draw.randint(1, 60), "response": "r" * draw.randint(1, 90)} for _ in range(count)]
 
 
+AROUND = len(tiny_tokenizer()("<|start|>user\n<|end|>\n<|start|>assistant\n").input_ids)
+
+
+def counted(records, options, **encoding):
+    _, report = read_set(records, SampleEncoder(tiny_tokenizer(), **encoding), options, "train")
+    return count_lengths(report.before, options)
+
+
 def test_samples_are_counted_with_the_lengths_that_they_had_before_the_limits():
-    records, encoder = data_set(), SampleEncoder(tiny_tokenizer())
-    options = RunData(max_length=100, max_prompt_length=60, long_prompts="skip")
-    known, _ = read_set(records, encoder, options, "train")
-    found = count_lengths(known, encoder, options)
-    around = len(tiny_tokenizer()("<|start|>user\n<|end|>\n<|start|>assistant\n").input_ids)
-    prompts = np.array([len(record["prompt"]) + around for record in records])
+    records = data_set()
+    found = counted(records, RunData(max_length=100, max_prompt_length=60, long_prompts="skip"))
+    prompts = np.array([len(record["prompt"]) + AROUND for record in records])
     whole = prompts + [len(record["response"]) + 1 for record in records]
     kept = whole[prompts <= 60]
     assert 0 < len(kept) < 40
     assert (found.prompts.total, found.prompts.longest, found.prompts.over) == (40, prompts.max(), 40 - len(kept))
-    assert (found.samples.total, found.samples.longest) == (len(kept), kept.max())
-    assert found.samples.over == (kept > 100).sum() > 0
+    assert (found.samples.total, found.samples.longest) == (40, whole.max())
+    assert found.samples.over == (whole > 100).sum() > 0
+    assert found.samples.median == np.sort(whole)[19]
     assert (found.tokens, found.cut_tokens) == (kept.sum(), np.maximum(0, kept - 100).sum())
-    assert f"{found.samples.over} of {len(kept)} are over --max-length 100" in in_words(found)[1]
+    said = in_words(found)
+    assert f"{40 - len(kept)} of 40 are over --max-prompt-length 60: left out (--long-prompts skip)" in said[0]
+    assert f"{found.samples.over} of 40 are over --max-length 100" in said[1]
+    share = f"{100 * found.cut_tokens / found.tokens:.1f} %"
+    assert f"{found.cut_tokens} of {found.tokens:,} tokens ({share}) are behind --max-length" in said[2]
 
 
-def test_of_many_cut_samples_some_stand_for_the_others(monkeypatch):
-    records, encoder = [{"prompt": "p", "response": "r" * 90}] * 50, SampleEncoder(tiny_tokenizer())
-    options = RunData(max_length=60, max_prompt_length=50)
-    known, _ = read_set(records, encoder, options, "train")
-    whole = count_lengths(known, encoder, options)
-    monkeypatch.setattr(counting, "_MEASURED", 7)
-    assert count_lengths(known, encoder, options) == whole
-    assert (whole.samples.over, whole.samples.total) == (50, 50)
+def test_of_a_conversation_the_prompt_ends_before_the_first_answer_trained_on_and_shortened_ones_are_counted_whole():
+    turns = [{"role": "user", "content": "q" * 30}, {"role": "assistant", "content": "a" * 9}]
+    records = [{"messages": turns * 3}, {"messages": turns}]
+    options = RunData(max_length=99, max_prompt_length=60, long_prompts="truncate-left")
+    exchange = AROUND + 30 + 9 + len(tiny_tokenizer()("<|end|>\n").input_ids)
+    lengths = [3 * exchange - 1, exchange - 1]
+    every = counted(records, options)
+    assert (every.prompts.median, every.prompts.longest, every.prompts.over) == (AROUND + 30, AROUND + 30, 0)
+    assert (every.samples.median, every.samples.longest) == (lengths[1], lengths[0])
+    last = counted(records, options, train_on="last")
+    assert (last.prompts.longest, last.prompts.over) == (2 * exchange + AROUND + 30, 1)
+    assert last.samples == every.samples
+    assert "1 of 2 are over --max-prompt-length 60: shortened (--long-prompts truncate-left)" in in_words(last)[0]
+
+
+def test_samples_without_anything_to_train_on_are_not_counted():
+    user, thinks = {"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>t</think>a"}
+    records = [{"messages": [user, turn]} for turn in (thinks, {"role": "assistant", "content": "a" * 50})]
+    found = counted(records, RunData(max_length=99, max_prompt_length=60, reasoning="only"), reasoning="only")
+    want = len("<think>t</think>a") + AROUND + 2
+    assert (found.prompts.total, found.samples.total, found.samples.longest, found.tokens) == (1, 1, want, want)
+
+
+def test_a_file_that_is_read_in_pieces_has_the_lengths_of_one_that_is_read_at_once(tmp_path):
+    records = data_set()
+    options = RunData(max_length=100, max_prompt_length=60, long_prompts="skip")
+    stream = SampleStream(
+        source_of(write_jsonl(tmp_path / "t.jsonl", records)), SampleEncoder(tiny_tokenizer()), options
+    )
+    assert count_lengths(stream.check().before, options) == counted(records, options)
 
 
 # shorter than the limit; one bin a token; over it a little, and far
 @pytest.mark.parametrize(("longest", "limit"), [(9, 512), (512, 512), (513, 512), (9000, 512), (7, 3), (1, 1)])
 def test_a_bin_ends_at_the_limit_and_all_lengths_are_in_their_bin(longest, limit):
     lengths = np.unique(np.linspace(1, longest, 400).astype(int))
-    made = histogram([(int(one), 2) for one in lengths], limit)
+    made = histogram(np.concatenate([lengths[::-1], lengths]), limit)
     assert made.total == 2 * len(lengths)
     assert made.over == 2 * (lengths > limit).sum()
     assert len(made.edges) == len(made.counts) + 1 <= counting.BINS + 1
@@ -61,11 +96,16 @@ def test_a_bin_ends_at_the_limit_and_all_lengths_are_in_their_bin(longest, limit
 
 
 def test_the_picture_marks_the_limit_and_what_is_over_it():
-    made = histogram([(10, 3), (600, 1)], 512)
+    made = histogram(np.array([10, 600, 10, 10]), 512)
     picture = svg(made, "<lengths>", "--max-length")
     assert "&lt;lengths&gt;" in picture
     assert "--max-length 512</text>" in picture
     bars = re.findall(r'<rect class="bar( over)?".*?<title>(.*?)</title>', picture)
     assert [over for over, _ in bars] == ["", " over"]
     assert bars[0][1].endswith("tokens: 3")
-    assert "limit" not in svg(histogram([(10, 3)], 512), "short", "--max-length")
+    assert "limit" not in svg(histogram(np.array([10] * 3), 512), "short", "--max-length")
+
+
+def test_json_of_the_lengths_is_read_as_it_was_written():
+    lengths = counted(data_set(), RunData(max_length=100, max_prompt_length=60, long_prompts="skip"))
+    assert Lengths.from_json(json.loads(json.dumps(lengths.as_json()))) == lengths

@@ -191,7 +191,7 @@ def _ends_before_the_first_answer(path):
     )
     encoder = SampleEncoder(tokenizer)
     data = RunData(train=str(path), max_length=300, max_prompt_length=200)
-    nothing = {"say": lambda _: None, "check_stream": lambda _: None}
+    nothing = {"say": lambda _: None, "check_stream": lambda _: None, "reports": {}}
     context = SimpleNamespace(config=SimpleNamespace(data=data), encoder=encoder, train_file_is_loaded=False, **nothing)
     before, files.LARGE = files.LARGE, 0
     try:

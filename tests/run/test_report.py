@@ -108,6 +108,7 @@ def test_the_report_has_the_lengths_and_what_the_limits_cut(finished):
     lengths = read_json(finished[1] / "steps.json")["train"]["lengths"]
     assert sum(lengths["samples"]["counts"]) == sum(lengths["prompts"]["counts"]) == 24
     assert text.count('<svg class="lengths"') == 2
+    assert f'<p class="note">{finished[0] / "train.jsonl"}: 24 samples' in text
     assert f"longest {lengths['samples']['longest']}; 0 of 24 are over --max-length 96" in text
 
 
@@ -141,6 +142,23 @@ def test_what_samples_say_is_never_markup_in_the_report(finished, tmp_path):
     assert re.findall(r"<summary>(\w+):", text) == ["first", "second", "third"]
     assert "<script>" not in text
     assert "<i>" not in text
+
+
+def test_before_ranking_the_first_samples_that_are_trained_on_are_shown_and_what_was_left_out_is_said(
+    finished, tmp_path
+):
+    inputs, _ = finished
+    records = [one | {"instruction": "Say " * 30} if n == 1 else one for n, one in enumerate(arithmetic(5))]
+    train = write_jsonl(tmp_path / "train.jsonl", [{"output": "bad"}, *records])
+    words = select(options(inputs, train=train), "measure")
+    output = tmp_path / "out"
+    assert run("measure", output, *words, "--bad-records", "skip", "--long-prompts", "skip") == 0
+    assert run("report", output) == 0
+    titles = re.findall(r"<summary>(\w+): .*?, line (\d+)</summary>", page(output))
+    assert titles == [("first", "2"), ("second", "4"), ("third", "5")]
+    said = html.unescape(page(output))
+    assert f"{train}: 4 samples; 1 bad record left out" in said
+    assert "1 of 5 are over --max-prompt-length 80: left out (--long-prompts skip)" in said
 
 
 def test_the_picture_of_difficulty_is_the_one_in_the_run_directory(finished):
