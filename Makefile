@@ -37,7 +37,7 @@ demo: $(VENV)/.core
 
 distil: $(VENV)/.core
 	@test -n '$(TRAIN)' || { echo "make distil TRAIN=FILE, your samples: see docs/your-data.md"; exit 1; }
-	$(BIN)/pocl-fast distill --teacher bundled --student-layers 6 --lora-rank 16 --learning-rate 7e-4 \
+	$(BIN)/pocl-fast distill --teacher bundled --student-layers 20 --lora-rank 16 --learning-rate 7e-4 \
 		--epochs-per-stage 1 --train '$(TRAIN)' --output '$(OUTPUT)' $(OPTIONS)
 
 test: $(VENV)/.dev

@@ -241,8 +241,9 @@ class SampleEncoder:
         while True:
             turns = self._turns(text, tokens)
             asked = turns.trained[0][1][0] if turns.trained else 0
+            places = tuple(place for place, _ in turns.trained)
             if not turns.trained or asked > max_prompt_length:
-                return Fitted(text.used, None, asked, length)
+                return Fitted(text.used, None, asked, length, places)
             if len(turns.prompt) < max_length:
                 break
             kept = [place for place, (start, _) in turns.trained if start < max_length]

@@ -129,8 +129,7 @@ class Fitting:
             except BadRecord:  # a template may refuse what is left of a conversation
                 return sys.maxsize
 
-        limit, every_answer = self._limits["max_prompt_length"], self._encoder.choice.train_on == "all"
-        shorter = shortened(sample, length, limit, every_answer=every_answer)
+        shorter = shortened(sample, length, self._limits["max_prompt_length"], answer=too_long.trained[0])
         if shorter is None:
             return too_long
         made = replace(self._encoder.fit(shorter.sample, **self._limits), lost=shorter.lost)

@@ -51,23 +51,25 @@ class Shortenings:
 
 
 def shortened(
-    sample: Sample, length: Callable[[Sample], int], limit: int, *, every_answer: bool = True
+    sample: Sample, length: Callable[[Sample], int], limit: int, *, answer: int | None = None
 ) -> Shortened | None:
     """The sample with the least taken from its prompt's beginning so that `length` is at most `limit`; None where even
-    one sign of its question is too much. `every_answer` is trained on, or the last one alone.
+    one sign of its question is too much. `answer` is the place of the first answer that is trained on, without it the
+    one behind all messages.
 
     The oldest turns go first, a question with its answers, a tool call with its results. System messages and tools
     stay, and so do the last question and the last results. Then a text loses its beginning, at a character's border:
     the results of tools that are answered, oldest first, then the question. Of a record with an input this goes first,
-    and its instruction after it. Answers that are trained on go with their turns.
+    and its instruction after it. An answer that is trained on never goes, nor does its question.
     """
-    units = _units(sample)
-    dropped = _fewest(sample, units, length, limit, in_order=not (every_answer and sample.earlier))
+    first = len(sample.messages) if answer is None else answer
+    units = [unit for unit in _units(sample) if max(unit) < first]
+    dropped = _fewest(sample, units, length, limit)
     lost = tuple(sorted(place for unit in units[:dropped] for place in unit))
     rest = _without(sample, lost)
     if length(rest) <= limit:
         return Shortened(rest, lost, cut=False)
-    for text, put, optional in _texts(rest, every_answer):
+    for text, put, optional in _texts(rest, first - len(lost)):
         offset = _first_fitting(text, lambda left, put=put: length(put(left)) <= limit)  # type: ignore[misc]
         if offset is not None:
             return Shortened(put(text[offset:]), lost, cut=True)
@@ -107,17 +109,12 @@ def _units(sample: Sample) -> list[list[int]]:
     return [*older, *([place] for place in last[: max(asked - 1, 0)]), *steps[:-1]]
 
 
-def _fewest(
-    sample: Sample, units: Sequence[Sequence[int]], length: Callable[[Sample], int], limit: int, *, in_order: bool
-) -> int:
-    """How many units must go so that the rest fits; all of them where it never does. `in_order`: the more go, the
-    shorter is the rest."""
+def _fewest(sample: Sample, units: Sequence[Sequence[int]], length: Callable[[Sample], int], limit: int) -> int:
+    """How many units must go so that the rest fits; all of them where it never does."""
 
     def fits(count: int) -> bool:
         return length(_without(sample, [place for unit in units[:count] for place in unit])) <= limit
 
-    if not in_order:  # what is before the first answer may be longer in a later exchange
-        return next((count for count in range(1, len(units) + 1) if fits(count)), len(units))
     low, high = 0, len(units)  # not even `low` fits
     while high - low > 1:
         middle = (low + high) // 2
@@ -140,11 +137,10 @@ def _without(sample: Sample, places: Sequence[int]) -> Sample:
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def _texts(sample: Sample, every_answer: bool) -> Iterator[tuple[str, Callable[[str], Sample], bool]]:
-    """The texts before the first answer trained on that may lose their beginning, in the order in which they do: each
-    with what puts another in its place, and whether it may go altogether. What the texts before became is kept."""
+def _texts(sample: Sample, end: int) -> Iterator[tuple[str, Callable[[str], Sample], bool]]:
+    """The texts before the place `end` that may lose their beginning, in the order in which they do: each with what
+    puts another in its place, and whether it may go altogether. What the texts before became is kept."""
     turns = list(sample.messages)
-    end = min(sample.earlier, default=len(turns)) if every_answer else len(turns)
     asked = max((i for i in range(end) if turns[i]["role"] == "user"), default=-1)
     spoken = max((i for i in range(end) if turns[i]["role"] == "assistant"), default=-1)
     known = sample

@@ -45,6 +45,7 @@ def kept(sample):
 
 
 TALK = ("system: S", "user: one", "assistant: 1", "user: two", "assistant: 2", "user: three", "assistant: 3")
+BEFORE = ("user: early question", "assistant: 0")
 AGENT = ("user: do it", "call", "tool: aaaa", "call", "tool: bbbb", "tool: cccc", "assistant: done")
 
 
@@ -83,20 +84,18 @@ def test_nothing_is_made_of_a_prompt_of_which_nothing_would_be_asked(said):
     assert shortened(sample_of(*said), letters, least) is None
 
 
-# 6 is as much as the second question has, and the third has 11; nothing but its end fits in 4
+# of the first question that is trained on the most that fits; with the exchange before it, which is not trained on, or
+# without
 @pytest.mark.parametrize(
-    ("limit", "expected", "earlier"),
-    [
-        (12, ["system: S", "user: two", "assistant: 2", "user: nine char"], (2,)),
-        (6, ["system: S", "user: two", "assistant: 2", "user: nine char"], (2,)),
-        (4, ["system: S", "user: r"], ()),
-    ],
+    ("before", "limit", "question"), [((), 12, "ven chars"), ((), 6, "ars"), (BEFORE, 12, "ven chars")]
 )
-def test_where_all_answers_are_trained_on_the_tokens_before_the_first_of_them_count(limit, expected, earlier):
-    said = ("system: S", "user: eleven chars", "assistant: 1", "user: two", "assistant: 2", "user: nine char")
-    short = shortened(sample_of(*said, "assistant: 3", earlier=(2, 4)), letters, limit)
-    assert kept(short.sample) == expected
-    assert short.sample.earlier == earlier  # places among the messages that are left
+def test_where_all_answers_are_trained_on_no_answer_of_them_goes(before, limit, question):
+    said = ("system: S", *before, "user: eleven chars", "assistant: 1", "user: two", "assistant: 2", "user: nine char")
+    place = len(before) + 2
+    sample = sample_of(*said, "assistant: 3", earlier=(place, place + 2))
+    short = shortened(sample, letters, limit, answer=place)
+    assert kept(short.sample) == ["system: S", f"user: {question}", *said[-4:]]
+    assert short.sample.earlier == (2, 4)  # places among the messages that are left
     assert letters(short.sample) <= limit
 
 
