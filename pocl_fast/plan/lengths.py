@@ -29,7 +29,7 @@ class LengthHistogram:
 def length_histogram(encoded: Sequence[EncodedSample], *, bins: int = BINS) -> LengthHistogram:
     """The histogram of prompts and of whole samples over the same bins: about `bins` even ones of a round width, or
     doubling ones where a few samples are far longer than the others."""
-    prompts = np.array([len(one.prompt_ids) for one in encoded], dtype=np.int64)
+    prompts = np.array([one.spans[0][0] for one in encoded], dtype=np.int64)
     samples = np.array([len(one) for one in encoded], dtype=np.int64)
     if not len(encoded):
         return LengthHistogram((0, 1), (0,), (0,))
