@@ -158,7 +158,8 @@ def test_the_commands_in_the_readme_run(tmp_path, tiny_teacher, monkeypatch):
     assert {words[1] for words in commands} >= {"distill", "plan", "inspect"}
     for words in commands:
         given = [str(tiny_teacher) if word == "bundled" else word for word in words[1:]]
-        assert main([*given, *(tiny_options(tiny_teacher) if words[1] == "distill" else [])]) == 0
+        others = {"distill": tiny_options(tiny_teacher), "plan": ["--student-layers", "2"]}
+        assert main([*given, *others.get(words[1], [])]) == 0
     assert (tmp_path / "run/report.html").is_file()
 
 

@@ -150,7 +150,7 @@ def test_fields_have_other_names_and_bad_records_are_left_out(changed, run_of, t
     assert [(sample.index, sample.line) for sample in samples] == [(0, 1), (1, 3), (2, 4), (3, 5), (4, 6)]
     assert f"{train}: 5 samples; 1 bad record left out: not text 1 (line 2)" in capsys.readouterr().out
     trainer_with(changed, given=False).evaluate(records)
-    assert "eval_dataset: 5 samples; 1 bad record left out: not text 1 (line 2)" in capsys.readouterr().out
+    assert "eval_dataset: 5 samples; 1 bad record left out: not text 1 (record 2)" in capsys.readouterr().out
     with pytest.raises(InputError, match=r'line 2: field "output" must be a string, got int.*"answers\.text"'):
         _ = run_of("strict", train=train, fields=changed["fields"]).context.train_set
     with pytest.raises(InputError, match="--fields instruction=question: there is no field"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pocl_fast.records import hub
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.system.errors import InputError
 
@@ -36,9 +35,12 @@ def rows(data: Any, name: str) -> Iterator[Mapping[str, Any] | BadRecord]:
                 kind = type(data).__name__
                 raise InputError(f"{name} is a {kind}, and iterating it gives no records: give {name}.{call}")
     of_datasets = type(data).__module__.partition(".")[0] == "datasets"
-    if of_datasets and hub.is_plain(data):
-        yield from (row for _, row in hub.dataset_rows(data, name))
-        return
+    if of_datasets:
+        from pocl_fast.records import hub  # loads pyarrow, as `datasets` has
+
+        if hub.is_plain(data):
+            yield from (row for _, row in hub.dataset_rows(data, name))
+            return
     for number, row in enumerate(_each(data, name), start=1):
         if not isinstance(row, Mapping):
             said = f"{name}, record {number}: expected a dict, got {type(row).__name__} {row!r:.60}; {WANTED}"

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocl_fast.records import hub, saved
 from pocl_fast.records.bad_records import BadRecord
-from pocl_fast.records.files import File
 from pocl_fast.system.errors import InputError
 
 
@@ -51,6 +49,8 @@ class Source(Protocol):
 def source_of(given: str | Path) -> Source:
     """The reader of what is named: a file, a folder, a split of a folder (FOLDER:SPLIT), several files by a pattern, a
     data set of the hub. Raises `InputError` where there is none, and for a name that is empty."""
+    from pocl_fast.records import hub  # loads pyarrow, which records in memory do without
+
     name = str(given)
     if not name.strip():  # as a variable of a shell that is not set; a path of no text is the folder one is in
         raise InputError("records are to be read of a name that is empty: give a file, a folder, or hf:ORG/NAME:SPLIT")
@@ -64,6 +64,9 @@ def source_of(given: str | Path) -> Source:
 
 
 def _on_disk(name: str) -> Source:
+    from pocl_fast.records import saved
+    from pocl_fast.records.files import File
+
     path = Path(name).expanduser()
     if path.is_dir():
         return saved.of_folder(path, name)
@@ -79,6 +82,8 @@ def _on_disk(name: str) -> Source:
 
 def _elsewhere(name: str) -> str:
     """Where the records may be that a name of no file means."""
+    from pocl_fast.records import hub, saved
+
     if re.match(r"[a-z][a-z0-9+.-]+://", name):
         return f"; files are read of this machine: download it first; of the hub give {hub.FORM}"
     path = Path(name)
@@ -88,6 +93,8 @@ def _elsewhere(name: str) -> str:
 
 
 def _matching(name: str) -> Source:
+    from pocl_fast.records import saved
+
     files = sorted(Path(found) for found in glob.glob(str(Path(name).expanduser()), recursive=True))
     if not files:
         raise InputError(f"{name} matches no file")
