@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import Any, TypeAlias
@@ -76,7 +77,7 @@ class ByteTokens:
 
 def _bytes_of(backend: Any) -> list[bytes] | None:
     """The bytes of each token, by id, of a vocabulary that is written in byte-level BPE's signs for bytes."""
-    signs = {sign: byte for byte, sign in enumerate(_signs())}
+    signs = byte_signs()
     added = {one: token.content for one, token in backend.get_added_tokens_decoder().items()}
     vocabulary = backend.get_vocab(with_added_tokens=True)
     bytes_of = [b""] * (max(vocabulary.values(), default=-1) + 1)
@@ -90,11 +91,9 @@ def _bytes_of(backend: Any) -> list[bytes] | None:
     return bytes_of
 
 
-def _signs() -> list[str]:
-    """GPT-2's sign of each byte: the byte's own where it can be printed, else the next one from 256 on."""
-    printed = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    signs, free = [], 256
-    for byte in range(256):
-        signs.append(chr(byte if byte in printed else free))
-        free += byte not in printed
-    return signs
+@cache
+def byte_signs() -> dict[str, int]:
+    """The characters that stand for bytes in the vocabularies of GPT-2's kind."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {sign: byte for byte, sign in bytes_to_unicode().items()}

@@ -161,7 +161,8 @@ class _Finder:
         places = self._places(text)
         if not places:
             return None
-        return next((token for token in self._tokens if text.startswith(token, places[0])), text[places[0] :][:20])
+        found = (token for token in self._tokens if text.startswith(token, places[0]))
+        return max(found, key=len, default=text[places[0] :][:20])
 
     def marked(self, text: str) -> str:
         """The text with marks."""

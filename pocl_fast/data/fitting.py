@@ -12,7 +12,7 @@ from typing import Any
 
 from pocl_fast.data.encoded import EncodedSample, Fitted
 from pocl_fast.data.encoding import BATCH, SampleEncoder
-from pocl_fast.data.length_report import LengthReport, Lengths, OverTheLimit, check_limits, nothing_trained
+from pocl_fast.data.length_report import LengthReport, OverTheLimit, SampleLengths, check_limits, nothing_trained
 from pocl_fast.data.long_prompts import Rule, Shortenings, shortened
 from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.samples import Sample
@@ -45,7 +45,7 @@ class Fitting:
         self._untrained: list[int] = []
         self._truncated: list[int] = []
         self._shortened: list[int] = []
-        self._before = Lengths()
+        self._before = SampleLengths()
         self._unit = "line"
         self._take_notes()
 

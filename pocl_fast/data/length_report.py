@@ -20,7 +20,7 @@ from pocl_fast.templates import unused_fields
 
 
 @dataclass(frozen=True)
-class Lengths:
+class SampleLengths:
     """How many tokens each sample had before the limits, and how many are left; samples that are left out too, in
     order."""
 
@@ -50,7 +50,7 @@ class LengthReport:
     control: KeptAsText = field(default_factory=KeptAsText)  # control tokens that stand in texts
     shortened: Shortenings = field(default_factory=Shortenings)
     unit: str = "line"  # what the line numbers count, as `Sample.unit`
-    before: Lengths = field(default_factory=Lengths, repr=False)
+    before: SampleLengths = field(default_factory=SampleLengths, repr=False)
 
     def describe(self, name: str) -> str:
         """In one line; `name` stands for the data set."""

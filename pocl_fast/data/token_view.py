@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
+from pocl_fast.data.byte_tokens import byte_signs
 from pocl_fast.data.encoded import EncodedSample
 
 Kind = Literal["prompt", "supervised", "context", "cut"]
@@ -172,7 +172,7 @@ def _bytes(token: int, tokenizer: Any) -> bytes | None:
         return piece
     if found := _BYTE.fullmatch(piece or ""):
         return bytes([int(found[1], 16)])
-    alphabet = _byte_level()
+    alphabet = byte_signs()
     return bytes(alphabet[sign] for sign in piece) if piece and all(sign in alphabet for sign in piece) else None
 
 
@@ -183,11 +183,3 @@ def _bytes_in_words(ids: Sequence[int], tokenizer: Any) -> str:
         known = _bytes(token, tokenizer)
         parts.append(str(tokenizer.convert_ids_to_tokens(int(token))) if known is None else known.hex(" ").upper())
     return f"⟨{' '.join(parts)}⟩"
-
-
-@cache
-def _byte_level() -> dict[str, int]:
-    """The characters that stand for bytes in the vocabularies of GPT-2's kind."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {sign: byte for byte, sign in bytes_to_unicode().items()}

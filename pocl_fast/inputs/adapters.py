@@ -55,10 +55,9 @@ def configuration_of(options: AdapterSettings, given: Any = None) -> Any:
     if isinstance(given, (str, os.PathLike)):
         given = _from_file(Path(given))
     if given is not None and config is not None:
-        option = "peft_config" if options.lora_rank is None else "lora_rank"
         raise InputError(
-            f"adapters are described twice, by the trainer's argument peft_config and by {option} of its arguments:"
-            " give one of them"
+            f"adapters are described twice, by the trainer's argument peft_config and by {named_by(options)} of its"
+            " arguments: give one of them"
         )
     chosen = config if given is None else given
     if options.merge_adapters and chosen is None:
@@ -89,6 +88,11 @@ def check_options(options: AdapterSettings) -> Any:
     config = _lora(options) if file is None else _from_file(file)
     _check_kind(config, "lora_rank" if file is None else f"peft_config {file}")
     return config
+
+
+def named_by(options: AdapterSettings) -> str:
+    """The option that asks for the adapters, or the trainer's argument, for messages."""
+    return "peft_config" if options.lora_rank is None else "lora_rank"
 
 
 def _lora(options: AdapterSettings) -> Any:
@@ -187,7 +191,7 @@ def check_fit(model: Any, options: AdapterSettings) -> None:
     try:
         get_peft_model(empty, copy.deepcopy(config), low_cpu_mem_usage=True)
     except (ValueError, KeyError) as error:
-        raise _unfit(model, "peft_config" if options.lora_rank is None else "lora_rank", error) from error
+        raise _unfit(model, named_by(options), error) from error
     except Exception:  # kinds that begin with the weights' values, which an empty model has not: the same
         return
 

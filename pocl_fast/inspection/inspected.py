@@ -58,8 +58,8 @@ class Inspector:
         Raises `InputError` as a run does, but for a sample that is left out or too long, which is shown.
         """
         try:
-            [sample] = iter_samples(OneRecord(self._source, record), fields=self._options.fields)
-            return self.look_at(sample)
+            # not read to its end, where the fields that no record had are missed: another record may have them
+            return self.look_at(next(iter_samples(OneRecord(self._source, record), fields=self._options.fields)))
         except BadRecord as error:
             if self._options.bad_records == "error":
                 raise

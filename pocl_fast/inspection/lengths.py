@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from markupsafe import Markup, escape
 
+from pocl_fast.data.length_report import SampleLengths
+
 BINS = 30
 _DONE = {"skip": "left out", "truncate-left": "shortened"}  # which is done about long prompts
 _BEYOND = 15  # bins over a limit; the last one holds all that is longer
@@ -26,15 +28,6 @@ class Limits(Protocol):
     def max_prompt_length(self) -> int: ...
     @property
     def long_prompts(self) -> Any: ...
-
-
-class BeforeLimits(Protocol):
-    """Lengths of samples before the limits."""
-
-    @property
-    def prompts(self) -> Any: ...
-    @property
-    def samples(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ def _from_json(known: dict[str, Any]) -> Histogram:
     return Histogram(**known | {name: tuple(known[name]) for name in ("edges", "counts")})
 
 
-def count_lengths(before: BeforeLimits, limits: Limits) -> Lengths:
+def count_lengths(before: SampleLengths, limits: Limits) -> Lengths:
     """The lengths of a data set that was read within limits, as they were before these; of samples that something is
     trained on in."""
     prompts, samples = (np.array(one, dtype=np.int64) for one in (before.prompts, before.samples))

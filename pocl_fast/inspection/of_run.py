@@ -86,6 +86,8 @@ def _names(run: Path, config: RunConfig) -> dict[int, str] | None:
     else:
         return None
     read = [int(index) for index in order if index < _READ]
+    if not read:
+        raise InputError(f"none of the first {_READ:,} samples is trained on")
     if not path.is_file() or config.schedule.curriculum == "none":
         return dict(zip(sorted(read), _FIRST, strict=False))
     some = "" if len(read) == len(order) else f" of the first {_READ:,} samples"

@@ -5,7 +5,7 @@ Does not know what a record says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -69,14 +69,3 @@ def picked(source: Source, first: int | None, count: int) -> list[Record]:
         records, before = records + 1, number
     last = f"its {records:,} records end with {source.unit} {before}" if records else "it holds no record"
     raise InputError(f"--line {first}: {source.name} has no such {source.unit}, {last}")
-
-
-def numbered(source: Source, numbers: Collection[int]) -> dict[int, Mapping[str, Any] | BadRecord]:
-    """The records of these numbers, as far as they are there; reads no further than the last of them."""
-    found = {}
-    for number, record in source.records(FORMATS):
-        if number in numbers:
-            found[number] = record
-        if len(found) == len(numbers):
-            break
-    return found

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pocl_fast.curriculum.signals import chosen_signals
-from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows
 from pocl_fast.models import loading
 from pocl_fast.options import RunConfig
@@ -71,20 +70,15 @@ class PlanContext(RunContext):
         arguments = trainer_arguments(self)
         self.check_teacher_device()
         self.check_engine()
-        self.train_set_of_file()
+        _ = self.train_file
+        if self.has_dev:
+            _ = self.dev_set
         if self.has_teacher and self.has_student:
             self.check_vocabularies()
             self.check_sizes()
         else:
             self._check_the_one_model()
         return arguments
-
-    def train_set_of_file(self) -> SampleSet:
-        """The training samples of the file; reads the held-out samples too, where there are any."""
-        known = self.train_file
-        if self.has_dev:
-            _ = self.dev_set
-        return known
 
     def _check_the_one_model(self) -> None:
         chosen = self.config.models

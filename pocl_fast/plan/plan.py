@@ -21,7 +21,7 @@ from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.data_plan import DataPlan, data_plan
 from pocl_fast.plan.disk import DiskPlan, disk_plan
 from pocl_fast.plan.memory import Sizes, StepMemory, answered_prompts, memory_plan, room
-from pocl_fast.plan.optimizer import state_bytes_a_weight
+from pocl_fast.plan.optimizer import ADAM, state_bytes_a_weight
 from pocl_fast.plan.shapes import ModelPlan, empty_model, empty_student, model_plan
 from pocl_fast.plan.step_plan import StepPlan, planned_schedule, step_plan, trial_batches
 from pocl_fast.plan.timing import StepTime, time_plan
@@ -109,7 +109,7 @@ class _Maker:
         batches = trial_batches(schedule, self.encoded)
         steps = step_plan(schedule, self.arguments, self.encoded, batches, ordered=ordered)
         self.plan.steps = steps
-        state = state_bytes_a_weight(self.arguments)
+        state = self._optimizer_state()
         passes = steps.evaluations if self.context.has_dev else int(sum(one.passes for one in steps.stages))
         self.plan.disk = disk_plan(
             self.student,
@@ -179,6 +179,14 @@ class _Maker:
         except Exception as error:  # whatever a family's own code raises on the meta device
             self._note(f"a model's configuration alone does not tell its sizes ({first_line(error, named=True)})")
             return None
+
+    def _optimizer_state(self) -> float:
+        """Bytes a trained weight; AdamW's, with a note, where one step does not tell."""
+        if (found := state_bytes_a_weight(self.arguments)) is not None:
+            return found
+        name = str(getattr(self.arguments.optim, "value", self.arguments.optim))
+        self._note(f"what the optimizer {name} keeps is not known before it runs, and counted as AdamW's")
+        return ADAM
 
     def _positions(self) -> None:
         context, answer = self.context, self.config.generation.max_new_tokens

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pocl_fast.inputs.adapters import configuration_of, with_adapters
+from pocl_fast.inputs.adapters import configuration_of, named_by, with_adapters
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.cut import as_trainable, chosen_layers, num_parameters, stack_of
 from pocl_fast.models.cut_check import differences
@@ -91,8 +91,7 @@ def empty_student(config: RunConfig, teacher: Any) -> tuple[Any, int]:
     adapters = configuration_of(config.adapters)
     if adapters is None:
         return as_trainable(model), whole
-    option = "peft_config" if config.adapters.lora_rank is None else "lora_rank"
-    return with_adapters(model, adapters, option), whole
+    return with_adapters(model, adapters, named_by(config.adapters)), whole
 
 
 def cut_on_meta(model: Any, keep: int) -> Any:

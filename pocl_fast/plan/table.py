@@ -13,7 +13,7 @@ from pocl_fast.plan.plan import MemoryPlan, Plan
 from pocl_fast.plan.shapes import ModelPlan
 from pocl_fast.plan.step_plan import StepPlan
 from pocl_fast.plan.timing import StepTime
-from pocl_fast.system.console import minutes
+from pocl_fast.system.console import minutes, size
 
 WIDTH = 100
 NAME = 44  # characters of the names before values
@@ -183,11 +183,3 @@ def _headed(words: str, name: str) -> str:
 
 def _wrapped(note: str) -> str:
     return textwrap.fill(note, WIDTH, initial_indent="  - ", subsequent_indent="    ")
-
-
-def size(count: int) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
-    value, unit = float(count), 0
-    while value >= 1024 and unit < 4:
-        value, unit = value / 1024, unit + 1
-    return f"{value:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{count} bytes"

@@ -69,6 +69,14 @@ def minutes(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
+def size(count: int) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    value, unit = float(count), 0
+    while value >= 1024 and unit < 4:
+        value, unit = value / 1024, unit + 1
+    return f"{value:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{count} bytes"
+
+
 class _LogLines:
     """stderr for a tqdm bar whose states are lines of their own, without the control characters of a redrawn one."""
 

@@ -167,15 +167,15 @@ class TeacherCache:
         tokens = sum(sample.supervised_count for sample in missing)
         need = bytes_needed(self.entries, missing)
         free = shutil.disk_usage(self.folder).free
-        what = f"{_size(need)} for {tokens} supervised tokens of {len(missing)} samples ({self.entries.name})"
+        what = f"{console.size(need)} for {tokens} supervised tokens of {len(missing)} samples ({self.entries.name})"
         if need > free:
             self.close()
             raise InputError(
-                f"the teacher cache needs {what}, and {self.folder} has {_size(free)} free: free some space,"
+                f"the teacher cache needs {what}, and {self.folder} has {console.size(free)} free: free some space,"
                 " give another --output, or a smaller --cache-dtype"
             )
         if self._writers.rank == 0:
-            self._say(f"teacher cache: {what}; {_size(free)} free in {self.folder}")
+            self._say(f"teacher cache: {what}; {console.size(free)} free in {self.folder}")
 
     def put(self, samples: Sequence[EncodedSample], values: Tensor | TopK) -> None:
         """Adds the samples' entries: hidden states [N, H], or their `TopK`, in the order of the samples.
@@ -325,11 +325,3 @@ def _time(path: Path | os.DirEntry[str]) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _size(count: int) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
-    size, unit = float(count), 0
-    while size >= 1024 and unit < 4:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{count} bytes"

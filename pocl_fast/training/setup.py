@@ -157,7 +157,7 @@ def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -
         model = as_trainable(model)
         usable.check_model(model, "model")
     if peft_config is not None:
-        argument = "peft_config" if args.lora_rank is None else "lora_rank"
+        argument = adapters.named_by(args)
         model = adapters.with_adapters(model, peft_config, argument, seed=args.seed, merges=args.merge_adapters)
         _first_says(f"student: {adapters.described(model)}")
     elif getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):

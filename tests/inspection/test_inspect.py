@@ -301,6 +301,13 @@ def test_a_record_that_is_none_has_its_reason_and_rows_are_counted_as_rows(folde
     )
 
 
+def test_a_record_may_lack_a_named_field_that_another_one_has(folder, capsys):
+    write_jsonl(folder / "named.jsonl", [{"q": "a", "a": "b", "s": "c"}, {"q": "d", "a": "e"}])
+    names = ("--fields", "prompt=q", "response=a", "system=s")
+    said = inspect(folder, capsys, "--line", 2, *names, train="named.jsonl")
+    assert part(said, "supervised") == "e<|end|>"
+
+
 # -- how it looks ------------------------------------------------------------------------------------------------------
 
 

@@ -414,16 +414,26 @@ def test_parts_without_their_model_are_left_out_with_a_line(inputs, capsys):
     assert "--student or --student-layers is missing" in " ".join(teacher["notes"])
 
 
+def test_an_optimizer_whose_state_is_not_known_is_said_to_be_counted_as_adamw(inputs, capsys, monkeypatch):
+    words, said = options(inputs), "keeps is not known before it runs, and counted as AdamW's"
+    known = planned(capsys, *words)
+    monkeypatch.setattr("pocl_fast.plan.plan.state_bytes_a_weight", lambda _: None)
+    now = planned(capsys, *words)
+    assert now["disk"]["checkpoint"] == known["disk"]["checkpoint"]
+    assert any(said in note for note in now["notes"])
+    assert not any(said in note for note in known["notes"])
+
+
 def test_samples_are_held_out_of_the_file_as_distill_does(inputs, capsys):
     plan = planned(capsys, *options(inputs, dev=None))
     train, dev = plan["data"]["train"], plan["data"]["dev"]
-    assert dev["samples"] == dev["records"] == train["report"]["held_out"] == 2
+    assert dev["samples"] == dev["records"] == train["held_out"] == 2
     assert train["records"] == train["samples"] + 2 == 24
     assert plan["steps"]["stages"][-1]["samples"] == 22
     assert sum(train["histogram"]["samples"]) + sum(dev["histogram"]["samples"]) == 24
     assert train["max_prompt_length"]["tokens"] == 0
     said = text(capsys, *options(inputs, dev=None))
-    assert "held out, not trained on                     2\n" in said
+    assert "held out to evaluate with                    2\n" in said
     assert "missing" not in said
 
 
@@ -433,7 +443,7 @@ def test_what_is_counted_is_shown_as_a_number(inputs, tmp_path, capsys):
     write_jsonl(tmp_path / "marked.jsonl", [json.loads(line) for line in lines] + [marked])
     words = options(inputs, train=tmp_path / "marked.jsonl")
     assert planned(capsys, *words)["data"]["train"]["report"] == {"control": 1}
-    assert "control tokens kept as text: samples         1\n" in text(capsys, *words)
+    assert "samples with control tokens kept as text     1\n" in text(capsys, *words)
 
 
 def test_without_any_model_it_says_that_a_tokenizer_is_needed(inputs, tmp_path, capsys):
