@@ -224,7 +224,9 @@ def test_empty_answers_of_the_teacher_are_counted(monkeypatch, tmp_path):
     made = answered(monkeypatch, tmp_path, ["yes", "", " \n", "no"], said)
     assert [made.samples[one.index].references for one in made.encoded] == [("yes",), ("",), ("",), ("no",)]
     assert len(made.encoded[1].response_ids) == 1  # its end
-    assert said[-1].startswith("the teacher's answer to 2 of 4 prompts is empty (records 2, 3): there the student learns")
+    assert said[-1].startswith(
+        "the teacher's answer to 2 of 4 prompts is empty (records 2, 3): there the student learns"
+    )
     said.clear()
     assert len(answered(monkeypatch, tmp_path / "all", ["a", "b"], said).encoded) == 2
     assert not any("is empty" in line for line in said)
