@@ -294,6 +294,8 @@ def test_a_cut_model_is_saved_beside_its_adapters_and_both_may_be_moved(tmp_path
     assert same_bits(base, before)
     (tmp_path / "student").rename(tmp_path / "moved")
     torch.testing.assert_close(logits(load_model(str(tmp_path / "moved"))), want, rtol=0, atol=1e-5)
+    save_tiny(tmp_path / "student" / "base", layers=2, seed=5)  # a later run's, where the first one was
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "moved"))), want, rtol=0, atol=1e-5)
 
 
 def test_the_models_own_weights_have_their_names_under_any_adapters():
