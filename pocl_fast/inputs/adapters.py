@@ -393,4 +393,10 @@ def save_adapted(model: Any, folder: Path, *, whole: bool = False, place: Path |
     inner.save_pretrained(folder / BASE, state_dict={n: t.detach() for n, t in plain_state(inner).items()})
     known["base_model_name_or_path"] = os.path.abspath((place or folder) / BASE)
     settings.write_text(json.dumps(known, indent=2, sort_keys=True), encoding="utf-8")
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(folder / "README.md")  # peft names what the model was made from, or nothing, as base_model
+    card.data.base_model, tags = None, card.data.tags or []
+    card.data.tags = [tag for tag in tags if not tag.startswith("base_model:")]
+    card.save(folder / "README.md")
     return f"as adapters, with the model that they are for beside them in {BASE}"

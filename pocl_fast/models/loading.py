@@ -106,11 +106,11 @@ def _of_adapter(folder: Path) -> ModelSource:
         raise InputError(f"cannot read the adapter's settings {folder / ADAPTER}: {error}") from error
     if not base:
         raise InputError(f"{folder / ADAPTER} does not say which model the adapter is for (base_model_name_or_path)")
+    elif Path(base).is_absolute() and Path(base).name == BASE and (folder / BASE / "config.json").is_file():
+        base = str(folder / BASE)  # both may have been moved, and another run's model may be where they were
     elif (folder / base / "config.json").is_file():  # as given from there
         base = str(folder / base)
     elif Path(base).is_absolute() and not Path(base).is_dir():
-        if Path(base).name == BASE and (folder / BASE / "config.json").is_file():  # both were moved
-            return ModelSource(str(folder / BASE), adapter=str(folder))
         raise InputError(
             f"the adapter {folder} is for the model {base}, which is not there: set base_model_name_or_path in"
             f" {folder / ADAPTER}, or merge the adapter into its model and give the merged one"

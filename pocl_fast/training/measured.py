@@ -120,7 +120,8 @@ def measured_curriculum(
     if ranks.is_first():
         curriculum.save(known)
         say(_described(scores, folder))
-        if line := unseen_by_rouge(table, options.rouge_tokenizer, "train_dataset"):
+        # a later measurement is of the same references
+        if made_from is not None and (line := unseen_by_rouge(table, options.rouge_tokenizer, "train_dataset")):
             say(line)
     ranks.barrier()
     return curriculum

@@ -290,9 +290,14 @@ def test_a_cut_model_is_saved_beside_its_adapters_and_both_may_be_moved(tmp_path
     assert said == "as adapters, with the model that they are for beside them in base"
     (tmp_path / "partial").rename(tmp_path / "student")
     torch.testing.assert_close(by_peft(tmp_path / "student"), want, rtol=0, atol=1e-5)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "base_model" not in card  # neither the model that was cut nor an empty name
+    assert "library_name: peft" in card
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "student" / "base", dtype=torch.float32).state_dict()
     assert same_bits(base, before)
     (tmp_path / "student").rename(tmp_path / "moved")
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "moved"))), want, rtol=0, atol=1e-5)
+    save_tiny(tmp_path / "student" / "base", layers=2, seed=5)  # a later run's, where the first one was
     torch.testing.assert_close(logits(load_model(str(tmp_path / "moved"))), want, rtol=0, atol=1e-5)
 
 

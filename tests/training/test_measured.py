@@ -30,6 +30,8 @@ from pocl_fast.curriculum import measurer
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.teacher.teacher import Teacher
+from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.training.trainer import PoclTrainer
 
 TWO_STAGES = {"curriculum": curriculum_of(8, stages=2), "learning_rate": 5e-2, "remeasure": True}
 
@@ -106,6 +108,21 @@ def sampled(student, encoded, encoder, seed):
         sample_ids=[one.index for one in encoded],
     )
     return [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def test_where_rouge_is_blind_is_said_of_the_first_measurement_alone(tmp_path, capsys):
+    trainer = PoclTrainer(
+        student_model(),
+        Teacher(teacher_model(), tmp_path / "teacher_cache"),
+        PoclConfig(
+            output_dir=str(tmp_path), stages=2, remeasure=True, epochs_per_stage=1, max_new_tokens=2, use_cpu=True
+        ),
+        [{"prompt": f"问题 {n}", "response": "答案"} for n in range(4)],
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert (tmp_path / "stage-2" / "difficulty.parquet").is_file()
+    assert capsys.readouterr().out.count("train_dataset: ROUGE-L is blind for 4 of 4 references") == 1
 
 
 def test_answers_are_sampled_with_the_temperature_and_seed_of_the_options(tmp_path):
