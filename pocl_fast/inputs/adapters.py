@@ -1,6 +1,6 @@
-"""Adapters of peft for a student: their configuration out of options, put on the student, described, saved.
+"""Adapters of peft for a student: their configuration out of options, put on the student, described.
 
-Knows peft and its files. Does not know how adapters are trained.
+Knows peft. Does not know how adapters are trained, nor how they are saved (saved_adapters.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.models.cut import num_parameters
-from pocl_fast.models.loading import ADAPTER, BASE, merged
+from pocl_fast.models.loading import ADAPTER
 from pocl_fast.options import AdapterOptions
 from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.system.typed_values import did_you_mean
@@ -325,14 +325,6 @@ def _list(names: Any) -> str:
     return ", ".join(names)
 
 
-# -- saved -------------------------------------------------------------------------------------------------------------
-
-
-def is_adapted(model: Any) -> bool:
-    """Whether a model is one of peft's."""
-    return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
-
-
 def plain_state(model: Any) -> dict[str, Tensor]:
     """The model's own weights and buffers that are saved, under the names that they have without adapters."""
     return dict(_plain(model, ""))
@@ -351,52 +343,3 @@ def _plain(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield prefix + name, buffer
     for name, child in module.named_children():
         yield from _plain(child, f"{prefix}{name}.")
-
-
-def saved_bytes(model: Any, *, whole: bool = False) -> int:
-    """The bytes of all tensors that `save_adapted` writes of a model, which may be on the meta device."""
-    own = {id(tensor): tensor for tensor in plain_state(model.get_base_model()).values()}  # tied ones once
-    base = _bytes(own.values())
-    if whole:
-        return base
-    alone = adapter_bytes(model)
-    return alone if model.active_peft_config.base_model_name_or_path else alone + base
-
-
-def adapter_bytes(model: Any) -> int:
-    """The bytes of the adapters alone, as peft saves them: what several layers share, once for each."""
-    from peft import get_peft_model_state_dict
-
-    return _bytes(get_peft_model_state_dict(model).values())
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def save_adapted(model: Any, folder: Path, *, whole: bool = False, place: Path | None = None) -> str:
-    """Writes a model of peft: its adapters alone, or `whole`, with these merged into its weights (in place).
-
-    adapter_config.json names the model that the adapters are for. One that is nowhere as it is, for it was cut, or made
-    from a GGUF file or other adapters, is saved beside them in the folder `base`; `place` is where the folder will be
-    in the end. Returns in words what was saved.
-    """
-    if whole:
-        merged(model).save_pretrained(folder)
-        return "whole, its adapters merged into its weights"
-    model.save_pretrained(folder)
-    settings = folder / ADAPTER
-    known = json.loads(settings.read_text(encoding="utf-8"))
-    if known.get("base_model_name_or_path"):
-        return f"as adapters for {known['base_model_name_or_path']}"
-    inner = model.get_base_model()
-    inner.save_pretrained(folder / BASE, state_dict={n: t.detach() for n, t in plain_state(inner).items()})
-    known["base_model_name_or_path"] = os.path.abspath((place or folder) / BASE)
-    settings.write_text(json.dumps(known, indent=2, sort_keys=True), encoding="utf-8")
-    from huggingface_hub import ModelCard
-
-    card = ModelCard.load(folder / "README.md")  # peft names what the model was made from, or nothing, as base_model
-    card.data.base_model, tags = None, card.data.tags or []
-    card.data.tags = [tag for tag in tags if not tag.startswith("base_model:")]
-    card.save(folder / "README.md")
-    return f"as adapters, with the model that they are for beside them in {BASE}"

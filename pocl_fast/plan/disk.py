@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.data.encoded import EncodedSample
-from pocl_fast.inputs.adapters import adapter_bytes, is_adapted, saved_bytes
+from pocl_fast.inputs.saved_adapters import adapter_bytes, is_adapted, saved_bytes
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.options import CacheOptions
 from pocl_fast.plan.shapes import distinct

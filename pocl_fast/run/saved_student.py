@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pocl_fast.inputs.adapters import is_adapted, save_adapted
+from pocl_fast.inputs.saved_adapters import is_adapted, save_adapted
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system import ranks
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.inputs.adapters import check_merges, configuration_of, is_adapted
+from pocl_fast.inputs.adapters import check_merges, configuration_of
+from pocl_fast.inputs.saved_adapters import is_adapted
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.loading import resolve

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 
-from pocl_fast.inputs.adapters import is_adapted, save_adapted
+from pocl_fast.inputs.saved_adapters import is_adapted, save_adapted
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.probing import is_sharded
 from pocl_fast.system import ranks

@@ -35,7 +35,7 @@ from pocl_fast.models.cut import chosen_layers, cut_layers
 from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.records.samples import samples_from
-from pocl_fast.run.train_step import save_student
+from pocl_fast.run.saved_student import save_student
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.trainer import PoclTrainer
@@ -378,7 +378,7 @@ def reload(name: str) -> str:
             theirs.add_(change)
         want = alone(reference)
         with tempfile.TemporaryDirectory() as folder:
-            save_student(model, tiny_tokenizer(), Path(folder))
+            save_student(model, tiny_tokenizer(), Path(folder), merges=False, say=lambda _: None)
             again = _read(row_auto_class(name), type(model), Path(folder) / "student")
         check_each(alone(again.eval()), want, "logits")
     return "good"

@@ -12,15 +12,8 @@ from tiny_options import reaches, trainer_with_options
 from tiny_training import curriculum_of, same_bits, trainer_of, weights_of
 from transformers import AutoModelForCausalLM
 
-from pocl_fast.inputs.adapters import (
-    adapter_bytes,
-    configuration_of,
-    described,
-    plain_state,
-    save_adapted,
-    saved_bytes,
-    with_adapters,
-)
+from pocl_fast.inputs.adapters import configuration_of, described, plain_state, with_adapters
+from pocl_fast.inputs.saved_adapters import adapter_bytes, save_adapted, saved_bytes
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.cut import cut_layers
 from pocl_fast.models.loading import load_model, resolve

@@ -80,7 +80,7 @@ def test_a_model_that_is_taken_is_loaded_anew_when_asked_for_again(context):
 def test_the_trained_student_runs_its_own_code_where_that_is_trusted(context, loads, inputs, tmp_path, trusted):
     shutil.copytree(inputs / "teacher", tmp_path / "out" / "student")
     (tmp_path / "out" / "config.yaml").write_text("")
-    context(trust_remote_code=trusted).trained_student()
+    context(student_layers=2, trust_remote_code=trusted).trained_student()
     assert [given["trust_remote_code"] for _, given in loads] == [trusted]
 
 

@@ -147,7 +147,7 @@ def test_a_signal_to_one_rank_stops_both_and_they_go_on_to_the_same_weights(two_
 def test_a_loss_that_is_not_finite_on_one_rank_is_named_on_all(two_ranks, tmp_path):
     messages = two_ranks(train_damaged, tmp_path / "run")
     assert messages[0] == messages[1]
-    assert "the loss of sample 3 (line 4) is not finite at stage 2, step " in messages[0]
+    assert "the loss of sample 3 (record 4) is not finite at stage 2, step " in messages[0]
 
 
 def train_damaged(folder):

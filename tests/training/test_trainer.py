@@ -208,7 +208,7 @@ def test_a_nan_loss_stops_with_samples_stage_step_and_advice(tmp_path, monkeypat
 
     before_each_batch(monkeypatch, damage)
     with pytest.raises(
-        InputError, match=r"the loss of sample \d+ \(line \d+\), .* at stage 1, step 1: .*\(now 0.0001\)"
+        InputError, match=r"the loss of sample \d+ \(record \d+\), .* at stage 1, step 1: .*\(now 0.0001\)"
     ):
         train(tmp_path, curriculum=curriculum_of(8, stages=1))
 
