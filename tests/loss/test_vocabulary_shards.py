@@ -28,13 +28,13 @@ pytestmark = [
 
 
 def assert_parts_match(
-    ranks: Ranks, problem: Problem, objective: Objective, tolerance=1e-5, least=1e-14, **options
+    ranks: Ranks, problem: Problem, objective: Objective, tolerance=1e-5, least=1e-14, atol=1e-9, **options
 ) -> None:
     """Every rank's loss, metrics and gradients agree with those of one process, in float64."""
     want, exact = problem.in_float64().step(objective, **options)
     parts = ranks(partial(step_of_a_part, problem, objective, **options))
     for rank, (loss, per_token, gradients) in enumerate(parts):
-        torch.testing.assert_close(loss.double(), want.loss, rtol=3e-6, atol=1e-9, equal_nan=True)
+        torch.testing.assert_close(loss.double(), want.loss, rtol=3e-6, atol=atol, equal_nan=True)
         for name, value in want.per_token.items():
             torch.testing.assert_close(
                 per_token[name].double(), value, rtol=2e-6, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -127,9 +127,9 @@ def test_filtered_sides_match(three_ranks, divergence, of_student):
         problem.labels[:] = -100
         problem.labels[tokens] = 29
         # a mixture's u is known to 1e-7, and hardly differs between entries of which one side has little
-        assert_parts_match(
-            three_ranks, problem, objective, least=1e-14 if divergence in ("forward_kl", "reverse_kl") else 3e-6
-        )
+        least = 1e-14 if divergence in ("forward_kl", "reverse_kl") else 3e-6
+        # fp32 knows logarithms of some 20 to 1e-6, and a small divergence is a difference of such: 3e-8 of 5e-3 was seen
+        assert_parts_match(three_ranks, problem, objective, least=least, atol=1e-7)
 
 
 # as attention's masks are: on one side and on both
