@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from pocl_fast.data.answer_choice import Notes, described
 from pocl_fast.data.control_text import KeptAsText
@@ -17,6 +18,17 @@ from pocl_fast.records import bad_records
 from pocl_fast.records.bad_records import some_lines
 from pocl_fast.system.errors import InputError
 from pocl_fast.templates import unused_fields
+
+
+class LengthLimits(Protocol):
+    """How long samples may be, and what is done about prompts that are longer."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def max_prompt_length(self) -> int: ...
+    @property
+    def long_prompts(self) -> Any: ...
 
 
 @dataclass(frozen=True)

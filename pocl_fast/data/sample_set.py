@@ -14,25 +14,19 @@ from typing import Any, Protocol
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import fit_all
-from pocl_fast.data.length_report import LengthReport
+from pocl_fast.data.length_report import LengthLimits, LengthReport
 from pocl_fast.records.bad_records import BadRecords
 from pocl_fast.records.samples import Sample, read_samples, samples_from
 from pocl_fast.system.errors import InputError
 
 
-class SetOptions(Protocol):
+class SetOptions(LengthLimits, Protocol):
     """How records become samples, and how long these may be: a run's options, a trainer's arguments."""
 
     @property
     def fields(self) -> dict[str, str]: ...
     @property
     def bad_records(self) -> Any: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def max_prompt_length(self) -> int: ...
-    @property
-    def long_prompts(self) -> Any: ...
 
 
 @dataclass(frozen=True)

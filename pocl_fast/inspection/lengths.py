@@ -7,27 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
 
-from pocl_fast.data.length_report import SampleLengths
+from pocl_fast.data.length_report import LengthLimits, SampleLengths
 
 BINS = 30
 _DONE = {"skip": "left out", "truncate-left": "shortened"}  # which is done about long prompts
 _BEYOND = 15  # bins over a limit; the last one holds all that is longer
-
-
-class Limits(Protocol):
-    """The limits of a data set."""
-
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def max_prompt_length(self) -> int: ...
-    @property
-    def long_prompts(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ def _from_json(known: dict[str, Any]) -> Histogram:
     return Histogram(**known | {name: tuple(known[name]) for name in ("edges", "counts")})
 
 
-def count_lengths(before: SampleLengths, limits: Limits) -> Lengths:
+def count_lengths(before: SampleLengths, limits: LengthLimits) -> Lengths:
     """The lengths of a data set that was read within limits, as they were before these; of samples that something is
     trained on in."""
     prompts, samples = (np.array(one, dtype=np.int64) for one in (before.prompts, before.samples))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pocl_fast.data.answer_choice import Notes
-from pocl_fast.data.length_report import LengthReport
+from pocl_fast.data.length_report import LengthLimits, LengthReport
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.plan.lengths import LengthHistogram, length_histogram, quantiles
 
@@ -28,15 +28,6 @@ NAMES = {  # what the parts of a report are called
     "unwritten": "not written by the template",
     "control": "samples with control tokens kept as text",
 }
-
-
-class Limits(Protocol):
-    """The most tokens of a sample, and of a prompt: a run's options."""
-
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def max_prompt_length(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ class DataPlan:
     max_prompt_length: Cut
 
 
-def data_plan(name: str, known: SampleSet, report: LengthReport | None, limits: Limits) -> DataPlan:
+def data_plan(name: str, known: SampleSet, report: LengthReport | None, limits: LengthLimits) -> DataPlan:
     """The numbers of a data set that was read with these limits; `known` has its samples but for those held out.
     `report` is None for the samples that were held out of another."""
     encoded = known.encoded
@@ -116,7 +107,7 @@ def _noted(notes: Notes) -> Iterator[tuple[str, int]]:
                 yield found[1], count if found[2] == "count" else len(lines)
 
 
-def _cuts(report: LengthReport, limits: Limits) -> tuple[Cut, Cut]:
+def _cuts(report: LengthReport, limits: LengthLimits) -> tuple[Cut, Cut]:
     """What each limit took: that of prompts from samples whose prompt is over it, that of samples from the others."""
     before = report.before
     over: list[int] = []

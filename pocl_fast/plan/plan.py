@@ -5,6 +5,8 @@ Knows which part needs which model. Does not know how a part is computed, nor ho
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -126,7 +128,8 @@ class _Maker:
             self._memory(self._sizes(batches, state))
         self._not_counted(times=times)
         if times and self._can_be_timed():
-            self.plan.times = time_plan(self.context, self.arguments, schedule, steps, batches, self.encoded)
+            with contextlib.redirect_stdout(io.StringIO()):  # what a training says of its steps
+                self.plan.times = time_plan(self.context, self.arguments, schedule, steps, batches, self.encoded)
 
     def _data(self) -> None:
         context, data = self.context, self.config.data

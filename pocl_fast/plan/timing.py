@@ -5,9 +5,7 @@ Everything is written in the folder of the context. Knows how much work each ste
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,19 +57,8 @@ def time_plan(
     batches: Batches,
     encoded: Sequence[EncodedSample],
 ) -> list[StepTime]:
-    """The time of each step of `distill`, in their order. Loads both models. Raises `InputError` as the steps do."""
-    with contextlib.redirect_stdout(io.StringIO()):  # what a training says of its steps
-        return _timed(context, arguments, schedule, steps, batches, encoded)
-
-
-def _timed(
-    context: PlanContext,
-    arguments: PoclConfig,
-    schedule: Schedule,
-    steps: StepPlan,
-    batches: Batches,
-    encoded: Sequence[EncodedSample],
-) -> list[StepTime]:
+    """The time of each step of `distill`, in their order. Loads both models, and prints what a training says of its
+    steps. Raises `InputError` as the steps do."""
     start = time.perf_counter()
     student = context.student()
     loading = time.perf_counter() - start
