@@ -7,8 +7,7 @@ where in a text an answer is (answer_span.py, turn_spans.py).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -17,16 +16,13 @@ from pocl_fast.records.messages import Message
 from pocl_fast.records.samples import Sample
 from pocl_fast.templates.answer_span import Split
 from pocl_fast.templates.reasoning import Reasoning, Tags, closed_in, is_empty, stripped
-from pocl_fast.templates.turn_spans import TurnFinder
 
 TrainOn = Literal["last", "all"]
 Span: TypeAlias = tuple[int, int]  # from, to
 Notes: TypeAlias = tuple[tuple[str, int, tuple[int, ...]], ...]  # what was decided, of how many answers, of which lines
 STRIPPED = "answers from which reasoning was taken out: {count} ({lines})"
 NO_REASONING = "answers without reasoning, which are not trained on: {count} ({lines})"
-UNASKED = "earlier answers not trained on, because nothing is asked before them: {count} ({lines})"
 ENDS_EARLIER = "conversations that end earlier for --max-length: {records} ({lines}); answers left out so: {count}"
-_NO_QUESTION = {"system", "developer", "assistant"}
 
 
 class ChoiceOptions(Protocol):
@@ -57,9 +53,9 @@ class Turns(NamedTuple):
 class AnswerChoice:
     """Chooses the answers of samples, and notes what is not trained on."""
 
-    def __init__(self, tokenizer: Any, tags: Tags, turns: TurnFinder | None, train_on: TrainOn, reasoning: Reasoning):
-        """`tags` are around reasoning; `turns` is None where there is no chat template."""
-        self._tokenizer, self._tags, self._finder = tokenizer, tags, turns
+    def __init__(self, tokenizer: Any, tags: Tags, train_on: TrainOn, reasoning: Reasoning):
+        """`tags` are around reasoning."""
+        self._tokenizer, self._tags = tokenizer, tags
         self.train_on, self._reasoning = train_on, reasoning
         self._noted: dict[str, dict[int, int]] = {}  # what was decided -> how many answers, by line
 
@@ -95,24 +91,6 @@ class AnswerChoice:
             )
         self.note(STRIPPED, sample.line, sum(one != other for one, other in zip(before, after, strict=True)))
         return made
-
-    def with_earlier(
-        self, split: Split, sample: Sample, messages: Sequence[Any], unshown: Collection[int] = ()
-    ) -> Split:
-        """The split with the earlier answers that are trained on. `messages` are those of the sample as the template is
-        given them; those that it leaves out, `unshown`, are said elsewhere."""
-        if self.train_on == "last" or not sample.earlier or self._finder is None:
-            return split
-        shift = len(messages) - len(sample.messages)  # a system prompt
-        roles = [turn["role"] for turn in messages]
-        asked = next((i for i, role in enumerate(roles) if role not in _NO_QUESTION), len(roles))
-        answered = [place + shift for place in sample.earlier if place + shift > asked]
-        # of a turn that calls tools the text alone may be left out
-        wanted = [place for place in answered if place not in unshown or messages[place].get("tool_calls")]
-        found = self._finder.find(split, messages, sample.tools, sample.answer_turn, wanted)
-        for what, count in (*found.left, (UNASKED, len(sample.earlier) - len(answered))):
-            self.note(what, sample.line, count)
-        return replace(split, earlier=tuple(turn._replace(place=turn.place - shift) for turn in found.turns))
 
     def turns(
         self, sample: Sample, split: Split, tokens: Sequence[list[int]], read: Callable[[str], str] = str

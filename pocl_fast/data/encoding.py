@@ -26,7 +26,7 @@ from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
-from pocl_fast.templates import alpaca, unused_fields
+from pocl_fast.templates import alpaca
 from pocl_fast.templates.answer_span import AnswerFinder, Split
 from pocl_fast.templates.chat_template import (
     ChatTemplate,
@@ -35,6 +35,7 @@ from pocl_fast.templates.chat_template import (
     chosen_template,
     make_default,
 )
+from pocl_fast.templates.conversation_text import ConversationText
 from pocl_fast.templates.reasoning import Reasoning
 from pocl_fast.templates.turn_spans import TurnFinder
 
@@ -91,28 +92,28 @@ class SampleEncoder:
         self.longest_prompt = 0  # tokens before the last answer, of all samples so far
         self._shared = SharedIds()
         self.chat: ChatTemplate | None = None
+        self._writer: ConversationText | None = None
+        self._control: ControlText | None = None
+        self._marks_all = False
         shape, added = PLAIN, tokenizer.get_added_vocab()
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
-            self._finder = AnswerFinder(self.chat, added)
-            shape = self._finder.shape
-            self._learn_end()
+            finder = AnswerFinder(self.chat, added)
+            shape = finder.shape
+            self._learn_end(finder)
         else:
             self._begin = self._tokens_before_a_text()
-        self._control: ControlText | None = None
-        self._marks_all = False
         if special_tokens == "text":
             self._control = ControlText(tokenizer, self.chat, shape, alpaca.WITH_INPUT)
             self._border = TokenBorder(tokenizer, self._special, self._control.tokenizer)
-        finder = None
         if self.chat is not None:
             if self._control is not None and (marked := self._control.chat(self.chat)) is not self.chat:
-                self.chat, self._finder = marked, AnswerFinder(marked, added)
+                self.chat, finder = marked, AnswerFinder(marked, added)
                 self._marks_all = True  # in the system prompt
-            self._unshown = unused_fields.UnshownTurns(self.chat)
-            finder = TurnFinder(self._finder)
+            turns = TurnFinder(finder) if train_on == "all" else None
+            self._writer = ConversationText(finder, turns, self._unmarked)
         self._reader = AnswerReader(tokenizer, shape, ends_with_token=shape.end.strip() in added)
-        self.choice = AnswerChoice(tokenizer, shape.reasoning, finder, train_on, reasoning)
+        self.choice = AnswerChoice(tokenizer, shape.reasoning, train_on, reasoning)
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -233,8 +234,11 @@ class SampleEncoder:
         return _Text(given, used, marked, split, where, self._marks_all or marked is not used)
 
     def _turns(self, text: _Text, tokens: list[list[int]]) -> Turns:
-        unmarked = str if self._control is None else self._control.unmarked
-        return self.choice.turns(text.marked, text.split, tokens, unmarked)
+        return self.choice.turns(text.marked, text.split, tokens, self._unmarked)
+
+    def _unmarked(self, text: str) -> str:
+        """A text without marks in its control tokens."""
+        return text if self._control is None else self._control.unmarked(text)
 
     def _fitted(self, text: _Text, tokens: list[list[int]], max_length: int, max_prompt_length: int) -> Fitted:
         lost, length, line = 0, sum(map(len, tokens)), text.given.line
@@ -262,38 +266,13 @@ class SampleEncoder:
         return Fitted(text.used, made, asked, length, places)
 
     def _chat(self, sample: Sample, where: str) -> Split:
-        assert self.chat is not None
-        try:
-            split = self._finder.split(sample.messages, sample.tools, sample.answer_turn)
-        except TemplateRefusal as refusal:
-            hint = " (the system message is --system-prompt's)" if self.chat.system_prompt else ""
-            said = str(refusal) if self._control is None else self._control.unmarked(str(refusal))
-            raise BadRecord(
-                f"{where}: {said}{hint}. {'Take' if self._finder.shape.leaves_out else 'Change this record or take'}"
-                " another template: --chat-template NAME or FILE, --template alpaca",
-                refusal.kind,
-            ) from refusal
-        messages = self.chat.messages(sample.messages)
-        unshown = self._unshown_turns(messages, sample, split, where)
-        for what in unused_fields.unwritten(messages, sample.tools, sample.answer_turn, split):
+        assert self._writer is not None
+        made = self._writer.written(sample, where)
+        for what in made.unwritten:
             self._unwritten.setdefault(what, set()).add(sample.line)
-        return self.choice.with_earlier(split, sample, messages, unshown)
-
-    def _unshown_turns(self, messages: Sequence[Any], sample: Sample, split: Split, where: str) -> list[int]:
-        """The places of earlier turns that the template leaves out. Raises `BadRecord` where it leaves the question
-        out."""
-        places = self._unshown.places(messages, sample.tools, split.prompt)
-        if not places:
-            return places
-        asks = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        if not {asks, len(messages) - 1}.isdisjoint(places):
-            raise unused_fields.means_more(
-                where,
-                "the chat template leaves the question out, or a part of it",
-                "the template leaves the question out",
-            )
-        self._unwritten.setdefault("earlier turns", set()).add(sample.line)
-        return places
+        for what, count in made.left:
+            self.choice.note(what, sample.line, count)
+        return made.split
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
         split = alpaca.split(sample, where)
@@ -336,13 +315,13 @@ class SampleEncoder:
         found = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
         return full[:found]
 
-    def _learn_end(self) -> None:
+    def _learn_end(self, finder: AnswerFinder) -> None:
         """The end of turn of a plain answer; of a template that refuses plain questions it is that of the first
         sample."""
         system, question = {"role": "system", "content": "s"}, {"role": "user", "content": "a"}
         for messages in ((question,), (system, question)):
             try:
-                split = self._finder.split(messages, (), {"role": "assistant", "content": "b"})
+                split = finder.split(messages, (), {"role": "assistant", "content": "b"})
             except TemplateRefusal:
                 continue
             self._tokens_of([split])

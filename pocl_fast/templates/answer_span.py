@@ -291,6 +291,12 @@ def common_length(one: str, other: str) -> int:
     return next(differ, min(len(one), len(other)))
 
 
+def tags_at_end(prompt: str) -> list[str]:
+    """The tag that a prompt ends with, and the one that closes it."""
+    opened, closed = _OPENED.search(prompt), _CLOSED.search(prompt)
+    return ([opened.group().strip(), _closing(opened)] if opened else []) + ([closed.group().strip()] if closed else [])
+
+
 def called_names(answer: Any) -> list[str]:
     """The names of the functions that a turn calls."""
     calls = answer.get("tool_calls") or ()

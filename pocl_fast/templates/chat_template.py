@@ -108,11 +108,9 @@ class ChatTemplate:
         if text != self.tokenizer.chat_template:
             given["chat_template"] = text
         try:
-            if not tools and is_plain(messages):
-                if text not in self._renderers:
-                    self._renderers[text] = PlainRenderer(self.tokenizer, text, self.kwargs)
-                if (plain := self._renderers[text].render(messages, prompt)) is not None:
-                    return plain
+            plain = None if tools or not is_plain(messages) else self._renderer(text).render(messages, prompt)
+            if plain is not None:
+                return plain
             written = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) or None,
@@ -131,6 +129,20 @@ class ChatTemplate:
     @cached_property
     def _renderers(self) -> dict[str, PlainRenderer]:
         return {}
+
+    def _renderer(self, text: str) -> PlainRenderer:
+        if text not in self._renderers:
+            self._renderers[text] = PlainRenderer(self.tokenizer, text, self.kwargs)
+        return self._renderers[text]
+
+    def asked_of_contents(self, messages: Sequence[Any], *, prompt: bool) -> frozenset[str] | None:
+        """What the contents of plain messages may not have in them for `render` to write them as it does these: the
+        same text around other contents, which are not empty and neither begin nor end with blanks. None where that is
+        not known."""
+        watched = self._renderer(self._text(())).watched(self._as_read(messages), prompt)
+        if watched is None or watched[0] != self.render(messages, prompt=prompt):
+            return None
+        return watched[1]
 
     def marked(
         self, messages: Sequence[Any], tools: Sequence[Any], *, prompt: bool = False

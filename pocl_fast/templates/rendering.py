@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pocl_fast.templates.watched_contents import WatchedTemplate
+
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -32,6 +34,7 @@ class PlainRenderer:
         self._tokenizer, self._text, self._given = tokenizer, text, dict(kwargs)
         self._template = _compiled(tokenizer, text) if all(type(value) in _PLAIN for value in kwargs.values()) else None
         self._globals = {} if self._template is None else dict(self._template.globals)
+        self._watching: WatchedTemplate | None = None
         self._agrees: dict[bool, bool] = {}  # with transformers: of prompts, of whole conversations
 
     def render(self, messages: Sequence[Any], prompt: bool) -> str | None:
@@ -47,9 +50,25 @@ class PlainRenderer:
             return str(theirs)
         return written
 
+    def watched(self, messages: Sequence[Any], prompt: bool) -> tuple[str, frozenset[str]] | None:
+        """The text, and what contents may not have in them for being written alike: see `WatchedTemplate`. None where
+        that is not known. Contents may be in parts."""
+        if self._template is None:
+            return None
+        try:
+            self._watching = self._watching or WatchedTemplate(self._template, self._text)
+            return self._watching.render(messages, self._variables(messages, prompt))
+        except Exception:  # a template is a program of its author's: it may raise anything
+            return None
+
     def _written(self, messages: Sequence[Any], prompt: bool) -> str:
         assert self._template is not None
-        variables = {
+        environment, variables = self._template.environment, self._variables(messages, prompt)
+        context = environment.context_class(environment, variables, self._template.name, self._template.blocks)
+        return str(environment.concat(self._template.root_render_func(context)))
+
+    def _variables(self, messages: Sequence[Any], prompt: bool) -> dict[str, Any]:
+        return {
             **self._globals,
             "messages": list(messages),
             "tools": None,
@@ -58,9 +77,6 @@ class PlainRenderer:
             **self._tokenizer.special_tokens_map,
             **self._given,
         }
-        environment = self._template.environment
-        context = environment.context_class(environment, variables, self._template.name, self._template.blocks)
-        return str(environment.concat(self._template.root_render_func(context)))
 
 
 def _compiled(tokenizer: Any, text: str) -> Any | None:

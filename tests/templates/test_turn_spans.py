@@ -157,7 +157,7 @@ def test_a_template_that_writes_earlier_reasoning_has_it_trained_on():
     assert [tokenizer.decode(one.ids[a:b]) for a, b in one.spans] == ["so|yes<|eot|>", "|n<|eot|>"]
 
 
-def test_all_earlier_answers_cost_one_more_rendering_and_the_next_conversation_none(monkeypatch):
+def test_all_earlier_answers_cost_one_more_rendering_and_from_the_third_conversation_on_none(monkeypatch):
     tokenizer = tokenizer_of(TURNS + HEADER)
     renders, render = [], ChatTemplate.render
     monkeypatch.setattr(ChatTemplate, "render", lambda *a, **b: renders.append(1) or render(*a, **b))
@@ -168,13 +168,15 @@ def test_all_earlier_answers_cost_one_more_rendering_and_the_next_conversation_n
         return len(renders)
 
     every, last = SampleEncoder(tokenizer), SampleEncoder(tokenizer, train_on="last")
-    talk = conversation([(f"question {i} of this", f"answer {i}") for i in range(8)])
-    other = conversation([(f"another {i} of that", f"reply {i}") for i in range(8)])
+    first, second, third = (
+        conversation([(f"question {i} of {name}", f"answer {i} {name}") for i in range(8)]) for name in "abc"
+    )
     for encoder in (every, last):
-        cost(encoder, talk)  # learns what is around answers
-    every.choice._finder._skeletons.clear()
-    assert cost(every, talk) == cost(last, talk) + 1
-    assert cost(every, other) == cost(last, other)
+        cost(encoder, conversation())  # learns what is around answers
+    assert cost(every, first) == cost(last, first) + 1
+    for encoder in (every, last):
+        cost(encoder, second)  # learns what is written of these roles
+        assert cost(encoder, third) == 0
 
 
 def test_a_turn_that_the_template_rewrites_is_not_trained_on_and_counted():
