@@ -36,7 +36,7 @@ from pocl_fast.templates.chat_template import (
     make_default,
 )
 from pocl_fast.templates.conversation_text import ConversationText
-from pocl_fast.templates.reasoning import Reasoning
+from pocl_fast.templates.reasoning import FIELDS, Reasoning
 from pocl_fast.templates.turn_spans import TurnFinder
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ class SampleEncoder:
 
     def _alpaca(self, sample: Sample, where: str) -> Split:
         split = alpaca.split(sample, where)
-        if sample.answer_turn.get("reasoning_content"):
+        if any(sample.answer_turn.get(field) for field in FIELDS):
             self._unwritten.setdefault("reasoning", set()).add(sample.line)
         return split
 

@@ -37,8 +37,9 @@ class ConversationText:
         """`turns` finds earlier answers; None where these are not trained on. `unmarked` gives a text as a person wrote
         it, for errors."""
         self._chat, self._finder, self._turns, self._unmarked = finder.template, finder, turns, unmarked
-        self._unshown = unused_fields.UnshownTurns(self._chat)
-        self._shapes = KnownShapes(self._chat, finder.shape.reasoning, self._plainly)
+        self._tags = finder.shape.reasoning
+        self._unshown = unused_fields.UnshownTurns(self._chat, self._tags)
+        self._shapes = KnownShapes(self._chat, self._tags, self._plainly)
 
     def written(self, sample: Sample, where: str) -> Written:
         """A sample's text. Raises `BadRecord`, with `where` the sample is, where the template refuses it, or leaves the
@@ -74,7 +75,7 @@ class ConversationText:
                 "the chat template leaves the question out, or a part of it",
                 "the template leaves the question out",
             )
-        unwritten = unused_fields.unwritten(messages, sample.tools, sample.answer_turn, split)
+        unwritten = unused_fields.unwritten(messages, sample.tools, sample.answer_turn, split, self._tags)
         unwritten += ["earlier turns"] if unshown else []
         return Written(*self._with_earlier(split, sample, messages, unshown), unwritten)
 

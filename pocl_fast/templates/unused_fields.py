@@ -18,6 +18,7 @@ from pocl_fast.system.typed_values import did_you_mean
 from pocl_fast.templates import alpaca
 from pocl_fast.templates.answer_span import REASONING_TAGS, Split, called_names
 from pocl_fast.templates.chat_template import ChatTemplate, TemplateRefusal
+from pocl_fast.templates.reasoning import FIELDS, Tags
 
 MEANS_MORE = frozenset({"tools", "tool_calls"})  # without them the answer answers something else
 EARLIER_REASONING = "reasoning in earlier turns"
@@ -28,8 +29,9 @@ _SHORT = 16  # a shorter text may be in a prompt by chance
 class UnshownTurns:
     """Finds the turns before an answer that a template leaves out of the prompt, or ends before their end."""
 
-    def __init__(self, chat: ChatTemplate) -> None:
-        self._chat = chat
+    def __init__(self, chat: ChatTemplate, tags: Tags) -> None:
+        """`tags` are those around reasoning."""
+        self._chat, self._tags = chat, tags
         self._shown: set[tuple[tuple[str, ...], int]] = set()  # roles of a conversation, and the turn's place
 
     def places(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: str) -> list[int]:
@@ -38,7 +40,7 @@ class UnshownTurns:
         roles = tuple(message["role"] for message in messages)
         suspects, behind = [], 0
         for place, message in enumerate(messages):
-            said = _said(message)
+            said = _said(message, self._tags)
             if not said or message["role"] in ("system", "developer"):
                 continue
             found = prompt.find(said, behind)
@@ -62,8 +64,11 @@ class UnshownTurns:
         return shown
 
 
-def unwritten(messages: Sequence[Any], tools: Sequence[Any], answer: Any, split: Split) -> list[str]:
-    """What a conversation has and the text that a template wrote of it has not, in words."""
+def unwritten(
+    messages: Sequence[Any], tools: Sequence[Any], answer: Any, split: Split, tags: Tags = (REASONING_TAGS,)
+) -> list[str]:
+    """What a conversation has and the text that a template wrote of it has not, in words. `tags` are those around
+    reasoning."""
     text = split.prompt + split.answer
     lost = []
     for message in messages:
@@ -74,30 +79,41 @@ def unwritten(messages: Sequence[Any], tools: Sequence[Any], answer: Any, split:
         lost.append("tools")
     if any(name not in split.answer for name in called_names(answer)):
         lost.append("tool calls")
-    said = _said(answer)
+    said = _said(answer, tags)
     if answer.get("tool_calls") and not any(form in split.answer for form in (said, json.dumps(said)[1:-1])):
         lost.append("content beside tool calls")
-    if any(thought not in split.answer for thought in _thoughts(answer)):
+    if any(thought not in split.answer for thought in _thoughts(answer, tags)):
         lost.append("reasoning")
-    if any(thought not in split.prompt for turn in messages for thought in _thoughts(turn)):
+    if any(thought not in split.prompt for turn in messages for thought in _thoughts(turn, tags)):
         lost.append(EARLIER_REASONING)
     return lost
 
 
-def _said(turn: Any) -> str:
+def _said(turn: Any, tags: Tags) -> str:
     """What a turn says behind its reasoning."""
     content = turn.get("content")
-    return content.rpartition(REASONING_TAGS[1])[2].strip() if isinstance(content, str) else ""
+    if not isinstance(content, str):
+        return ""
+    for _, closes in tags:
+        content = content.rpartition(closes)[2]
+    return content.strip()
 
 
-def _thoughts(turn: Any) -> list[str]:
-    """A turn's reasoning, in its own field and in its content; an empty text is in every text."""
-    if turn["role"] != "assistant" or (len(turn) == 2 and REASONING_TAGS[1] not in (turn.get("content") or "")):
+def _thoughts(turn: Any, tags: Tags) -> list[str]:
+    """A turn's reasoning, in fields of its own and in its content; an empty text is in every text."""
+    if turn["role"] != "assistant":
         return []
-    texts = [turn.get("reasoning_content"), (turn.get("content") or "")]
-    own, content = (text if isinstance(text, str) else "" for text in texts)
-    inside = content.rpartition(REASONING_TAGS[1])[0].strip().removeprefix(REASONING_TAGS[0])
-    return [own.strip(), inside.strip()]
+    content = turn.get("content")
+    inside = _inside(content, tags) if isinstance(content, str) else []
+    if len(turn) == 2:
+        return inside
+    return [value.strip() for name in FIELDS if isinstance(value := turn.get(name), str)] + inside
+
+
+def _inside(content: str, tags: Tags) -> list[str]:
+    """The text before what closes reasoning."""
+    found = ((opens, content.rpartition(closes)[0]) for opens, closes in tags if closes in content)
+    return [text.strip().removeprefix(opens).strip() for opens, text in found]
 
 
 def _name(tool: Any) -> str:
@@ -218,15 +234,15 @@ def describe(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _own_fields(turns: Sequence[Message]) -> list[tuple[str, str]]:
-    """What turns say besides role, content and reasoning (of which the encoder counts what is left out): role and
-    field, each once. An empty field says nothing."""
-    seen = ("role", "content", "reasoning_content")
+    """What turns say besides role, content and an answer's reasoning (of which the encoder counts what is left out):
+    role and field, each once. An empty field says nothing."""
     named = (
         (turn["role"], field)
         for turn in turns
         for field, value in turn.items()
-        if field not in seen and value not in (None, "", [], {})
+        if field not in ("role", "content") and value not in (None, "", [], {})
     )
+    named = ((role, field) for role, field in named if role != "assistant" or field not in FIELDS)
     return list(dict.fromkeys(named))
 
 

@@ -66,6 +66,28 @@ def test_fields_of_messages_that_the_template_does_not_show_are_counted():
     assert report_of(one, template=WHOLE).endswith("fields not used: " + scores % (("1 record",) * 2))
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+def test_reasoning_that_no_template_writes_is_counted_under_each_of_its_names(field, template):
+    said = report_of({"messages": [USER, {**ANSWER, field: "because"}]}, template=template)
+    assert said.endswith("; the template does not write the reasoning of 1 (record 1)")
+    assert "fields not used" not in said
+
+
+@pytest.mark.parametrize("opens", ["<think>", "[THINK]"])
+def test_reasoning_that_the_template_takes_out_of_earlier_answers_is_counted_whatever_its_tags(opens):
+    closes = opens[0] + "/" + opens[1:]
+    written = "{{ '" + opens + "' + m.reasoning_content + '" + closes + "' if m.reasoning_content }}"
+    content = "{{ m['content'] if loop.last else m['content'].split('" + closes + "')[-1] }}"
+    template = WHOLE.replace("{{ m['content'] }}", written + content).replace(
+        "{% if m.reasoning_content %}{{ m.reasoning_content }}{% endif %}", ""
+    )
+    thought = {**ANSWER, "content": f"{opens}because of it{closes}yes, it is so"}
+    said = report_of({"messages": [USER, thought, USER, thought]}, template=template)
+    assert "reasoning in earlier turns" in said
+    assert "the reasoning of" not in said
+
+
 def test_a_field_is_shown_where_the_template_prints_it_for_that_role_not_where_it_names_it():
     template = WHOLE.replace("{{ m['content'] }}", "{% if m.role == 'tool' %}{{ m.name }}{% endif %}{{ m['content'] }}")
     template = "{% for t in tools or [] %}{{ t.function.name ~ t.weight }}{% endfor %}" + template
