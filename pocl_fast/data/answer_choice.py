@@ -100,18 +100,15 @@ class AnswerChoice:
         if not split.earlier and self._reasoning != "only":
             before, response = tokens
             return Turns(before, response, [(len(sample.messages), (len(before), len(before) + len(response)))])
-        only = self._reasoning == "only"
-        texts = texts_of(split)[1::2] if only else [""] * (len(split.earlier) + 1)
         places = [*(turn.place for turn in split.earlier), len(sample.messages)]
-        starts = list(accumulate((len(ids) for ids in tokens), initial=0))[1::2]
-        trained = []
-        for place, text, ids, start in zip(places, texts, tokens[1::2], starts, strict=True):
-            length = len(ids)
-            if only:
-                turn = sample.answer_turn if place == len(sample.messages) else sample.messages[place]
-                length = self._reasoning_length(turn, text, ids, read)
-            if length:
-                trained.append((place, (start, start + length)))
+        ends = list(accumulate(map(len, tokens)))
+        lengths: Iterable[int] = map(len, tokens[1::2])
+        if self._reasoning == "only":
+            turns = [*sample.messages, sample.answer_turn]
+            each = zip(places, texts_of(split)[1::2], tokens[1::2], strict=True)
+            lengths = (self._reasoning_length(turns[place], text, ids, read) for place, text, ids in each)
+        each_start = zip(places, ends[::2], lengths, strict=True)
+        trained = [(place, (start, start + length)) for place, start, length in each_start if length]
         self.note(NO_REASONING, sample.line, len(places) - len(trained))
         return Turns(list(chain(*tokens[:-1])), tokens[-1], trained)
 

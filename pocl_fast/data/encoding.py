@@ -84,6 +84,7 @@ class SampleEncoder:
         self.template: Template = template
         self._eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         self._special = frozenset(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
+        self._can_end = self._special - {tokenizer.unk_token_id}
         self._border = TokenBorder(tokenizer, self._special)
         self.end_id, self._ends = self._eos, {self._eos}
         self._end_is_known = template == "alpaca"
@@ -303,7 +304,7 @@ class SampleEncoder:
 
     def _ends_with(self, said: Sequence[int]) -> bool:
         """Whether an answer's last token, which the template writes, can end answers; it is one of `end_ids` then."""
-        ends = bool(said) and said[-1] in self._special and said[-1] != self.tokenizer.unk_token_id
+        ends = bool(said) and said[-1] in self._can_end
         if ends:
             self._ends.add(said[-1])
         return ends
