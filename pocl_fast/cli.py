@@ -332,10 +332,16 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each 8-bit product otherwise
+    # which accelerate imports, and which says on stdout that it found no GPU; its level is set when it is imported
+    logging.getLogger("DeepSpeed").addFilter(_not_of_finding_a_device)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _not_of_finding_a_device(record: logging.LogRecord) -> bool:
+    return record.funcName != "get_accelerator"
 
 
 def _complain(message: str) -> None:

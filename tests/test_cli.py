@@ -1,8 +1,11 @@
 """The command line: its help, and that everything wrong is one clear message and exit status 2."""
 
 import fcntl
+import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -271,3 +274,12 @@ class Stub:
     def distill(self):
         self.path.mkdir()
         (self.path / "steps.json").write_text("{}")
+
+
+def test_a_command_on_a_machine_without_a_gpu_prints_no_line_of_deepspeeds(inputs):
+    """It writes to stdout when accelerate imports it, whatever its logger's level was before: a process of its own."""
+    pytest.importorskip("deepspeed")
+    words = [sys.executable, "-m", "pocl_fast.cli", "plan", "--json", *options(inputs, dev=None)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout)["steps"]["steps"] > 0
+    assert said.stderr == ""

@@ -499,6 +499,19 @@ def test_a_disk_or_a_memory_that_is_too_small_is_a_warning(inputs, capsys, monke
     assert "WARNING: it does not fit on the disk" in text(capsys, *options(inputs))
 
 
+def test_the_json_is_all_that_is_on_stdout_whatever_libraries_print(inputs, capsys, monkeypatch):
+    from pocl_fast.plan import plan
+
+    made = plan.make_plan
+
+    def with_words(*given, **options):
+        print("[WARNING] a library's line")
+        return made(*given, **options)
+
+    monkeypatch.setattr(plan, "make_plan", with_words)
+    assert planned(capsys, *options(inputs))["steps"]["steps"] > 0
+
+
 # ---- time ----
 
 
