@@ -38,12 +38,16 @@ class SampleLengths:
 
     prompts: array[int] = field(default_factory=lambda: array("q"))  # before the first answer that is trained on
     samples: array[int] = field(default_factory=lambda: array("q"))  # in all
-    kept: array[int] = field(default_factory=lambda: array("q"))  # in all, within the limits; 0 for one left out
+    shortened: array[int] = field(
+        default_factory=lambda: array("q")
+    )  # in all, its prompt within the limit; 0: left out
+    kept: array[int] = field(default_factory=lambda: array("q"))  # in all, within both limits; 0 for one left out
 
     def add(self, given: Fitted, used: Fitted) -> None:
         """Takes the next sample in: as it was, and as it is used."""
         self.prompts.append(given.asked)
         self.samples.append(given.length)
+        self.shortened.append(0 if used.encoded is None else used.length)
         self.kept.append(0 if used.encoded is None else len(used.encoded))
 
 

@@ -168,12 +168,18 @@ def test_tokens_and_what_was_cut_are_those_of_the_tokenizer(inputs, tmp_path, ca
     assert data["tokens"] == sum(min(n, 96) for n, _ in fit)
     assert data["supervised_tokens"] == sum(min(n, 96) - p for n, p in fit)
     cut = [n - 96 for n, _ in fit if n > 96]
-    assert data["max_length"] == {"limit": 96, "samples": len(cut), "tokens": sum(cut)}
+    lengths = data["lengths"]
+    assert lengths["by_length_limit"] == {"samples": len(cut), "tokens": sum(cut)}
     gone = [n for n, p in zip(whole, prompts, strict=True) if p > 80]
-    assert data["max_prompt_length"] == {"limit": 80, "samples": len(gone), "tokens": sum(gone)}
+    assert lengths["by_prompt_limit"] == {"samples": len(gone), "tokens": sum(gone)}
+    assert (lengths["prompts"]["limit"], lengths["samples"]["limit"]) == (80, 96)
     assert len(cut) == len(gone) == 1
     assert data["report"] == {"skipped": 1, "truncated": 1}
-    assert data["prompts"]["100"] == max(p for _, p in fit)
+    assert (lengths["prompts"]["quantiles"]["100"], lengths["samples"]["quantiles"]["100"]) == (
+        max(prompts),
+        max(whole),
+    )
+    assert data["answers"]["100"] == max(min(n, 96) - p for n, p in fit)
 
 
 def test_parameters_are_those_of_the_models_as_they_are_loaded(inputs, kept, capsys):
@@ -212,14 +218,12 @@ def test_what_is_left_out_and_what_a_limit_takes_is_counted_by_record(inputs, tm
     assert report == {"shortened": 2, "turns_dropped": 2, "questions_cut": 1, "truncated": 1, "control": 1}
     words = options(inputs, **given | {"max_length": 511, "max_prompt_length": 510})
     whole = planned(capsys, *words)["data"]["train"]
-    lost = data["max_length"]["tokens"] + data["max_prompt_length"]["tokens"]
-    assert whole["tokens"] - data["tokens"] == lost
-    assert (data["max_length"]["samples"], data["max_prompt_length"]["samples"]) == (1, 2)
+    taken = [data["lengths"][name] for name in ("by_prompt_limit", "by_length_limit")]
+    assert whole["tokens"] - data["tokens"] == sum(one["tokens"] for one in taken)
+    assert [one["samples"] for one in taken] == [2, 1]
     shown = text(capsys, *options(inputs, **given))
     assert "  prompts shortened to the limit               2\n" in shown
-    assert (
-        f"  lost to --max-prompt-length 80               {data['max_prompt_length']['tokens']} tokens of 2\n" in shown
-    )
+    assert f"  lost to --max-prompt-length 80               {taken[0]['tokens']} tokens of 2\n" in shown
 
 
 def test_every_part_of_a_report_has_a_name_and_is_counted():
@@ -265,7 +269,7 @@ def test_a_prompt_of_a_conversation_that_the_model_has_no_positions_for_is_refus
     of_gpt = {"teacher": tmp_path / "gpt", "student_layers": 1, "train": tmp_path / "train.jsonl", "stages": 1}
     words = options(inputs, train_on="all", max_length=500, **of_gpt)
     few = planned(capsys, *words)
-    assert int(few["data"]["train"]["prompts"]["100"]) < 250  # before the first answer
+    assert few["data"]["train"]["lengths"]["prompts"]["quantiles"]["100"] < 250  # before the first answer
     several = [*words, "--max-new-tokens", "300"]
     said = refusal(capsys, "plan", tmp_path / "a", *several)
     assert "positions" in said
@@ -431,8 +435,9 @@ def test_samples_are_held_out_of_the_file_as_distill_does(inputs, capsys):
     assert dev["samples"] == dev["records"] == train["held_out"] == 2
     assert train["records"] == train["samples"] + 2 == 24
     assert plan["steps"]["stages"][-1]["samples"] == 22
-    assert sum(train["histogram"]["samples"]) + sum(dev["histogram"]["samples"]) == 24
-    assert train["max_prompt_length"]["tokens"] == 0
+    assert sum(train["lengths"]["samples"]["counts"]) == 24  # of the file
+    assert dev["lengths"] is None
+    assert train["lengths"]["by_prompt_limit"]["tokens"] == 0
     said = text(capsys, *options(inputs, dev=None))
     assert "held out to evaluate with                    2\n" in said
     assert "missing" not in said

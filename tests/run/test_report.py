@@ -109,7 +109,7 @@ def test_the_report_has_the_lengths_and_what_the_limits_cut(finished):
     assert sum(lengths["samples"]["counts"]) == sum(lengths["prompts"]["counts"]) == 24
     assert text.count('<svg class="lengths"') == 2
     assert f'<p class="note">{finished[0] / "train.jsonl"}: 24 samples' in text
-    assert f"longest {lengths['samples']['longest']}; 0 of 24 are over --max-length 96" in text
+    assert f"longest {lengths['samples']['quantiles']['100']}; 0 of 24 are over --max-length 96" in text
 
 
 # the file is gone; it has changed; the file of the template is gone
