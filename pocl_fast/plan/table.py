@@ -13,7 +13,7 @@ from pocl_fast.plan.plan import MemoryPlan, Plan
 from pocl_fast.plan.shapes import ModelPlan
 from pocl_fast.plan.step_plan import StepPlan
 from pocl_fast.plan.timing import StepTime
-from pocl_fast.system.console import minutes, size
+from pocl_fast.system.console import duration, size
 
 WIDTH = 100
 NAME = 44  # characters of the names before values
@@ -138,12 +138,8 @@ def _memory(memory: MemoryPlan) -> str:
 
 def _times(times: Sequence[StepTime]) -> str:
     lines = ["Time, from steps that were timed here"]
-    lines += [f"  {one.step:<28}{_duration(one.seconds):>10}   {one.timed}"[:WIDTH] for one in times]
-    return "\n".join([*lines, f"  {'in all':<28}{_duration(sum(one.seconds for one in times)):>10}"])
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else minutes(seconds)
+    lines += [f"  {one.step:<28}{duration(one.seconds):>11}   {one.timed}"[:WIDTH] for one in times]
+    return "\n".join([*lines, f"  {'in all':<28}{duration(sum(one.seconds for one in times)):>11}"])
 
 
 def _pairs(pairs: Sequence[tuple[str, Any]]) -> list[str]:

@@ -69,6 +69,16 @@ def minutes(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
+def duration(seconds: float) -> str:
+    """A duration in words: "7.3 s", "12 min 30 s" or "1 h 2 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def size(count: int) -> str:
     """Bytes for people: 1536 -> "1.5 KiB"."""
     value, unit = float(count), 0

@@ -8,7 +8,7 @@ import time
 import pytest
 import tqdm.std
 
-from pocl_fast.system.console import measured, minutes, progress_bar, say, shared_progress, speed
+from pocl_fast.system.console import duration, measured, minutes, progress_bar, say, shared_progress, speed
 
 
 @pytest.fixture
@@ -119,6 +119,23 @@ def test_speed_is_units_a_second_or_seconds_a_unit(rate, shown):
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (750, "12:30"), (3723, "1:02:03")])
 def test_a_duration_has_hours_where_it_needs_them(seconds, shown):
     assert minutes(seconds) == shown
+
+
+# at and past each border of the units; what rounds to a minute is one
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.04, "0.0 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (750, "12 min 30 s"),
+        (3599.6, "1 h 0 min"),
+        (3723, "1 h 2 min"),
+        (90000, "25 h 0 min"),
+    ],
+)
+def test_a_duration_in_words_has_its_two_largest_units(seconds, shown):
+    assert duration(seconds) == shown
 
 
 def test_a_step_is_timed_and_its_peak_of_memory_seen():
