@@ -7,7 +7,7 @@ where in a text an answer is (answer_span.py, turn_spans.py).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -17,15 +17,52 @@ from pocl_fast.records.messages import Message
 from pocl_fast.records.samples import Sample
 from pocl_fast.templates.answer_span import Split
 from pocl_fast.templates.reasoning import Reasoning, Tags, closed_in, is_empty, stripped
-from pocl_fast.templates.turn_spans import TurnFinder
+from pocl_fast.templates.turn_spans import LOST, UNREASONED, TurnFinder
 
 TrainOn = Literal["last", "all"]
 Span: TypeAlias = tuple[int, int]  # from, to
-Notes: TypeAlias = tuple[tuple[str, int, tuple[int, ...]], ...]  # what was decided, of how many answers, of which lines
-STRIPPED = "answers from which reasoning was taken out: {count} ({lines})"
-NO_REASONING = "answers without reasoning, which are not trained on: {count} ({lines})"
-UNASKED = "earlier answers not trained on, because nothing is asked before them: {count} ({lines})"
-ENDS_EARLIER = "conversations that end earlier for --max-length: {records} ({lines}); answers left out so: {count}"
+
+
+class Decision(NamedTuple):
+    """What can be decided about answers, by what is counted of it."""
+
+    answers: str  # which answers
+    records: str = ""  # which records, where these are told first
+    advice: str = ""
+
+
+class Note(NamedTuple):
+    """What was decided, of how many answers, and of which lines."""
+
+    decision: Decision
+    answers: int
+    lines: tuple[int, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is counted, and how many they are."""
+        records = {self.decision.records: len(self.lines)} if self.decision.records else {}
+        return records | {self.decision.answers: self.answers}
+
+    def describe(self, lines: str) -> str:
+        """In words; `lines` says where the records are."""
+        (what, count), *others = self.counts.items()
+        parts = [f"{what}: {count} ({lines})", *(f"{other}: {number}" for other, number in others)]
+        return "; ".join([*parts, *([self.decision.advice] if self.decision.advice else [])])
+
+
+Notes: TypeAlias = tuple[Note, ...]
+STRIPPED = Decision("answers from which reasoning was taken out")
+NO_REASONING = Decision("answers without reasoning, which are not trained on")
+UNASKED = Decision("earlier answers not trained on, because nothing is asked before them")
+ENDS_EARLIER = Decision("answers left out so", records="conversations that end earlier for --max-length")
+_NOT_FOUND = {  # why an answer cannot be trained on -> what is said of it
+    UNREASONED: Decision(
+        "earlier answers not trained on, because the template leaves their reasoning out",
+        advice="--reasoning strip trains on them without it",
+    ),
+    LOST: Decision("earlier answers not trained on, because it is not clear where in the template's text they are"),
+}
 _NO_QUESTION = {"system", "developer", "assistant"}
 
 
@@ -61,9 +98,9 @@ class AnswerChoice:
         """`tags` are around reasoning; `turns` is None where there is no chat template."""
         self._tokenizer, self._tags, self._finder = tokenizer, tags, turns
         self.train_on, self._reasoning = train_on, reasoning
-        self._noted: dict[str, dict[int, int]] = {}  # what was decided -> how many answers, by line
+        self._noted: dict[Decision, dict[int, int]] = {}  # what was decided -> how many answers, by line
 
-    def note(self, what: str, line: int, count: int) -> None:
+    def note(self, what: Decision, line: int, count: int) -> None:
         """Keeps what was decided about so many answers of a record, in place of what it was before."""
         if count:
             self._noted.setdefault(what, {})[line] = count
@@ -77,8 +114,8 @@ class AnswerChoice:
 
     def take_notes(self) -> Notes:
         """What was decided since the last call."""
-        taken = ((what, sum(lines.values()), tuple(sorted(lines))) for what, lines in self._noted.items() if lines)
-        ordered = tuple(sorted(taken, key=lambda note: (note[2][0], note[0])))  # however they came together
+        taken = (Note(what, sum(lines.values()), tuple(sorted(lines))) for what, lines in self._noted.items() if lines)
+        ordered = tuple(sorted(taken, key=lambda note: (note.lines[0], note.decision)))  # however they came together
         self._noted.clear()
         return ordered
 
@@ -110,8 +147,9 @@ class AnswerChoice:
         # of a turn that calls tools the text alone may be left out
         wanted = [place for place in answered if place not in unshown or messages[place].get("tool_calls")]
         found = self._finder.find(split, messages, sample.tools, sample.answer_turn, wanted)
-        for what, count in (*found.left, (UNASKED, len(sample.earlier) - len(answered))):
-            self.note(what, sample.line, count)
+        for why, count in found.left:
+            self.note(_NOT_FOUND[why], sample.line, count)
+        self.note(UNASKED, sample.line, len(sample.earlier) - len(answered))
         return replace(split, earlier=tuple(turn._replace(place=turn.place - shift) for turn in found.turns))
 
     def turns(
@@ -158,9 +196,3 @@ def texts_of(split: Split) -> list[str]:
         texts += [split.prompt[place : turn.start], split.prompt[turn.start : turn.end]]
         place = turn.end
     return [*texts, split.prompt[place:], split.answer]
-
-
-def described(notes: Iterable[tuple[str, int, tuple[int, ...]]], some_lines: Any) -> Iterable[str]:
-    """The notes in words; `some_lines` names a few of many lines."""
-    for what, count, lines in notes:
-        yield what.format(count=count, records=len(lines), lines=some_lines(lines))

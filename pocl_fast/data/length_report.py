@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pocl_fast.data.answer_choice import Notes, described
+from pocl_fast.data.answer_choice import Notes
 from pocl_fast.data.control_text import KeptAsText
 from pocl_fast.data.encoded import Fitted
 from pocl_fast.data.long_prompts import Rule, Shortenings
@@ -85,7 +85,7 @@ class LengthReport:
             parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({some(self.truncated)})")
         if self.untrained:
             parts.append(f"{len(self.untrained)} left out: no answer has reasoning ({some(self.untrained)})")
-        parts += described(self.notes, some)
+        parts += [note.describe(some(note.lines)) for note in self.notes]
         if self.unused:
             parts.append(unused_fields.describe(self.unused))
         for what, lines in self.unwritten:

@@ -5,12 +5,9 @@ Knows samples and reports. Does not know models.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pocl_fast.data.answer_choice import Notes
 from pocl_fast.data.length_report import LengthLimits, LengthReport
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.inspection.lengths import Lengths, count_lengths, quantiles
@@ -75,18 +72,9 @@ def report_parts(report: LengthReport) -> dict[str, Any]:
         "turns_dropped": report.shortened.turns,
         "questions_cut": report.shortened.cut,
         "truncated": len(report.truncated),
-        "notes": dict(_noted(report.notes)),
+        "notes": {what: count for note in report.notes for what, count in note.counts.items()},
         "unused": dict(report.unused),
         "unwritten": {what: len(lines) for what, lines in report.unwritten},
         "control": len(report.control.lines),
     }
     return {name: count for name, count in parts.items() if count}
-
-
-def _noted(notes: Notes) -> Iterator[tuple[str, int]]:
-    """What was decided about answers, and of how many answers or records: out of the notes' own words, of which each
-    part with a number is "what it is: {count}" or "what it is: {records}"."""
-    for what, count, lines in notes:
-        for part in what.split("; "):
-            if found := re.match(r"(.+): \{(count|records)\}", part):
-                yield found[1], count if found[2] == "count" else len(lines)

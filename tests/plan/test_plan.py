@@ -13,7 +13,7 @@ from tiny_run import make_inputs, options, read_json, refusal, run
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from pocl_fast.cli import main
-from pocl_fast.data.answer_choice import ENDS_EARLIER, STRIPPED
+from pocl_fast.data.answer_choice import ENDS_EARLIER, STRIPPED, Note
 from pocl_fast.data.control_text import KeptAsText
 from pocl_fast.data.length_report import LengthReport
 from pocl_fast.data.long_prompts import Shortenings
@@ -235,7 +235,7 @@ def test_every_part_of_a_report_has_a_name_and_is_counted():
         unused=(("tools", 4),),
         unwritten=(("names", (5, 6)),),
         untrained=(7,),
-        notes=((STRIPPED, 3, (8,)), (ENDS_EARLIER, 5, (9, 10))),
+        notes=(Note(STRIPPED, 3, (8,)), Note(ENDS_EARLIER, 5, (9, 10))),
         bad=(("not JSON", (11, 12)),),
         control=KeptAsText((13,), "<|end|>"),
         shortened=Shortenings((14, 15), turns=6, cut=1),
@@ -450,41 +450,6 @@ def test_what_is_counted_is_shown_as_a_number(inputs, tmp_path, capsys):
     words = options(inputs, train=tmp_path / "marked.jsonl")
     assert planned(capsys, *words)["data"]["train"]["report"] == {"control": 1}
     assert "samples with control tokens kept as text     1\n" in text(capsys, *words)
-
-
-def test_without_any_model_it_says_that_a_tokenizer_is_needed(inputs, tmp_path, capsys):
-    said = refusal(capsys, "plan", tmp_path / "out", *options(inputs, teacher=None, student_layers=None))
-    assert "give --teacher or --student: their tokenizer says how long the samples are" in said
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"train": None},
-        {"train": "nowhere.jsonl"},
-        {"student_layers": 9},
-        {"max_prompt_length": 96},
-        {"max_prompt_length": 10},
-        {"stages": 99},
-        {"signals": "beauty"},
-        {"set": "optim=none_such"},
-        {"device": "cuda:7"},
-        {"lora_rank": 0},
-    ],
-    ids=lambda wrong: "-".join(wrong),
-)
-def test_what_is_wrong_is_said_as_distill_says_it(inputs, tmp_path, capsys, wrong):
-    words = options(inputs, **wrong)
-    said = refusal(capsys, "plan", tmp_path / "a", *words)
-    assert not (tmp_path / "a").exists()
-    assert said.replace("pocl-fast plan", "") == refusal(capsys, "distill", tmp_path / "b", *words).replace(
-        "pocl-fast distill", ""
-    )
-
-
-def test_a_top_k_of_more_than_the_vocabulary_is_refused(inputs, tmp_path, capsys):
-    said = refusal(capsys, "plan", tmp_path / "a", *options(inputs, cache_mode="topk", cache_top_k=999))
-    assert "a top-k of 999: must be within 1 and the vocabulary's 259 tokens" in said
 
 
 # ---- how it looks ----
