@@ -102,7 +102,7 @@ def cached_teacher(
     weights, and those that were laid out anew for a CPU are dropped. `student_rows` are those of the student's lm_head.
     Raises `InputError` where the cache cannot keep what such a student is to learn."""
     if options.cache_mode == "topk":
-        check_top_k(student_rows, rows_of(model).lm_head)
+        check_top_k(options.cache_top_k, student_rows, rows_of(model).lm_head)
     with precision.autocast():
         packed = packing_ready(model, say)  # before layers are laid out anew, which may round their products
     frozen = freeze_linears(decoder_of(model), precision.frozen_dtype)  # the lm_head's products stay fp32
