@@ -17,6 +17,7 @@ from pocl_fast.records import tables
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.files import File, is_large
 from pocl_fast.records.saved import no_split
+from pocl_fast.system import hub_reach
 from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.system.typed_values import did_you_mean
 
@@ -131,22 +132,21 @@ def _asks(source: HubDataset) -> str | None:
 def _offline(wanted: bool) -> Iterator[None]:
     """Lets `datasets` look into its cache alone, rather than ask a hub again and again that does not answer."""
     import datasets
-    from huggingface_hub import constants
 
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if wanted:
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or wanted
     try:
-        yield
+        with hub_reach.cache_alone(wanted):
+            yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _unreached(source: HubDataset, why: str) -> InputError:
     from huggingface_hub import constants
 
     return InputError(
-        f"{source.name}: the hub ({constants.ENDPOINT}) is out of reach ({why}), and this split of {source.repository}"
+        f"{source.name}: {hub_reach.is_out_of_reach(why)}, and this split of {source.repository}"
         f" is not in the cache ({constants.HF_HOME}). Give a local copy: where there is a network, `hf download"
         f" {source.repository} --repo-type dataset --local-dir FOLDER`, then the path of its files; or set HF_ENDPOINT"
         " to a mirror"

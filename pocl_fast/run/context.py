@@ -37,6 +37,7 @@ from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.placement import choose_device
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.options import RunConfig
 from pocl_fast.records.samples import Sample
@@ -70,7 +71,7 @@ class RunContext:
         self.directory, self.config = directory, config
         self.say: Say = say if ranks.is_first() else lambda _: None
         self.path = directory.path
-        self.device = loading.choose_device(config.models.device)
+        self.device = choose_device(config.models.device)
         self.precision = choose_precision(config.models.precision, self.device)
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
