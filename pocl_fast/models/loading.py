@@ -24,7 +24,7 @@ from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.placement import Placement
 from pocl_fast.models.probing import DEVICE_ERRORS
 from pocl_fast.system import hub_reach
-from pocl_fast.system.console import say
+from pocl_fast.system.console import in_place_of_tqdm, say
 from pocl_fast.system.errors import InputError, OtherRankFailed, first_line
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -242,16 +242,17 @@ def _merge_injected(model: Any, source: str) -> Any:
 
 
 def _load_gguf(where: ModelSource, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
     from transformers import __version__ as version
 
     try:
         from transformers import GgufConfig
     except ImportError:  # before transformers 5.20 or so GGUF weights were always dequantised
         return AutoModelForCausalLM.from_pretrained(where.path, gguf_file=where.gguf_file, dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        where.path, gguf_file=where.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
+    with in_place_of_tqdm(modeling_gguf_pytorch_utils, "converting the GGUF file", "tensors"):
+        model = AutoModelForCausalLM.from_pretrained(
+            where.path, gguf_file=where.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
     model.hf_quantizer = None  # type: ignore[assignment]  # plain weights now, saved and trained as such
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

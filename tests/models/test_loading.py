@@ -163,6 +163,22 @@ def test_the_bundled_gguf_model_is_dequantised_and_knows_its_language():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
 
 
+def test_a_gguf_files_tensors_have_no_bar_of_transformers(tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
+
+    theirs = modeling_gguf_pytorch_utils.tqdm
+
+    def loaded(*_, **__):
+        assert list(modeling_gguf_pytorch_utils.tqdm([1, 2, 3], desc="Converting")) == [1, 2, 3]
+        return tiny_model()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    (tmp_path / "mine.gguf").touch()
+    load_model(str(tmp_path / "mine.gguf"))
+    assert capsys.readouterr().err == ""
+    assert modeling_gguf_pytorch_utils.tqdm is theirs
+
+
 def test_a_moved_gguf_file_is_found_by_its_path(tmp_path):
     where = resolve("bundled")
     shutil.copy(f"{where.path}/{where.gguf_file}", tmp_path / "mine.gguf")
