@@ -122,6 +122,8 @@ def turns_before(value: Any, where: str) -> Turns:
     """The turns of a field "history": pairs of a question and its answer, or messages. Raises `BadRecord` for anything
     else."""
     value = from_json(value, f'{where}: field "history"') if isinstance(value, str) else listed(value)
+    if are_columns(value):
+        return conversation(value, where, "history")
     if not is_list(value):
         raise BadRecord(
             f'{where}: field "history" must be a list of [question, answer], got {kind_of(value)}', NO_TURNS

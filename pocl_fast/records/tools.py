@@ -12,23 +12,20 @@ from typing import Any
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.texts import check_encodable, from_json, is_absent, is_list, kind_of, listed, without_nulls
 
-_SAYS = frozenset({"parameters", "description"})
 BAD_TOOLS, BAD_CALL = "not a tool", "not a tool call"
 
 
 def are_schemas(value: Any) -> bool:
-    """Whether a field's value, or its JSON text, is a list that has a schema: an object with a name and what a schema
-    says of it. Fields of this name hold other things in some data sets."""
+    """Whether a field's value, or its JSON text, is a list that has a schema: an object with a name and parameters.
+    Fields that are called as tools once were hold other things in some data sets."""
     if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return False
         try:
-            value = json.loads(value)
+            value = json.loads(value) if value.lstrip().startswith("[") else ()
         except (ValueError, RecursionError):
             return False
     value = listed(value)
     return is_list(value) and any(
-        isinstance(one, Mapping) and "name" in one and not _SAYS.isdisjoint(one) for one in value
+        isinstance(one, Mapping) and "name" in one and isinstance(one.get("parameters"), Mapping | str) for one in value
     )
 
 

@@ -137,7 +137,9 @@ def watched(items: Sequence[Item], what: str, unit: str, *, delay: float = 3) ->
 @contextlib.contextmanager
 def in_place_of_tqdm(library: Any, what: str, unit: str) -> Iterator[None]:
     """Has a library's module that has imported tqdm show its way through a list as `watched` does."""
-    theirs = library.tqdm
+    if (theirs := getattr(library, "tqdm", None)) is None:  # in another version
+        yield
+        return
     library.tqdm = lambda items, **_: watched(items, what, unit)
     try:
         yield

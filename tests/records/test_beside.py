@@ -52,6 +52,8 @@ def test_prompt_and_completion_may_be_columns():
     want = sample_of(prompt=TURNS[:3], completion=TURNS[3:])
     assert sample_of(prompt=columns(TURNS[:3]), completion=columns(TURNS[3:])) == want
     assert sample_of(prompt=columns(TURNS[:3]), completion=TURNS[3:]) == want
+    history = sample_of(prompt="r", response="b", history=TURNS[:2])
+    assert sample_of(prompt="r", response="b", history=columns(TURNS[:2])) == history
 
 
 def test_what_datasets_writes_of_its_feature_sequence_is_read(tmp_path):
@@ -99,7 +101,10 @@ def test_openais_older_form_of_tools_is_the_newer_one():
         assert sample_of(messages=old, functions=functions, tools=[]) == want
 
 
-@pytest.mark.parametrize("functions", [["parse", "main"], "def f(): ...", "[not JSON", [{"file": "a.py"}], 3])
+@pytest.mark.parametrize(
+    "functions",
+    [["parse", "main"], "def f(): ...", "[not JSON", [{"file": "a.py"}], 3, [{"name": "f", "parameters": ["x"]}]],
+)
 def test_functions_that_are_no_schemas_are_counted_as_not_read(functions):
     sample = sample_of(messages=TURNS, functions=functions)
     assert (sample.tools, sample.unused) == ((), ("functions",))
