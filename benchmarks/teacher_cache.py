@@ -41,6 +41,7 @@ from pocl_fast.models.frozen import freeze_linears
 from pocl_fast.models.lm_head import LmHead, lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.packed_forward import supervised_hidden
+from pocl_fast.models.placement import choose_device
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.records.samples import read_samples
 from pocl_fast.run.demo import bundled_data
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--read-mib", type=int, default=512, help="size of the cache that is read in (b)")
     parser.add_argument("--parts", default="abc", help="which of (a), (b) and (c)")
     options = parser.parse_args()
-    device = loading.choose_device("auto")
+    device = choose_device("auto")
     precision = choose_precision(options.precision, device)
     teacher = loading.load_model(options.teacher, device=device)
     student = as_trainable(cut_layers(teacher, options.student_layers))

@@ -146,10 +146,11 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     from pocl_fast.data.fitting import encode_all
     from pocl_fast.models import loading
     from pocl_fast.models.cut import as_trainable, cut_layers
+    from pocl_fast.models.placement import choose_device
     from pocl_fast.models.precision import choose_precision
     from pocl_fast.records.samples import read_samples
 
-    device = loading.choose_device("auto")
+    device = choose_device("auto")
     if options.precision == "bf16":  # for every side; in fp32 the others' products are torch's own
         choose_precision(options.precision, device)
     tokenizer = loading.load_tokenizer(options.teacher)

@@ -21,6 +21,7 @@ from pathlib import Path
 from pocl_fast.answers.decoding import generate
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.models import loading
+from pocl_fast.models.placement import choose_device
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.console import progress_bar
@@ -178,7 +179,7 @@ def main() -> None:
     )
     output = parser.parse_args().output
     start = time.perf_counter()
-    device = loading.choose_device("auto")
+    device = choose_device("auto")
     choose_precision("auto", device)
     encoder = SampleEncoder(loading.load_tokenizer(loading.BUNDLED))
     teacher = loading.load_model(loading.BUNDLED, device=device)

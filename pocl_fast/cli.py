@@ -223,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     _prepare_environment()  # before --set loads transformers
+    _quiet_logs()
     given, config = _parse(name, command, arguments)
     if name in HOLD_OUT and config.data.dev is None and config.data.held_out is None:
         config = from_options({"held_out": HELD_OUT}, config)
@@ -327,15 +328,25 @@ def _prepare_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _quiet_libraries() -> None:
-    """Keeps libraries' notes and progress bars out of the output; the run's own checks replace their warnings."""
+def _quiet_logs() -> None:
+    """Keeps libraries' notes out of the output, from their first import on."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each 8-bit product otherwise
+    # which accelerate imports, and which says on stdout that it found no GPU; its level is set when it is imported
+    logging.getLogger("DeepSpeed").addFilter(_not_of_finding_a_device)
+
+
+def _quiet_libraries() -> None:
+    """The same of transformers, with its progress bars; the run's own checks replace its warnings."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _not_of_finding_a_device(record: logging.LogRecord) -> bool:
+    return record.funcName != "get_accelerator"
 
 
 def _complain(message: str) -> None:

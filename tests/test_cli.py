@@ -1,8 +1,11 @@
 """The command line: its help, and that everything wrong is one clear message and exit status 2."""
 
 import fcntl
+import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -271,3 +274,13 @@ class Stub:
     def distill(self):
         self.path.mkdir()
         (self.path / "steps.json").write_text("{}")
+
+
+def test_a_command_prints_no_line_of_a_library_that_it_imports(inputs):
+    """DeepSpeed, of a machine without a GPU, on stdout when accelerate imports it: a process of its own."""
+    pytest.importorskip("deepspeed")
+    given = options(inputs, dev=None, set="max_steps=5")  # which has libraries imported before all else
+    words = [sys.executable, "-m", "pocl_fast.cli", "plan", "--json", *given]
+    said = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout)["steps"]["steps"] == 5
+    assert said.stderr == ""

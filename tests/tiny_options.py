@@ -3,10 +3,13 @@
 from dataclasses import fields
 
 import pytest
+from tiny import arithmetic, write_jsonl
+from tiny_run import make_inputs
 from tiny_training import curriculum_of, trainer_of
 
 from pocl_fast.options import RunConfig, option_name
 from pocl_fast.run.configuration import from_options
+from pocl_fast.run.steps import open_run
 
 CHANGED = {
     "teacher": "the/teacher",
@@ -111,3 +114,21 @@ def _fields(changed):
     """The fields of these options."""
     every = {option_name(f): f.name for group in fields(RunConfig) for f in fields(getattr(RunConfig(), group.name))}
     return {every[name] for name in changed}
+
+
+def inputs_of_three(folder):
+    """A tiny run's inputs, with a file of three samples and one of two."""
+    make_inputs(folder, train=6, dev=2)
+    write_jsonl(folder / "three.jsonl", arithmetic(3))
+    write_jsonl(folder / "two.jsonl", arithmetic(2, start=50))
+    return folder
+
+
+def run_with_options(inputs, parent, folder="out", **options):
+    """A tiny run with these options over a few defaults, opened in a folder of `parent`."""
+    given = {
+        "teacher": str(inputs / "teacher"), "student_layers": 2, "train": inputs / "train.jsonl",
+        "dev": inputs / "dev.jsonl", "max_length": 96, "max_prompt_length": 80, "max_new_tokens": 2,
+        "generation_batch_size": 8, "precision": "fp32", "device": "cpu", "eval_seeds": [1],
+    }  # fmt: skip
+    return open_run(parent / folder, given | options)

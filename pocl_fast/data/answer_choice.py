@@ -15,14 +15,14 @@ from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.messages import Message
 from pocl_fast.records.samples import Sample
 from pocl_fast.templates.answer_span import Split
+from pocl_fast.templates.decisions import Decision, Note, Notes
 from pocl_fast.templates.reasoning import Reasoning, Tags, closed_in, is_empty, stripped
 
 TrainOn = Literal["last", "all"]
 Span: TypeAlias = tuple[int, int]  # from, to
-Notes: TypeAlias = tuple[tuple[str, int, tuple[int, ...]], ...]  # what was decided, of how many answers, of which lines
-STRIPPED = "answers from which reasoning was taken out: {count} ({lines})"
-NO_REASONING = "answers without reasoning, which are not trained on: {count} ({lines})"
-ENDS_EARLIER = "conversations that end earlier for --max-length: {records} ({lines}); answers left out so: {count}"
+STRIPPED = Decision("answers from which reasoning was taken out")
+NO_REASONING = Decision("answers without reasoning, which are not trained on")
+ENDS_EARLIER = Decision("answers left out so", records="conversations that end earlier for --max-length")
 
 
 class ChoiceOptions(Protocol):
@@ -57,9 +57,9 @@ class AnswerChoice:
         """`tags` are around reasoning."""
         self._tokenizer, self._tags = tokenizer, tags
         self.train_on, self._reasoning = train_on, reasoning
-        self._noted: dict[str, dict[int, int]] = {}  # what was decided -> how many answers, by line
+        self._noted: dict[Decision, dict[int, int]] = {}  # what was decided -> how many answers, by line
 
-    def note(self, what: str, line: int, count: int) -> None:
+    def note(self, what: Decision, line: int, count: int) -> None:
         """Keeps what was decided about so many answers of a record, in place of what it was before."""
         if count:
             self._noted.setdefault(what, {})[line] = count
@@ -73,8 +73,8 @@ class AnswerChoice:
 
     def take_notes(self) -> Notes:
         """What was decided since the last call."""
-        taken = ((what, sum(lines.values()), tuple(sorted(lines))) for what, lines in self._noted.items() if lines)
-        ordered = tuple(sorted(taken, key=lambda note: (note[2][0], note[0])))  # however they came together
+        taken = (Note(what, sum(lines.values()), tuple(sorted(lines))) for what, lines in self._noted.items() if lines)
+        ordered = tuple(sorted(taken, key=lambda note: (note.lines[0], note.decision)))  # however they came together
         self._noted.clear()
         return ordered
 
@@ -133,9 +133,3 @@ def texts_of(split: Split) -> list[str]:
         texts += [split.prompt[place : turn.start], split.prompt[turn.start : turn.end]]
         place = turn.end
     return [*texts, split.prompt[place:], split.answer]
-
-
-def described(notes: Iterable[tuple[str, int, tuple[int, ...]]], some_lines: Any) -> Iterable[str]:
-    """The notes in words; `some_lines` names a few of many lines."""
-    for what, count, lines in notes:
-        yield what.format(count=count, records=len(lines), lines=some_lines(lines))

@@ -271,8 +271,8 @@ class SampleEncoder:
         made = self._writer.written(sample, where)
         for what in made.unwritten:
             self._unwritten.setdefault(what, set()).add(sample.line)
-        for what, count in made.left:
-            self.choice.note(what, sample.line, count)
+        for decision, count in made.left:
+            self.choice.note(decision, sample.line, count)
         return made.split
 
     def _alpaca(self, sample: Sample, where: str) -> Split:

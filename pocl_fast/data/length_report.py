@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pocl_fast.data.answer_choice import Notes, described
 from pocl_fast.data.control_text import KeptAsText
 from pocl_fast.data.encoded import Fitted
 from pocl_fast.data.long_prompts import Rule, Shortenings
@@ -18,6 +17,7 @@ from pocl_fast.records import bad_records
 from pocl_fast.records.bad_records import some_lines
 from pocl_fast.system.errors import InputError
 from pocl_fast.templates import unused_fields
+from pocl_fast.templates.decisions import Notes
 
 
 class LengthLimits(Protocol):
@@ -38,12 +38,16 @@ class SampleLengths:
 
     prompts: array[int] = field(default_factory=lambda: array("q"))  # before the first answer that is trained on
     samples: array[int] = field(default_factory=lambda: array("q"))  # in all
-    kept: array[int] = field(default_factory=lambda: array("q"))  # in all, within the limits; 0 for one left out
+    shortened: array[int] = field(
+        default_factory=lambda: array("q")
+    )  # in all, its prompt within the limit; 0: left out
+    kept: array[int] = field(default_factory=lambda: array("q"))  # in all, within both limits; 0 for one left out
 
     def add(self, given: Fitted, used: Fitted) -> None:
         """Takes the next sample in: as it was, and as it is used."""
         self.prompts.append(given.asked)
         self.samples.append(given.length)
+        self.shortened.append(0 if used.encoded is None else used.length)
         self.kept.append(0 if used.encoded is None else len(used.encoded))
 
 
@@ -81,7 +85,7 @@ class LengthReport:
             parts.append(f"{_responses(len(self.truncated))} cut to the length limit ({some(self.truncated)})")
         if self.untrained:
             parts.append(f"{len(self.untrained)} left out: no answer has reasoning ({some(self.untrained)})")
-        parts += described(self.notes, some)
+        parts += [note.describe(some(note.lines)) for note in self.notes]
         if self.unused:
             parts.append(unused_fields.describe(self.unused))
         for what, lines in self.unwritten:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pocl_fast.data.answer_choice import ENDS_EARLIER, described
+from pocl_fast.data.answer_choice import ENDS_EARLIER
 from pocl_fast.data.encoded import EncodedSample, Fitted
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import Fitting
@@ -171,7 +171,8 @@ class Inspector:
         def some(lines: Sequence[int]) -> str:
             return some_lines(lines, sample.unit)
 
-        notes = list(described([note for note in report.notes if note[0] != ENDS_EARLIER], some))  # `_cut` says that
+        told = (note for note in report.notes if note.decision != ENDS_EARLIER)  # `_cut` says that
+        notes = [note.describe(some(note.lines)) for note in told]
         notes += [unused_fields.describe(report.unused)] if report.unused else []
         notes += [f"the template does not write the {what}" for what, _ in report.unwritten]
         notes += [report.control.describe(some(report.control.lines))] if report.control.lines else []

@@ -17,7 +17,8 @@ from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.command import encoder_for
 from pocl_fast.inspection.inspected import Inspected, Inspector
-from pocl_fast.inspection.lengths import Lengths, in_words, svg
+from pocl_fast.inspection.length_pictures import svg
+from pocl_fast.inspection.lengths import Lengths, in_words
 from pocl_fast.inspection.page import folded
 from pocl_fast.options import RunConfig
 from pocl_fast.records.bad_records import BadRecord, BadRecords

@@ -6,6 +6,7 @@ wheel). Does not know teacher from student.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -22,7 +23,8 @@ from torch import nn
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.placement import Placement
 from pocl_fast.models.probing import DEVICE_ERRORS
-from pocl_fast.system.console import say
+from pocl_fast.system import hub_reach
+from pocl_fast.system.console import in_place_of_tqdm, say
 from pocl_fast.system.errors import InputError, OtherRankFailed, first_line
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -63,7 +65,7 @@ def resolve(source: str) -> ModelSource:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"no such GGUF file: {source}")
+            raise InputError(f"no such GGUF file: {source}{hub_reach.meant(source, BUNDLED)}")
         return ModelSource(str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -72,7 +74,7 @@ def resolve(source: str) -> ModelSource:
             raise InputError(f"{source} is a folder without a config.json, so not a saved model")
         return ModelSource(str(path))
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise InputError(f"no such model folder: {source}")
+        raise InputError(f"no such model folder: {source}{hub_reach.meant(source, BUNDLED)}")
     return _of_adapter(cached) if (cached := _cached_adapter(source)) else ModelSource(source)
 
 
@@ -116,25 +118,6 @@ def _of_adapter(folder: Path) -> ModelSource:
             f" {folder / ADAPTER}, or merge the adapter into its model and give the merged one"
         )
     return ModelSource(base, adapter=str(folder))
-
-
-def choose_device(device: str, *, option: str = "device") -> torch.device:
-    """ "auto" is the first CUDA (or ROCm) device where there is one, else the CPU."""
-    if device.strip().lower() == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device.strip().lower())
-    except RuntimeError as error:
-        raise InputError(f"{option} {device}: not a device that torch knows, as cpu, cuda or cuda:1 are") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"{option} {device}: this torch ({torch.__version__}) sees no CUDA device")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"{option} {device}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
-    try:
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"{option} {device}: this torch ({torch.__version__}) cannot use it") from error
-    return chosen
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
@@ -259,16 +242,17 @@ def _merge_injected(model: Any, source: str) -> Any:
 
 
 def _load_gguf(where: ModelSource, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
     from transformers import __version__ as version
 
     try:
         from transformers import GgufConfig
     except ImportError:  # before transformers 5.20 or so GGUF weights were always dequantised
         return AutoModelForCausalLM.from_pretrained(where.path, gguf_file=where.gguf_file, dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        where.path, gguf_file=where.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
+    with in_place_of_tqdm(modeling_gguf_pytorch_utils, "converting the GGUF file", "tensors"):
+        model = AutoModelForCausalLM.from_pretrained(
+            where.path, gguf_file=where.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
     model.hf_quantizer = None  # type: ignore[assignment]  # plain weights now, saved and trained as such
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -297,25 +281,33 @@ class readable_errors:
 
     def __init__(self, source: str, what: str) -> None:
         self.source, self.what = source, what
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        return None
+        is_here = self.source == BUNDLED or Path(resolve(self.source).path).is_dir()
+        self._unreached = "" if is_here else hub_reach.why_unreached()
+        self._open.enter_context(hub_reach.cache_alone(bool(self._unreached)))
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from safetensors import SafetensorError  # a damaged file of weights
 
+        self._open.close()
         plain = (OSError, ValueError, KeyError, ImportError, SafetensorError)
         broken = (RuntimeError, TypeError, AttributeError, IndexError, AssertionError)  # out of a source's own parts
         ours = (InputError, OtherRankFailed, *DEVICE_ERRORS)
         if isinstance(error, (*plain, *broken)) and not isinstance(error, ours):
             first = first_line(error, named=not isinstance(error, plain))
-            here = self.source == BUNDLED or Path(self.source).expanduser().exists()
-            note = "" if here else " (no folder of this name is here)"  # it was asked of the hub
             if "trust_remote_code" in str(error) and "custom code" in str(error):
                 first = (
                     "it brings code of its own, which is run with --trust-remote-code (trust_remote_code=True) alone:"
                     " read it first"
                 )
+            if self._unreached:
+                first = hub_reach.said(self._unreached, resolve(self.source).path, first)
+            here = self.source == BUNDLED or Path(self.source).expanduser().exists()
+            note = (
+                "" if here else f" (no folder of this name is here){hub_reach.meant(self.source, BUNDLED)}"
+            )  # it was asked of the hub
             raise InputError(f"cannot load the {self.what} {self.source!r}{note}: {first}") from error
 
 

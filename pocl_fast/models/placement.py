@@ -19,6 +19,25 @@ from pocl_fast.system.errors import InputError
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
+def choose_device(device: str, *, option: str = "device") -> torch.device:
+    """ "auto" is the first CUDA (or ROCm) device where there is one, else the CPU."""
+    if device.strip().lower() == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device.strip().lower())
+    except RuntimeError as error:
+        raise InputError(f"{option} {device}: not a device that torch knows, as cpu, cuda or cuda:1 are") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"{option} {device}: this torch ({torch.__version__}) sees no CUDA device")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{option} {device}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    try:
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"{option} {device}: this torch ({torch.__version__}) cannot use it") from error
+    return chosen
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the parts of a model lie.

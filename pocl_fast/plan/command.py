@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 from pocl_fast.options import RunConfig
@@ -13,5 +15,6 @@ def print_plan(config: RunConfig, output: Path | None, *, as_json: bool, times: 
     from pocl_fast.plan.plan import make_plan
     from pocl_fast.plan.table import plan_table
 
-    plan = make_plan(config, output, times=times)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries say is no part of the plan
+        plan = make_plan(config, output, times=times)
     print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False) if as_json else plan_table(plan))

@@ -11,14 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from pocl_fast.curriculum.signals import chosen_signals
-from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows
 from pocl_fast.models import loading
 from pocl_fast.options import RunConfig
+from pocl_fast.run.checks import Part, check
 from pocl_fast.run.context import RunContext, Say
-from pocl_fast.run.train_step import trainer_arguments
 from pocl_fast.system.errors import InputError
-from pocl_fast.teacher.pair import Vocabulary
 from pocl_fast.templates.template_date import DATE_FILE
 
 if TYPE_CHECKING:
@@ -64,25 +61,7 @@ class PlanContext(RunContext):
         return tokenizer
 
     def check(self) -> PoclConfig:
-        """Reads the data and raises `InputError` for what `distill` would refuse before its first step; what needs a
-        model that is not named is left out. The trainer's arguments."""
-        chosen_signals(self.config.difficulty.signals)
-        arguments = trainer_arguments(self)
-        self.check_teacher_device()
-        self.check_engine()
-        _ = self.train_file
-        if self.has_dev:
-            _ = self.dev_set
-        if self.has_teacher and self.has_student:
-            self.check_vocabularies()
-            self.check_sizes()
-        else:
-            self._check_the_one_model()
-        return arguments
-
-    def _check_the_one_model(self) -> None:
-        chosen = self.config.models
-        whose, source = ("student", chosen.student) if chosen.student else ("teacher", chosen.teacher)
-        if source and (rows := configured_rows(source, trust_remote_code=chosen.trust_remote_code)):
-            check_special_tokens(self.tokenizer, rows, whose)
-            self._check_tokens(Vocabulary(whose, rows), dev=True)
+        """Raises `InputError` for what `distill` would refuse before its first step; what needs a part that is not
+        named is left out. The trainer's arguments."""
+        named: dict[Part, bool] = {"teacher": self.has_teacher, "student": self.has_student, "dev": self.has_dev}
+        return check(self, missing=[part for part, is_named in named.items() if not is_named])

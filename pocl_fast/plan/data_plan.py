@@ -5,15 +5,12 @@ Knows samples and reports. Does not know models.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pocl_fast.data.answer_choice import Notes
 from pocl_fast.data.length_report import LengthLimits, LengthReport
 from pocl_fast.data.sample_set import SampleSet
-from pocl_fast.plan.lengths import LengthHistogram, length_histogram, quantiles
+from pocl_fast.inspection.lengths import Lengths, count_lengths, quantiles
 
 NAMES = {  # what the parts of a report are called
     "bad": "left out, bad record",
@@ -31,17 +28,8 @@ NAMES = {  # what the parts of a report are called
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What a limit of the length costs."""
-
-    limit: int  # tokens
-    samples: int  # that are shorter, or not there, by it
-    tokens: int  # that are not trained on by it
-
-
-@dataclass(frozen=True)
 class DataPlan:
-    """A data set in numbers. Lengths are in tokens."""
+    """A data set in numbers. All but the lengths is of what is left within the limits."""
 
     name: str
     records: int  # that were read, those left out included
@@ -50,20 +38,17 @@ class DataPlan:
     report: dict[str, Any]  # what was left out, cut or counted of all records: a number, or a number by name
     tokens: int
     supervised_tokens: int
-    prompts: dict[str, int]  # percent -> length
-    responses: dict[str, int]
-    histogram: LengthHistogram
-    max_length: Cut  # of all records, as is
-    max_prompt_length: Cut
+    answers: dict[str, int]  # percent -> supervised tokens of a sample
+    lengths: Lengths | None  # of all records; None of samples that are held out of others, with which they are counted
 
 
 def data_plan(name: str, known: SampleSet, report: LengthReport | None, limits: LengthLimits) -> DataPlan:
     """The numbers of a data set that was read with these limits; `known` has its samples but for those held out.
     `report` is None for the samples that were held out of another."""
     encoded = known.encoded
+    lengths = None if report is None else count_lengths(report.before, limits)
     report = LengthReport(len(encoded)) if report is None else report
     left_out = len(report.skipped) + len(report.untrained) + sum(len(lines) for _, lines in report.bad)
-    shorter, missing = _cuts(report, limits)
     return DataPlan(
         name=name,
         records=report.samples + left_out,
@@ -72,11 +57,8 @@ def data_plan(name: str, known: SampleSet, report: LengthReport | None, limits: 
         report=report_parts(report),
         tokens=sum(map(len, encoded)),
         supervised_tokens=sum(one.supervised_count for one in encoded),
-        prompts=quantiles([one.spans[0][0] for one in encoded]),
-        responses=quantiles([one.supervised_count for one in encoded]),
-        histogram=length_histogram(encoded),
-        max_length=shorter,
-        max_prompt_length=missing,
+        answers=quantiles([one.supervised_count for one in encoded]),
+        lengths=lengths,
     )
 
 
@@ -90,34 +72,9 @@ def report_parts(report: LengthReport) -> dict[str, Any]:
         "turns_dropped": report.shortened.turns,
         "questions_cut": report.shortened.cut,
         "truncated": len(report.truncated),
-        "notes": dict(_noted(report.notes)),
+        "notes": {what: count for note in report.notes for what, count in note.counts.items()},
         "unused": dict(report.unused),
         "unwritten": {what: len(lines) for what, lines in report.unwritten},
         "control": len(report.control.lines),
     }
     return {name: count for name, count in parts.items() if count}
-
-
-def _noted(notes: Notes) -> Iterator[tuple[str, int]]:
-    """What was decided about answers, and of how many answers or records: out of the notes' own words, of which each
-    part with a number is "what it is: {count}" or "what it is: {records}"."""
-    for what, count, lines in notes:
-        for part in what.split("; "):
-            if found := re.match(r"(.+): \{(count|records)\}", part):
-                yield found[1], count if found[2] == "count" else len(lines)
-
-
-def _cuts(report: LengthReport, limits: LengthLimits) -> tuple[Cut, Cut]:
-    """What each limit took: that of prompts from samples whose prompt is over it, that of samples from the others."""
-    before = report.before
-    over: list[int] = []
-    longer: list[int] = []
-    for asked, length, kept in zip(before.prompts, before.samples, before.kept, strict=True):
-        if asked > limits.max_prompt_length:
-            over.append(length - kept)
-        elif asked and length > kept:  # 0 where nothing is trained on
-            longer.append(length - kept)
-    return (
-        Cut(limits.max_length, len(longer), sum(longer)),
-        Cut(limits.max_prompt_length, len(over), sum(over)),
-    )

@@ -6,19 +6,17 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from pocl_fast.inspection.length_pictures import as_text
 from pocl_fast.plan.data_plan import NAMES, DataPlan
 from pocl_fast.plan.disk import DiskPlan
-from pocl_fast.plan.lengths import LengthHistogram
 from pocl_fast.plan.plan import MemoryPlan, Plan
 from pocl_fast.plan.shapes import ModelPlan
 from pocl_fast.plan.step_plan import StepPlan
 from pocl_fast.plan.timing import StepTime
-from pocl_fast.system.console import minutes, size
+from pocl_fast.system.console import duration, size
 
 WIDTH = 100
 NAME = 44  # characters of the names before values
-BAR = 28  # characters of the longest bar
-BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 def plan_table(plan: Plan) -> str:
@@ -41,16 +39,22 @@ def plan_table(plan: Plan) -> str:
 
 def _data(name: str, data: DataPlan) -> str:
     counts: list[tuple[str, Any]] = [("records", data.records), *_parts(data.report)]
-    for option, cut in (("--max-prompt-length", data.max_prompt_length), ("--max-length", data.max_length)):
-        if cut.samples:
-            counts.append((f"lost to {option} {cut.limit}", f"{some(cut.tokens, 'token')} of {cut.samples:,}"))
+    histograms: list[str] = []
+    if (lengths := data.lengths) is not None:
+        by_option = (
+            ("--max-prompt-length", "prompts", lengths.prompts, lengths.by_prompt_limit),
+            ("--max-length", "prompts with answers", lengths.samples, lengths.by_length_limit),
+        )
+        for option, what, one, lost in by_option:
+            if lost.samples:
+                counts.append((f"lost to {option} {one.limit}", f"{some(lost.tokens, 'token')} of {lost.samples:,}"))
+            histograms += ["", f"  {'tokens':>15} {what}", *(f"  {row}" for row in as_text(one, option))]
     if data.held_out:
         counts.append(("held out to evaluate with", data.held_out))
     counts.append(("samples", data.samples))
     counts += [("tokens", data.tokens), ("supervised tokens", data.supervised_tokens)]
-    lines = [_headed(f"Data: {name}, ", data.name), *_pairs(counts)]
-    lines += _quantile_lines(data)
-    return "\n".join([*lines, *_histogram(data.histogram, data.max_prompt_length.limit, data.max_length.limit)])
+    lines = [_headed(f"Data: {name}, ", data.name), *_pairs(counts), "", *_quantiles(data), *histograms]
+    return "\n".join(lines)
 
 
 def _parts(report: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -64,33 +68,15 @@ def _parts(report: dict[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def _quantile_lines(data: DataPlan) -> list[str]:
+def _quantiles(data: DataPlan) -> list[str]:
     names = {"0": "shortest", "50": "median", "100": "longest"}
-    heads = [names.get(percent, f"{percent} %") for percent in data.prompts]
-    rows = [("tokens of", heads), ("prompts", data.prompts.values()), ("responses", data.responses.values())]
-    return ["", *(f"  {name:<12}" + "".join(f"{value:>10}" for value in values) for name, values in rows)]
-
-
-def _histogram(known: LengthHistogram, *limits: int) -> list[str]:
-    """A line a bin, with bars of prompts and of samples; behind the bin in which a limit is, its name."""
-    most = max((*known.prompts, *known.samples, 1))
-    lines = ["", f"  {'tokens':>13}  {'prompts':<{BAR + 8}}  {'prompts and responses'}"]
-    for i, (prompts, samples) in enumerate(zip(known.prompts, known.samples, strict=True)):
-        first, last = known.edges[i], known.edges[i + 1] - 1
-        named = [
-            f"<- {name}"
-            for name, limit in zip(("max-prompt-length", "max-length"), limits, strict=True)
-            if first <= limit <= last
-        ]
-        bars = f"{prompts:>7,} {_bar(prompts / most):<{BAR}}  {samples:>7,} {_bar(samples / most)}"
-        bin_ = f"{first:,}" if first == last else f"{first:,}-{last:,}"
-        lines.append(f"  {bin_:>13}  {bars} {' '.join(named)}".rstrip())
-    return lines
-
-
-def _bar(share: float) -> str:
-    eighths = round(8 * BAR * share)
-    return "█" * (eighths // 8) + BLOCKS[eighths % 8].strip()
+    rows = [("tokens of", [names.get(percent, f"{percent} %") for percent in data.answers])]
+    known = {"trained on": data.answers}
+    if data.lengths is not None:
+        whole = {"prompts": data.lengths.prompts, "prompts with answers": data.lengths.samples}
+        known = {name: one.quantiles for name, one in whole.items()} | known
+    rows += [(name, [f"{length:,}" for length in one.values()]) for name, one in known.items()]
+    return [f"  {name:<20}" + "".join(f"{value:>10}" for value in values) for name, values in rows]
 
 
 def _steps(steps: StepPlan) -> str:
@@ -152,12 +138,8 @@ def _memory(memory: MemoryPlan) -> str:
 
 def _times(times: Sequence[StepTime]) -> str:
     lines = ["Time, from steps that were timed here"]
-    lines += [f"  {one.step:<28}{_duration(one.seconds):>10}   {one.timed}"[:WIDTH] for one in times]
-    return "\n".join([*lines, f"  {'in all':<28}{_duration(sum(one.seconds for one in times)):>10}"])
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else minutes(seconds)
+    lines += [f"  {one.step:<28}{duration(one.seconds):>11}   {one.timed}"[:WIDTH] for one in times]
+    return "\n".join([*lines, f"  {'in all':<28}{duration(sum(one.seconds for one in times)):>11}"])
 
 
 def _pairs(pairs: Sequence[tuple[str, Any]]) -> list[str]:

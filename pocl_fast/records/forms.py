@@ -229,6 +229,10 @@ class FieldNames:
     def _reads(self, path: str) -> bool:
         return any(field == path or field.startswith(f"{path}.") for field in self._fields.values())
 
+    def names(self, name: str) -> bool:
+        """Whether a field is named to stand for this one of ours."""
+        return name in self._fields
+
     def check_seen(self, name: str) -> None:
         """Raises `InputError` for a named field that none of the records of `name` has had."""
         if self._unseen:

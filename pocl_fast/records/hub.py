@@ -10,11 +10,14 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pocl_fast.records import tables
-from pocl_fast.records.files import is_large
+from pocl_fast.records.bad_records import BadRecord
+from pocl_fast.records.files import File, is_large
 from pocl_fast.records.saved import no_split
+from pocl_fast.system import hub_reach
 from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.system.typed_values import did_you_mean
 
@@ -56,13 +59,17 @@ class HubDataset:
 
 
 def named(given: str) -> HubDataset:
-    """The source of a name that begins with `hf:`. Raises `InputError` for one without a name or a split."""
+    """The source of a name that begins with `hf:`. Raises `InputError` for one without a name, and for one with an
+    empty part where a split should be."""
     repository, _, part = given.removeprefix(PREFIX).partition(":")
     repository, _, revision = repository.partition("@")
     before = part.partition("[")[0]  # a colon in brackets is a slice's: train[:1000]
     config, _, split = part.partition(":") if ":" in before else ("", "", part)
     if not repository or repository.count("/") > 1 or (":" in before and not config):
         raise InputError(f"{given} names no data set of the hub: give {FORM}")
+    if part and not split.partition("[")[0].strip():
+        what = f'nothing behind "{config}:"' if config else "nothing before its brackets"
+        raise InputError(f"{given} names no split, for it has {what}: give {FORM}")
     return HubDataset(given, repository, revision or None, config or None, split)
 
 
@@ -125,22 +132,21 @@ def _asks(source: HubDataset) -> str | None:
 def _offline(wanted: bool) -> Iterator[None]:
     """Lets `datasets` look into its cache alone, rather than ask a hub again and again that does not answer."""
     import datasets
-    from huggingface_hub import constants
 
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if wanted:
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or wanted
     try:
-        yield
+        with hub_reach.cache_alone(wanted):
+            yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _unreached(source: HubDataset, why: str) -> InputError:
     from huggingface_hub import constants
 
     return InputError(
-        f"{source.name}: the hub ({constants.ENDPOINT}) is out of reach ({why}), and this split of {source.repository}"
+        f"{source.name}: {hub_reach.is_out_of_reach(why)}, and this split of {source.repository}"
         f" is not in the cache ({constants.HF_HOME}). Give a local copy: where there is a network, `hf download"
         f" {source.repository} --repo-type dataset --local-dir FOLDER`, then the path of its files; or set HF_ENDPOINT"
         " to a mirror"
@@ -165,7 +171,45 @@ def _refused(source: HubDataset, error: Exception) -> InputError:
     wanted = {one.partition("[")[0].strip() for one in source.split.split("+")}
     if splits and (missing := sorted(wanted.difference(splits, {"all"}))):
         return InputError(no_split(source.name, missing[0], splits))
-    return InputError(f"{source.name} cannot be read by datasets.load_dataset: {first_line(error, named=True)}")
+    why = _damaged_file(source) or f"datasets.load_dataset cannot read it ({_causes(error)})"
+    return InputError(
+        f"{source.name}: {why}. That is what the hub has: get its files (`hf download {source.repository} --repo-type"
+        " dataset --local-dir FOLDER`), put them right, and give their path"
+    )
+
+
+def _damaged_file(source: HubDataset) -> str:
+    """What is wrong with the first of a split's files that cannot be read, with its name and line: `datasets` does not
+    say. Empty where each can be read alone, or none is a file of records."""
+    import datasets
+    from huggingface_hub import hf_hub_download
+
+    where = source.repository, source.config
+    try:
+        every = datasets.load_dataset_builder(*where, revision=source.revision).config.data_files or {}
+        splits = {one.partition("[")[0].strip() for one in source.split.split("+")}
+        for url in (str(url) for split, urls in every.items() if str(split) in splits for url in urls):
+            name = url.partition("@")[2].partition("/")[2]  # hf://datasets/ORG/NAME@COMMIT/FILE
+            path = hf_hub_download(source.repository, name, repo_type="dataset", revision=source.revision)
+            for _, record in File(Path(path), name).records("with the fields of a record"):
+                if isinstance(record, BadRecord):
+                    return str(record)
+    except InputError as error:
+        return str(error)
+    except Exception:  # of the libraries: what stopped the reading is said, then
+        return ""
+    return ""
+
+
+def _causes(error: BaseException) -> str:
+    """What an error says, and what it was raised from, each in a line: `datasets` often says nothing itself."""
+    said: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(said) < 3:
+        text = " ".join(str(cause).split())
+        said.append(f"{type(cause).__name__}: {text:.200}")
+        cause = cause.__cause__
+    return "; from ".join(said)
 
 
 def _tried(names: Callable[..., list[str]], *of: str | None) -> list[str]:

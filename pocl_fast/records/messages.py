@@ -30,10 +30,11 @@ _CALL = "tool_call"  # an assistant's turn whose text is a call
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "tool_response"), "tool"),
+    **dict.fromkeys(("tool", "observation", "tool_response", "function"), "tool"),  # the last: OpenAI's, once
     **dict.fromkeys((_CALL, "function_call"), _CALL),
     "system": "system",
 }
+_NAMES = {"role", "from"}  # of who speaks
 _PLAIN = ("user", "assistant", "system")
 # the switches of OpenAI, axolotl and ms-swift: whether a turn is trained on -> their values
 _TRAIN = {"weight": "0 or 1", "train": "true or false", "loss": "true or false"}
@@ -70,13 +71,16 @@ class Turns(NamedTuple):
 def conversation(value: Any, where: str, field: str = "messages") -> Turns:
     """The turns of a list of messages, or of its JSON text. `where` and `field` stand for the place in errors.
 
-    A message is `role` and `content`, or `from` and `value` as in ShareGPT. A null field of it is an absent one.
-    Content in parts becomes the text of its parts. An assistant's turn with `"weight": 0` or `"train": false` is no
-    answer. Raises `BadRecord` for what is no message, for content that is missing, empty or not text, for tool calls
-    without a name, and for a role that is called by two names.
+    A message is `role` and `content`, or `from` and `value` as in ShareGPT. An object of columns, `{"role": [...],
+    "content": [...]}`, as `datasets` writes its feature Sequence, is the list of messages that it was made of. A null
+    field of a message is an absent one. Content in parts becomes the text of its parts. An assistant's turn with
+    `"weight": 0` or `"train": false` is no answer. Raises `BadRecord` for what is no message, for content that is
+    missing, empty or not text, for tool calls without a name, and for a role that is called by two names.
     """
     place = f'{where}: field "{field}"'
     value = from_json(value, place) if isinstance(value, str) else listed(value)
+    if isinstance(value, Mapping):
+        value = _of_columns(value, place)
     if not is_list(value):
         raise BadRecord(f"{place} must be a list of messages, got {kind_of(value)}", NO_TURNS)
     turns = Turns([], [])
@@ -92,10 +96,34 @@ def conversation(value: Any, where: str, field: str = "messages") -> Turns:
     return turns
 
 
+def are_columns(value: Any) -> bool:
+    """Whether an object has a list of those who speak, as messages by columns have."""
+    return isinstance(value, Mapping) and any(is_list(listed(value.get(name))) for name in _NAMES)
+
+
+def _of_columns(value: Mapping[Any, Any], place: str) -> list[dict[Any, Any]]:
+    """The messages of an object that has a list for each of their fields. Raises `BadRecord` for any other."""
+    columns = {field: listed(column) for field, column in value.items() if not is_absent(column)}
+    lengths = {field: len(column) for field, column in columns.items() if is_list(column)}
+    if not lengths:
+        one = " It is one message: write it in a list" if _NAMES & columns.keys() else ""
+        raise BadRecord(f"{place} must be a list of messages, got an object.{one}", NO_TURNS)
+    if lengths.keys() != columns.keys() or len(set(lengths.values())) > 1:
+        shown = ", ".join(f'"{field}" {lengths.get(field, "no list")}' for field in columns)
+        raise BadRecord(
+            f"{place} is an object of lists, which are no messages side by side, for their lengths differ ({shown}):"
+            ' write a list of messages, [{"role": ..., "content": ...}, ...]',
+            NO_TURNS,
+        )
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def turns_before(value: Any, where: str) -> Turns:
     """The turns of a field "history": pairs of a question and its answer, or messages. Raises `BadRecord` for anything
     else."""
     value = from_json(value, f'{where}: field "history"') if isinstance(value, str) else listed(value)
+    if are_columns(value):
+        return conversation(value, where, "history")
     if not is_list(value):
         raise BadRecord(
             f'{where}: field "history" must be a list of [question, answer], got {kind_of(value)}', NO_TURNS

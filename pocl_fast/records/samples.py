@@ -16,14 +16,16 @@ from pocl_fast.records import containers
 from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.forms import FORMATS, INPUTS, KNOWN, ONE_QUESTION, TWO_FORMS, FieldNames, Form, form_of
 from pocl_fast.records.json_lines import DEEP
-from pocl_fast.records.messages import Message, Turns, conversation, turns_before
+from pocl_fast.records.messages import Message, Turns, are_columns, conversation, turns_before
 from pocl_fast.records.sources import Source, source_of
 from pocl_fast.records.texts import check_encodable, is_absent, is_list, listed, says_nothing, text_of
-from pocl_fast.records.tools import calls_as_text, tools_of
+from pocl_fast.records.tools import are_schemas, calls_as_text, tools_of
 from pocl_fast.system.errors import InputError
 
 KNOWN_IN_CHAT = KNOWN.difference(ONE_QUESTION)  # a question beside messages would be asked twice
 NO_ANSWER = "no assistant turn"
+_GOOD = ("label", "kto_tag")  # whether an answer is a good one: TRL's name, LLaMA-Factory's
+_BESIDE = frozenset({*_GOOD, "functions"})  # the last: how OpenAI called the tools once
 BEHIND = "turns behind the last answer"  # which nobody answers, or which are not to be trained on
 
 
@@ -164,6 +166,8 @@ class _Reading:
             if value.__class__ is str or not is_absent(value)
         }
         form = form_of(given, where)
+        if not _BESIDE.isdisjoint(given):
+            given = self._without_beside(given, form, where)
         make = _chat if form.is_chat else _instruction
         try:
             sample = make(given, form, index, number, where)
@@ -172,6 +176,25 @@ class _Reading:
         if form is not self._form:
             self._check_form(form, number, where)
         return sample
+
+    def _without_beside(self, given: dict[str, Any], form: Form, where: str) -> dict[str, Any]:
+        """The record without fields that say whether its answer is a good one, and with tools by their name. Raises
+        `BadRecord` for an answer that is not to be learnt; what --fields names is meant, whatever such a field says."""
+        for field in (field for field in _GOOD if isinstance(given.get(field), bool)):
+            if not given[field] and not (self._fields and self._fields.names(form.answer)):
+                raise BadRecord(
+                    f'{where}: "{field}" is false, which marks an answer that is not to be learnt: --bad-records skip'
+                    f" leaves such records out, and --fields {form.answer}={form.answer} trains on them whatever it"
+                    " says",
+                    f"{field} false",
+                )
+            given = {name: value for name, value in given.items() if name != field}
+        if are_schemas(functions := given.get("functions")):
+            if not says_nothing(given.get("tools", "")):
+                raise BadRecord(f'{where}: both "tools" and "functions" are given; leave one out', TWO_FORMS)
+            given = {name: value for name, value in given.items() if name != "functions"}
+            given["tools"] = tools_of(functions, where, "functions")
+        return given
 
     def _check_form(self, form: Form, number: int, where: str) -> None:
         """Raises `BadRecord` where the records before are of another form."""
@@ -189,7 +212,7 @@ class _Reading:
 def _instruction(given: dict[str, Any], form: Form, index: int, line: int, where: str) -> Sample:
     """A sample of one question and its answer."""
     question = given.get(form.question)
-    if question.__class__ is not str and is_list(question):
+    if question.__class__ is not str and (is_list(question) or are_columns(question)):
         return _prompt_of_messages(given, form, index, line, where)
     text, extra = text_of(question, where, form.question), _extra_text(given, where)
     turns: tuple[Message, ...] = ({"role": "user", "content": f"{text}\n\n{extra}" if extra else text},)
@@ -214,9 +237,10 @@ def _instruction(given: dict[str, Any], form: Form, index: int, line: int, where
 def _prompt_of_messages(given: dict[str, Any], form: Form, index: int, line: int, where: str) -> Sample:
     """A sample of the turns before an answer, and the turns from it on: of those alone the answers are trained on."""
     before, behind = given[form.question], given[form.answer]
-    if form.answer != "completion" or not _of_messages(behind):
+    if form.answer != "completion" or not (_of_messages(behind) or are_columns(behind)):
+        kind = "a list" if is_list(before) else "an object"
         raise BadRecord(
-            f'{where}: field "{form.question}" is a list, and "{form.answer}" is no list of messages: give both as'
+            f'{where}: field "{form.question}" is {kind}, and "{form.answer}" is no list of messages: give both as'
             ' text, or as messages: "prompt": [{"role": "user", "content": ...}],'
             ' "completion": [{"role": "assistant", "content": ...}]',
             "text beside messages",

@@ -74,10 +74,27 @@ def _on_disk(name: str) -> Source:
         folder, _, split = name.rpartition(":")
         if folder and Path(folder).expanduser().is_dir():
             return saved.of_split(Path(folder).expanduser(), split, name)
+        _refuse_part(name)
         if glob.has_magic(name):
             return _matching(name)
         raise InputError(f"cannot read {name}: No such file or directory{_elsewhere(name)}")
     return File(path, name)
+
+
+def _refuse_part(name: str) -> None:
+    """Raises `InputError` for a part in brackets, as test[:2], of what is on disk: it is no pattern of files."""
+    found = re.fullmatch(r"(.+)(\[[\d%]*:[\d%-]*\])", name)
+    if found is None:
+        return
+    whole, part = found.groups()
+    folder, _, split = whole.rpartition(":")
+    is_split = bool(folder) and Path(folder).expanduser().is_dir()
+    if is_split or Path(whole).expanduser().exists():
+        of = f'load_from_disk("{folder}")["{split}"].select(...)' if is_split else "the records that are meant"
+        raise InputError(
+            f"{name}: a part in brackets ({part}) can be taken of data sets of the hub alone; give {whole}, or save"
+            f" {of} in a place of its own"
+        )
 
 
 def _elsewhere(name: str) -> str:

@@ -15,11 +15,25 @@ from pocl_fast.records.texts import check_encodable, from_json, is_absent, is_li
 BAD_TOOLS, BAD_CALL = "not a tool", "not a tool call"
 
 
-def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """The schemas of a field "tools": a list of objects, or that list as JSON text. Null fields are absent ones, as
-    Arrow fills them in. A function alone becomes `{"type": "function", "function": ...}`, as transformers has it.
-    Raises `BadRecord` for anything else."""
-    place = f'{where}: field "tools"'
+def are_schemas(value: Any) -> bool:
+    """Whether a field's value, or its JSON text, is a list that has a schema: an object with a name and parameters.
+    Fields that are called as tools once were hold other things in some data sets."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.lstrip().startswith("[") else ()
+        except (ValueError, RecursionError):
+            return False
+    value = listed(value)
+    return is_list(value) and any(
+        isinstance(one, Mapping) and "name" in one and isinstance(one.get("parameters"), Mapping | str) for one in value
+    )
+
+
+def tools_of(value: Any, where: str, field: str = "tools") -> tuple[dict[str, Any], ...]:
+    """The schemas of a field such as "tools": a list of objects, or that list as JSON text. Null fields are absent
+    ones, as Arrow fills them in. A function alone becomes `{"type": "function", "function": ...}`, as transformers has
+    it. Raises `BadRecord` for anything else."""
+    place = f'{where}: field "{field}"'
     value = from_json(value, place) if isinstance(value, str) else without_nulls(listed(value))
     if value is None:  # as JSON text, where other records have tools
         return ()

@@ -37,6 +37,7 @@ from pocl_fast.models import loading
 from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.placement import choose_device
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.options import RunConfig
 from pocl_fast.records.samples import Sample
@@ -70,7 +71,7 @@ class RunContext:
         self.directory, self.config = directory, config
         self.say: Say = say if ranks.is_first() else lambda _: None
         self.path = directory.path
-        self.device = loading.choose_device(config.models.device)
+        self.device = choose_device(config.models.device)
         self.precision = choose_precision(config.models.precision, self.device)
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
@@ -135,6 +136,14 @@ class RunContext:
             if kept in vars(self) and (dev or name == "train"):
                 check_tokens(getattr(self, kept), vocabulary, self.tokenizer, self._place_in(name))
 
+    def check_named_model(self) -> None:
+        """The same of the one model that the options name, where they name one alone."""
+        chosen = self.config.models
+        whose, source = ("student", chosen.student) if chosen.student else ("teacher", chosen.teacher)
+        if source and (rows := configured_rows(source, trust_remote_code=chosen.trust_remote_code)):
+            check_special_tokens(self.tokenizer, rows, whose)
+            self._check_tokens(Vocabulary(whose, rows), dev=True)
+
     def check_stream(self, stream: Iterable[Sequence[tuple[Sample, EncodedSample]]]) -> None:
         """The same for the student and the training samples of a file that is read in pieces, where its tokenizer has
         tokens without a row."""
@@ -155,6 +164,9 @@ class RunContext:
         chosen = self.config.models
         student, keep, teacher = self.student_source, chosen.student_layers, required(chosen.teacher, "--teacher")
         trusted = {"trust_remote_code": chosen.trust_remote_code}
+        ours, theirs = (configured_rows(one, **trusted) for one in (student, teacher))
+        if ours is not None and theirs is not None and self.config.cache.cache_mode == "topk":
+            check_top_k(self.config.cache.cache_top_k, ours, theirs)
         has = configured_layers(student, **trusted)
         if has is not None and keep is not None and keep > has:
             raise InputError(f"--student-layers {keep}: the model to cut from has {has} layers, {student}")
@@ -167,12 +179,7 @@ class RunContext:
                     f" one {how}, or another --student"
                 )
             return
-        ours, theirs = (configured_rows(one, **trusted) for one in (student, teacher))
-        if ours is None or theirs is None:
-            return
-        if self.config.cache.cache_mode == "topk":
-            check_top_k(ours, theirs)
-        if keep is None:
+        if keep is None and ours is not None and theirs is not None:
             small, large = (configured_parameters(one, **trusted) for one in (student, teacher))
             if small is not None and large is not None:
                 self.say_pair(ours, theirs, small, large)

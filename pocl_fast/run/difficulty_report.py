@@ -124,7 +124,8 @@ def difficulty_table(ranked: Ranked) -> str:
     heads = [f"mean {signal.name[-26:]}" for signal in signals]
     widths = [max(len(head), 12) + 3 for head in heads]
     count, stages = len(ranked.known.index), len(ranked.curriculum.stages)
-    lines = [f"rank: {count:,} samples in {stages} stages, easy to hard; each stage adds new samples"]
+    more = "s, easy to hard; each stage adds new samples" if stages > 1 else ", easy to hard"
+    lines = [f"rank: {count:,} samples in {stages} stage{more}"]
     columns = zip(heads, widths, strict=True)
     lines.append(
         f"{'stage':<6}{'samples':>11}{'new':>11}{'temperature':>13}{'alpha':>7}"

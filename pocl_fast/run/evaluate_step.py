@@ -43,9 +43,11 @@ def evaluate_step(context: RunContext, when: When) -> None:
             results = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
             write_json(known, results | {when: scores.to_dict()})
             save_answers(context.path / WRITES[step][0], dev, answers)
+    seeds = len(scores.seeds)
+    spread = f"mean and spread over {seeds} seeds" if seeds > 1 else "of one seed"
     context.say(
         f"{step}: {scores.samples:,} held-out samples, ROUGE-L {scores.rouge_l:.2f} ± {scores.rouge_l_spread:.2f}"
-        f" of 100 (mean and spread over {len(scores.seeds)} seeds), exact match {scores.exact_match:.1f} %,"
+        f" of 100 ({spread}), exact match {scores.exact_match:.1f} %,"
         f" cross-entropy {scores.cross_entropy:.3f} nats a token"
     )
 

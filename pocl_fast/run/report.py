@@ -20,6 +20,7 @@ from pocl_fast.inspection.of_run import lengths_part, samples_part
 from pocl_fast.inspection.page import style
 from pocl_fast.run.configuration import recorded_config
 from pocl_fast.run.difficulty_report import read_ranked, sample_rows, stage_rows
+from pocl_fast.system.console import duration
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 from pocl_fast.training.metrics import read_metrics
@@ -131,10 +132,10 @@ def _evaluated(run: Path) -> str:
 def step_rows(stamps: dict[str, Any]) -> list[StepRow]:
     """A row for each finished step, and one for all of them: their time together, and the largest peak of memory."""
     done = {name: stamp for name, stamp in stamps.items() if stamp["done"]}
-    rows = [StepRow(name, _time(stamp["seconds"]), _gib(stamp["peak_bytes"])) for name, stamp in done.items()]
+    rows = [StepRow(name, duration(stamp["seconds"]), _gib(stamp["peak_bytes"])) for name, stamp in done.items()]
     if done:
         seconds, peak = sum(s["seconds"] for s in done.values()), max(s["peak_bytes"] for s in done.values())
-        rows.append(StepRow("in all", _time(seconds), _gib(peak)))
+        rows.append(StepRow("in all", duration(seconds), _gib(peak)))
     return rows
 
 
@@ -252,10 +253,6 @@ def _answers(run: Path, count: int = 8) -> list[AnswerRow]:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
 def _gib(count: int) -> str:

@@ -9,18 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pocl_fast.curriculum.signals import chosen_signals
-from pocl_fast.curriculum.stages import stages_over
 from pocl_fast.run.cache_step import cache_step
+from pocl_fast.run.checks import check
 from pocl_fast.run.configuration import from_options, recorded_config
 from pocl_fast.run.context import RunContext, Say
 from pocl_fast.run.directory import RunDirectory
 from pocl_fast.run.evaluate_step import When, evaluate_step
 from pocl_fast.run.measure_step import measure_step
 from pocl_fast.run.rank_step import rank_step
-from pocl_fast.run.train_step import train_step, trainer_arguments
+from pocl_fast.run.train_step import train_step
 from pocl_fast.system import ranks
 
 
@@ -42,15 +39,7 @@ class Run:
 
     def check(self) -> None:
         """Reads data, tokenizers and schedule, to raise `InputError` for what is wrong with them before any step."""
-        context = self.context
-        chosen_signals(context.config.difficulty.signals)
-        trainer_arguments(context)
-        context.check_teacher_device()
-        context.check_engine()
-        count, _ = len(context.train_file.encoded), context.dev_set
-        stages_over(np.arange(count), np.zeros(count), context.config.schedule)
-        context.check_vocabularies()
-        context.check_sizes()
+        check(self.context)
 
     def measure(self) -> None:
         measure_step(self.context)

@@ -32,7 +32,7 @@ def progress_bar(total: int, what: str, unit: str, *, done: int = 0, delay: floa
     shared["delay"] = delay
     if sys.stderr.isatty():
         return _Bar(bar_format=_ON_A_TERMINAL, dynamic_ncols=True, mininterval=0.5, **shared)
-    return _Bar(bar_format=_IN_A_LOG, file=_LogLines(), mininterval=15, maxinterval=60, **shared)
+    return _LogBar(bar_format=_IN_A_LOG, file=_LogLines(), mininterval=15, maxinterval=60, **shared)
 
 
 class _Bar(tqdm):
@@ -42,6 +42,17 @@ class _Bar(tqdm):
     def format_dict(self) -> dict[str, Any]:
         known = dict(super().format_dict)
         return known | {"timing": _timing(known)}
+
+
+class _LogBar(_Bar):
+    """A bar in a log file, where closing it says nothing that is not in a line already."""
+
+    _said: tuple[Any, ...] = ()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if (now := (self.n, self.postfix, msg)) != self._said:
+            self._said = now
+            super().display(msg, pos)
 
 
 def _timing(bar: dict[str, Any]) -> str:
@@ -67,6 +78,16 @@ def minutes(seconds: float) -> str:
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def duration(seconds: float) -> str:
+    """A duration in words: "7.3 s", "12 min 30 s" or "1 h 2 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def size(count: int) -> str:
@@ -111,6 +132,19 @@ def watched(items: Sequence[Item], what: str, unit: str, *, delay: float = 3) ->
         for item in items:
             yield item
             bar.update(1)
+
+
+@contextlib.contextmanager
+def in_place_of_tqdm(library: Any, what: str, unit: str) -> Iterator[None]:
+    """Has a library's module that has imported tqdm show its way through a list as `watched` does."""
+    if (theirs := getattr(library, "tqdm", None)) is None:  # in another version
+        yield
+        return
+    library.tqdm = lambda items, **_: watched(items, what, unit)
+    try:
+        yield
+    finally:
+        library.tqdm = theirs
 
 
 def say(text: str) -> None:

@@ -20,3 +20,13 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON; `path` is whole or as it was."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def near_paths(given: str) -> list[str]:
+    """What lies where a path that is not there would lie, written as it is: "runs/one" for "runs/oen"."""
+    parent, _, _ = given.rpartition("/")
+    folder = Path(parent or ("/" if given.startswith("/") else ".")).expanduser()
+    try:
+        return [f"{parent}/{path.name}" if "/" in given else path.name for path in sorted(folder.iterdir())]
+    except OSError:
+        return []

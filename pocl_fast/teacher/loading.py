@@ -18,7 +18,7 @@ from pocl_fast.models.frozen import drop_weights, freeze_linears
 from pocl_fast.models.loading import Quantization
 from pocl_fast.models.packed_forward import decoder_of
 from pocl_fast.models.packing_check import packing_ready
-from pocl_fast.models.placement import Placement
+from pocl_fast.models.placement import Placement, choose_device
 from pocl_fast.models.precision import Precision
 from pocl_fast.models.quantised import load_quantised
 from pocl_fast.system.errors import InputError
@@ -46,7 +46,7 @@ def teacher_place(where: str, student: torch.device) -> torch.device:
     if where == WITH_STUDENT:
         return student
     try:
-        return loading.choose_device(where, option="teacher_device")
+        return choose_device(where, option="teacher_device")
     except InputError as error:
         raise InputError(f"{error}; or give {WITH_STUDENT} (the student's device), or {SPREAD}") from error
 
@@ -102,7 +102,7 @@ def cached_teacher(
     weights, and those that were laid out anew for a CPU are dropped. `student_rows` are those of the student's lm_head.
     Raises `InputError` where the cache cannot keep what such a student is to learn."""
     if options.cache_mode == "topk":
-        check_top_k(student_rows, rows_of(model).lm_head)
+        check_top_k(options.cache_top_k, student_rows, rows_of(model).lm_head)
     with precision.autocast():
         packed = packing_ready(model, say)  # before layers are laid out anew, which may round their products
     frozen = freeze_linears(decoder_of(model), precision.frozen_dtype)  # the lm_head's products stay fp32

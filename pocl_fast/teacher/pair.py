@@ -253,7 +253,7 @@ def check_pair(
         check_special_tokens(tokenizer, teacher.rows.embedding, "teacher")
     rows = rows_of(student).lm_head
     if isinstance(teacher.cache.entries, TopKEntries):
-        check_top_k(rows, teacher.vocab_size)
+        check_top_k(teacher.cache.entries.k, rows, teacher.vocab_size)
         if rows < (entries := teacher.cache.entries.entries or teacher.vocab_size):
             raise InputError(
                 f"the Teacher's cache keeps the most likely of {entries} tokens, and the student's lm_head has {rows}"
@@ -264,13 +264,16 @@ def check_pair(
             say(line)
 
 
-def check_top_k(student_rows: int, teacher_rows: int) -> None:
-    """Raises `InputError` where a teacher's most likely tokens do not stand for the vocabulary that both have."""
+def check_top_k(top_k: int, student_rows: int, teacher_rows: int) -> None:
+    """Raises `InputError` where a teacher's `top_k` most likely tokens do not stand for the vocabulary that both have,
+    and for more than it has."""
     if teacher_rows < student_rows:
         raise InputError(
             f"cache_mode topk: the student's lm_head has {student_rows} rows and the teacher's {teacher_rows}. What a"
             " top-k does not list would count the student's other entries too: take cache_mode hidden"
         )
+    if not 1 <= top_k <= student_rows:
+        raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {student_rows} tokens")
 
 
 def pair_lines(student_rows: int, teacher_rows: int, student_size: int, teacher_size: int) -> list[str]:

@@ -15,10 +15,11 @@ from pocl_fast.records.samples import Sample
 from pocl_fast.templates import unused_fields
 from pocl_fast.templates.answer_span import AnswerFinder, Split
 from pocl_fast.templates.chat_template import TemplateRefusal
+from pocl_fast.templates.decisions import Decision
 from pocl_fast.templates.known_shapes import KnownShapes
 from pocl_fast.templates.turn_spans import TurnFinder
 
-UNASKED = "earlier answers not trained on, because nothing is asked before them: {count} ({lines})"
+UNASKED = Decision("earlier answers not trained on, because nothing is asked before them")
 _NO_QUESTION = {"system", "developer", "assistant"}
 
 
@@ -26,7 +27,7 @@ class Written(NamedTuple):
     """A sample's text, and what is to be said of it."""
 
     split: Split
-    left: Sequence[tuple[str, int]] = ()  # why earlier answers are not trained on, and how many
+    left: Sequence[tuple[Decision, int]] = ()  # why earlier answers are not trained on, and how many
     unwritten: Sequence[str] = ()  # what of the sample is not in the text
 
 
@@ -81,7 +82,7 @@ class ConversationText:
 
     def _with_earlier(
         self, split: Split, sample: Sample, messages: Sequence[Any], unshown: Collection[int]
-    ) -> tuple[Split, Sequence[tuple[str, int]]]:
+    ) -> tuple[Split, Sequence[tuple[Decision, int]]]:
         """The split with the earlier answers that are trained on, and how many are not, by why. `messages` are those of
         the sample as the template is given them; those that it leaves out, `unshown`, are said elsewhere."""
         if not sample.earlier or self._turns is None:

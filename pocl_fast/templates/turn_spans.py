@@ -13,25 +13,24 @@ from typing import Any, NamedTuple, TypeAlias
 
 from pocl_fast.templates.answer_span import PROBE, AnswerFinder, Split, Turn
 from pocl_fast.templates.chat_template import TemplateRefusal
+from pocl_fast.templates.decisions import Decision
 from pocl_fast.templates.reasoning import reasoning_in, thoughts_of
 
 Place: TypeAlias = tuple[int, int]  # from, to, in characters
 
 
-UNREASONED = (
-    "earlier answers not trained on, because the template leaves their reasoning out: {count} ({lines}); --reasoning"
-    " strip trains on them without it"
+UNREASONED = Decision(
+    "earlier answers not trained on, because the template leaves their reasoning out",
+    advice="--reasoning strip trains on them without it",
 )
-LOST = (
-    "earlier answers not trained on, because it is not clear where in the template's text they are: {count} ({lines})"
-)
+LOST = Decision("earlier answers not trained on, because it is not clear where in the template's text they are")
 
 
 class Found(NamedTuple):
     """The earlier answers of a conversation that can be trained on, and how many cannot, by why."""
 
     turns: tuple[Turn, ...]
-    left: tuple[tuple[str, int], ...] = ()
+    left: tuple[tuple[Decision, int], ...] = ()
 
 
 @dataclass(frozen=True)

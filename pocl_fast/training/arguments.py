@@ -20,7 +20,7 @@ from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.inputs.adapters import check_options
 from pocl_fast.loss.objective import Objective
-from pocl_fast.models import loading
+from pocl_fast.models.placement import choose_device
 from pocl_fast.options import (
     AdapterOptions,
     CacheOptions,
@@ -201,7 +201,7 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         Raises `InputError` for a device that is not there, that use_cpu contradicts, or that is one rank's of several.
         """
         asked: str = vars(self)["device"]
-        device = loading.choose_device(asked)
+        device = choose_device(asked)
         if (
             device.type == "cpu"
         ):  # "auto" too: transformers would take a Mac's GPU, and each of torchrun's ranks be alone

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.curriculum.schedule import Schedule
-from pocl_fast.system.console import minutes
+from pocl_fast.system.console import duration, minutes
 from pocl_fast.training.state import TrainingState
 
 DEV_SCORES = {"eval_rouge_l": "dev ROUGE-L", "eval_cross_entropy": "dev CE"}
@@ -45,7 +45,7 @@ def stage_begins_line(schedule: Schedule, stage: int, *, weights: str) -> str:
 def stage_done_line(schedule: Schedule, state: TrainingState, metric: str) -> str:
     """What came out of the running stage, which is over."""
     stage = state.stage
-    parts = [f"{_counted(schedule.steps(stage), 'step')} in {_duration(state.seconds.get(stage, 0.0))}"]
+    parts = [f"{_counted(schedule.steps(stage), 'step')} in {duration(state.seconds.get(stage, 0.0))}"]
     if stage in state.losses:
         parts.append(f"last loss {state.losses[stage]:.3f}")
     if stage in state.best:
@@ -134,10 +134,6 @@ def training_table(schedule: Schedule, state: TrainingState) -> str:
 
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _short(text: str, most: int) -> str:

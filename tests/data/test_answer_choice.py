@@ -18,6 +18,7 @@ from template_shapes import (
 )
 from tiny import tiny_tokenizer, write_jsonl
 
+from pocl_fast.data.answer_choice import ENDS_EARLIER, STRIPPED
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.fitting import encode_all, fit_all
 from pocl_fast.data.sample_set import SampleSet
@@ -27,6 +28,7 @@ from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import Sample, samples_from
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
+from pocl_fast.templates.decisions import Note
 
 REPORTED = {**WIDE, "long_prompts": "error", "name": "x"}
 THOUGHT = "<think>\nso\n</think>\n\nyes"
@@ -235,3 +237,15 @@ def test_what_a_template_does_with_a_record_is_a_kind_of_bad_record(template, sa
 def test_a_sample_ends_with_the_turn_that_it_is_cut_to():
     sample = Sample(0, 1, tuple(TALK[:3]), ("x",), earlier=(1,))
     assert sample.up_to(1) == Sample(0, 1, tuple(TALK[:1]), (THOUGHT,), instruction="a")
+
+
+def test_a_note_says_what_it_counts():
+    """Words and numbers are of one description: records first where both are counted."""
+    ended = Note(ENDS_EARLIER, 5, (9, 10))
+    assert ended.counts == {"conversations that end earlier for --max-length": 2, "answers left out so": 5}
+    assert ended.describe("lines 9, 10") == (
+        "conversations that end earlier for --max-length: 2 (lines 9, 10); answers left out so: 5"
+    )
+    stripped = Note(STRIPPED._replace(advice="do that"), 3, (8,))
+    assert stripped.counts == {STRIPPED.answers: 3}
+    assert stripped.describe("line 8") == "answers from which reasoning was taken out: 3 (line 8); do that"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from families.cells import CELLS, pristine
+from families.alone import pristine
+from families.cells import CELLS
 from families.page import LEFT_OUT
 from families.tiny_families import NotTiny, families, rows, runnable_model
 from pocl_fast.system.errors import InputError

@@ -13,7 +13,7 @@ from tiny_run import options, read_json, run
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from families.cells import check_each
+from families.alone import check_each
 from families.tiny_families import row_model
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all

@@ -1,9 +1,11 @@
 """Loading models and tokenizers: from where, and quantised."""
 
 import shutil
+import time
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_run import make_inputs, options, read_json, run
@@ -11,9 +13,11 @@ from tiny_training import encoded_samples
 
 from pocl_fast.data.packed import pack
 from pocl_fast.models.fingerprints import weights_fingerprint
-from pocl_fast.models.loading import choose_device, load_model, load_tokenizer, readable_errors, resolve
+from pocl_fast.models.loading import load_model, load_tokenizer, readable_errors, resolve
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.packed_forward import supervised_logits
+from pocl_fast.models.placement import choose_device
+from pocl_fast.system import hub_reach
 from pocl_fast.system.errors import InputError, OtherRankFailed
 from pocl_fast.teacher.teacher import Teacher
 
@@ -57,6 +61,43 @@ def test_a_name_that_is_neither_folder_nor_reachable_on_the_hub_is_one_line(monk
         load_tokenizer("nobody/nothing")
     assert str(error.value).startswith("cannot load the tokenizer 'nobody/nothing' (no folder of this name is here): ")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def unreached(tmp_path, monkeypatch):
+    """A hub where nobody listens, and the folder of its cache."""
+    hub_reach._why_not.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_misspelt_name_is_said_within_seconds_where_the_hub_is_out_of_reach(unreached):
+    began = time.perf_counter()
+    with pytest.raises(InputError) as error:
+        load_tokenizer("bundeld")
+    assert time.perf_counter() - began < 5  # transformers alone takes 23 s, and has the same error
+    assert str(error.value) == (
+        "cannot load the tokenizer 'bundeld' (no folder of this name is here) (did you mean bundled?): the hub"
+        " (http://127.0.0.1:9) is out of reach (127.0.0.1: Connection refused), and it is not in the cache"
+        f" ({unreached})"
+    )
+
+
+def test_a_model_of_the_cache_is_loaded_at_once_where_the_hub_is_out_of_reach(unreached):
+    kept = unreached / "models--org--small"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0" * 40)
+    save_tiny(kept / "snapshots" / ("0" * 40))
+    began = time.perf_counter()
+    assert load_tokenizer("org/small").eos_token == "<|end|>"
+    assert load_model("org/small").config.hidden_size == 32
+    assert time.perf_counter() - began < 5
+    (kept / "snapshots" / ("0" * 40) / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"is out of reach \(.*\), and what is in the cache does not do: "):
+        load_tokenizer("org/small")
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_devices_are_chosen_or_refused():
@@ -120,6 +161,22 @@ def test_the_bundled_gguf_model_is_dequantised_and_knows_its_language():
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_gguf_files_tensors_have_no_bar_of_transformers(tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
+
+    theirs = modeling_gguf_pytorch_utils.tqdm
+
+    def loaded(*_, **__):
+        assert list(modeling_gguf_pytorch_utils.tqdm([1, 2, 3], desc="Converting")) == [1, 2, 3]
+        return tiny_model()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    (tmp_path / "mine.gguf").touch()
+    load_model(str(tmp_path / "mine.gguf"))
+    assert capsys.readouterr().err == ""
+    assert modeling_gguf_pytorch_utils.tqdm is theirs
 
 
 def test_a_moved_gguf_file_is_found_by_its_path(tmp_path):

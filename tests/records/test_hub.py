@@ -25,6 +25,13 @@ for name in sys.argv[1:]:
     except InputError as error:
         print(json.dumps(str(error)))
 """
+GOOD = '{"prompt": "q", "response": "a"}\n'
+DAMAGED = {  # a line that is cut off; an array that is; two files that are not of one table
+    "lines/data/train.jsonl": GOOD * 2 + GOOD[:20],
+    "array/train.json": f"[{GOOD}, {GOOD[:15]}",
+    "mixed/a-train.jsonl": GOOD,
+    "mixed/b-train.jsonl": '{"prompt": 3, "other": "a"}\n',
+}
 TRAIN = [f"a{i}" for i in range(4)] + [f"b{i}" for i in range(4)]
 
 
@@ -52,7 +59,11 @@ def hub(tmp_path_factory):
         write(folder / f"org/two/{config}/train.parquet", [config])
         configs += f"- config_name: {config}\n  data_files: {config}/*.parquet\n"
     (folder / "org/two/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, content in DAMAGED.items():
+        (folder / "org" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "org" / name).write_text(content)
     names = (
+        "lines:train", "array:train", "mixed:train", "two:math:", "one:train:", "one:[:3]", "one:train:[:3]",
         "one:train", "one:test", "one:train[:3]", "one:train[75%:]", "one@main:train", "two:math:train",
         "two:code:train", "one:trian", "one:validation[:3]", "one", "two", "two:train", "two:math", "two:maht:train",
         "nope:train", "one@x:train", "one:train[:x]", "one/one/one:train",
@@ -101,7 +112,11 @@ def test_other_parts_have_other_fingerprints_and_the_same_part_the_same_without_
         ("two:maht:train", 'there is no config "maht" (did you mean math?); there are math, code'),
         ("nope:train", "the hub has no data set org/nope, or it is private"),
         ("one@x:train", "org/one has no revision x"),
-        ("one:train[:x]", "cannot be read by datasets.load_dataset: "),
+        ("one:train[:x]", "datasets.load_dataset cannot read it ("),
+        ("two:math:", 'names no split, for it has nothing behind "math:": give hf:ORG/NAME:SPLIT'),
+        ("one:train:", 'names no split, for it has nothing behind "train:": give hf:ORG/NAME:SPLIT'),
+        ("one:train:[:3]", 'names no split, for it has nothing behind "train:": give hf:ORG/NAME:SPLIT'),
+        ("one:[:3]", "names no split, for it has nothing before its brackets: give hf:ORG/NAME:SPLIT"),
         ("one/one/one:train", "names no data set of the hub: give hf:ORG/NAME:SPLIT"),
     ],
 )
@@ -109,6 +124,24 @@ def test_what_is_not_on_the_hub_is_one_error_that_names_what_is(hub, name, says)
     said = hub[0][f"hf:org/{name}"]
     assert said.startswith(f"hf:org/{name}")
     assert says in said
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lines:train", ": data/train.jsonl, line 3: not JSON ("),
+        ("array:train", ": train.json, line 2: the file ends before the array does"),
+        ("mixed:train", ": datasets.load_dataset cannot read it (DatasetGenerationError: "),
+        ("mixed:train", "from CastError: Couldn't cast"),
+    ],
+)
+def test_a_damaged_file_on_the_hub_is_named_with_its_line_and_what_to_do(hub, name, says):
+    said = hub[0][f"hf:org/{name}"]
+    assert said.startswith(f"hf:org/{name}: ")
+    assert says in said
+    repository = name.partition(":")[0]
+    assert f"`hf download org/{repository} --repo-type dataset --local-dir FOLDER`" in said
+    assert said.endswith("put them right, and give their path")
 
 
 def test_a_hub_out_of_reach_is_one_error_within_seconds(hub):

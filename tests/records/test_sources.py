@@ -264,6 +264,20 @@ def test_a_split_is_named_by_colon_or_path(tmp_path):
     assert 'there is no split "tran" (did you mean train?); there are train, test' in refused(f"{tmp_path}/d:tran")
 
 
+def test_a_part_in_brackets_of_what_is_on_disk_is_refused_with_what_to_do(tmp_path):
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(RECORDS[:3])}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "t.jsonl").write_text(LINES)
+    split, file = f"{tmp_path}/saved:test", f"{tmp_path}/t.jsonl"
+    for whole, part in ((split, "[:2]"), (split, "[50%:]"), (file, "[:100]"), (f"{tmp_path}/saved/test", "[1:2]")):
+        with pytest.raises(InputError) as error:
+            source_of(whole + part)
+        assert f"a part in brackets ({part}) can be taken of data sets of the hub alone; give {whole}, or" in str(
+            error.value
+        )
+    with pytest.raises(InputError, match="matches no file"):
+        source_of(f"{tmp_path}/none[:2]")
+
+
 def test_a_folder_of_files_is_one_set_in_sorted_order(tmp_path):
     for start in (0, 10, 20):
         part = dataset().select(range(start, min(start + 10, 23)))

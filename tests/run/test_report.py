@@ -109,7 +109,7 @@ def test_the_report_has_the_lengths_and_what_the_limits_cut(finished):
     assert sum(lengths["samples"]["counts"]) == sum(lengths["prompts"]["counts"]) == 24
     assert text.count('<svg class="lengths"') == 2
     assert f'<p class="note">{finished[0] / "train.jsonl"}: 24 samples' in text
-    assert f"longest {lengths['samples']['longest']}; 0 of 24 are over --max-length 96" in text
+    assert f"longest {lengths['samples']['quantiles']['100']}; 0 of 24 are over --max-length 96" in text
 
 
 # the file is gone; it has changed; the file of the template is gone
@@ -251,13 +251,13 @@ def test_scores_have_their_spread_and_a_dash_where_there_are_none(tmp_path):
 
 def test_steps_have_times_and_memory_and_their_sum_and_peak():
     stamps = {
-        "measure": {"done": True, "seconds": 90.0, "peak_bytes": 1 << 30},
-        "train": {"done": True, "seconds": 100.5, "peak_bytes": 3 << 29},
+        "measure": {"done": True, "seconds": 50.0, "peak_bytes": 1 << 30},
+        "train": {"done": True, "seconds": 140.5, "peak_bytes": 3 << 29},
         "evaluate-after": {"done": False, "seconds": 7.0, "peak_bytes": 1 << 40},
     }
     assert step_rows(stamps) == [
-        StepRow("measure", time="90.0 s", memory="1.00 GiB"),
-        StepRow("train", time="100.5 s", memory="1.50 GiB"),
+        StepRow("measure", time="50.0 s", memory="1.00 GiB"),
+        StepRow("train", time="2 min 20 s", memory="1.50 GiB"),
         StepRow("in all", time="3 min 10 s", memory="1.50 GiB"),
     ]
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import tqdm.std
 
-from pocl_fast.system.console import measured, minutes, progress_bar, say, shared_progress, speed
+from pocl_fast.system.console import duration, measured, minutes, progress_bar, say, shared_progress, speed
 
 
 @pytest.fixture
@@ -60,9 +60,22 @@ def test_a_log_file_has_whole_lines_and_no_control_characters(monkeypatch, clock
     with progress_bar(2, "train", "steps") as bar:
         clock[0] += 20
         bar.update(2)
-    lines = stderr.getvalue().split("\n")
-    assert lines == ["train: 0 of 2 steps", *["train: 2 of 2 steps, 10 s/step, 0:20 elapsed"] * (len(lines) - 2), ""]
-    assert len(lines) > 2
+    assert stderr.getvalue() == "train: 0 of 2 steps\ntrain: 2 of 2 steps, 10 s/step, 0:20 elapsed\n"
+
+
+def test_a_log_files_last_line_is_there_once_also_where_time_has_passed_since(monkeypatch, clock):
+    stderr = stderr_of(io.StringIO, monkeypatch)
+    with progress_bar(2, "train", "steps") as bar:
+        clock[0] += 20
+        bar.update(2)
+        clock[0] += 7
+    assert len(stderr.getvalue().splitlines()) == 2
+    with progress_bar(2, "train", "steps") as bar:
+        clock[0] += 20
+        bar.update(1)
+        clock[0] += 1
+        bar.update(1)  # too soon for a line of its own: closing writes it
+    assert stderr.getvalue().splitlines()[-1].startswith("train: 2 of 2 steps")
 
 
 @ON_BOTH
@@ -119,6 +132,23 @@ def test_speed_is_units_a_second_or_seconds_a_unit(rate, shown):
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (750, "12:30"), (3723, "1:02:03")])
 def test_a_duration_has_hours_where_it_needs_them(seconds, shown):
     assert minutes(seconds) == shown
+
+
+# at and past each border of the units; what rounds to a minute is one
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.04, "0.0 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (750, "12 min 30 s"),
+        (3599.6, "1 h 0 min"),
+        (3723, "1 h 2 min"),
+        (90000, "25 h 0 min"),
+    ],
+)
+def test_a_duration_in_words_has_its_two_largest_units(seconds, shown):
+    assert duration(seconds) == shown
 
 
 def test_a_step_is_timed_and_its_peak_of_memory_seen():

@@ -130,7 +130,7 @@ def test_an_earlier_answer_without_its_reasoning_is_not_trained_on_and_counted(t
     assert texts == ([f"plain{end}", last] if template is QWEN3 else [f"no{end}", f"plain{end}", last])
     assert "so\n</think>\n\nyes" in last
     [(what, count, lines)] = encoder.choice.take_notes()
-    assert "--reasoning strip trains on them without it" in what
+    assert what.advice == "--reasoning strip trains on them without it"
     assert (count, lines) == (2 if template is QWEN3 else 1, (1,))
 
 
@@ -185,7 +185,7 @@ def test_a_turn_that_the_template_rewrites_is_not_trained_on_and_counted():
     one = encoder.encode(conversation([("a", "one"), ("a question", "two")]), **WIDE)
     assert len(one.spans) == 1
     [(what, count, lines)] = encoder.choice.take_notes()
-    assert what.startswith("earlier answers not trained on, because it is not clear where")
+    assert what.answers.startswith("earlier answers not trained on, because it is not clear where")
     assert (count, lines) == (1, (1,))
 
 
@@ -196,7 +196,7 @@ def test_a_greeting_that_answers_nothing_is_not_trained_on_and_counted():
     one = encoder.encode(sample_of([*greeting, said("assistant", "d")]), **WIDE)
     assert [tokenizer.decode(one.ids[start:end]) for start, end in one.spans] == ["b<|eot|>", "d<|eot|>"]
     [(what, count, _)] = encoder.choice.take_notes()
-    assert (what.partition(":")[0], count) == (
+    assert (what.answers, count) == (
         "earlier answers not trained on, because nothing is asked before them",
         1,
     )
