@@ -31,17 +31,19 @@ class LengthLimits(Protocol):
     def long_prompts(self) -> Any: ...
 
 
+def _counts() -> array[int]:
+    return array("i")  # 4 bytes for each of millions of samples
+
+
 @dataclass(frozen=True)
 class SampleLengths:
     """How many tokens each sample had before the limits, and how many are left; samples that are left out too, in
     order."""
 
-    prompts: array[int] = field(default_factory=lambda: array("q"))  # before the first answer that is trained on
-    samples: array[int] = field(default_factory=lambda: array("q"))  # in all
-    shortened: array[int] = field(
-        default_factory=lambda: array("q")
-    )  # in all, its prompt within the limit; 0: left out
-    kept: array[int] = field(default_factory=lambda: array("q"))  # in all, within both limits; 0 for one left out
+    prompts: array[int] = field(default_factory=_counts)  # before the first answer that is trained on
+    samples: array[int] = field(default_factory=_counts)  # in all
+    shortened: array[int] = field(default_factory=_counts)  # in all, its prompt within the limit; 0: left out
+    kept: array[int] = field(default_factory=_counts)  # in all, within both limits; 0 for one left out
 
     def add(self, given: Fitted, used: Fitted) -> None:
         """Takes the next sample in: as it was, and as it is used."""

@@ -44,10 +44,10 @@ def samples_part(
 def lengths_part(stamps: Mapping[str, Any]) -> tuple[Markup, list[str]]:
     """The histograms of lengths, and what reading and the limits took away, in words; empty where no step has counted
     them yet."""
-    known = [stamp for stamp in stamps.values() if "lengths" in stamp]
+    known = [stamp for stamp in stamps.values() if "sample_lengths" in stamp]
     if not known:
         return Markup(""), []
-    lengths = Lengths.from_json(known[-1]["lengths"])
+    lengths = Lengths.from_json(known[-1]["sample_lengths"])
     pictures = [
         svg(lengths.prompts, "prompts", "--max-prompt-length"),
         svg(lengths.samples, "prompts with answers", "--max-length"),

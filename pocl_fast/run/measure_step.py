@@ -67,7 +67,7 @@ def length_facts(context: RunContext) -> dict[str, Any]:
     report, data = context.reports.get("--train"), context.config.data
     if report is None:
         return {}
-    return {"lengths": count_lengths(report.before, data).as_json(), "read": report.describe(str(data.train))}
+    return {"sample_lengths": count_lengths(report.before, data).as_json(), "read": report.describe(str(data.train))}
 
 
 def _measure_teacher(context: RunContext, pieces: Pieces) -> None:

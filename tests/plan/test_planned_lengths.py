@@ -67,7 +67,7 @@ def test_plan_report_and_tokenizer_agree_on_what_the_limits_take(tmp_path, capsy
     planned = json.loads(capsys.readouterr().out)["data"]["train"]
     assert run("measure", output, *select(words, "measure")) == 0
     assert run("report", output) == 0
-    assert planned["lengths"] == read_json(output / "steps.json")["measure"]["lengths"]
+    assert planned["lengths"] == read_json(output / "steps.json")["measure"]["sample_lengths"]
 
     tokens, by_prompt, by_length = recounted(rule)
     assert counted(RECORDS["ends earlier"][:2]) < LONGEST < counted(RECORDS["ends earlier"])
