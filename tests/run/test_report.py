@@ -105,7 +105,7 @@ def test_the_report_shows_three_samples_as_the_model_sees_them(finished):
 
 def test_the_report_has_the_lengths_and_what_the_limits_cut(finished):
     text = page(finished[1])
-    lengths = read_json(finished[1] / "steps.json")["train"]["lengths"]
+    lengths = read_json(finished[1] / "steps.json")["train"]["sample_lengths"]
     assert sum(lengths["samples"]["counts"]) == sum(lengths["prompts"]["counts"]) == 24
     assert text.count('<svg class="lengths"') == 2
     assert f'<p class="note">{finished[0] / "train.jsonl"}: 24 samples' in text
