@@ -20,7 +20,7 @@ from pocl_fast.templates.watched_contents import is_alike
 
 _PROBE = "Qz7n{}nzQzQzQzQzQ"  # stands for a content; no template has it, nor is it in a text by chance
 _PROBES = re.compile(_PROBE.format(r"\d+"))
-_MOST = 10_000  # shapes: a data set has few, but for one of long conversations
+_MOST = 10_000  # shapes that are kept: a data set has few, but for one of long conversations
 _Shape: TypeAlias = tuple[object, ...]  # the roles, and which of the turns are answers
 
 
@@ -121,21 +121,22 @@ class KnownShapes:
         self, probe: Sample, split: Split, rendered: Iterable[tuple[Sequence[Any], bool]]
     ) -> tuple[str, ...] | None:
         """Texts without which contents are written alike; None where that is not known. `rendered` is what was rendered
-        for the split. Of this what has other contents than the probe's shows what the template writes around any."""
+        for the split; what of this has other contents than the probe's says nothing of contents. Raises
+        `TemplateRefusal`."""
         turns = self._chat.messages((*probe.messages, probe.answer_turn))
         lengths = {(len(turns), False), *((len(one), asks) for one, asks in rendered if [*one] == turns[: len(one)])}
-        unlike, written = set(self._tags), [split.prompt]
+        unlike, prompts, wholes = set(self._tags), [split.prompt], []
         for length, asks in lengths:
             asked = self._chat.asked_of_contents(turns[:length], prompt=asks)
             if asked is None:
                 return None
             unlike |= asked
-            written.append(self._chat.render(turns[:length], prompt=asks))
-        before = {text for one in written for text in _PROBES.split(one)[:-1]}  # of contents
-        for one in written:
-            unlike.update(tags_at_end(one))
-            behind = _PROBES.split(one)[-1]
-            unlike |= {behind[len(text) :].strip() for text in before if behind.startswith(text)}  # seems written then
+            (prompts if asks else wholes).append(self._chat.render(turns[:length], prompt=asks))
+        opened = {text for written in (*prompts, *wholes) for text in _PROBES.split(written)[:-1]}  # before contents
+        for prompt in prompts:
+            unlike.update(tags_at_end(prompt))
+            header = _PROBES.split(prompt)[-1]  # an answer that begins with the rest of it seems to stand behind it
+            unlike |= {header[len(text) :].strip() for text in opened if header.startswith(text)}
         return tuple(sorted(unlike - {""}))
 
 

@@ -53,7 +53,7 @@ class PlainRenderer:
     def watched(self, messages: Sequence[Any], prompt: bool) -> tuple[str, frozenset[str]] | None:
         """The text, and what contents may not have in them for being written alike: see `WatchedTemplate`. None where
         that is not known. Contents may be in parts."""
-        if self._template is None or not self._agrees.get(prompt, False):
+        if self._template is None or not self._agrees.get(prompt, True):
             return None
         try:
             self._watching = self._watching or WatchedTemplate(self._template, self._text)

@@ -151,3 +151,16 @@ def test_turns_with_more_than_a_role_and_a_text_are_rendered():
         encoder.encode(sample_of([question, answer]), **WIDE)
     made = encoder.encode(sample_of([{**question, "name": "Ann"}, answer]), **WIDE)
     assert "Ann" in encoder.tokenizer.decode(made.prompt_ids)
+
+
+def test_contents_that_the_template_reads_in_parts_are_followed_too(monkeypatch):
+    parts = "{% for part in m['content'] %}{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}" + parts + "{{ '<|eot|>\n' }}{% endfor %}" + HEADER
+    )
+    encoder = SampleEncoder(tokenizer_of(template))
+    samples = [conversation([(f"question {i}", f"answer {i}")]) for i in range(3)]
+    encoder.encode(samples[0], **WIDE), encoder.encode(samples[1], **WIDE)
+    monkeypatch.setattr(ChatTemplate, "render", None)
+    made = encoder.encode(samples[2], **WIDE)
+    assert encoder.tokenizer.decode(made.ids).endswith("question 2<|eot|>\n<|start|>assistant\nanswer 2<|eot|>")
