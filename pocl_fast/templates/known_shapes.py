@@ -125,7 +125,8 @@ class KnownShapes:
         `TemplateRefusal`."""
         turns = self._chat.messages((*probe.messages, probe.answer_turn))
         lengths = {(len(turns), False), *((len(one), asks) for one, asks in rendered if [*one] == turns[: len(one)])}
-        unlike, prompts, wholes = set(self._tags), [split.prompt], []
+        unlike, prompts = set(self._tags), [split.prompt]
+        wholes: list[str] = []
         for length, asks in lengths:
             asked = self._chat.asked_of_contents(turns[:length], prompt=asks)
             if asked is None:
