@@ -6,7 +6,8 @@ Knows jinja and the templates' own variables. Does not know tokens, nor where in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -100,6 +101,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Any], tools: Sequence[Any] = (), *, prompt: bool) -> str:
         """The text of a conversation, with what opens an answer behind it where it is a `prompt`. Raises
         `TemplateRefusal`."""
+        for noted in self._noting:
+            noted.append((messages, prompt))
         return self._written(self._as_read(messages), tools, prompt)
 
     def _written(self, messages: Sequence[Any], tools: Sequence[Any], prompt: bool) -> str:
@@ -122,6 +125,20 @@ class ChatTemplate:
             raise TemplateRefusal(_said(error)) from error
         return str(written)
 
+    @contextmanager
+    def noting(self) -> Iterator[list[tuple[Sequence[Any], bool]]]:
+        """Notes the messages that are rendered meanwhile, and whether as a prompt."""
+        noted: list[tuple[Sequence[Any], bool]] = []
+        self._noting.append(noted)
+        try:
+            yield noted
+        finally:
+            self._noting.pop()
+
+    @cached_property
+    def _noting(self) -> list[list[tuple[Sequence[Any], bool]]]:
+        return []
+
     @cached_property
     def _with_marks(self) -> frozenset[str]:
         return frozenset(text for text in self.texts.values() if _MARKED.search(text))
@@ -138,11 +155,10 @@ class ChatTemplate:
     def asked_of_contents(self, messages: Sequence[Any], *, prompt: bool) -> frozenset[str] | None:
         """What the contents of plain messages may not have in them for `render` to write them as it does these: the
         same text around other contents, which are not empty and neither begin nor end with blanks. None where that is
-        not known."""
+        not known. Raises `TemplateRefusal`."""
+        written = self.render(messages, prompt=prompt)
         watched = self._renderer(self._text(())).watched(self._as_read(messages), prompt)
-        if watched is None or watched[0] != self.render(messages, prompt=prompt):
-            return None
-        return watched[1]
+        return watched[1] if watched is not None and watched[0] == written else None
 
     def marked(
         self, messages: Sequence[Any], tools: Sequence[Any], *, prompt: bool = False

@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from pocl_fast.records.samples import Sample
-from pocl_fast.templates.answer_span import REASONING_TAGS, Split, Turn, common_length, tags_at_end
+from pocl_fast.templates.answer_span import REASONING_TAGS, Split, Turn, tags_at_end
 from pocl_fast.templates.chat_template import ChatTemplate, TemplateRefusal
+from pocl_fast.templates.watched_contents import is_alike
 
-_PROBE = "Qz7n{}nzQ"  # stands for a content; no template has it
-_PROBES = re.compile(r"Qz7n\d+nzQ")
-_MOST = 10_000  # shapes: a data set has few, but for one of long conversations
+_PROBE = "Qz7n{}nzQzQzQzQzQ"  # stands for a content; no template has it, nor is it in a text by chance
+_PROBES = re.compile(_PROBE.format(r"\d+"))
+_MOST = 10_000  # shapes that are kept: a data set has few, but for one of long conversations
 _Shape: TypeAlias = tuple[object, ...]  # the roles, and which of the turns are answers
 
 
@@ -45,11 +46,8 @@ class _Known(NamedTuple):
     def split(self, contents: list[str]) -> Split | None:
         """The conversation with these contents; None where it may be written otherwise."""
         for content in contents:
-            if not content or content[0].isspace() or content[-1].isspace():
+            if not is_alike(content, self.unlike):
                 return None
-            for text in self.unlike:
-                if text in content:
-                    return None
         before = tuple(contents[:-1])
         earlier: tuple[Turn, ...] = ()
         if self.places:
@@ -95,40 +93,51 @@ class KnownShapes:
         known = self._known.get(shape)
         if known is not None:
             return known.split(contents)
-        if shape not in self._known and len(self._known) < _MOST:
+        if shape not in self._known:
             if shape in self._met:
                 self._known[shape] = self._learned(sample, contents)
-            self._met.add(shape)
+            elif len(self._met) < _MOST:
+                self._met.add(shape)
         return None
 
     def _learned(self, sample: Sample, contents: list[str]) -> _Known | None:
+        """What is known of the sample's shape; None where that is not enough."""
         probe = _with_contents(sample, [_PROBE.format(place) for place in range(len(contents))])
-        split = self._written(probe)
+        with self._chat.noting() as rendered:
+            split = self._written(probe)
         if split is None:
             return None
-        unlike = self._unlike(probe, split)
+        try:
+            unlike = self._unlike(probe, split, rendered)
+        except TemplateRefusal:
+            return None
         known = None if unlike is None else _known(split, len(contents), unlike)
         if known is None:
             return None
         made, theirs = known.split(contents), self._written(sample)
         return known if made is None or made == theirs else None
 
-    def _unlike(self, probe: Sample, split: Split) -> tuple[str, ...] | None:
-        """Texts without which contents are written alike; None where that is not known."""
-        unlike = self._tags | set(tags_at_end(split.prompt))
-        turns = (*probe.messages, probe.answer_turn)
-        for place in (*probe.earlier, len(turns) - 1):  # a turn may be looked for as the last one
-            asked = self._chat.messages(turns[:place])
-            for messages, prompt in ((asked, True), ([*asked, turns[place]], False)):
-                try:
-                    found = self._chat.asked_of_contents(messages, prompt=prompt)
-                except TemplateRefusal:
-                    return None
-                if found is None:
-                    return None
-                unlike |= found
-        whole = self._chat.render([*asked, turns[-1]], prompt=False)
-        unlike.add(split.prompt[common_length(split.prompt, whole) :].strip())  # an answer might begin with it
+    def _unlike(
+        self, probe: Sample, split: Split, rendered: Iterable[tuple[Sequence[Any], bool]]
+    ) -> tuple[str, ...] | None:
+        """Texts without which contents are written alike; None where that is not known. `rendered` is what was rendered
+        for the split; what of this has other contents than the probe's says nothing of contents. Raises
+        `TemplateRefusal`."""
+        turns = self._chat.messages((*probe.messages, probe.answer_turn))
+        lengths = {(len(turns), False), *((len(one), asks) for one, asks in rendered if [*one] == turns[: len(one)])}
+        unlike, prompts = set(self._tags), [split.prompt]
+        wholes: list[str] = []
+        for length, asks in lengths:
+            asked = self._chat.asked_of_contents(turns[:length], prompt=asks)
+            if asked is None:
+                return None
+            unlike |= asked
+            (prompts if asks else wholes).append(self._chat.render(turns[:length], prompt=asks))
+        opened = {text for written in (*prompts, *wholes) for text in _PROBES.split(written)[:-1]}  # before contents
+        for prompt in prompts:
+            unlike.update(tags_at_end(prompt))
+            header = _PROBES.split(prompt)[-1]  # an answer that begins with the rest of it seems to stand behind it
+            unlike |= {header[len(text) :].strip() for text in opened if header.startswith(text)}
         return tuple(sorted(unlike - {""}))
 
 
@@ -140,8 +149,8 @@ def _with_contents(sample: Sample, contents: Sequence[str]) -> Sample:
 
 def _known(split: Split, count: int, unlike: tuple[str, ...]) -> _Known | None:
     """What is around the contents of a split whose contents are probes; None where one is not there once, in order."""
-    found = [match.group() for text in (split.prompt, split.answer) for match in _PROBES.finditer(text)]
-    if found != [_PROBE.format(place) for place in range(count)] or _PROBE.format(count - 1) not in split.answer:
+    probes = [_PROBE.format(place) for place in range(count)]
+    if [_PROBES.findall(split.prompt), _PROBES.findall(split.answer)] != [probes[:-1], probes[-1:]]:
         return None
     places = []
     for turn in split.earlier:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pocl_fast.templates.watched_contents import WatchedTemplate
+from pocl_fast.templates.watched_template import WatchedTemplate
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -53,7 +53,7 @@ class PlainRenderer:
     def watched(self, messages: Sequence[Any], prompt: bool) -> tuple[str, frozenset[str]] | None:
         """The text, and what contents may not have in them for being written alike: see `WatchedTemplate`. None where
         that is not known. Contents may be in parts."""
-        if self._template is None:
+        if self._template is None or not self._agrees.get(prompt, True):
             return None
         try:
             self._watching = self._watching or WatchedTemplate(self._template, self._text)

@@ -233,8 +233,8 @@ class _Skeleton:
         """Where the contents are in a text that is made so; none where it is not."""
         found: dict[int, Place] = {}
         behind = 0
-        followed = [piece for _, piece in self.pieces[1:]]
-        for (place, piece), following in zip(self.pieces, [*followed, None], strict=True):
+        followed = [*(piece for _, piece in self.pieces[1:]), None]
+        for (place, piece), following in zip(self.pieces, followed, strict=False):  # none where no content was found
             start = behind + len(piece)
             if not text.startswith(piece, behind):
                 return {}

@@ -1,59 +1,29 @@
-"""What a chat template asks about the contents of messages, seen while it writes them.
+"""Contents of messages which note what a chat template asks of them.
 
-A template is a program, which may look at a content before it prints it, and print another text then. Here it is given
-contents that note what is asked. Knows jinja's ways of working with text. Does not know conversations
-(known_shapes.py), nor what a template's text means.
+Knows texts, and what of them is the same whatever the contents say. Does not know jinja (watched_template.py), nor
+conversations.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from jinja2 import Template, Undefined, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.runtime import Macro
-from jinja2.utils import Namespace
+from jinja2 import Undefined
 
 
 class NotTold(Exception):
     """The text that a template writes may depend on the contents in a way that is not followed here."""
 
 
-class WatchedTemplate:
-    """A compiled template that is given contents which watch."""
-
-    def __init__(self, compiled: Template, text: str) -> None:
-        """`compiled` is transformers' own, of this text."""
-        environment = compiled.environment.overlay()
-        kind = type(compiled.environment)
-        environment.__class__ = type("Watching", (_Watching, kind), {})
-        environment.filters = {name: _filter(name, made) for name, made in compiled.environment.filters.items()}
-        tests: dict[str, Any] = compiled.environment.tests
-        environment.tests = {name: _test(name, made) for name, made in tests.items()}
-        self._template = environment.from_string(text, globals=compiled.globals)
-
-    def render(self, messages: Iterable[Mapping[str, Any]], variables: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
-        """The text of messages, which are a role and a content, and what of other texts it depends on.
-
-        It is written alike, with the contents put in, of all contents that are not empty, neither begin nor end with
-        blanks, and have none of the returned texts in them. Raises `NotTold` where this is not known, and what the
-        template raises.
-        """
-        asked: set[str] = set()
-        given = [{**one, "content": _watching(one["content"], asked)} for one in messages]
-        context = self._template.new_context({**variables, "messages": given})
-        return "".join(self._template.root_render_func(context)), frozenset(asked)
-
-
-def _watching(content: Any, asked: set[str]) -> Any:
-    """A content, or one in parts, which notes what is asked of it."""
-    if isinstance(content, str):
-        return Content(content, asked)
-    return [{**part, "text": Content(part["text"], asked)} for part in content]
+def is_alike(content: str, asked: Iterable[str]) -> bool:
+    """Whether a content is none that a template which asks for these texts may write otherwise."""
+    if not content or content[0].isspace() or content[-1].isspace():
+        return False
+    for text in asked:  # noqa: SIM110  (half the time of `any`)
+        if text in content:
+            return False
+    return True
 
 
 class Content(str):
@@ -70,7 +40,7 @@ class Content(str):
 
     def _has(self, text: Any) -> bool:
         """Whether another text is in this one."""
-        if not isinstance(text, str) or isinstance(text, Content):
+        if type(text) is not str:
             raise NotTold
         self._note(text)
         return any(text in part for part in self._parts if not isinstance(part, Content))
@@ -149,7 +119,7 @@ class Content(str):
     def replace(self, old: Any, new: Any) -> str:  # type: ignore[override]
         if not self._has(old):
             return self
-        if not isinstance(new, str) or isinstance(new, Content):
+        if type(new) is not str:
             raise NotTold
         [made] = self._changed(lambda part: [part.replace(old, new)])
         return made
@@ -179,7 +149,7 @@ def joined(texts: Iterable[Any]) -> str:
     """Texts behind one another."""
     parts: list[str] = []
     for text in texts:
-        made = text if isinstance(text, str) else str(text)
+        made = text if isinstance(text, Content) else str(text)
         for part in made._parts if isinstance(made, Content) else (made,):
             if parts and not isinstance(part, Content) and not isinstance(parts[-1], Content):
                 parts[-1] += part
@@ -192,7 +162,7 @@ def joined(texts: Iterable[Any]) -> str:
     return Content(whole, contents[0]._asked, tuple(parts)) if contents else whole
 
 
-def _not_told(*_: Any, **__: Any) -> Any:
+def not_told(*_: Any, **__: Any) -> Any:
     raise NotTold
 
 
@@ -200,9 +170,9 @@ _OF_OBJECTS = {
     "__class__", "__new__", "__init__", "__getattribute__", "__setattr__", "__delattr__", "__dir__", "__doc__",
     "__init_subclass__", "__subclasshook__", "__reduce__", "__reduce_ex__", "__sizeof__", "__getstate__",
 }  # fmt: skip
-_FOLLOWED = frozenset(vars(Content)) - _OF_OBJECTS
-for _name in {*dir(str), "__radd__"} - _OF_OBJECTS - _FOLLOWED:
-    setattr(Content, _name, _not_told)
+FOLLOWED = frozenset(name for name, made in vars(Content).items() if made is not None) - _OF_OBJECTS
+for _name in {*dir(str), "__radd__"} - _OF_OBJECTS - FOLLOWED:
+    setattr(Content, _name, not_told)
 
 
 def _blanks(signs: Any) -> Any:
@@ -212,7 +182,19 @@ def _blanks(signs: Any) -> Any:
     return signs
 
 
-class _Length:
+class Method:
+    """A content's method, which is called and no more."""
+
+    def __init__(self, followed: Callable[..., Any]) -> None:
+        self._followed = followed
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self._followed(*given, **named)
+
+    __eq__ = __hash__ = __str__ = __repr__ = not_told  # type: ignore[assignment]
+
+
+class Length:
     """The length of a content: more than none."""
 
     def __init__(self, content: Content) -> None:
@@ -238,161 +220,17 @@ class _Length:
     def __le__(self, other: Any) -> bool:
         return self._than_none(other, False)
 
-    __hash__ = __lt__ = __ge__ = __str__ = __repr__ = _not_told  # type: ignore[assignment]
+    __hash__ = __lt__ = __ge__ = __str__ = __repr__ = not_told  # type: ignore[assignment]
 
 
-def _may_hold(value: Any) -> bool:
+def may_hold(value: Any) -> bool:
     """Whether there may be a content in a value."""
     if isinstance(value, Content):
         return True
     if value is None or isinstance(value, (str, int, float, Undefined)):
         return False
     if type(value) is dict:
-        return any(map(_may_hold, value)) or any(map(_may_hold, value.values()))
+        return any(map(may_hold, value)) or any(map(may_hold, value.values()))
     if type(value) in (list, tuple):
-        return any(map(_may_hold, value))
+        return any(map(may_hold, value))
     return True  # a generator, say
-
-
-class _Generator(CodeGenerator):
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # jinja's name; its own joins what is in a str
-        self.write("environment.concat((")
-        for one in node.nodes:
-            self.visit(one, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # its own asks a plain str what is in it
-        self.write("environment.compared(")
-        self.visit(node.expr, frame)
-        for one in node.ops:
-            self.write(f", ({one.op!r}, ")
-            self.visit(one.expr, frame)
-            self.write(")")
-        self.write(")")
-
-
-_COMPARED: dict[str, Callable[[Any, Any], bool]] = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "lteq": operator.le, "gt": operator.gt,
-    "gteq": operator.ge, "in": lambda one, other: one in other, "notin": lambda one, other: one not in other,
-}  # fmt: skip
-
-
-class _Watching:
-    """What transformers' sandbox lets templates do, without what is not followed."""
-
-    code_generator_class = _Generator
-    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
-    concat = staticmethod(joined)
-    globals: Mapping[str, Any]
-    undefined: type[Undefined]
-
-    def call(self, context: Any, called: Any, *given: Any, **named: Any) -> Any:
-        arguments = {name: value for name, value in named.items() if name not in _OF_JINJA}
-        is_told = hasattr(called, "jinja_pass_arg") or any(map(_may_hold, (*given, *arguments.values())))
-        if is_told and not _takes_contents(called, self.globals, set(arguments)):
-            raise NotTold
-        return super().call(context, called, *given, **named)  # type: ignore[misc]
-
-    @staticmethod
-    def compared(first: Any, *others: tuple[str, Any]) -> bool:
-        for name, other in others:
-            if isinstance(first, Content) and isinstance(other, str) and name in ("in", "notin"):
-                raise NotTold
-            if not _COMPARED[name](first, other):
-                return False
-            first = other
-        return True
-
-    def call_binop(self, context: Any, sign: str, left: Any, right: Any) -> Any:
-        if not (_may_hold(left) or _may_hold(right)):
-            return super().call_binop(context, sign, left, right)  # type: ignore[misc]
-        if sign == "+" and isinstance(left, str) and isinstance(right, str):
-            return joined((left, right))
-        if sign == "+" and type(left) is type(right) and type(left) in (list, tuple):
-            return left + right
-        raise NotTold
-
-    def getattr(self, given: Any, attribute: str) -> Any:
-        if isinstance(given, (Content, _Length)) and attribute not in _FOLLOWED:
-            if hasattr(str, attribute) or hasattr(given, attribute):
-                raise NotTold
-            return self.undefined(obj=given, name=attribute)
-        return super().getattr(given, attribute)  # type: ignore[misc]
-
-    def getitem(self, given: Any, argument: Any) -> Any:
-        if isinstance(argument, (Content, _Length)):
-            raise NotTold
-        if isinstance(given, Content) and isinstance(argument, str):
-            return self.getattr(given, argument)  # as jinja does, once it has seen that a text has no such item
-        return super().getitem(given, argument)  # type: ignore[misc]
-
-
-_OF_JINJA = {"_loop_vars", "_block_vars"}  # arguments that jinja adds, of functions that are told of the context
-
-
-def _takes_contents(called: Any, known: Mapping[str, Any], names: set[str]) -> bool:
-    """Whether what is called is followed here: what the template itself says, a namespace, a content's own method, what
-    raises an error, and transformers' tag {% generation %}, which gives back what it is given to write."""
-    if isinstance(called, Macro) or (isinstance(called, type) and issubclass(called, Namespace)):
-        return True
-    if isinstance(called, types.MethodType):
-        return isinstance(called.__self__, Content) or (
-            called.__name__ == "_generation_support" and names == {"caller"}
-        )
-    return called is known.get("raise_exception") or called is known.get("dict")
-
-
-_TYPE_TESTS = {
-    "defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "boolean", "number", "integer",
-    "float", "true", "false", "callable",
-}  # fmt: skip
-_EQUALITY_TESTS = {"eq", "equalto", "==", "ne", "!="}
-_OF_LISTS = {
-    "length", "count", "first", "last", "list", "reverse", "default", "d", "map", "select", "reject", "selectattr",
-    "rejectattr", "items",
-}  # fmt: skip  # which keep what is in a list, or look at it by tests, filters and fields
-_OF_TEXTS: dict[str, Callable[..., Any]] = {
-    "trim": Content.strip,
-    "string": Content.__str__,
-    "replace": Content.replace,
-    "length": _Length,
-    "count": _Length,
-    "default": lambda content, *_, **__: content,
-    "d": lambda content, *_, **__: content,
-}
-
-
-def _filter(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that takes contents, or raises `NotTold`."""
-
-    @functools.wraps(made)
-    def watching(*given: Any, **named: Any) -> Any:
-        value, *others = given[1:] if hasattr(made, "jinja_pass_arg") else given
-        if any(map(_may_hold, (*others, *named.values()))) and name not in ("default", "d"):
-            raise NotTold
-        if isinstance(value, Content):
-            return _OF_TEXTS.get(name, _not_told)(value, *others, **named)
-        if _may_hold(value) and name not in _OF_LISTS:
-            raise NotTold
-        return made(*given, **named)
-
-    return watching
-
-
-def _test(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
-    """A test that takes contents, or raises `NotTold`."""
-
-    @functools.wraps(made)
-    def watching(*given: Any, **named: Any) -> Any:
-        passed = given[:1] if hasattr(made, "jinja_pass_arg") else ()
-        value, *others = given[len(passed) :]
-        if not any(map(_may_hold, (value, *others, *named.values()))):
-            return made(*given, **named)
-        if name in _TYPE_TESTS:
-            return made(*passed, "a text" if isinstance(value, Content) else value)
-        if name in _EQUALITY_TESTS and all(isinstance(one, str) for one in (value, *others)):
-            return made(*given, **named)
-        raise NotTold
-
-    return watching

@@ -1,11 +1,12 @@
 """Conversations whose text is assembled from what others of their shape have shown, not rendered."""
 
 import random
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import trl
-from template_shapes import HEADER, SHAPES, TURNS, sample_of, tokenizer_of
+from template_shapes import HEADER, SHAPES, TURNS, conversation, sample_of, tokenizer_of
 
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.records.bad_records import BadRecord
@@ -14,6 +15,7 @@ from pocl_fast.templates.known_shapes import KnownShapes
 
 WIDE = {"max_length": 90_000, "max_prompt_length": 80_000}
 PUBLISHED = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
+DAY = datetime(2026, 1, 2)
 ROLES = (
     ("user", "assistant"),
     ("system", "user", "assistant"),
@@ -62,12 +64,53 @@ def test_known_shapes_write_what_the_template_writes(name, monkeypatch):
     for roles in ROLES:
         samples = [drawn(generator, roles, plain=True) for _ in range(3)]
         samples += [drawn(generator, roles, plain=number % 2 > 0) for number in range(8)]
-        for sample in samples:
-            made = result(knows, sample)
-            with monkeypatch.context() as patched:
-                patched.setattr(KnownShapes, "split", lambda *_: None)
-                assert made == result(renders, sample), sample
+        compare(monkeypatch, knows, renders, samples)
     assert KnownShapes.split is split
+
+
+def compare(monkeypatch, knows, renders, samples):
+    """Both encoders give the same of all samples; the second one renders each."""
+    for sample in samples:
+        made = result(knows, sample)
+        with monkeypatch.context() as patched:
+            patched.setattr(KnownShapes, "split", lambda *_: None)
+            assert made == result(renders, sample), sample
+
+
+# what opens the last answer of several alone, and the one that is asked for
+OPENED_LAST = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last and messages|length > 2 %}{{ 'Final:' }}{% endif %}"
+    "{{ m.content + '<|eot|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' + ('Final:' if messages|length > 1 else '') }}{% endif %}"
+)
+LOOKS_TWICE = TURNS.replace(
+    "m['content']", "('A' if 'brief' in messages[0].content and m.content | upper == 'YES' else m.content)"
+)
+REPLACES = TURNS.replace("m['content']", "m.content.replace('a', 'b')")
+
+
+@pytest.mark.parametrize("system", [None, "Be brief.", " Be\n"])
+@pytest.mark.parametrize("template", [OPENED_LAST, LOOKS_TWICE + HEADER, REPLACES + HEADER])
+def test_texts_that_are_looked_for_are_looked_for_in_every_turn(template, system, monkeypatch):
+    tokenizer = tokenizer_of(template)
+    knows, renders = (
+        SampleEncoder(tokenizer, chat=ChatTemplate.chosen(tokenizer, system_prompt=system)) for _ in range(2)
+    )
+    talks = ("a b c d", "e f g h", "q r s t", "i Final:j k l", "yes m n o")
+    samples = [conversation(list(zip(*[iter(talk.split())] * 2, strict=True))) for talk in talks]
+    compare(monkeypatch, knows, renders, samples)
+
+
+def test_a_shape_is_learned_in_a_few_renderings_however_long_it_is(monkeypatch):
+    renders, render = [], ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *a, **b: renders.append(1) or render(*a, **b))
+    for name in ("qwen3", "llama3", "gemma3"):
+        encoder = SampleEncoder(tokenizer_with(name))
+        for number in range(3):
+            renders.clear()
+            encoder.encode(conversation([(f"the question {i}", f"the answer {i} {number}") for i in range(40)]), **WIDE)
+            assert len(renders) < (200, 20, 1)[number], name  # of the first one each short turn is looked at
 
 
 def test_the_third_conversation_of_a_shape_is_not_rendered(monkeypatch):
@@ -75,7 +118,8 @@ def test_the_third_conversation_of_a_shape_is_not_rendered(monkeypatch):
     monkeypatch.setattr(ChatTemplate, "render", lambda *a, **b: renders.append(1) or render(*a, **b))
     generator = random.Random(1)
     for name in ("qwen3", "llama3", "gemma3", "phi3", "qwen3_5_think", "gptoss", "gemma4", "deepseekv3", "glm4moe"):
-        encoder = SampleEncoder(tokenizer_with(name))
+        tokenizer = tokenizer_with(name)
+        encoder = SampleEncoder(tokenizer, chat=ChatTemplate.chosen(tokenizer, date=DAY))
         for number in range(5):
             renders.clear()
             encoder.encode(drawn(generator, ROLES[2], plain=True), **WIDE)
@@ -107,3 +151,16 @@ def test_turns_with_more_than_a_role_and_a_text_are_rendered():
         encoder.encode(sample_of([question, answer]), **WIDE)
     made = encoder.encode(sample_of([{**question, "name": "Ann"}, answer]), **WIDE)
     assert "Ann" in encoder.tokenizer.decode(made.prompt_ids)
+
+
+def test_contents_that_the_template_reads_in_parts_are_followed_too(monkeypatch):
+    parts = "{% for part in m['content'] %}{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}" + parts + "{{ '<|eot|>\n' }}{% endfor %}" + HEADER
+    )
+    encoder = SampleEncoder(tokenizer_of(template))
+    samples = [conversation([(f"question {i}", f"answer {i}")]) for i in range(3)]
+    encoder.encode(samples[0], **WIDE), encoder.encode(samples[1], **WIDE)
+    monkeypatch.setattr(ChatTemplate, "render", None)
+    made = encoder.encode(samples[2], **WIDE)
+    assert encoder.tokenizer.decode(made.ids).endswith("question 2<|eot|>\n<|start|>assistant\nanswer 2<|eot|>")

@@ -189,6 +189,13 @@ def test_a_turn_that_the_template_rewrites_is_not_trained_on_and_counted():
     assert (count, lines) == (1, (1,))
 
 
+def test_answers_are_found_though_the_template_rewrites_the_words_that_are_looked_for_in_their_place():
+    changed = TURNS.replace("m['content']", "m['content'] | replace('a', 'b')")
+    tokenizer = tokenizer_of(changed + HEADER)
+    one = SampleEncoder(tokenizer).encode(conversation([("e", "yes"), ("f", "no")]), **WIDE)
+    assert [tokenizer.decode(one.ids[start:end]) for start, end in one.spans] == ["yes<|eot|>", "no<|eot|>"]
+
+
 def test_a_greeting_that_answers_nothing_is_not_trained_on_and_counted():
     tokenizer = tokenizer_of(TURNS + HEADER)
     greeting = [said("assistant", "Hello"), said("user", "a"), said("assistant", "b"), said("user", "c")]

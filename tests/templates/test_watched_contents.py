@@ -2,8 +2,10 @@
 
 import pytest
 from template_shapes import tokenizer_of
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from pocl_fast.templates.chat_template import ChatTemplate, TemplateRefusal
+from pocl_fast.templates.watched_template import WatchedTemplate
 
 FIRST, SECOND = "Qz7firstzQ", "Qz7secondzQ"
 CONTENTS = (
@@ -37,6 +39,8 @@ SAFE = (
     "{{ m == messages[1] }}{{ c }}", "{% if 'a>' in '<' ~ c %}A{% endif %}{{ c }}", "{{ 1 < 2 < 3 }}{{ c }}",
     "{{ c.foo }}{{ c['text'] }}{{ c }}", "{% if c is not none and c is not mapping %}{{ c }}{% endif %}",
     "{% if c in ['yes', 'no'] %}y{% endif %}{{ c }}", "{% if c is eq 'yes' %}y{% endif %}{{ c }}",
+    "{% if 2 < 1 < c | int %}{% endif %}{{ c }}",
+    "{% if c | length is number %}n{% endif %}{{ c }}", "{% if c.strip is callable %}m{% endif %}{{ c }}",
 )  # fmt: skip
 UNSAFE = (
     "{{ c | upper }}", "{{ c.title() }}", "{{ c[0] }}", "{{ c[:3] }}", "{{ c[-1] }}", "{{ c | first }}",
@@ -58,6 +62,14 @@ UNSAFE = (
     "{{ c | truncate(3) }}", "{{ c is in ['a'] }}", "{{ range(c | length) | list }}", "{{ c | unique | list }}",
     "{{ [c] | map('length') | list }}", "{% set n = namespace(x=c) %}{{ n.x | upper }}", "{{ (c, 'x') | tojson }}",
     "{% for x in messages %}{% if loop.changed(x.content) %}c{% endif %}{% endfor %}", "{{ c.splitlines() }}",
+    "{{ {('yes',): 'Y'}[(c,)] }}{{ c }}", "{{ c + ('x' | safe) }}", "{{ ('x' | safe) + c }}",
+    "{% autoescape true %}{{ c }}{% endautoescape %}", "{{ c.split == messages[1].content.split }}{{ c }}",
+    "{{ ('yes' | safe) == c }}{{ c }}", "{{ c in [x | e] }}{{ c }}", "{{ ['yes'] | map('safe') | list == [c] }}",
+    "{% if c | length is number and c | upper == 'YES' %}A{% endif %}{{ c }}", "{{ [c.split].index(c.split) }}",
+    "{% if (c | length).real is defined and c | upper == 'YES' %}A{% endif %}{{ c }}", "{{ (c | length)['real'] }}",
+    "{% set n = namespace(x=0) %}{% macro f() %}{% set n.x = 1 %}{% endmacro %}{% if 2 < 1 < f() %}{% endif %}"
+    "{% if not n.x and c | upper == 'YES' %}A{% endif %}{{ c }}",
+    "{{ ['a', 'a'] | random }}{{ c }}", "{{ strftime_now('%Y') }}{{ c }}", "{{ lipsum(0) }}{{ c }}",
 )  # fmt: skip
 
 
@@ -98,3 +110,19 @@ def test_what_templates_do_with_contents_is_followed(template):
 @pytest.mark.parametrize("template", UNSAFE)
 def test_what_could_tell_one_content_from_another_is_not_said_to_be_known(template):
     assert rendered(template, (FIRST, SECOND))[1] is None
+
+
+@pytest.mark.parametrize("contents", [("an asked one", SECOND), (FIRST, " blank"), ("blank\n", SECOND), (FIRST, "")])
+def test_contents_that_may_be_written_otherwise_show_nothing(contents):
+    text, asked = rendered("{% if 'asked' in c %}{{ c | upper == 'YES' }}{% endif %}{{ c }}", contents)
+    assert text is not None
+    assert asked is None
+
+
+def test_the_environment_of_the_template_stays_as_it_was():
+    compiled = _compile_jinja_template("{{ messages[0].content | trim }}{{ 1 is eq 1 }}")
+    environment = compiled.environment
+    before = dict(environment.filters), dict(environment.tests), dict(environment.globals), type(environment)
+    watched = WatchedTemplate(compiled, "{{ messages[0].content | trim }}{{ 1 is eq 1 }}")
+    assert watched.render([{"role": "user", "content": "a"}], {}) == ("aTrue", frozenset())
+    assert before == (environment.filters, environment.tests, environment.globals, type(environment))
