@@ -41,7 +41,8 @@ demo: $(VENV)/.core
 distil: $(VENV)/.core
 	@test -n '$(TRAIN)' || { echo "make distil TRAIN=FILE, your samples: see docs/your-data.md"; exit 1; }
 	$(BIN)/pocl-fast distill --teacher bundled --student-layers 20 --lora-rank 16 --learning-rate 7e-4 \
-		--epochs-per-stage 1 --eval-seeds 10 20 --train '$(TRAIN)' --output '$(OUTPUT)' $(OPTIONS)
+		--epochs-per-stage 1 --eval-seeds 10 20 --max-new-tokens 64 \
+		--train '$(TRAIN)' --output '$(OUTPUT)' $(OPTIONS)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not wheel'
