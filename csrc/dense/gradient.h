@@ -77,16 +77,16 @@ struct BlockWeights {
     double first = 0, second = 0, third = 0;
 };
 
-template <Family family, OwnCe ce>
-inline BlockWeights block_weights(const RowFacts& f, const Values& values, const Maxima& maxima) {
+template <OwnCe ce>
+inline BlockWeights block_weights(Family family, const RowFacts& f, const Values& values, const Maxima& maxima) {
     const Weights& w = values.w;
     BlockWeights out;
     const double q = f.q.weight(maxima.s);
     if (family == Family::forward_kl && values.small) {
         out = {w.d * q * values.known, -w.d, 0};
-    } else if constexpr (family == Family::forward_kl) {
+    } else if (family == Family::forward_kl) {
         out = {w.d * q, -w.d * f.p.weight(maxima.t), 0};
-    } else if constexpr (family == Family::reverse_kl) {  // q (mean gap - gap): without the normalisers' quotient, and its error
+    } else if (family == Family::reverse_kl) {  // q (mean gap - gap): without the normalisers' quotient, and its error
         const double moved = static_cast<double>(maxima.t - maxima.s) - f.max_gap(), slope = w.d * q * kLn2 * f.q.factor;  // fp32 as in the sweep
         out = {slope * (f.moment / f.q.z - moved) + w.d * q * values.pull, -slope, 0};
     } else {
@@ -102,9 +102,10 @@ inline BlockWeights block_weights(const RowFacts& f, const Values& values, const
 
 /// The gradient of a row over the shared vocabulary, from what the sweeps before have kept, block by block. It can wait until the next
 /// row of logits is swept, piece by piece before that row's exponentials take the places of this one's: memory is then read and written
-/// at once, and scratch moves through the first cache once, not twice.
-template <Family family, OwnCe ce, class G>
+/// at once, and scratch moves through the first cache once, not twice. Only a block's weights know the divergence.
+template <OwnCe ce, class G>
 struct Gradient {
+    Family family;
     Kept kept;
     Pieces pieces;
     const RowFacts& f;
@@ -153,7 +154,7 @@ struct Gradient {
     Block block(std::int64_t block) {
         const bool any = block < pieces.blocks();
         if (any) {
-            if (maxima.move_to(kept, block)) weights = block_weights<family, ce>(f, values, maxima);
+            if (maxima.move_to(kept, block)) weights = block_weights<ce>(family, f, values, maxima);
             next = block + 1;
         }
         return {kept.first, kept.second, kept.third, broadcast(static_cast<float>(weights.first)), broadcast(static_cast<float>(weights.second)),

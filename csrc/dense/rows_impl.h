@@ -28,29 +28,41 @@ struct Row {
     float* scratch;
 };
 
-template <Family family, class S, class T>
-inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pieces, const Kept& kept, const RowFacts& f, float s_label) {
+/// D and what its gradient needs, by the one divergence.
+template <Family family, class S>
+inline void compare(double teacher_share, const Rows<S, S>& rows, const Pieces& pieces, const Kept& kept, const RowFacts& f, Values& out) {
+    if constexpr (is_kl(family)) {
+        const KlSums sums = kl<family>(rows, pieces, f, kept);
+        const double whole = sums.D + f.log_kept;
+        out.D = f.kept * whole;
+        if (family == Family::reverse_kl && f.kept != 1) {
+            out.pull = (1 - f.kept) * (whole + 1);
+            out.pull_out = -(whole + 1);
+        }
+        out.known = family == Family::reverse_kl ? sums.D - out.pull : sums.excess;
+        out.small = sums.small;
+    } else {
+        const MixtureSums sums = mixture<family>(rows, pieces, f, teacher_share, kept);
+        out.D = sums.D;
+        out.known = sums.u;
+        out.unit = sums.unit;
+        out.factor = mixture_factor(family, teacher_share);
+    }
+}
+
+/// Compiles `compare` for each family, and calls the task's.
+template <class S, int... known>
+inline void compare_by_family(const Task& task, const Rows<S, S>& rows, const Pieces& pieces, const Kept& kept, const RowFacts& f, Values& out,
+                              std::integer_sequence<int, known...>) {
+    ((task.family == kFamilies[known].family ? compare<kFamilies[known].family>(task.teacher_share, rows, pieces, kept, f, out) : void()), ...);
+}
+
+/// Once for all first sweeps of a dtype: a call a row.
+template <class S>
+POCL_ONCE Values evaluate(const Row& row, const Rows<S, S>& rows, const Pieces& pieces, const Kept& kept, const RowFacts& f, float s_label) {
     const Task& task = *row.task;
     Values out;
-    if (f.compared) {
-        if constexpr (is_kl(family)) {
-            const KlSums sums = kl<family>(rows, pieces, f, kept);
-            const double whole = sums.D + f.log_kept;
-            out.D = f.kept * whole;
-            if (family == Family::reverse_kl && f.kept != 1) {
-                out.pull = (1 - f.kept) * (whole + 1);
-                out.pull_out = -(whole + 1);
-            }
-            out.known = family == Family::reverse_kl ? sums.D - out.pull : sums.excess;
-            out.small = sums.small;
-        } else {
-            const MixtureSums sums = mixture<family>(rows, pieces, f, task.teacher_share, kept);
-            out.D = sums.D;
-            out.known = sums.u;
-            out.unit = sums.unit;
-            out.factor = mixture_factor(family, task.teacher_share);
-        }
-    }
+    if (f.compared) compare_by_family(task, rows, pieces, kept, f, out, std::make_integer_sequence<int, kFamilyCount>{});
     if (f.broken) out.D = __builtin_nan("");
     out.no_softmax = f.ce.z == 0;
     const double below = f.ce.log2_of(s_label);
@@ -62,13 +74,13 @@ inline Values evaluate(const Row& row, const Rows<S, T>& rows, const Pieces& pie
 }
 
 /// The label's entry of the gradient again, with its -1: one rounding to the gradient's dtype, not two. label_s, label_t: its logits.
-template <Family family, class G>
+template <class G>
 inline void put_label(const Row& row, const RowFacts& f, const Values& values, float label_s, float label_t, float slope, typename G::Storage* out) {
     if (values.w.ce == 0.0f) return;
     double d_term = values.label_out;
     if (row.label < row.V && f.compared && label_s > 2 * f.floor) {
         const double log_q = kLn2 * f.q.log2_of(label_s), log_p = kLn2 * f.p.log2_of(label_t);
-        d_term = label_gradient(family, log_q, log_p, row.task->teacher_share, values.known);
+        d_term = label_gradient(row.task->family, log_q, log_p, row.task->teacher_share, values.known);
     }
     Float g = {};
     g[0] = static_cast<float>((values.w.d * d_term + values.w.ce * ::expm1(-values.ce)) * slope);
@@ -135,8 +147,9 @@ struct Scratch {
 
 /// Copies D's logits out of CE's and the teacher's transformed ones; one that is -inf becomes low enough for a probability of 0. Whether
 /// an entry is to be left out of D's first side.
-template <Family family>
+template <Moment moment>
 inline bool copy_shared(const Scratch& scratch, std::int64_t V, RowFacts& f) {
+    constexpr bool is_kl = moment != Moment::none;
     const Float floor = broadcast(f.floor * 0.999f), lowest = broadcast(2.0f * f.floor);  // floor: above what `normalise` takes for too low
     Int s_any = {}, t_any = {}, both = {}, left_out = {};
     for_vectors(0, V, [&](std::int64_t v, int count, auto rest) {
@@ -144,15 +157,15 @@ inline bool copy_shared(const Scratch& scratch, std::int64_t V, RowFacts& f) {
         const Int no_q = x == -kInf, no_p = y == -kInf;
         s_any |= ~no_q;
         t_any |= ~no_p;
-        if constexpr (is_kl(family)) both |= ~(no_q | no_p);
-        if constexpr (is_kl(family)) left_out |= family == Family::forward_kl ? no_q & ~no_p : no_p & ~no_q;
+        if constexpr (is_kl) both |= ~(no_q | no_p);
+        if constexpr (is_kl) left_out |= moment == Moment::of_p ? no_q & ~no_p : no_p & ~no_q;
         // NaN passes through max as its second argument
         store<F32, rest.value>(scratch.s + v, select(no_q, lowest, max(floor, x)), count);
         store<F32, rest.value>(scratch.t + v, select(no_p, lowest, max(floor, y)), count);
     });
     f.s_any = any(s_any);
     f.t_any = any(t_any);
-    f.compared = is_kl(family) ? any(both) : f.s_any && f.t_any;
+    f.compared = is_kl ? any(both) : f.s_any && f.t_any;
     return any(left_out);
 }
 
@@ -189,7 +202,7 @@ inline void add_left_out(const float* left_out, std::int64_t V, const Side& q, d
 }
 
 /// The row by way of fp32 copies.
-template <Family family, class G>
+template <Moment moment, class G>
 void copied_row(const Row& row, const Output<G>& out) {
     const Task& task = *row.task;
     RowFacts f = begin_row(task, row.n);
@@ -197,8 +210,8 @@ void copied_row(const Row& row, const Output<G>& out) {
     const Pieces pieces{row.V, 0};
     copy_row(task.student, row.n, row.V_s, task.student_transform, scratch.c);
     copy_row(task.teacher, row.n, row.V, task.teacher_transform, scratch.t);
-    const bool some_left_out = copy_shared<family>(scratch, row.V, f);
-    constexpr bool of_p = family == Family::forward_kl;
+    const bool some_left_out = copy_shared<moment>(scratch, row.V, f);
+    constexpr bool of_p = moment == Moment::of_p;
     float* const left_out = scratch.kept.third;
     Side out_of_first;
     if (some_left_out) {
@@ -208,7 +221,7 @@ void copied_row(const Row& row, const Output<G>& out) {
     }
     const float floor_before = f.floor;
     f.floor *= 2.5f;  // every logit is fit to be swept now
-    normalise<moment_of(family), OwnCe::no, F32, F32>(scratch.s, scratch.t, pieces, scratch.kept, f, Unfit::goes_on);
+    normalise<moment, OwnCe::no, F32, F32>(scratch.s, scratch.t, pieces, scratch.kept, f, Unfit::goes_on);
     f.floor = floor_before;
     Side q = f.q, p = f.p;
     if (some_left_out) (of_p ? p : q) = take_left_out(of_p ? f.p : f.q, out_of_first, f);
@@ -216,14 +229,14 @@ void copied_row(const Row& row, const Output<G>& out) {
     normalise_ce<F32>(scratch.c, 0, row.V_s, f.ce);
     const float s_label = scratch.c[row.label];
     const bool shared = row.label < row.V;
-    Values values = evaluate<family>(row, Rows<F32, F32>{scratch.s, scratch.t}, pieces, scratch.kept, f, s_label);
+    Values values = evaluate<F32>(row, Rows<F32, F32>{scratch.s, scratch.t}, pieces, scratch.kept, f, s_label);
     if (some_left_out && !of_p && shared && left_out[row.label] != -kInf)
         values.label_out = values.pull_out * ::exp2(q.log2_of(s_label));
     put_stats(row, f, Sides{q, p}, values, s_label);
     if (out.row == nullptr) return;
     float* const g = scratch.kept.first;  // over what it is computed from
     const std::int64_t done = f.compared ? row.V : 0;
-    if (done > 0) Gradient<family, OwnCe::no, F32>{scratch.kept, pieces, f, values, Output<F32>{g, false}}.finish();
+    if (done > 0) Gradient<OwnCe::no, F32>{task.family, scratch.kept, pieces, f, values, Output<F32>{g, false}}.finish();
     std::memset(g + done, 0, static_cast<std::size_t>(row.V_s - done) * sizeof *g);
     if (some_left_out && !of_p && f.compared) add_left_out(left_out, row.V, q, values.w.d * values.pull_out, g);
     const CrossEntropy ce(f, values.w);
@@ -234,11 +247,11 @@ void copied_row(const Row& row, const Output<G>& out) {
         store<G, rest.value>(out.row + v, sum * values.w.slope(c), count);
     });
     const Float slope = values.w.slope(broadcast(s_label));
-    put_label<family, G>(row, f, values, shared ? scratch.s[row.label] : 0.0f, shared ? scratch.t[row.label] : 0.0f, slope[0], out.row);
+    put_label<G>(row, f, values, shared ? scratch.s[row.label] : 0.0f, shared ? scratch.t[row.label] : 0.0f, slope[0], out.row);
 }
 
 /// A row whose gradient is still in scratch, where it waits for the next row's first sweep.
-template <Family family, class S>
+template <class S>
 struct Waiting {
     bool any = false;
     OwnCe own_ce = OwnCe::no;
@@ -250,18 +263,18 @@ struct Waiting {
     Output<S> out{};
 
     template <OwnCe ce>
-    Gradient<family, ce, S> gradient(const Kept& kept) const {
-        return {kept, pieces, f, values, out};
+    Gradient<ce, S> gradient(const Kept& kept) const {
+        return {row.task->family, kept, pieces, f, values, out};
     }
     /// What is left of the gradient, and the label's entry last.
     template <OwnCe ce>
-    void finish(Gradient<family, ce, S> left) {
+    void finish(Gradient<ce, S> left) {
         left.finish();
-        put_label<family, S>(row, f, values, s_label, t_label, 1.0f, out.row);
+        put_label<S>(row, f, values, s_label, t_label, 1.0f, out.row);
         any = false;
     }
     /// All of the gradient, by itself.
-    void write(const Kept& kept) {
+    POCL_ONCE void write(const Kept& kept) {
         if (!any) return;
         if (own_ce == OwnCe::summed) finish(gradient<OwnCe::summed>(kept));
         else if (own_ce == OwnCe::at_tau_1) finish(gradient<OwnCe::at_tau_1>(kept));
@@ -272,8 +285,8 @@ struct Waiting {
 
 /// The row where it lies: student and teacher of one dtype, untransformed. False where it holds a logit that is too low for that. Writes
 /// the gradient that waits, and leaves its own.
-template <Family family, OwnCe own_ce, class S>
-bool direct_row(const Row& row, const Output<S>& out, Waiting<family, S>& waiting) {
+template <Moment moment, OwnCe own_ce, class S>
+bool direct_row(const Row& row, const Output<S>& out, Waiting<S>& waiting) {
     using Storage = typename S::Storage;
     const Task& task = *row.task;
     RowFacts f = begin_row(task, row.n);
@@ -284,17 +297,17 @@ bool direct_row(const Row& row, const Output<S>& out, Waiting<family, S>& waitin
     bool fit;
     if (waiting.any && waiting.own_ce == own_ce && waiting.pieces.in_step(pieces)) {
         auto gradient = waiting.template gradient<own_ce>(kept);
-        fit = normalise<moment_of(family), own_ce, S, S>(rows.s, rows.t, pieces, kept, f, Unfit::stops, gradient);
+        fit = normalise<moment, own_ce, S, S>(rows.s, rows.t, pieces, kept, f, Unfit::stops, gradient);
         waiting.finish(gradient);
     } else {
         waiting.write(kept);
-        fit = normalise<moment_of(family), own_ce, S, S>(rows.s, rows.t, pieces, kept, f, Unfit::stops);
+        fit = normalise<moment, own_ce, S, S>(rows.s, rows.t, pieces, kept, f, Unfit::stops);
     }
     if (!fit) return false;
     if (own_ce == OwnCe::at_tau_1) f.ce = f.q;
     normalise_ce<S>(rows.s, row.V, row.V_s, f.ce);
     const float s_label = element<S>(rows.s + row.label), t_label = row.label < row.V ? element<S>(rows.t + row.label) : 0.0f;
-    const Values values = evaluate<family>(row, rows, pieces, kept, f, s_label);
+    const Values values = evaluate<S>(row, rows, pieces, kept, f, s_label);
     put_stats(row, f, Sides{f.q, f.p}, values, s_label);
     if (out.row == nullptr) return true;
     ce_gradient<S, S>(rows.s, row.V, row.V_s, f, values.w, out.row);
@@ -302,15 +315,15 @@ bool direct_row(const Row& row, const Output<S>& out, Waiting<family, S>& waitin
     return true;
 }
 
-template <Family family, class S>
-bool direct_row_by_temperature(const Row& row, float tau, const Output<S>& out, Waiting<family, S>& waiting) {
-    if (tau == 1.0f) return direct_row<family, OwnCe::at_tau_1>(row, out, waiting);
-    if (tau == 2.0f) return direct_row<family, OwnCe::at_tau_2>(row, out, waiting);
-    if (row.task->alpha[row.n] == 0.0f) return direct_row<family, OwnCe::summed>(row, out, waiting);
-    return direct_row<family, OwnCe::yes>(row, out, waiting);
+template <Moment moment, class S>
+bool direct_row_by_temperature(const Row& row, float tau, const Output<S>& out, Waiting<S>& waiting) {
+    if (tau == 1.0f) return direct_row<moment, OwnCe::at_tau_1>(row, out, waiting);
+    if (tau == 2.0f) return direct_row<moment, OwnCe::at_tau_2>(row, out, waiting);
+    if (row.task->alpha[row.n] == 0.0f) return direct_row<moment, OwnCe::summed>(row, out, waiting);
+    return direct_row<moment, OwnCe::yes>(row, out, waiting);
 }
 
-template <Family family, class S>
+template <Moment moment, class S>
 void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scratch) {
     using Storage = typename S::Storage;
     const std::int64_t N = task.student.rows, V_s = task.student.columns;
@@ -320,7 +333,7 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
         task.teacher.dtype == task.student.dtype && task.student_transform.identity() && task.teacher_transform.identity();
     // Past the caches when the gradient is too large to stay in them anyway; not over the student's own logits, which they hold.
     const bool stream = task.gradient.data != task.student.data && row_bytes * N > (std::int64_t{16} << 20);
-    Waiting<family, S> waiting;
+    Waiting<S> waiting;
     for (std::int64_t n = begin; n < end; ++n) {
         Storage* const g_row =
             task.gradient.data == nullptr ? nullptr : static_cast<Storage*>(task.gradient.data) + n * task.gradient.row_stride;
@@ -333,7 +346,7 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
         const float tau = task.temperature[n];
         const Row row{n, V, V_s, label, task.row_scale[n], ::powf(tau, static_cast<float>(task.temperature_power)), &task, scratch};
         const Output<S> out{g_row, stream && g_row != nullptr};
-        if (!direct || !direct_row_by_temperature<family>(row, tau, out, waiting)) copied_row<family>(row, out);
+        if (!direct || !direct_row_by_temperature<moment>(row, tau, out, waiting)) copied_row<moment>(row, out);
     }
     waiting.write(Scratch(scratch, V_s).kept);
 #if defined(__AVX2__)
@@ -341,23 +354,21 @@ void rows_of(const Task& task, std::int64_t begin, std::int64_t end, float* scra
 #endif
 }
 
-template <Family family>
-void rows_by_student(const Task& task, std::int64_t begin, std::int64_t end, float* scratch) {
-    switch (task.student.dtype) {
-        case DType::float32: return rows_of<family, F32>(task, begin, end, scratch);
-        case DType::bfloat16: return rows_of<family, BF16>(task, begin, end, scratch);
-        case DType::float16: return rows_of<family, FP16>(task, begin, end, scratch);
+template <class S>
+void rows_by_moment(const Task& task, std::int64_t begin, std::int64_t end, float* scratch) {
+    switch (moment_of(task.family)) {
+        case Moment::none: return rows_of<Moment::none, S>(task, begin, end, scratch);
+        case Moment::of_q: return rows_of<Moment::of_q, S>(task, begin, end, scratch);
+        case Moment::of_p: return rows_of<Moment::of_p, S>(task, begin, end, scratch);
     }
 }
 
-/// Compiles a row kernel for each family, and calls the task's.
-template <int... known>
-inline void rows_by_family(const Task& task, std::int64_t begin, std::int64_t end, float* scratch, std::integer_sequence<int, known...>) {
-    ((task.family == kFamilies[known].family ? rows_by_student<kFamilies[known].family>(task, begin, end, scratch) : void()), ...);
-}
-
 inline void rows(const Task& task, std::int64_t begin, std::int64_t end, float* scratch) {
-    rows_by_family(task, begin, end, scratch, std::make_integer_sequence<int, kFamilyCount>{});
+    switch (task.student.dtype) {
+        case DType::float32: return rows_by_moment<F32>(task, begin, end, scratch);
+        case DType::bfloat16: return rows_by_moment<BF16>(task, begin, end, scratch);
+        case DType::float16: return rows_by_moment<FP16>(task, begin, end, scratch);
+    }
 }
 
 }  // namespace

@@ -11,6 +11,8 @@
 
 // For loops and their bodies: a body that the compiler calls instead has its sums in memory.
 #define POCL_INLINE __attribute__((always_inline))
+// For what many instances of a template call once a row: compiled once, not into each of them.
+#define POCL_ONCE __attribute__((noinline))
 
 namespace pocl {
 namespace {
