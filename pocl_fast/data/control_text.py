@@ -116,12 +116,12 @@ class ControlText:
         """Whether a sample of plain turns has surely none: most are such, and this is 5 times as fast as to look."""
         if sample.tools or sample.answer is not None or self.tokenizer.finds_normalized:
             return False
-        texts = [sample.references[0]]
+        texts: list[Any] = [sample.references[0]]
         for turn in sample.messages:
             if len(turn) != 2:
                 return False
-            texts += turn.values()  # type: ignore[arg-type]  # role and content
-        return not any(map(self._all.may_be_in, texts))
+            texts += turn.values()  # role and content
+        return not self._all.may_be_in("\n".join(texts))
 
     def _firsts(self, sample: Sample) -> Iterator[str | None]:
         for turn in (*sample.messages, sample.answer_turn):
@@ -152,9 +152,10 @@ class _Finder:
     def may_be_in(self, text: str) -> bool:
         """Whether a text has two signs that a control token begins with. 0.1 us for each, against 20 us for the tokens
         of 100 words; most texts have not even the first one."""
-        if not any(sign in text for sign in self._signs):
-            return False
-        return any(start in text for start in self._starts)
+        for sign in self._signs:  # a third of the time of `any`
+            if sign in text:
+                return any(start in text for start in self._starts)
+        return False
 
     def first(self, text: str) -> str | None:
         """The first control token in the text, None where it has none."""

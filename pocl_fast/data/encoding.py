@@ -6,10 +6,10 @@ Knows tokenizers. Does not know files (records/sources.py), batches or models.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from pocl_fast.data.answer_choice import (
     ENDS_EARLIER,
@@ -95,7 +95,7 @@ class SampleEncoder:
         self.chat: ChatTemplate | None = None
         self._writer: ConversationText | None = None
         self._control: ControlText | None = None
-        self._marks_all = False
+        self._marks_all, self._writes_without_tokenizer = False, True  # another thread may use it meanwhile, then
         shape, added = PLAIN, tokenizer.get_added_vocab()
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
@@ -107,6 +107,7 @@ class SampleEncoder:
         if special_tokens == "text":
             self._control = ControlText(tokenizer, self.chat, shape, alpaca.WITH_INPUT)
             self._border = TokenBorder(tokenizer, self._special, self._control.tokenizer)
+            self._writes_without_tokenizer = not self._control.tokenizer.finds_normalized
         if self.chat is not None:
             if self._control is not None and (marked := self._control.chat(self.chat)) is not self.chat:
                 self.chat, finder = marked, AnswerFinder(marked, added)
@@ -158,26 +159,31 @@ class SampleEncoder:
         batch: int = BATCH,
     ) -> Iterator[tuple[Sample, Fitted]]:
         """Each sample with what `fit` gives of it, but for those that it refuses: `refused` is told of these, with
-        their lines. Samples are taken and tokenised `batch` at a time."""
+        their lines. Samples are taken and tokenised `batch` at a time: another thread tokenises while the next ones are
+        read and written."""
         each = iter(samples)
-        while taken := list(islice(each, batch)):
-            texts: list[_Text] = []
-            for sample in taken:
-                try:
-                    texts.append(self._text_of(sample, name))
-                except BadRecord as error:
-                    self.forget(sample.line)
-                    refused(error, sample.line)
-            together = iter(self._tokens_of([text.split for text in texts if not text.has_marks]))
-            for text in texts:
-                try:
-                    tokens = self._tokens_alone(text) if text.has_marks else next(together)
-                    made = self._fitted(text, tokens, max_length, max_prompt_length)
-                except BadRecord as error:
-                    self.forget(text.given.line)
-                    refused(error, text.given.line)
-                else:
-                    yield text.given, made
+        with ThreadPoolExecutor(1, thread_name_prefix="tokens") as other:
+            taken = self._taken(each, batch, name)
+            while taken is not None:
+                tokens = other.submit(self._tokens_of, [text.split for text in taken.texts if not text.has_marks])
+                if not self._writes_without_tokenizer:
+                    wait([tokens])
+                following = None if taken.failed else self._taken(each, batch, name)
+                for error, line in taken.refused:
+                    refused(error, line)
+                together = iter(tokens.result())
+                for text in taken.texts:
+                    try:
+                        own = self._tokens_alone(text) if text.has_marks else next(together)
+                        made = self._fitted(text, own, max_length, max_prompt_length)
+                    except BadRecord as error:
+                        self.forget(text.given.line)
+                        refused(error, text.given.line)
+                    else:
+                        yield text.given, made
+                if taken.failed:
+                    raise taken.failed
+                taken = following
 
     def asked(self, sample: Sample, name: str = "") -> int:
         """How many tokens are before the first answer that is trained on, 0 where none is. Nothing is noted of it."""
@@ -201,8 +207,7 @@ class SampleEncoder:
 
     def encode_prompt(self, sample: Sample) -> list[int]:
         """The prompt's tokens, up to where the answer starts."""
-        text = self._text_of(sample, "")
-        return self._turns(text, self._tokens_alone(text)).prompt
+        return self._turns(text := self._text_of(sample, ""), self._tokens_alone(text)).prompt
 
     def answer_texts(
         self, answers: Sequence[Sequence[int]], references: Sequence[Sequence[str]] | None = None
@@ -233,6 +238,20 @@ class SampleEncoder:
         marked = used if self._control is None else self._control.marked(used, where)
         split = self._alpaca(marked, where) if self.template == "alpaca" else self._chat(marked, where)
         return _Text(given, used, marked, split, where, self._marks_all or marked is not used)
+
+    def _taken(self, samples: Iterator[Sample], count: int, name: str) -> _Taken | None:
+        """The texts of the next samples; None where there are none."""
+        taken = _Taken([], [])
+        try:
+            for sample in islice(samples, count):
+                try:
+                    taken.texts.append(self._text_of(sample, name))
+                except BadRecord as error:
+                    self.forget(sample.line)
+                    taken.refused.append((error, sample.line))
+        except Exception as error:  # of the samples' source: raised when those before it are through
+            return taken._replace(failed=error)
+        return taken if taken.texts or taken.refused else None
 
     def _turns(self, text: _Text, tokens: list[list[int]]) -> Turns:
         return self.choice.turns(text.marked, text.split, tokens, self._unmarked)
@@ -329,8 +348,7 @@ class SampleEncoder:
             return
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     """A sample, what of it is used, this with marks in its control tokens, and the text of that."""
 
     given: Sample
@@ -339,6 +357,14 @@ class _Text:
     split: Split
     where: str
     has_marks: bool
+
+
+class _Taken(NamedTuple):
+    """Some samples' texts, those that are refused with their lines, and what failed behind them."""
+
+    texts: list[_Text]
+    refused: list[tuple[BadRecord, int]]
+    failed: Exception | None = None
 
 
 class EncoderOptions(TemplateOptions, ChoiceOptions, Protocol):

@@ -16,6 +16,7 @@ from pocl_fast.data.length_report import LengthReport, OverTheLimit, SampleLengt
 from pocl_fast.data.long_prompts import Rule, Shortenings, shortened
 from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.samples import Sample
+from pocl_fast.system import garbage
 from pocl_fast.system.console import watched
 from pocl_fast.templates import unused_fields
 
@@ -57,24 +58,25 @@ class Fitting:
     def fitted(self, samples: Iterable[Sample]) -> Iterator[Fitted]:
         """The same, with those that are left out for their length, or because nothing in them is trained on."""
         fitted = self._encoder.fit_each(self._seen(samples), self._bad.found, **self._limits, batch=self._batch)
-        for sample, made in fitted:
-            try:
-                one = self._made_to_fit(sample, made)
-            except BadRecord as error:  # of what was left of it
-                self._encoder.forget(sample.line)
-                self._bad.found(error, sample.line)
-                continue
-            self._before.add(made, one)
-            if one.encoded is None:
-                if one.asked:
-                    self._encoder.forget(sample.line)  # nothing of it is used
-                (self._skipped if one.asked else self._untrained).append(sample.line)
-                self._longest = max(self._longest, one.asked)
-            else:
-                self._kept += 1
-                if one.encoded.truncated:
-                    self._truncated.append(sample.line)
-            yield one
+        with garbage.old_objects_set_aside():
+            for sample, made in fitted:
+                try:
+                    one = self._made_to_fit(sample, made)
+                except BadRecord as error:  # of what was left of it
+                    self._encoder.forget(sample.line)
+                    self._bad.found(error, sample.line)
+                    continue
+                self._before.add(made, one)
+                if one.encoded is None:
+                    if one.asked:
+                        self._encoder.forget(sample.line)  # nothing of it is used
+                    (self._skipped if one.asked else self._untrained).append(sample.line)
+                    self._longest = max(self._longest, one.asked)
+                else:
+                    self._kept += 1
+                    if one.encoded.truncated:
+                        self._truncated.append(sample.line)
+                yield one
 
     def report(self) -> LengthReport:
         """What was taken, after the last sample. Raises `InputError` where a prompt is over the limit and may not be,

@@ -144,14 +144,25 @@ def turns_before(value: Any, where: str) -> Turns:
 
 def _turn(message: Any, spelt: dict[str, str], field: str, position: int) -> Message:
     """The message at a position of a field. `spelt` keeps how the roles of this conversation are called."""
+    if message.__class__ is dict and len(message) == 2:
+        role: Any = message.get("role")
+        content: Any = message.get("content")
+        if _is_plain(role, content) and spelt.setdefault(role, role) == role:
+            return {"role": role, "content": content}
     if not isinstance(message, Mapping):
         raise BadRecord(f'{field}, item {position}: expected "role" and "content", got {kind_of(message)}', NO_MESSAGE)
     given = {str(name): value for name, value in message.items() if value.__class__ is str or not is_absent(value)}
     role, content = given.pop("role", None), given.pop("content", None)
-    plain = not given and role in _PLAIN and content.__class__ is str and content.isascii()
-    if plain and content and not content.isspace() and spelt.setdefault(role, role) == role:
+    if not given and _is_plain(role, content) and spelt.setdefault(role, role) == role:
         return {"role": role, "content": content}
     return _any_turn(message, given, role, content, spelt, f"{field}, item {position}")
+
+
+def _is_plain(role: Any, content: Any) -> bool:
+    """Whether a turn is as most are, so that nothing is to be checked."""
+    if role not in _PLAIN or content.__class__ is not str:
+        return False
+    return bool(content) and content.isascii() and not content.isspace()
 
 
 def _any_turn(

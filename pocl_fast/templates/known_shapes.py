@@ -45,8 +45,12 @@ class _Known(NamedTuple):
 
     def split(self, contents: list[str]) -> Split | None:
         """The conversation with these contents; None where it may be written otherwise."""
+        together = "\0".join(contents)  # one search for all
+        for text in self.unlike:
+            if text in together:
+                return None
         for content in contents:
-            if not is_alike(content, self.unlike):
+            if not is_alike(content, ()):
                 return None
         before = tuple(contents[:-1])
         earlier: tuple[Turn, ...] = ()

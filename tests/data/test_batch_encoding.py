@@ -1,6 +1,7 @@
 """Samples tokenised many at a time have the tokens that each has alone; plain conversations have transformers' text."""
 
 import random
+import threading
 import tracemalloc
 
 import pytest
@@ -14,6 +15,7 @@ from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.token_border import TokenBorder
 from pocl_fast.records.samples import samples_from
+from pocl_fast.system.errors import InputError
 from pocl_fast.templates.chat_template import ChatTemplate
 
 LIMITS = {"max_length": 900, "max_prompt_length": 800}
@@ -91,17 +93,47 @@ def test_samples_encoded_together_are_those_encoded_one_by_one(kind, template, b
     assert (many.end_id, many.end_ids) == (one.end_id, one.end_ids)
 
 
-def test_a_sample_is_asked_for_when_its_text_is_made():
-    """So an error of reading is said after those of the samples before it."""
+def test_samples_are_taken_one_batch_ahead_of_those_that_are_used():
     taken = []
 
     def samples():
-        for sample in samples_from(arithmetic(5), "x"):
+        for sample in samples_from(arithmetic(7), "x"):
             taken.append(sample.index)
             yield sample
 
     each = SampleEncoder(tiny_tokenizer()).fit_each(samples(), pytest.fail, **LIMITS, batch=2)
-    assert [(next(each)[0].index, len(taken)) for _ in range(5)] == [(0, 2), (1, 2), (2, 4), (3, 4), (4, 5)]
+    ahead = [(next(each)[0].index, len(taken)) for _ in range(7)]
+    assert ahead == [(0, 4), (1, 4), (2, 6), (3, 6), (4, 7), (5, 7), (6, 7)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_an_error_of_reading_is_said_after_all_of_the_samples_before_it(count):
+    def samples():
+        yield from samples_from(arithmetic(count), "x")
+        raise InputError("the file ends early")
+
+    said = []
+    each = SampleEncoder(tiny_tokenizer()).fit_each(samples(), pytest.fail, **LIMITS, batch=2)
+    with pytest.raises(InputError, match="the file ends early"):
+        said.extend(sample.index for sample, _ in each)
+    assert said == list(range(count))
+
+    refusing = tiny_tokenizer()
+    refusing.chat_template = "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    each = SampleEncoder(refusing).fit_each(samples(), lambda error, line: said.append(line), **LIMITS, batch=2)
+    said.clear()
+    with pytest.raises(InputError, match="the file ends early"):
+        list(each)
+    assert said == list(range(1, count + 1))
+
+
+def test_who_reads_no_further_ends_the_other_thread():
+    before = threading.active_count()
+    each = SampleEncoder(tiny_tokenizer()).fit_each(samples_from(arithmetic(9), "x"), pytest.fail, **LIMITS, batch=2)
+    assert next(each)[0].index == 0
+    assert threading.active_count() == before + 1
+    each.close()
+    assert threading.active_count() == before
 
 
 def test_kept_tokens_take_8_bytes_each():

@@ -1,0 +1,62 @@
+"""Objects that the collector of garbage does not look at for a while."""
+
+import gc
+import weakref
+
+import pytest
+from tiny import arithmetic, tiny_tokenizer
+
+from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.fitting import Fitting
+from pocl_fast.records.samples import samples_from
+from pocl_fast.system.garbage import old_objects_set_aside
+
+
+class Node:
+    """An object that can be part of a circle."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_frozen():
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+
+
+def circle():
+    one = Node()
+    one.self = one
+    return weakref.ref(one)
+
+
+def test_garbage_that_is_made_meanwhile_is_collected_and_older_garbage_afterwards():
+    gc.collect()
+    gc.disable()
+    old = circle()
+    with old_objects_set_aside():
+        new = circle()
+        gc.collect()
+        assert old() is not None
+        assert new() is None
+    gc.enable()
+    gc.collect()
+    assert old() is None
+
+
+def test_what_the_caller_has_set_aside_stays_so():
+    gc.freeze()
+    count = gc.get_freeze_count()
+    with old_objects_set_aside():
+        assert gc.get_freeze_count() == count
+    assert gc.get_freeze_count() == count > 0
+
+
+def test_who_reads_samples_to_the_end_or_not_has_the_collector_as_before():
+    limits = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "x"}
+    for stops_at in (1, 9):
+        each = Fitting(SampleEncoder(tiny_tokenizer()), **limits).fitted(samples_from(arithmetic(9), "x"))
+        for _ in range(stops_at):
+            next(each)
+        assert gc.get_freeze_count() > 0
+        each.close()
+        assert gc.get_freeze_count() == 0
