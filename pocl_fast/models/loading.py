@@ -305,9 +305,9 @@ class readable_errors:
             if self._unreached:
                 first = hub_reach.said(self._unreached, resolve(self.source).path, first)
             here = self.source == BUNDLED or Path(self.source).expanduser().exists()
-            note = (
-                "" if here else f" (no folder of this name is here){hub_reach.meant(self.source, BUNDLED)}"
-            )  # it was asked of the hub
+            note = ""
+            if not here:  # it was asked of the hub
+                note = f" (no folder of this name is here){hub_reach.meant(self.source, BUNDLED)}"
             raise InputError(f"cannot load the {self.what} {self.source!r}{note}: {first}") from error
 
 
