@@ -37,6 +37,7 @@ from pocl_fast.templates.chat_template import (
 )
 from pocl_fast.templates.conversation_text import ConversationText
 from pocl_fast.templates.reasoning import FIELDS, Reasoning
+from pocl_fast.templates.rendering import renders_as_transformers
 from pocl_fast.templates.turn_spans import TurnFinder
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class SampleEncoder:
         self.chat: ChatTemplate | None = None
         self._writer: ConversationText | None = None
         self._control: ControlText | None = None
-        self._marks_all, self._writes_without_tokenizer = False, True  # another thread may use it meanwhile, then
+        self._marks_all, self._writes_without_tokenizer = False, renders_as_transformers(tokenizer)
         shape, added = PLAIN, tokenizer.get_added_vocab()
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
@@ -107,7 +108,7 @@ class SampleEncoder:
         if special_tokens == "text":
             self._control = ControlText(tokenizer, self.chat, shape, alpaca.WITH_INPUT)
             self._border = TokenBorder(tokenizer, self._special, self._control.tokenizer)
-            self._writes_without_tokenizer = not self._control.tokenizer.finds_normalized
+            self._writes_without_tokenizer &= not self._control.tokenizer.finds_normalized
         if self.chat is not None:
             if self._control is not None and (marked := self._control.chat(self.chat)) is not self.chat:
                 self.chat, finder = marked, AnswerFinder(marked, added)
@@ -167,7 +168,7 @@ class SampleEncoder:
             while taken is not None:
                 tokens = other.submit(self._tokens_of, [text.split for text in taken.texts if not text.has_marks])
                 if not self._writes_without_tokenizer:
-                    wait([tokens])
+                    wait([tokens])  # one thread at a time may use it
                 following = None if taken.failed else self._taken(each, batch, name)
                 for error, line in taken.refused:
                     refused(error, line)

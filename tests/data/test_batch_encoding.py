@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 import tracemalloc
 
 import pytest
@@ -134,6 +135,31 @@ def test_who_reads_no_further_ends_the_other_thread():
     assert threading.active_count() == before + 1
     each.close()
     assert threading.active_count() == before
+
+
+def test_a_tokenizer_that_writes_texts_itself_is_used_by_one_thread_at_a_time():
+    """Its own code may tokenise what it writes, and need not bear two callers."""
+    busy, calls = threading.Lock(), []
+
+    class Own(PreTrainedTokenizerFast):
+        def __call__(self, *args, **kwargs):
+            calls.append(busy.acquire(blocking=False))
+            time.sleep(0.005)
+            if calls[-1]:
+                busy.release()
+            return super().__call__(*args, **kwargs)
+
+        def apply_chat_template(self, *args, **kwargs):
+            self("a")
+            return super().apply_chat_template(*args, **kwargs)
+
+    tokenizer = Own(tokenizer_object=tiny_tokenizer()._tokenizer, eos_token="<|end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    samples = samples_from(arithmetic(6), "x")
+    made = list(SampleEncoder(tokenizer).fit_each(samples, pytest.fail, **LIMITS, batch=2))
+    assert [sample for sample, _ in made] == samples
+    assert len(calls) > 6
+    assert all(calls)
 
 
 def test_kept_tokens_take_8_bytes_each():
