@@ -1,4 +1,5 @@
-"""Text and JSON files that are whole or as they were: written under another name, then renamed."""
+"""Text and JSON files that are whole or as they were: written under another name, then renamed. And what lies where a
+path that is not there would lie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the hub can be reached at all, found out once, so that nobody waits for what cannot come.
+"""Whether the hub can be reached at all, asked once a minute at most, so that nobody waits for what cannot come.
 
 huggingface_hub tries again for half a minute whatever is wrong. That is right for a hub that is busy (503), and for
 nothing else: where no name is resolved, no route leads there or nobody listens, its cache is all there is.
