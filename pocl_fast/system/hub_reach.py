@@ -99,7 +99,10 @@ def said(why: str, model: str, error: str) -> str:
     """What is said of a model that was looked for in the cache alone, for this reason, and of the error of that."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    known = isinstance(try_to_load_from_cache(model, "config.json"), str)
+    try:
+        known = isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except ValueError:  # no hub has such a name, as the error says
+        return error
     cache = (
         f"what is in the cache does not do: {error}" if known else f"it is not in the cache ({constants.HF_HUB_CACHE})"
     )

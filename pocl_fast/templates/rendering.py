@@ -91,5 +91,4 @@ def _compiled(tokenizer: Any, text: str) -> Any | None:
     from transformers.utils import chat_template_utils
 
     compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
-    known = renders_as_transformers(tokenizer) and compile_template is not None
-    return compile_template(text) if known else None
+    return None if compile_template is None or not renders_as_transformers(tokenizer) else compile_template(text)

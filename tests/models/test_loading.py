@@ -85,6 +85,15 @@ def test_a_misspelt_name_is_said_within_seconds_where_the_hub_is_out_of_reach(un
     )
 
 
+@pytest.mark.parametrize("name", ["my model", "models/..", "a--b"])
+def test_a_name_that_no_hub_has_is_one_line_too_where_the_hub_is_out_of_reach(unreached, name):
+    with pytest.raises(InputError) as error:
+        load_tokenizer(name)
+    assert str(error.value).startswith(f"cannot load the tokenizer {name!r} (no folder of this name is here)")
+    assert "repo" in str(error.value).lower()  # in the words of the library
+    assert "cache" not in str(error.value)
+
+
 def test_a_model_of_the_cache_is_loaded_at_once_where_the_hub_is_out_of_reach(unreached):
     kept = unreached / "models--org--small"
     (kept / "refs").mkdir(parents=True)
