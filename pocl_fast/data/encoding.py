@@ -163,28 +163,28 @@ class SampleEncoder:
         their lines. Samples are taken and tokenised `batch` at a time: another thread tokenises while the next ones are
         read and written."""
         each = iter(samples)
-        with ThreadPoolExecutor(1, thread_name_prefix="tokens") as other:
-            taken = self._taken(each, batch, name)
-            while taken is not None:
+        taken = self._taken(each, batch, name)
+        while taken is not None:
+            with ThreadPoolExecutor(1, "tokens") as other:  # anew: none may live where a reader stops, or forks
                 tokens = other.submit(self._tokens_of, [text.split for text in taken.texts if not text.has_marks])
                 if not self._writes_without_tokenizer:
                     wait([tokens])  # one thread at a time may use it
                 following = None if taken.failed else self._taken(each, batch, name)
-                for error, line in taken.refused:
-                    refused(error, line)
-                together = iter(tokens.result())
-                for text in taken.texts:
-                    try:
-                        own = self._tokens_alone(text) if text.has_marks else next(together)
-                        made = self._fitted(text, own, max_length, max_prompt_length)
-                    except BadRecord as error:
-                        self.forget(text.given.line)
-                        refused(error, text.given.line)
-                    else:
-                        yield text.given, made
-                if taken.failed:
-                    raise taken.failed
-                taken = following
+            for error, line in taken.refused:
+                refused(error, line)
+            together = iter(tokens.result())
+            for text in taken.texts:
+                try:
+                    own = self._tokens_alone(text) if text.has_marks else next(together)
+                    made = self._fitted(text, own, max_length, max_prompt_length)
+                except BadRecord as error:
+                    self.forget(text.given.line)
+                    refused(error, text.given.line)
+                else:
+                    yield text.given, made
+            if taken.failed:
+                raise taken.failed
+            taken = following
 
     def asked(self, sample: Sample, name: str = "") -> int:
         """How many tokens are before the first answer that is trained on, 0 where none is. Nothing is noted of it."""
