@@ -65,9 +65,9 @@ def hub(tmp_path_factory):
         (folder / "org" / name).write_text(content)
     names = (
         "lines:train", "array:train", "mixed:train", "table:train", "two:math:", "one:train:", "one:[:3]",
-        "one:train:[:3]", "one:train", "one:test", "one:train[:3]", "one:train[75%:]", "one@main:train", "two:math:train",
-        "two:code:train", "one:trian", "one:validation[:3]", "one", "two", "two:train", "two:math", "two:maht:train",
-        "nope:train", "one@x:train", "one:train[:x]", "one/one/one:train",
+        "one:train:[:3]", "one:train", "one:test", "one:train[:3]", "one:train[75%:]", "one@main:train",
+        "two:math:train", "two:code:train", "one:trian", "one:validation[:3]", "one", "two", "two:train",
+        "two:math", "two:maht:train", "nope:train", "one@x:train", "one:train[:x]", "one/one/one:train",
     )  # fmt: skip
     with hub_of(folder) as address:
         online = read(folder / "home", address, *(f"hf:org/{name}" for name in names))
