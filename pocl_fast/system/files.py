@@ -26,8 +26,12 @@ def write_json(path: Path, value: Any) -> None:
 def near_paths(given: str) -> list[str]:
     """What lies where a path that is not there would lie, written as it is: "runs/one" for "runs/oen"."""
     parent, _, _ = given.rpartition("/")
-    folder = Path(parent or ("/" if given.startswith("/") else ".")).expanduser()
     try:
+        folder = Path(parent or ("/" if given.startswith("/") else ".")).expanduser()
         return [f"{parent}/{path.name}" if "/" in given else path.name for path in sorted(folder.iterdir())]
-    except OSError:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # the last two: no name that a folder can have, a home that is not there
         return []

@@ -63,6 +63,15 @@ def test_a_name_that_is_neither_folder_nor_reachable_on_the_hub_is_one_line(monk
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "~nobody-of-this-name/m.gguf", "x" * 5000, "a\0b/c"])
+def test_a_name_that_nothing_can_have_is_one_line(monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (load_tokenizer, load_model):
+        with pytest.raises(InputError) as error:
+            load(name)
+        assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.fixture
 def unreached(tmp_path, monkeypatch):
     """A hub where nobody listens, and the folder of its cache."""
