@@ -120,7 +120,7 @@ def trainer(source: Source, tokenizer: Any) -> Iterator[list[Any]]:
 
 def ours(source: Source, encoder: SampleEncoder) -> Iterator[list[Any]]:
     for piece in SampleStream(source, encoder, DataOptions(**LIMITS, long_prompts="skip")):
-        yield [encoded.ids for _, encoded in piece[:1]] + piece[1:]
+        yield [encoded.ids for _, encoded in piece[:1]] + piece[1:]  # tokens of the first alone: they are joined for it
 
 
 def in_turns(sides: dict[str, Iterator[list[Any]]]) -> dict[str, Spent]:

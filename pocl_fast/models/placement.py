@@ -1,5 +1,5 @@
-"""Models whose parts lie on several devices, in main memory or on disk, by accelerate's hooks: each part is brought to
-the device it runs on when it runs.
+"""The device that an option names; and models whose parts lie on several devices, in main memory or on disk, by
+accelerate's hooks: each part is brought to the device it runs on when it runs.
 
 Knows accelerate. Does not know what the models are.
 """

@@ -24,6 +24,7 @@ from pocl_fast.system.typed_values import did_you_mean
 PREFIX = "hf:"
 FORM = "hf:ORG/NAME:SPLIT or hf:ORG/NAME:CONFIG:SPLIT"
 INSTALL = "pip install 'pocl-fast[data]'"
+_READ_HERE = tuple(f"datasets.packaged_modules.{kind}." for kind in ("json", "parquet", "arrow"))
 _PATIENCE = 10  # seconds that the hub has for its first answer; `datasets` alone would try again for 20 s and more
 
 
@@ -180,13 +181,16 @@ def _refused(source: HubDataset, error: Exception) -> InputError:
 
 def _damaged_file(source: HubDataset) -> str:
     """What is wrong with the first of a split's files that cannot be read, with its name and line: `datasets` does not
-    say. Empty where each can be read alone, or none is a file of records."""
+    say. Empty where each can be read alone, and where `datasets` reads files of a kind that is not read here."""
     import datasets
     from huggingface_hub import hf_hub_download
 
     where = source.repository, source.config
     try:
-        every = datasets.load_dataset_builder(*where, revision=source.revision).config.data_files or {}
+        builder = datasets.load_dataset_builder(*where, revision=source.revision)
+        if not any(kind.__module__.startswith(_READ_HERE) for kind in type(builder).__mro__):
+            return ""  # CSV, say, of which no line would be JSON
+        every = builder.config.data_files or {}
         splits = {one.partition("[")[0].strip() for one in source.split.split("+")}
         for url in (str(url) for split, urls in every.items() if str(split) in splits for url in urls):
             name = url.partition("@")[2].partition("/")[2]  # hf://datasets/ORG/NAME@COMMIT/FILE

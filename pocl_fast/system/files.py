@@ -1,4 +1,5 @@
-"""Text and JSON files that are whole or as they were: written under another name, then renamed."""
+"""Text and JSON files that are whole or as they were: written under another name, then renamed. And what lies where a
+path that is not there would lie."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def write_json(path: Path, value: Any) -> None:
 def near_paths(given: str) -> list[str]:
     """What lies where a path that is not there would lie, written as it is: "runs/one" for "runs/oen"."""
     parent, _, _ = given.rpartition("/")
-    folder = Path(parent or ("/" if given.startswith("/") else ".")).expanduser()
     try:
+        folder = Path(parent or ("/" if given.startswith("/") else ".")).expanduser()
         return [f"{parent}/{path.name}" if "/" in given else path.name for path in sorted(folder.iterdir())]
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # no name that a folder can have, too; a home that is not there
         return []

@@ -1,4 +1,4 @@
-"""Whether the hub can be reached at all, found out once, so that nobody waits for what cannot come.
+"""Whether the hub can be reached at all, asked once a minute at most, so that nobody waits for what cannot come.
 
 huggingface_hub tries again for half a minute whatever is wrong. That is right for a hub that is busy (503), and for
 nothing else: where no name is resolved, no route leads there or nobody listens, its cache is all there is.
@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from pocl_fast.system.files import near_paths
 
-_PATIENCE = 5  # seconds for a connection; a network that is slower may still be one, and the library then waits for it
+_PATIENCE = 5  # seconds for all its addresses; a network that is slower may still be one: the library waits for it
 _REMEMBERED = 60  # seconds: the network of a notebook that runs for days may come back
 _NO_WAY = frozenset(
     {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL}
@@ -38,23 +38,40 @@ def why_unreached() -> str:
 
 @functools.lru_cache(maxsize=8)
 def _why_not(address: str, _: int) -> str:
-    parts = urlsplit(address)
-    host, proxies = parts.hostname or "", getproxies()
-    if not {parts.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(host):
-        return ""
-    place = host, parts.port or (80 if parts.scheme == "http" else 443)
     try:
+        parts = urlsplit(address)
+        host, port, proxies = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443), getproxies()
+        if not host or (not {parts.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass(host)):
+            return ""
+        places = _resolved(host, port)
+    except socket.gaierror as error:
+        return f"{host}: {error.strerror}"
+    except ValueError:  # no address: the library says what is wrong with it
+        return ""
+    until, why = time.monotonic() + _PATIENCE, ""
+    for place in places:
         try:
-            socket.create_connection(place, _PATIENCE).close()
-        except socket.gaierror as error:
-            if error.errno != socket.EAI_AGAIN:
-                raise
-            time.sleep(1)  # of a machine without a network too, which says it again
-            socket.create_connection(place, _PATIENCE).close()
-    except OSError as error:
-        known = isinstance(error, socket.gaierror) or error.errno in _NO_WAY
-        return f"{host}: {error.strerror}" if known else ""
-    return ""
+            socket.create_connection(place, max(0.1, until - time.monotonic())).close()
+            return ""
+        except OSError as error:
+            if error.errno not in _NO_WAY:
+                return ""
+            why = why or f"{host}: {error.strerror}"
+    return why
+
+
+def _resolved(host: str, port: int) -> list[tuple[str, int]]:
+    """The addresses of a host. Raises `socket.gaierror`."""
+    start = time.monotonic()
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        tried_again = time.monotonic() - start > _PATIENCE  # the resolver has
+        if error.errno != socket.EAI_AGAIN or tried_again:
+            raise
+        time.sleep(1)  # of a machine without a network too, which says it again
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(str(place[0]), port) for *_, place in found]
 
 
 @contextlib.contextmanager
@@ -81,7 +98,10 @@ def said(why: str, model: str, error: str) -> str:
     """What is said of a model that was looked for in the cache alone, for this reason, and of the error of that."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    known = isinstance(try_to_load_from_cache(model, "config.json"), str)
+    try:
+        known = isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except ValueError:  # no hub has such a name, as the error says
+        return error
     cache = (
         f"what is in the cache does not do: {error}" if known else f"it is not in the cache ({constants.HF_HUB_CACHE})"
     )

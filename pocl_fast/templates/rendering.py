@@ -79,11 +79,16 @@ class PlainRenderer:
         }
 
 
+def renders_as_transformers(tokenizer: Any) -> bool:
+    """Whether a tokenizer writes texts as transformers' own do, from the template alone."""
+    from transformers import PreTrainedTokenizerBase
+
+    return getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
+
+
 def _compiled(tokenizer: Any, text: str) -> Any | None:
     """transformers' own compiled template; None where the tokenizer renders otherwise, or transformers has none."""
-    from transformers import PreTrainedTokenizerBase
     from transformers.utils import chat_template_utils
 
     compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
-    own = getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
-    return compile_template(text) if own and compile_template is not None else None
+    return None if compile_template is None or not renders_as_transformers(tokenizer) else compile_template(text)

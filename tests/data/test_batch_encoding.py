@@ -1,7 +1,10 @@
 """Samples tokenised many at a time have the tokens that each has alone; plain conversations have transformers' text."""
 
+import os
 import random
+import signal
 import threading
+import time
 import tracemalloc
 
 import pytest
@@ -127,13 +130,58 @@ def test_an_error_of_reading_is_said_after_all_of_the_samples_before_it(count):
     assert said == list(range(1, count + 1))
 
 
-def test_who_reads_no_further_ends_the_other_thread():
-    before = threading.active_count()
+def test_while_a_sample_is_used_no_other_thread_is_left():
+    before, running = threading.active_count(), []
+
+    def samples():
+        for sample in samples_from(arithmetic(9), "x"):
+            running.append(threading.active_count() - before)
+            yield sample
+
+    for _ in SampleEncoder(tiny_tokenizer()).fit_each(samples(), pytest.fail, **LIMITS, batch=2):
+        assert threading.active_count() == before
+    assert running[:2] == [0, 0]
+    assert set(running[2:]) == {1}
+
+
+def test_a_process_that_is_forked_on_the_way_reads_on():
+    """As a DataLoader's worker does with an iterator that it is given; a thread does not live on in it."""
     each = SampleEncoder(tiny_tokenizer()).fit_each(samples_from(arithmetic(9), "x"), pytest.fail, **LIMITS, batch=2)
     assert next(each)[0].index == 0
-    assert threading.active_count() == before + 1
-    each.close()
-    assert threading.active_count() == before
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)  # ends one that waits for ever
+        read = []
+        try:
+            read += each
+        finally:
+            os._exit(len(read))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 8 == len(list(each))
+
+
+def test_a_tokenizer_that_writes_texts_itself_is_used_by_one_thread_at_a_time():
+    """Its own code may tokenise what it writes, and need not bear two callers."""
+    busy, calls = threading.Lock(), []
+
+    class Own(PreTrainedTokenizerFast):
+        def __call__(self, *args, **kwargs):
+            calls.append(busy.acquire(blocking=False))
+            time.sleep(0.005)
+            if calls[-1]:
+                busy.release()
+            return super().__call__(*args, **kwargs)
+
+        def apply_chat_template(self, *args, **kwargs):
+            self("a")
+            return super().apply_chat_template(*args, **kwargs)
+
+    tokenizer = Own(tokenizer_object=tiny_tokenizer()._tokenizer, eos_token="<|end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    samples = samples_from(arithmetic(6), "x")
+    made = list(SampleEncoder(tokenizer).fit_each(samples, pytest.fail, **LIMITS, batch=2))
+    assert [sample for sample, _ in made] == samples
+    assert len(calls) > 6
+    assert all(calls)
 
 
 def test_kept_tokens_take_8_bytes_each():

@@ -63,6 +63,15 @@ def test_a_name_that_is_neither_folder_nor_reachable_on_the_hub_is_one_line(monk
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "~nobody-of-this-name/m.gguf", "x" * 5000, "a\0b/c"])
+def test_a_name_that_nothing_can_have_is_one_line(monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (load_tokenizer, load_model):
+        with pytest.raises(InputError) as error:
+            load(name)
+        assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.fixture
 def unreached(tmp_path, monkeypatch):
     """A hub where nobody listens, and the folder of its cache."""
@@ -83,6 +92,15 @@ def test_a_misspelt_name_is_said_within_seconds_where_the_hub_is_out_of_reach(un
         " (http://127.0.0.1:9) is out of reach (127.0.0.1: Connection refused), and it is not in the cache"
         f" ({unreached})"
     )
+
+
+@pytest.mark.parametrize("name", ["my model", "models/..", "a--b"])
+def test_a_name_that_no_hub_has_is_one_line_too_where_the_hub_is_out_of_reach(unreached, name):
+    with pytest.raises(InputError) as error:
+        load_tokenizer(name)
+    assert str(error.value).startswith(f"cannot load the tokenizer {name!r} (no folder of this name is here)")
+    assert "repo" in str(error.value).lower()  # in the words of the library
+    assert "cache" not in str(error.value)
 
 
 def test_a_model_of_the_cache_is_loaded_at_once_where_the_hub_is_out_of_reach(unreached):

@@ -26,11 +26,12 @@ for name in sys.argv[1:]:
         print(json.dumps(str(error)))
 """
 GOOD = '{"prompt": "q", "response": "a"}\n'
-DAMAGED = {  # a line that is cut off; an array that is; two files that are not of one table
+DAMAGED = {  # a line that is cut off; an array that is; two files that are not of one table; a kind not read here
     "lines/data/train.jsonl": GOOD * 2 + GOOD[:20],
     "array/train.json": f"[{GOOD}, {GOOD[:15]}",
     "mixed/a-train.jsonl": GOOD,
     "mixed/b-train.jsonl": '{"prompt": 3, "other": "a"}\n',
+    "table/train.csv": "prompt,response\nq,a\nq,a,more\n",
 }
 TRAIN = [f"a{i}" for i in range(4)] + [f"b{i}" for i in range(4)]
 
@@ -63,10 +64,10 @@ def hub(tmp_path_factory):
         (folder / "org" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "org" / name).write_text(content)
     names = (
-        "lines:train", "array:train", "mixed:train", "two:math:", "one:train:", "one:[:3]", "one:train:[:3]",
-        "one:train", "one:test", "one:train[:3]", "one:train[75%:]", "one@main:train", "two:math:train",
-        "two:code:train", "one:trian", "one:validation[:3]", "one", "two", "two:train", "two:math", "two:maht:train",
-        "nope:train", "one@x:train", "one:train[:x]", "one/one/one:train",
+        "lines:train", "array:train", "mixed:train", "table:train", "two:math:", "one:train:", "one:[:3]",
+        "one:train:[:3]", "one:train", "one:test", "one:train[:3]", "one:train[75%:]", "one@main:train",
+        "two:math:train", "two:code:train", "one:trian", "one:validation[:3]", "one", "two", "two:train",
+        "two:math", "two:maht:train", "nope:train", "one@x:train", "one:train[:x]", "one/one/one:train",
     )  # fmt: skip
     with hub_of(folder) as address:
         online = read(folder / "home", address, *(f"hf:org/{name}" for name in names))
@@ -133,6 +134,8 @@ def test_what_is_not_on_the_hub_is_one_error_that_names_what_is(hub, name, says)
         ("array:train", ": train.json, line 2: the file ends before the array does"),
         ("mixed:train", ": datasets.load_dataset cannot read it (DatasetGenerationError: "),
         ("mixed:train", "from CastError: Couldn't cast"),
+        ("table:train", ": datasets.load_dataset cannot read it (DatasetGenerationError: "),
+        ("table:train", "Expected 2 fields in line 3, saw 3"),
     ],
 )
 def test_a_damaged_file_on_the_hub_is_named_with_its_line_and_what_to_do(hub, name, says):

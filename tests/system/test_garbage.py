@@ -51,6 +51,16 @@ def test_what_the_caller_has_set_aside_stays_so():
     assert gc.get_freeze_count() == count > 0
 
 
+def test_of_two_blocks_the_one_that_ends_first_leaves_the_others_objects_aside():
+    one, other = old_objects_set_aside(), old_objects_set_aside()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert gc.get_freeze_count() > 0
+    other.__exit__(None, None, None)
+    assert gc.get_freeze_count() == 0
+
+
 def test_who_reads_samples_to_the_end_or_not_has_the_collector_as_before():
     limits = {"max_length": 900, "max_prompt_length": 800, "long_prompts": "error", "name": "x"}
     for stops_at in (1, 9):

@@ -23,10 +23,16 @@ def no_answer_is_known(monkeypatch):
 
 @pytest.fixture
 def connects(monkeypatch):
-    """What connections raise in turn, and then no more; how often one was tried."""
+    """What looking up a name and connections raise in turn, and then no more; what was tried."""
 
-    def given(*errors):
+    def given(*errors, addresses=()):
         left, tried = list(errors), []
+
+        def resolve(host, port, **_):
+            if left and isinstance(left[0], socket.gaierror):
+                tried.append((host, port))
+                raise left.pop(0)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (name, port)) for name in addresses or [host]]
 
         def connect(place, *_):
             tried.append(place)
@@ -34,6 +40,7 @@ def connects(monkeypatch):
                 raise left.pop(0)
             return socket.socket()
 
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
         monkeypatch.setattr(socket, "create_connection", connect)
         return tried
 
@@ -71,6 +78,46 @@ def test_a_name_that_is_not_resolved_for_a_moment_is_asked_for_again(monkeypatch
 @pytest.mark.parametrize("error", [TimeoutError("timed out"), ConnectionResetError(errno.ECONNRESET, "reset")])
 def test_a_slow_network_is_left_to_the_library(connects, error):
     connects(error)
+    assert why_unreached() == ""
+
+
+NO_ROUTE = OSError(errno.ENETUNREACH, "Network is unreachable")
+REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+
+@pytest.mark.parametrize(
+    ("errors", "asked", "why"),
+    [
+        ((REFUSED, NO_ROUTE), 2, "hub.example: Connection refused"),
+        ((NO_ROUTE,), 2, ""),  # the other one answers
+        ((TimeoutError("timed out"), NO_ROUTE), 1, ""),  # it may be slow, and is waited for once
+    ],
+)
+def test_of_several_addresses_each_is_tried_until_one_answers_or_is_slow(monkeypatch, connects, errors, asked, why):
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    tried = connects(*errors, addresses=("192.0.2.1", "2001:db8::1"))
+    assert why_unreached() == why
+    assert tried == [("192.0.2.1", 443), ("2001:db8::1", 443)][:asked]
+
+
+def test_who_looks_up_a_name_for_long_is_not_asked_again(monkeypatch):
+    clock, asked = [0.0], []
+
+    def resolve(*_, **__):
+        asked.append(1)
+        clock[0] += 20
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert why_unreached() == "hub.example: Temporary failure in name resolution"
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("address", ["hub.example", "https://hub.example:port", "https://hub..example", "http://[::1"])
+def test_an_endpoint_that_is_no_address_is_left_to_the_library(monkeypatch, address):
+    monkeypatch.setattr(constants, "ENDPOINT", address)
     assert why_unreached() == ""
 
 
