@@ -129,15 +129,26 @@ def _least(work: Callable[[], object], times: int) -> float:
 
 
 def _training(trial: Trial, batches: Batches, steps: StepPlan, tokens: int) -> list[StepTime]:
-    """A step's time is taken to grow linearly with its tokens, between the two that were timed."""
-    small, large = (steps.accumulation * sum(map(len, one)) for one in (batches.typical, batches.largest))
-    slope = max(0.0, trial.largest - trial.typical) / (large - small) if large > small else 0.0
-    each = trial.typical + slope * (steps.tokens_a_step - small)
+    """A step's time is taken to grow linearly with its tokens between the two that were timed, and in proportion to
+    them beyond: the two may have nearly the same number of tokens, and a line through them then says nothing."""
+    sizes = [steps.accumulation * sum(map(len, one)) for one in (batches.typical, batches.largest)]
+    each = step_seconds(steps.tokens_a_step, sizes, (trial.typical, trial.largest))
+    small, large = sizes
     timed = f"steps of {small:,} and {large:,} tokens in {trial.typical:.2f} and {trial.largest:.2f} s"
     return [
         StepTime("the teacher's cache", trial.cache * tokens, f"{1 / trial.cache:,.0f} tokens/s"),
         StepTime("train", each * steps.steps, timed),
     ]
+
+
+def step_seconds(tokens: float, sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """How long a step of so many tokens takes, by two others: their tokens, ascending, and seconds."""
+    (small, large), (short, long) = sizes, seconds
+    if tokens <= small or large == small:
+        return short * tokens / small
+    if tokens >= large:
+        return long * tokens / large
+    return short + (long - short) * (tokens - small) / (large - small)
 
 
 # ---- a training of a few steps ----
