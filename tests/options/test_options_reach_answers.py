@@ -1,15 +1,13 @@
 """Every option of answers and of difficulty, set to a value that is not its default, reaches what it is for: the
 tokens that are drawn, the scores, the order. test_options_reach.py has others, and counts all."""
 
-from functools import partial
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
 from tiny import write_jsonl
-from tiny_options import CHANGED, inputs_of_three, reaches, run_with_options, trainer_with_options
+from tiny_options import CHANGED, reaches
 from tiny_run import read_json
 
 from pocl_fast.answers import decoding
@@ -18,21 +16,6 @@ from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.run import context
 from pocl_fast.system.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return inputs_of_three(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def run_of(inputs, tmp_path):
-    return partial(run_with_options, inputs, tmp_path)
-
-
-@pytest.fixture
-def trainer_with(tmp_path):
-    return partial(trainer_with_options, tmp_path)
 
 
 def uncounted(tried, rows):

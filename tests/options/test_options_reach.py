@@ -4,7 +4,6 @@ test_options_reach_answers.py, and what only a training shows in test_options_re
 
 import importlib
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny import CHAT_TEMPLATE, arithmetic, save_tiny, tiny_model, tiny_tokenizer, write_jsonl
-from tiny_options import CHANGED, SHOWN, inputs_of_three, reaches, run_with_options, trainer_with_options
+from tiny_options import CHANGED, SHOWN, reaches
 from tiny_training import curriculum_of
 
 from pocl_fast.data import sample_set
@@ -21,21 +20,6 @@ from pocl_fast.run import train_step
 from pocl_fast.run.configuration import from_options
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return inputs_of_three(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def run_of(inputs, tmp_path):
-    return partial(run_with_options, inputs, tmp_path)
-
-
-@pytest.fixture
-def trainer_with(tmp_path):
-    return partial(trainer_with_options, tmp_path)
 
 
 class Loaded(Exception):
@@ -254,7 +238,7 @@ def test_a_run_gives_its_trainer_every_option(run_of, monkeypatch, tmp_path):
 
 def test_every_option_is_shown_to_reach_what_it_is_for(monkeypatch):
     defaults = RunConfig().flat()
-    for path in Path(__file__).parent.rglob("test_*.py"):  # tests are counted when pytest does not collect them too
+    for path in Path(__file__).parents[1].rglob("test_*.py"):  # tests are counted when pytest does not collect them too
         if "@reaches(" in path.read_text(encoding="utf-8"):
             monkeypatch.syspath_prepend(path.parent)
             importlib.import_module(path.stem)

@@ -2,24 +2,17 @@
 the steps, the loss, the optimizer, the lines of the log. test_options_reach.py has the others, and counts all."""
 
 import json
-from functools import partial
 
 import accelerate
 import pytest
 import torch
 import transformers
-from tiny_options import reaches, trainer_with_options
+from tiny_options import reaches
 from tiny_training import before_each_batch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pocl_fast.training.rollouts import Rollouts
 from pocl_fast.training.trainer import PoclTrainer
-
-
-@pytest.fixture
-def trainer_with(tmp_path):
-    return partial(trainer_with_options, tmp_path)
-
 
 # -- the plan of a training --------------------------------------------------------------------------------------------
 
