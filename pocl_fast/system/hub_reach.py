@@ -7,7 +7,6 @@ nothing else: where no name is resolved, no route leads there or nobody listens,
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import functools
 import socket
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from pocl_fast.system.files import near_paths
+from pocl_fast.system.typed_values import asked_for, near_names
 
 _PATIENCE = 5  # seconds for all its addresses; a network that is slower may still be one: the library waits for it
 _REMEMBERED = 60  # seconds: the network of a notebook that runs for days may come back
@@ -116,6 +116,6 @@ def meant(given: str, *known: str) -> str:
     paths = [path for path in near_paths(given) if path.endswith(".gguf") or Path(path).expanduser().is_dir()]
     near = {Path(path).name: path for path in paths}  # what is before the last name is alike in any case
     cached = [path.name.removeprefix("models--") for path in Path(constants.HF_HUB_CACHE).glob("models--*")]
-    whole = difflib.get_close_matches(given, [*known, *(name.replace("--", "/") for name in cached)])
-    found = list(dict.fromkeys([*whole, *(near[name] for name in difflib.get_close_matches(Path(given).name, near))]))
-    return f" (did you mean {' or '.join(found[:3])}?)" if found else ""
+    whole = near_names(given, [*known, *(name.replace("--", "/") for name in cached)])
+    found = dict.fromkeys([*whole, *(near[name] for name in near_names(Path(given).name, near))])
+    return asked_for(list(found)[:3])

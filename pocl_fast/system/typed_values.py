@@ -12,7 +12,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -226,5 +226,14 @@ def hints_of(group: type) -> dict[str, Any]:
 
 def did_you_mean(name: Any, known: Collection[Any]) -> str:
     """ " (did you mean x?)" where known names are like the one given, else nothing."""
-    near = difflib.get_close_matches(str(name), [str(one) for one in known], n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    return asked_for(near_names(str(name), [str(one) for one in known]))
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """The known names that are like the one given, at most three, the nearest first."""
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+
+
+def asked_for(names: Sequence[str]) -> str:
+    """ " (did you mean x or y?)"; nothing for no names."""
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
