@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from pocl_fast.records.samples import Sample
 from pocl_fast.templates.answer_span import REASONING_TAGS, Split, Turn, tags_at_end
 from pocl_fast.templates.chat_template import ChatTemplate, TemplateRefusal
-from pocl_fast.templates.watched_contents import is_alike
+from pocl_fast.templates.watched_contents import has_bare_ends
 
 _PROBE = "Qz7n{}nzQzQzQzQzQ"  # stands for a content; no template has it, nor is it in a text by chance
 _PROBES = re.compile(_PROBE.format(r"\d+"))
@@ -50,7 +50,7 @@ class _Known(NamedTuple):
             if text in together:
                 return None
         for content in contents:
-            if not is_alike(content, ()):
+            if not has_bare_ends(content):
                 return None
         before = tuple(contents[:-1])
         earlier: tuple[Turn, ...] = ()

@@ -16,14 +16,14 @@ class NotTold(Exception):
     """The text that a template writes may depend on the contents in a way that is not followed here."""
 
 
+def has_bare_ends(content: str) -> bool:
+    """Whether a content is not empty, and neither begins nor ends with blanks."""
+    return bool(content) and not content[0].isspace() and not content[-1].isspace()
+
+
 def is_alike(content: str, asked: Iterable[str]) -> bool:
     """Whether a content is none that a template which asks for these texts may write otherwise."""
-    if not content or content[0].isspace() or content[-1].isspace():
-        return False
-    for text in asked:  # noqa: SIM110  (half the time of `any`)
-        if text in content:
-            return False
-    return True
+    return has_bare_ends(content) and not any(text in content for text in asked)
 
 
 class Content(str):
