@@ -27,11 +27,11 @@ from torch import Tensor
 
 from pocl_fast.answers.decoding import generate
 from pocl_fast.answers.likelihood import cross_entropy
+from pocl_fast.cutting.cut import cut_layers
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.models import loading
-from pocl_fast.models.cut import cut_layers
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.records.samples import read_samples

@@ -34,6 +34,7 @@ from table_form import console
 from torch import Tensor
 from transformers import AttentionInterface
 
+from pocl_fast.cutting.cut import cut_layers
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.packed import pack
@@ -41,9 +42,9 @@ from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
 from pocl_fast.models import loading, packed_forward
-from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import BY_SAMPLE, enable_packing, needs_no_mask, packed_by_sample, packed_varlen
+from pocl_fast.models.parameters import as_trainable
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.records.samples import read_samples
 

@@ -34,7 +34,7 @@ from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.models.loading import load_tokenizer
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.samples import iter_samples
 from pocl_fast.records.sources import Source, source_of
 from pocl_fast.run.demo import bundled_data

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pocl_fast.cutting.cut import cut_layers
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
@@ -36,11 +37,11 @@ from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.teacher_output import LinearTeacher
 from pocl_fast.models import loading
-from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.frozen import freeze_linears
 from pocl_fast.models.lm_head import LmHead, lm_head, loss_within_forward
 from pocl_fast.models.packed_attention import enable_packing
 from pocl_fast.models.packed_forward import supervised_hidden
+from pocl_fast.models.parameters import as_trainable
 from pocl_fast.models.placement import choose_device
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.records.samples import read_samples

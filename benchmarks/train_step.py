@@ -142,10 +142,11 @@ def whole_schedule(middle: dict[str, Any], options: argparse.Namespace) -> None:
 
 def run_side(options: argparse.Namespace) -> dict[str, Any]:
     """Trains one side; its seconds a step by epoch, its losses, and the peak of its memory."""
+    from pocl_fast.cutting.cut import cut_layers
     from pocl_fast.data.encoding import SampleEncoder
     from pocl_fast.data.fitting import encode_all
     from pocl_fast.models import loading
-    from pocl_fast.models.cut import as_trainable, cut_layers
+    from pocl_fast.models.parameters import as_trainable
     from pocl_fast.models.placement import choose_device
     from pocl_fast.models.precision import choose_precision
     from pocl_fast.records.samples import read_samples

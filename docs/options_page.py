@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pocl_fast.cli import COMMANDS
-from pocl_fast.options import RunConfig, flag
+from pocl_fast.options.declaring import flag
+from pocl_fast.options.run import RunConfig
 from pocl_fast.system.typed_values import describe, hints_of
 from pocl_fast.training.arguments import TRAINER_GROUPS
 
@@ -32,7 +33,7 @@ is computed.
 
 def page() -> str:
     """The page as text."""
-    lines = ["# Options", "", "<!-- written by docs/options_page.py from pocl_fast/options.py -->", "", HEAD]
+    lines = ["# Options", "", "<!-- written by docs/options_page.py from pocl_fast/options -->", "", HEAD]
     for group in fields(RunConfig):
         lines += _section(group.name)
     return "\n".join(lines).rstrip() + "\n"
@@ -75,7 +76,7 @@ def main() -> int:
     if not parser.parse_args().check:
         PAGE.write_text(page(), encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-        print(f"{PAGE} is not what pocl_fast/options.py declares: run `python {Path(__file__).name}`", file=sys.stderr)
+        print(f"{PAGE} is not what pocl_fast/options declares: run `python {Path(__file__).name}`", file=sys.stderr)
         return 1
     return 0
 

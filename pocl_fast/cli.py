@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pocl_fast.options import RunConfig, option_name
-from pocl_fast.run.configuration import PAIRS, from_options, read_yaml, recorded_config
+from pocl_fast.options.declaring import option_name
+from pocl_fast.options.run import RunConfig
+from pocl_fast.settings.configuration import PAIRS, from_options, read_yaml, recorded_config
 from pocl_fast.system import tokenizer_threads
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
 from pocl_fast.system.typed_values import did_you_mean, hints_of
@@ -83,7 +84,7 @@ class Inspection:
 
 
 def _distill(run: Any) -> None:
-    from pocl_fast.run.report import summary_table
+    from pocl_fast.reports.report import summary_table
     from pocl_fast.system.ranks import is_first
 
     run.distill()

@@ -16,8 +16,9 @@ from tokenizers import AddedToken
 
 from pocl_fast import __version__
 from pocl_fast.cli import COMMANDS, main
-from pocl_fast.options import RunConfig, flag
-from pocl_fast.run.configuration import from_options
+from pocl_fast.options.declaring import flag
+from pocl_fast.options.run import RunConfig
+from pocl_fast.settings.configuration import from_options
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from tiny_run import make_inputs, options, read_json, refusal, run
 from transformers import HfArgumentParser
 
 from pocl_fast.loss.objective import DIVERGENCES, SCALINGS
-from pocl_fast.options import LossOptions, RunConfig
-from pocl_fast.run.configuration import from_options, read_yaml, recorded_config, to_yaml
+from pocl_fast.options.run import RunConfig
+from pocl_fast.options.training import LossOptions
+from pocl_fast.settings.configuration import from_options, read_yaml, recorded_config, to_yaml
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import hints_of
 from pocl_fast.training.arguments import PAPER, PoclConfig

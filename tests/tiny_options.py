@@ -7,9 +7,10 @@ from tiny import arithmetic, write_jsonl
 from tiny_run import make_inputs
 from tiny_training import curriculum_of, trainer_of
 
-from pocl_fast.options import RunConfig, option_name
-from pocl_fast.run.configuration import from_options
+from pocl_fast.options.declaring import option_name
+from pocl_fast.options.run import RunConfig
 from pocl_fast.run.steps import open_run
+from pocl_fast.settings.configuration import from_options
 
 CHANGED = {
     "teacher": "the/teacher",

@@ -51,7 +51,8 @@ def select(words: list[str], command: str) -> list[str]:
     from dataclasses import fields
 
     from pocl_fast.cli import COMMANDS
-    from pocl_fast.options import RunConfig, flag
+    from pocl_fast.options.declaring import flag
+    from pocl_fast.options.run import RunConfig
 
     groups = [getattr(RunConfig(), group) for group in COMMANDS[command].groups]
     known = {flag(option) for group in groups for option in fields(group)}

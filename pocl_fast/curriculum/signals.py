@@ -11,7 +11,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -183,3 +183,11 @@ def _working_folder_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.pop(0)
+
+
+def top_k_lacks(columns: Sequence[str]) -> str:
+    """What is wrong with a top-k cache where these columns are to be measured from it."""
+    return (
+        f"a trainer measures {', '.join(columns)} from the teacher's cache, and cache_mode=topk keeps only the most"
+        " likely tokens: give cache_mode=hidden, or signals that do not read the teacher"
+    )

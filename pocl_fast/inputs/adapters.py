@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.loading import ADAPTER
-from pocl_fast.options import AdapterOptions
+from pocl_fast.models.parameters import num_parameters
+from pocl_fast.options.data import AdapterOptions
 from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.system.typed_values import did_you_mean
 

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.loading import readable_errors, resolve
+from pocl_fast.models.parameters import num_parameters
 from pocl_fast.system.errors import InputError
 
 SPECIAL_TOKENS = ("eos_token", "pad_token", "bos_token", "unk_token")

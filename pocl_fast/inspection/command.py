@@ -17,7 +17,7 @@ from pocl_fast.inspection.page import page
 from pocl_fast.inspection.picked import picked
 from pocl_fast.inspection.terminal import as_text, has_colours, width
 from pocl_fast.models.loading import load_tokenizer
-from pocl_fast.options import RunConfig
+from pocl_fast.options.run import RunConfig
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text

@@ -20,7 +20,7 @@ from pocl_fast.inspection.inspected import Inspected, Inspector
 from pocl_fast.inspection.length_pictures import svg
 from pocl_fast.inspection.lengths import Lengths, in_words
 from pocl_fast.inspection.page import folded
-from pocl_fast.options import RunConfig
+from pocl_fast.options.run import RunConfig
 from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.samples import Sample, iter_samples
 from pocl_fast.records.sources import source_of

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from pocl_fast.options import RunConfig
+from pocl_fast.options.run import RunConfig
 
 
 def print_plan(config: RunConfig, output: Path | None, *, as_json: bool, times: bool) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pocl_fast.models import loading
-from pocl_fast.options import RunConfig
+from pocl_fast.options.run import RunConfig
 from pocl_fast.run.checks import Part, check
 from pocl_fast.run.context import RunContext, Say
 from pocl_fast.system.errors import InputError

@@ -14,8 +14,8 @@ from typing import Any
 
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.inputs.saved_adapters import adapter_bytes, is_adapted, saved_bytes
-from pocl_fast.models.cut import num_parameters
-from pocl_fast.options import CacheOptions
+from pocl_fast.models.parameters import num_parameters
+from pocl_fast.options.training import CacheOptions
 from pocl_fast.plan.shapes import distinct
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.cache import bytes_needed

@@ -15,9 +15,9 @@ from torch import nn
 from pocl_fast.answers.decoding import CPU_STEP_ROWS, generation_batches
 from pocl_fast.answers.likelihood import ROWS_OF_LOGITS, TOKENS_A_BATCH
 from pocl_fast.data.encoded import EncodedSample
-from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.packed_forward import decoder_of
+from pocl_fast.models.parameters import num_parameters
 from pocl_fast.models.precision import Precision
 from pocl_fast.plan.meter import Peak, forward_peak, training_peak
 from pocl_fast.plan.shapes import distinct

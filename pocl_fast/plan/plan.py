@@ -18,7 +18,7 @@ import psutil
 from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.inputs.positions import check_positions
-from pocl_fast.options import RunConfig
+from pocl_fast.options.run import RunConfig
 from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.data_plan import DataPlan, data_plan
 from pocl_fast.plan.disk import DiskPlan, disk_plan

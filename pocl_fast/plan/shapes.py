@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pocl_fast.cutting.cut import chosen_layers, stack_of
+from pocl_fast.cutting.cut_check import differences
+from pocl_fast.cutting.cut_settings import Settings
 from pocl_fast.inputs.adapters import configuration_of, named_by, with_adapters
 from pocl_fast.inputs.vocabulary import rows_of
-from pocl_fast.models.cut import as_trainable, chosen_layers, num_parameters, stack_of
-from pocl_fast.models.cut_check import differences
-from pocl_fast.models.cut_settings import Settings
 from pocl_fast.models.loading import readable_errors, resolve
-from pocl_fast.options import RunConfig
+from pocl_fast.models.parameters import as_trainable, num_parameters
+from pocl_fast.options.run import RunConfig
 from pocl_fast.system.errors import InputError
 
 

@@ -16,6 +16,7 @@ from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import Engine, configured_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
+from pocl_fast.cutting.cut import cut_layers
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.length_report import LengthReport
@@ -34,12 +35,12 @@ from pocl_fast.inputs.vocabulary import (
     rows_of,
 )
 from pocl_fast.models import loading
-from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.parameters import as_trainable
 from pocl_fast.models.placement import choose_device
 from pocl_fast.models.precision import choose_precision
-from pocl_fast.options import RunConfig
+from pocl_fast.options.run import RunConfig
 from pocl_fast.records.samples import Sample
 from pocl_fast.run.directory import RunDirectory, required
 from pocl_fast.system import ranks

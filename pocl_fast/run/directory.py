@@ -17,9 +17,10 @@ from typing import Any
 from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
 from pocl_fast.inputs.adapters import configuration_file
 from pocl_fast.models.fingerprints import source_fingerprint
-from pocl_fast.options import RunConfig, option_name
+from pocl_fast.options.declaring import option_name
+from pocl_fast.options.run import RunConfig
 from pocl_fast.records.sources import source_of
-from pocl_fast.run.configuration import to_yaml
+from pocl_fast.settings.configuration import to_yaml
 from pocl_fast.system import ranks
 from pocl_fast.system.console import measured
 from pocl_fast.system.errors import InputError

@@ -16,7 +16,7 @@ def rank_step(context: RunContext) -> None:
 
 
 def _rank(context: RunContext) -> None:
-    from pocl_fast.run.difficulty_report import Ranked, difficulty_figure, difficulty_table
+    from pocl_fast.reports.difficulty_report import Ranked, difficulty_figure, difficulty_table
 
     config, path = context.config, context.path
     with context.directory.timed("rank"):

@@ -11,13 +11,13 @@ from typing import Any
 
 from pocl_fast.run.cache_step import cache_step
 from pocl_fast.run.checks import check
-from pocl_fast.run.configuration import from_options, recorded_config
 from pocl_fast.run.context import RunContext, Say
 from pocl_fast.run.directory import RunDirectory
 from pocl_fast.run.evaluate_step import When, evaluate_step
 from pocl_fast.run.measure_step import measure_step
 from pocl_fast.run.rank_step import rank_step
 from pocl_fast.run.train_step import train_step
+from pocl_fast.settings.configuration import from_options, recorded_config
 from pocl_fast.system import ranks
 
 
@@ -60,7 +60,7 @@ class Run:
         self.context.say(f"report: {self._write_report()}")
 
     def _write_report(self) -> Path:
-        from pocl_fast.run.report import write_report
+        from pocl_fast.reports.report import write_report
 
         encoder = vars(self.context).get("encoder")  # where a step has loaded it
         return ranks.from_first(lambda: write_report(self.path, encoder))

@@ -10,8 +10,8 @@ from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.inputs.adapters import check_merges, configuration_of
 from pocl_fast.inputs.saved_adapters import is_adapted
 from pocl_fast.inputs.vocabulary import rows_of
-from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.loading import resolve
+from pocl_fast.models.parameters import num_parameters
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.measure_step import length_facts
 from pocl_fast.run.saved_student import save_student

@@ -17,7 +17,7 @@ from torch import nn
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.inputs.vocabulary import check_special_tokens, known_ids, named, rows_of
-from pocl_fast.models.cut import num_parameters
+from pocl_fast.models.parameters import num_parameters
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.shards import TopKEntries

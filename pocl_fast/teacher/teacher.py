@@ -22,11 +22,11 @@ from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import Rows, pack, token_budget_batches
 from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.loss.teacher_output import LinearTeacher, TopKTeacher
-from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.fingerprints import weights_fingerprint
 from pocl_fast.models.lm_head import LmHead, check_head, lm_head
 from pocl_fast.models.packed_forward import decoder_of, supervised_hidden
 from pocl_fast.models.packing_check import packing_holds
+from pocl_fast.models.parameters import num_parameters
 from pocl_fast.models.placement import input_device
 from pocl_fast.system import console, ranks
 from pocl_fast.system.console import shared_progress

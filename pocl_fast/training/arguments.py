@@ -16,27 +16,23 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from pocl_fast.curriculum.signals import teacher_columns
+from pocl_fast.curriculum.signals import teacher_columns, top_k_lacks
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.inputs.adapters import check_options
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.placement import choose_device
-from pocl_fast.options import (
-    AdapterOptions,
+from pocl_fast.options.answers import DifficultyOptions, EvaluationOptions, GenerationOptions
+from pocl_fast.options.data import AdapterOptions, DataOptions, ModelOptions
+from pocl_fast.options.declaring import option_name
+from pocl_fast.options.run import RunConfig
+from pocl_fast.options.training import (
     CacheOptions,
-    DataOptions,
-    DifficultyOptions,
-    EvaluationOptions,
-    GenerationOptions,
     LoggingOptions,
     LossOptions,
-    ModelOptions,
     OptimisationOptions,
     RolloutOptions,
-    RunConfig,
     ScheduleOptions,
     StageOptions,
-    option_name,
 )
 from pocl_fast.records.forms import check_names
 from pocl_fast.system.errors import InputError
@@ -302,14 +298,6 @@ def check_arguments(args: Any, curriculum: Any, callbacks: Any, optimizers: Any)
         raise InputError("callbacks must be a list of transformers' TrainerCallback: put the one into a list")
     if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
         raise InputError("optimizers must be a pair: an optimizer and a learning rate's schedule, or None for each")
-
-
-def top_k_lacks(columns: Sequence[str]) -> str:
-    """What is wrong with a top-k cache where these columns are to be measured from it."""
-    return (
-        f"a trainer measures {', '.join(columns)} from the teacher's cache, and cache_mode=topk keeps only the most"
-        " likely tokens: give cache_mode=hidden, or signals that do not read the teacher"
-    )
 
 
 def check_report_to(names: str | Sequence[str] | None) -> None:

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.answers import evaluation
+from pocl_fast.curriculum.measured import student_engine
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.output import LossOutput
-from pocl_fast.models.cut import num_parameters
 from pocl_fast.models.lm_head import LmHead, loss_within_forward
+from pocl_fast.models.parameters import num_parameters
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.memory import FreedMemory, memory_in_use
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.finite_steps import FiniteSteps
 from pocl_fast.training.halving import Halving
-from pocl_fast.training.measured import student_engine
 from pocl_fast.training.metrics import LossParts
 from pocl_fast.training.micro_batches import MicroBatch
 from pocl_fast.training.saving_trainer import SavingTrainer

@@ -21,6 +21,7 @@ from pocl_fast.answers.engine import own_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.cutting.cut import cut_layers
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.packed import Rows
@@ -31,9 +32,9 @@ from pocl_fast.inputs.positions import check_positions
 from pocl_fast.inputs.trainable import check_trains, make_trainable
 from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
 from pocl_fast.models import loading
-from pocl_fast.models.cut import as_trainable, cut_layers
 from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
+from pocl_fast.models.parameters import as_trainable
 from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.models.probing import is_sharded
 from pocl_fast.records.bad_records import some_lines

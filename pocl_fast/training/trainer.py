@@ -22,13 +22,14 @@ from transformers import PrinterCallback, ProgressCallback
 
 from pocl_fast.answers.answerer import Answerer, AnswerLimits
 from pocl_fast.answers.likelihood import LoadedModel
+from pocl_fast.curriculum import measured
 from pocl_fast.curriculum.schedule import Place, Schedule
 from pocl_fast.curriculum.stages import Curriculum, stages_over
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, Interrupted
 from pocl_fast.system.stop_signals import StopSignals
-from pocl_fast.training import checkpoints, lines, measured
+from pocl_fast.training import checkpoints, lines
 from pocl_fast.training.arguments import PoclConfig, check_arguments
 from pocl_fast.training.distilling_trainer import DistillingTrainer
 from pocl_fast.training.micro_batches import MicroBatch, MicroBatches, Numbers

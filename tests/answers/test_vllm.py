@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from pocl_fast.answers import vllm as vllm_engine
 from pocl_fast.answers.decoding import generate
-from pocl_fast.models.cut import cut_layers
+from pocl_fast.cutting.cut import cut_layers
 from pocl_fast.system.errors import InputError
 
 GPU = torch.device("cuda")

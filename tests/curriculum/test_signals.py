@@ -52,7 +52,7 @@ def test_built_in_signals_have_their_scores_and_directions(name, scores, easy):
 
 
 def test_the_default_is_the_paper_s():
-    from pocl_fast.options import DifficultyOptions
+    from pocl_fast.options.answers import DifficultyOptions
 
     chosen = chosen_signals(DifficultyOptions().signals)
     assert [(one.signal.name, one.weight) for one in chosen] == [("rouge_l", 1.0), ("cross_entropy", 1.0)]

@@ -23,7 +23,7 @@ from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.fitting import encode_all, fit_all
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import Sample, samples_from
 from pocl_fast.records.sources import source_of

@@ -12,7 +12,7 @@ from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.long_prompts import shortened
 from pocl_fast.data.sample_set import read_set
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.samples import Sample, samples_from
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError

@@ -11,7 +11,7 @@ from tiny import write_jsonl
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import fit_all
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.bad_records import BadRecords
 from pocl_fast.records.samples import iter_samples, read_samples
 from pocl_fast.records.sources import source_of

@@ -10,7 +10,7 @@ from tiny_run import make_inputs, options, refusal, run, select
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.samples import read_samples
 from pocl_fast.records.sources import source_of
 from pocl_fast.run import context as run_module

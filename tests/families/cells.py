@@ -45,11 +45,11 @@ from families.alone import (
 from families.tiny_families import LAYERS, VOCABULARY, row_auto_class
 from pocl_fast.answers.decoding import generate
 from pocl_fast.curriculum.stages import baby_steps
+from pocl_fast.cutting.cut import chosen_layers, cut_layers
 from pocl_fast.data.packed import pack
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
-from pocl_fast.models.cut import chosen_layers, cut_layers
 from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.records.samples import samples_from

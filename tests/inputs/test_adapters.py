@@ -12,12 +12,12 @@ from tiny_options import reaches, trainer_with_options
 from tiny_training import curriculum_of, same_bits, trainer_of, weights_of
 from transformers import AutoModelForCausalLM
 
+from pocl_fast.cutting.cut import cut_layers
 from pocl_fast.inputs.adapters import configuration_of, described, plain_state, with_adapters
 from pocl_fast.inputs.saved_adapters import adapter_bytes, save_adapted, saved_bytes
 from pocl_fast.loss.objective import Objective
-from pocl_fast.models.cut import cut_layers
 from pocl_fast.models.loading import load_model, resolve
-from pocl_fast.options import AdapterOptions
+from pocl_fast.options.data import AdapterOptions
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
 

@@ -12,7 +12,7 @@ from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.inputs.vocabulary import configured_rows, rows_of, tokenless_ids
 from pocl_fast.models.placement import choose_device
-from pocl_fast.options import GenerationOptions
+from pocl_fast.options.answers import GenerationOptions
 from pocl_fast.records.samples import samples_from
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher

@@ -12,7 +12,7 @@ from pocl_fast.cli import main
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.inspected import Inspector
 from pocl_fast.inspection.terminal import as_text
-from pocl_fast.options import RunData
+from pocl_fast.options.run import RunData
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.sources import source_of
 

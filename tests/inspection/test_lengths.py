@@ -14,7 +14,7 @@ from pocl_fast.data.stream import SampleStream
 from pocl_fast.inspection import lengths as counting
 from pocl_fast.inspection.length_pictures import as_text, svg
 from pocl_fast.inspection.lengths import Lengths, Taken, count_lengths, histogram, in_words, quantiles
-from pocl_fast.options import RunData
+from pocl_fast.options.run import RunData
 from pocl_fast.records.sources import source_of
 
 

@@ -15,9 +15,10 @@ from tiny_options import CHANGED, SHOWN, reaches
 from tiny_training import curriculum_of
 
 from pocl_fast.data import sample_set
-from pocl_fast.options import ModelNames, RunConfig, RunModels, TrainerArguments
+from pocl_fast.options.data import ModelNames
+from pocl_fast.options.run import RunConfig, RunModels, TrainerArguments
 from pocl_fast.run import train_step
-from pocl_fast.run.configuration import from_options
+from pocl_fast.settings.configuration import from_options
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
 

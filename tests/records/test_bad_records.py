@@ -12,7 +12,7 @@ from tiny_run import make_inputs, options, refusal, run
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.sample_set import read_set
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.bad_records import BadRecord, BadRecords
 from pocl_fast.records.samples import read_samples, samples_from
 from pocl_fast.records.sources import source_of

@@ -11,10 +11,10 @@ from tiny_run import make_inputs, options, run, select
 from tiny_run import refusal as refusal_of
 
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.bad_records import BadRecord
 from pocl_fast.records.samples import read_samples, samples_from
-from pocl_fast.run.configuration import from_options, recorded_config
+from pocl_fast.settings.configuration import from_options, recorded_config
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
 

@@ -10,7 +10,7 @@ from tiny import tiny_tokenizer
 
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.samples import read_samples
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pocl_fast.data.encoding import encoder_of
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.sample_set import SampleSet, split
-from pocl_fast.options import RunData
+from pocl_fast.options.run import RunData
 from pocl_fast.records.samples import samples_from
 from pocl_fast.run.steps import open_run
 from pocl_fast.system.errors import InputError

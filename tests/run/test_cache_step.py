@@ -6,7 +6,7 @@ import pytest
 from tiny_cache import flip, shards
 from tiny_run import make_inputs, options, read_json, refusal, run, select, weights
 
-from pocl_fast.run.configuration import recorded_config
+from pocl_fast.settings.configuration import recorded_config
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.metrics import read_metrics
 

@@ -9,9 +9,9 @@ from tiny_run import make_inputs, options, refusal, run, select
 
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.models import loading
-from pocl_fast.run.configuration import from_options, recorded_config
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.directory import RunDirectory
+from pocl_fast.settings.configuration import from_options, recorded_config
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 from tiny_options import CHANGED
 from tiny_run import make_inputs
 
-from pocl_fast.options import RunConfig
-from pocl_fast.run.configuration import from_options
+from pocl_fast.options.run import RunConfig
 from pocl_fast.run.directory import READS, RunDirectory
+from pocl_fast.settings.configuration import from_options
 
 # options that change no result, by the steps that read their group
 WITHOUT_EFFECT = {

@@ -18,7 +18,7 @@ from tiny_run import make_inputs, options, refusal, run, select
 from pocl_fast.answers import engine
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.data.encoding import SampleEncoder
-from pocl_fast.options import RunData
+from pocl_fast.options.run import RunData
 from pocl_fast.records import files
 from pocl_fast.run import measure_step
 

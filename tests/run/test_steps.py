@@ -9,7 +9,7 @@ from tiny import arithmetic, tiny_model, write_jsonl
 from tiny_run import OUTPUTS, options, refusal, run, select, weights
 
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.run.configuration import read_yaml
+from pocl_fast.settings.configuration import read_yaml
 
 
 def state(folder):

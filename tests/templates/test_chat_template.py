@@ -6,7 +6,7 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer, write_jsonl
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.fitting import encode_all
 from pocl_fast.data.stream import SampleStream
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.samples import Sample, read_samples, samples_from
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError

@@ -9,7 +9,7 @@ from tiny_run import options, run, select
 from tiny_training import same_bits, weights_of
 
 from pocl_fast.data.encoding import encoder_of
-from pocl_fast.options import DataOptions
+from pocl_fast.options.data import DataOptions
 from pocl_fast.records.samples import samples_from
 from pocl_fast.system.errors import InputError
 from pocl_fast.templates.template_date import DATE_FILE

@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from torch.nn.utils import clip_grad_norm_
 
 from pocl_fast.answers.rouge import RougeL
-from pocl_fast.models.cut import cut_layers
+from pocl_fast.cutting.cut import cut_layers
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.checkpoints import checkpoints

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pocl_fast.curriculum.scores import SignalScores, read_scores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.run.configuration import recorded_config
+from pocl_fast.settings.configuration import recorded_config
 from pocl_fast.system.errors import InputError
 
 STAGE_COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")

@@ -18,7 +18,7 @@ from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import AnswerOptions, Engine
 from pocl_fast.answers.likelihood import TEACHER_COLUMNS, TOKENS_A_BATCH, LoadedModel
 from pocl_fast.answers.rouge_words import Tokenizer
-from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
+from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns, top_k_lacks
 from pocl_fast.curriculum.stages import Curriculum, StageSettings, make_curriculum
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder
@@ -37,7 +37,6 @@ from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 from pocl_fast.teacher.shards import HiddenEntries
 from pocl_fast.teacher.teacher import Teacher
-from pocl_fast.training.arguments import top_k_lacks
 
 if TYPE_CHECKING:
     from pocl_fast.curriculum.scores import SignalScores

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from transformers import TrainingArguments
 
-from pocl_fast.options import flag
+from pocl_fast.options.declaring import flag
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import Range, did_you_mean, hints_of, typed
 from pocl_fast.training.arguments import NOT_HERE, RENAMED, TRAINER_GROUPS, WHOLE_SCHEDULE

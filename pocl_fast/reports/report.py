@@ -18,8 +18,8 @@ from pocl_fast import __version__
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.of_run import lengths_part, samples_part
 from pocl_fast.inspection.page import style
-from pocl_fast.run.configuration import recorded_config
-from pocl_fast.run.difficulty_report import read_ranked, sample_rows, stage_rows
+from pocl_fast.reports.difficulty_report import read_ranked, sample_rows, stage_rows
+from pocl_fast.settings.configuration import recorded_config
 from pocl_fast.system.console import duration
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
@@ -64,7 +64,7 @@ def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
         raise InputError(f"{run} holds no run; make one with `pocl-fast distill`")
     stamps = _json(run / "steps.json")
     page = Environment(
-        loader=PackageLoader("pocl_fast.run", "."), autoescape=select_autoescape(default=True)
+        loader=PackageLoader("pocl_fast.reports", "."), autoescape=select_autoescape(default=True)
     ).get_template("report.jinja")
     text = page.render(
         version=__version__,

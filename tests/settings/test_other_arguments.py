@@ -3,8 +3,8 @@
 import pytest
 from tiny_run import make_inputs, options, refusal, select
 
-from pocl_fast.options import RunConfig
-from pocl_fast.run.configuration import from_options, read_yaml, to_yaml
+from pocl_fast.options.run import RunConfig
+from pocl_fast.settings.configuration import from_options, read_yaml, to_yaml
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.arguments import PoclConfig
 

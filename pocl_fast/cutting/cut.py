@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.models.cut_check import SMALL, StudentFails, differences, logits_apart, tolerance, with_large_weights
-from pocl_fast.models.cut_settings import Settings, owners_of_keys
+from pocl_fast.cutting.cut_check import SMALL, StudentFails, differences, logits_apart, tolerance, with_large_weights
+from pocl_fast.cutting.cut_settings import Settings, owners_of_keys
+from pocl_fast.models.parameters import num_parameters
 from pocl_fast.models.placement import input_device
 from pocl_fast.models.probing import DEVICE_ERRORS, evaluating, random_ids, same_random_numbers
 from pocl_fast.system.errors import InputError, first_line
@@ -368,32 +369,3 @@ def _parts_of(weight: Tensor, shape: torch.Size, count: int, chosen: Sequence[in
     return parts.index_select(wrong[0], torch.tensor(list(chosen), device=weight.device)).flatten(
         wrong[0], wrong[0] + 1
     )
-
-
-def num_parameters(model: nn.Module, *, adapters: bool = True) -> int:
-    """Parameters of a model, tied ones once, those packed into 4 bits as many as they were; without peft's adapters
-    unless `adapters`."""
-    left_out = set() if adapters else {id(p) for p in _adapter_weights(model)}
-    return sum(_count(p) for p in {id(p): p for p in model.parameters()}.values() if id(p) not in left_out)
-
-
-def _adapter_weights(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of all kinds of adapters: each layer of peft's names its parts that hold them."""
-    for layer in model.modules():
-        for name in getattr(layer, "adapter_layer_names", ()):
-            part = getattr(layer, name, None)
-            if isinstance(part, nn.Parameter):
-                yield part
-            elif isinstance(part, nn.Module):
-                yield from part.parameters()
-
-
-def _count(weight: Any) -> int:
-    if type(weight).__name__ == "Params4bit":  # of bitsandbytes: two weights a byte of its storage
-        return int(weight.numel()) * weight.element_size() * 2
-    return int(getattr(weight, "ds_numel", weight.numel()))  # ZeRO-3's own parts are empty
-
-
-def as_trainable(model: Any) -> Any:
-    """The model with fp32 weights, all of them requiring a gradient: what the optimizer's small steps need."""
-    return model.to(torch.float32).requires_grad_(True)

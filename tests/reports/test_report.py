@@ -12,7 +12,15 @@ import pytest
 from tiny import arithmetic, write_jsonl
 from tiny_run import options, read_json, run, select
 
-from pocl_fast.run.report import ScoreRow, StepRow, result_rows, step_rows, summary_table, training_figure, write_report
+from pocl_fast.reports.report import (
+    ScoreRow,
+    StepRow,
+    result_rows,
+    step_rows,
+    summary_table,
+    training_figure,
+    write_report,
+)
 from pocl_fast.system.errors import InputError
 
 

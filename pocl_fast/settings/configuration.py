@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from pocl_fast.options import RunConfig, flag, option_name
+from pocl_fast.options.declaring import flag, option_name
+from pocl_fast.options.run import RunConfig
 from pocl_fast.records.forms import check_names
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
@@ -77,7 +78,7 @@ def _value(name: str, given: Any, group: Any) -> Any:
         return before | variables(given) if isinstance(given, list) else dict(given)
     if name == "fields":
         return _fields(given, before)
-    from pocl_fast.run.other_arguments import other_arguments  # loads transformers
+    from pocl_fast.settings.other_arguments import other_arguments  # loads transformers
 
     if isinstance(given, list):  # words add to what was given before, a file's dict takes its place
         return before | other_arguments(dict(_pair(word) for word in given))

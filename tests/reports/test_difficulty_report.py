@@ -10,9 +10,8 @@ import pytest
 from pocl_fast.curriculum.scores import SignalScores
 from pocl_fast.curriculum.signals import Weighted, chosen_signals
 from pocl_fast.curriculum.stages import baby_steps
-from pocl_fast.options import RunConfig
-from pocl_fast.run.configuration import to_yaml
-from pocl_fast.run.difficulty_report import (
+from pocl_fast.options.run import RunConfig
+from pocl_fast.reports.difficulty_report import (
     Ranked,
     average_ranks,
     difficulty_figure,
@@ -22,6 +21,7 @@ from pocl_fast.run.difficulty_report import (
     sample_rows,
     stage_rows,
 )
+from pocl_fast.settings.configuration import to_yaml
 from pocl_fast.system.errors import InputError
 
 

@@ -8,8 +8,9 @@ from tiny import tiny_model
 from tiny_family import FAMILIES, TEXT, tiny_family, with_seed
 from transformers import Gemma3Config
 
-from pocl_fast.models.cut import chosen_layers, cut_layers, evenly_spaced_layers, num_parameters
-from pocl_fast.models.cut_check import passed_over
+from pocl_fast.cutting.cut import chosen_layers, cut_layers, evenly_spaced_layers
+from pocl_fast.cutting.cut_check import passed_over
+from pocl_fast.models.parameters import num_parameters
 from pocl_fast.system.errors import InputError
 
 
