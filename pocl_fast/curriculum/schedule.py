@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from pocl_fast.curriculum.competence import Competence, Draws
 from pocl_fast.curriculum.stages import Curriculum, Stage
 
 
@@ -40,7 +42,7 @@ class Place:
     step_in_stage: int
     stage_steps: int  # of the stage in all, as planned
     epoch_steps: int
-    passes: float  # over samples of their stage, when the step is done, all stages before included
+    passes: float  # over the samples, when the step is done, all stages before included: see `Schedule`
 
     @property
     def ends_epoch(self) -> bool:
@@ -54,10 +56,12 @@ class Place:
 @dataclass
 class Schedule:
     """The Baby-Step schedule as optimizer steps: stage after stage, each `epochs` passes over its samples, or
-    `stage_steps` steps, in an order that is shuffled by `seed` anew for each pass.
+    `stage_steps` steps, in an order that is shuffled by `seed` anew for each pass. With `competence`, which needs
+    `stage_steps`, the samples are those of `Draws` in place of passes over the stage's, and a pass is as many steps as
+    one over all samples takes.
 
     `lengths` gives each sample's tokens by its index; samples that the curriculum does not have are not used. A stage
-    may be ended early (`end_stage`); the numbers of later steps move up.
+    may be ended early (`end_stage`); the numbers of later steps move up, and what they draw stays.
     """
 
     curriculum: Curriculum
@@ -65,7 +69,8 @@ class Schedule:
     size: BatchSize
     seed: int = 42
     epochs: int = 8
-    stage_steps: int | None = None
+    stage_steps: int | Sequence[int] | None = None  # every stage's, or each one's
+    competence: Competence | None = None
     within_stage: Literal["constant", "linear"] = "constant"
     reorders: bool = False  # whether `reorder` may be called
     ended: dict[int, int] = field(default_factory=dict)  # stage -> steps after which it was ended
@@ -75,6 +80,13 @@ class Schedule:
     _shuffled: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
     _boundaries: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        given = None if isinstance(self.stage_steps, int) else self.stage_steps
+        if given is not None and (len(given) != len(self.stages) or min(given) < 1):
+            raise ValueError(f"{len(self.stages)} stages need a positive number of steps each, got {list(given)}")
+        if self.competence is not None and self.stage_steps is None:
+            raise ValueError("competence needs stage_steps: it is a share of all steps")
+
     # -- steps ------------------------------------------------------------------------------------------------------
 
     @property
@@ -83,7 +95,9 @@ class Schedule:
 
     def planned_steps(self, stage: int) -> int:
         """Steps of a stage that is not ended early."""
-        return int(self._ends(stage)[-1]) if self.stage_steps is None else self.stage_steps
+        if self.stage_steps is None:
+            return int(self._ends(stage)[-1])
+        return self.stage_steps if isinstance(self.stage_steps, int) else self.stage_steps[stage]
 
     def steps(self, stage: int) -> int:
         """Steps of a stage."""
@@ -107,13 +121,17 @@ class Schedule:
     def identity(self) -> dict[str, Any]:
         """All that decides which samples a step number has. Ranks and accumulation count by their product: a step has
         the same samples for the same product."""
+        fixed = self.stage_steps
         return {
             "samples of a micro-batch": self.size.samples if self.size.tokens is None else None,
             "tokens of a micro-batch": self.size.tokens,
             "ranks x accumulated micro-batches": self.size.parts,
             "seed of the order": self.seed,
-            "epochs of a stage": self.epochs if self.stage_steps is None else None,
-            "steps of a stage": self.stage_steps,
+            "epochs of a stage": self.epochs if fixed is None else None,
+            "steps of the stages": None
+            if fixed is None
+            else [self.planned_steps(stage.index) for stage in self.stages],
+            "competence": None if self.competence is None else asdict(self.competence),
             "samples of the stages": [stage.size for stage in self.stages],
             "order of the samples": hashlib.sha256(self.curriculum.order.tobytes()).hexdigest()[:16],
         }
@@ -167,6 +185,9 @@ class Schedule:
     def _ends(self, stage: int, at_least: int = 0) -> np.ndarray:
         """The stage's number of steps at each epoch's end, for `epochs` epochs or for as many as `at_least` steps
         take."""
+        if self.competence is not None:
+            count = len(self._cuts(self.stages[-1].index, 0)) - 1
+            return count * np.arange(1, max(1, -(-at_least // count)) + 1)
         if self.size.tokens is None:
             count = -(-self.stages[stage].size // (self.size.samples * self.size.parts))
             epochs = max(self.epochs, -(-at_least // count)) if self.stage_steps is not None else self.epochs
@@ -189,13 +210,27 @@ class Schedule:
     def batch(self, step: int, part: int, rank: int = 0) -> list[int]:
         """The sample indices of micro-batch `part` of a step, on one rank; empty where the step has fewer samples than
         micro-batches."""
-        place = self.place(step)
-        order = self._order(place.stage, place.epoch)
-        cuts = self._cuts(place.stage, place.epoch)
-        chosen = order[cuts[place.step] : cuts[place.step + 1]].tolist()
+        chosen = self._samples(self.place(step))
         if self.size.parts == 1:
             return chosen
         return self._dealt(chosen)[part * self.size.ranks + rank]
+
+    def _samples(self, place: Place) -> list[int]:
+        """The sample indices of a step."""
+        if self.competence is None:
+            order = self._order(place.stage, place.epoch)
+            cuts = self._cuts(place.stage, place.epoch)
+            return order[cuts[place.step] : cuts[place.step + 1]].tolist()
+        before = sum(self.planned_steps(stage) for stage in range(place.stage))
+        return self.curriculum.order[self._draws.step(before + place.step_in_stage)].tolist()
+
+    @cached_property
+    def _draws(self) -> Draws:
+        assert self.competence is not None  # the caller looks
+        order, by_tokens = self.curriculum.order.tolist(), self.size.tokens is not None
+        weights = [self.lengths[index] for index in order] if by_tokens else [1] * len(order)
+        budget = (self.size.tokens or self.size.samples) * self.size.parts
+        return Draws(self.competence, weights, budget, steps=self.planned_total, seed=self.seed)
 
     def _dealt(self, chosen: Sequence[int]) -> list[list[int]]:
         """A step's samples dealt to its micro-batches, the longest first to the one with the fewest tokens, so that no

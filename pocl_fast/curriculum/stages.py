@@ -9,17 +9,20 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pocl_fast.curriculum.competence import Competence
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 
 if TYPE_CHECKING:
     from pocl_fast.curriculum.scores import SignalScores
+    from pocl_fast.data.encoded import EncodedSample
 
 WRITTEN_AT_ONCE = 1 << 13  # samples
+SHUFFLED = (1 << 62) + 1  # a stream of random numbers for the order of "random", apart from those of the passes
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,39 @@ def baby_steps(
     Raises ValueError for fewer samples than stages, no stages, a temperature that is not positive, an alpha outside
     0 to 1, and arrays that do not fit each other. (arXiv 2506.05695, section 3.2.)
     """
-    N = len(order)
+    return _staged(order, score, stage_sizes(len(order), stages), temperatures, alphas)
+
+
+def stage_sizes(samples: int, stages: int) -> list[int]:
+    """How many samples each Baby-Step stage has. Raises ValueError for fewer samples than stages, and no stages."""
     if stages < 1:
         raise ValueError(f"stages must be at least 1, got {stages}")
-    if stages > N:
-        raise ValueError(f"{N} samples cannot fill {stages} stages: give more samples or fewer stages")
-    sizes = [N // stages * (i + 1) for i in range(stages - 1)] + [N]
+    if stages > samples:
+        raise ValueError(f"{samples} samples cannot fill {stages} stages: give more samples or fewer stages")
+    return [samples // stages * (i + 1) for i in range(stages - 1)] + [samples]
+
+
+def competent_stages(
+    order: np.ndarray,
+    score: np.ndarray,
+    competence: Competence,
+    *,
+    stages: int = 4,
+    temperatures: Sequence[float] = (1.0, 2.0),
+    alphas: Sequence[float] = (0.3, 0.0),
+) -> Curriculum:
+    """Stages of equally many steps, within which the share of samples that may be drawn grows on: a stage's size is
+    what it may draw at its end, the last one's all. Otherwise as `baby_steps`."""
+    N = len(order)
+    stage_sizes(N, stages)  # refuses
+    sizes = [competence.allowed((i + 1) / stages, N) for i in range(stages - 1)] + [N]
+    return _staged(order, score, sizes, temperatures, alphas)
+
+
+def _staged(
+    order: np.ndarray, score: np.ndarray, sizes: Sequence[int], temperatures: Sequence[float], alphas: Sequence[float]
+) -> Curriculum:
+    stages = len(sizes)
     settings = zip(sizes, _spread("temperatures", temperatures, stages), _spread("alphas", alphas, stages), strict=True)
     made = tuple(Stage(i, size, temperature, alpha) for i, (size, temperature, alpha) in enumerate(settings))
     return _checked(Curriculum(np.asarray(order), np.asarray(score, dtype=np.float64), made))
@@ -131,28 +161,79 @@ class StageSettings(Protocol):
     def temperature(self) -> Sequence[float]: ...
     @property
     def alpha(self) -> Sequence[float]: ...
+    @property
+    def pacing(self) -> str: ...
+    @property
+    def initial_competence(self) -> float: ...
+    @property
+    def full_competence(self) -> float: ...
+
+
+def is_measured(settings: StageSettings) -> bool:
+    """Whether the order is that of measured difficulty; else nothing is measured for it."""
+    return settings.curriculum in ("pocl", "reverse")
 
 
 def make_curriculum(known: SignalScores, settings: StageSettings) -> Curriculum:
-    """Stages of the samples, by reciprocal rank fusion of their scores. Raises as `stages_over` does."""
-    if settings.curriculum == "none":
-        return stages_over(known.index, np.zeros(len(known.index)), settings)
+    """Stages of the samples by reciprocal rank fusion of their scores; of "reverse" the hardest come first. Raises as
+    `stages_over` does."""
     fused = known.fused(settings.rrf_k)
+    order = fused.order[::-1] if settings.curriculum == "reverse" else fused.order
     # samples that were left out leave gaps in the index
-    return stages_over(known.index[fused.order], fused.score[fused.order], settings)
+    return stages_over(known.index[order], fused.score[order], settings)
+
+
+def unmeasured_curriculum(samples: Sequence[EncodedSample], settings: StageSettings, *, seed: int) -> Curriculum:
+    """Stages of the samples without their difficulty: for "none" one stage in file order; for "random" an order that
+    `seed` shuffles; for "length" the fewest supervised tokens first (of equal ones the fewest tokens in all, then file
+    order), which are the score. Raises as `stages_over` does."""
+    index = np.array([sample.index for sample in samples], dtype=np.int64)
+    score = np.zeros(len(index))
+    if settings.curriculum == "random":
+        index = np.random.Generator(np.random.Philox(key=[seed, SHUFFLED])).permutation(index)
+    elif settings.curriculum == "length":
+        supervised = np.array([sample.supervised_count for sample in samples], dtype=np.float64)
+        order = np.lexsort((index, np.array([len(sample) for sample in samples]), supervised))
+        index, score = index[order], supervised[order]
+    return stages_over(index, score, settings)
 
 
 def stages_over(order: np.ndarray, score: np.ndarray, settings: StageSettings) -> Curriculum:
     """The stages over samples in this order, easiest first. Raises `InputError` for settings that do not fit them."""
+    named: dict[str, Any] = {"temperatures": settings.temperature, "alphas": settings.alpha, "stages": settings.stages}
     try:
         if settings.curriculum == "none":
             plain = no_curriculum(len(order), temperature=settings.temperature[0], alpha=settings.alpha[0])
             return replace(plain, order=order)
-        return baby_steps(
-            order, score, stages=settings.stages, temperatures=settings.temperature, alphas=settings.alpha
-        )
+        if settings.pacing == "competence":
+            competence = Competence(settings.initial_competence, settings.full_competence)
+            return competent_stages(order, score, competence, **named)
+        return baby_steps(order, score, **named)
     except ValueError as error:
         raise InputError(f"--stages, --temperature or --alpha: {error}") from error
+
+
+def control_line(settings: StageSettings) -> str:
+    """What a training beside "pocl" differs in; empty for "pocl" with the paper's pacing."""
+    stages = f"the {settings.stages} stages of pocl"
+    said = {
+        "none": f"all samples from the start, for as many steps as {stages} have",
+        "random": f"{stages}, over an order that the seed shuffles",
+        "reverse": f"{stages}, the hardest samples first",
+        "length": f"{stages}, the samples with the fewest supervised tokens first",
+    }
+    parts = [f"curriculum {settings.curriculum}: {said[settings.curriculum]}"] if settings.curriculum in said else []
+    if settings.curriculum == "none":
+        both = {"temperature": settings.temperature, "alpha": settings.alpha}
+        first = [name for name, values in both.items() if len(set(values)) > 1]
+        parts.append(" and ".join(f"{name} {values[0]:g}" for name, values in both.items()) + " throughout")
+        parts[-1] += f" ({' and '.join(first)}: the first value given)" if first else ""
+    if settings.pacing == "competence":
+        parts.append(
+            f"pacing competence: the easiest {100 * settings.initial_competence:g} % at first, growing to all of them"
+            f" after {100 * settings.full_competence:g} % of the steps; stages of equally many steps"
+        )
+    return "; ".join(parts)
 
 
 def _spread(name: str, given: Sequence[float], stages: int) -> list[float]:

@@ -13,10 +13,19 @@ from pocl_fast.system.typed_values import NotEmpty, Range
 class ScheduleOptions:
     """The curriculum: which samples when, at what temperature and loss weight (arXiv 2506.05695)."""
 
-    curriculum: Literal["pocl", "none"] = "pocl"
-    """"pocl": easy to hard in cumulative stages; "none": all samples from the start, in one stage."""
+    curriculum: Literal["pocl", "none", "random", "reverse", "length"] = "pocl"
+    """"pocl": easy to hard in cumulative stages. Controls of as many optimizer steps: "none": all samples from the
+    start, in one stage, with the first temperature and alpha; "random": the same stages over a shuffled order;
+    "reverse": hard to easy; "length": the shortest responses first. "pocl" and "reverse" alone measure difficulty."""
     stages: Count = 4
     """Number of stages; stage i trains on the easiest i/n of the samples."""
+    pacing: Literal["baby-steps", "competence"] = "baby-steps"
+    """How harder samples come in: "baby-steps": with each stage; "competence": with each step, as a share of the
+    samples that grows with the square root of the steps (arXiv 1903.09848); stages then have equally many steps."""
+    initial_competence: Annotated[float, Range(above=0, at_most=1)] = 0.1
+    """pacing competence: the share of the samples, easiest first, that the first step may draw."""
+    full_competence: Annotated[float, Range(above=0, at_most=1)] = 0.6
+    """pacing competence: the share of all steps after which every sample may be drawn; of four baby steps it is 0.6."""
     rrf_k: Positive = 60.0
     """The constant k of reciprocal rank fusion."""
     temperature: Annotated[list[float], NotEmpty()] = field(default_factory=lambda: [1.0, 2.0])
@@ -47,9 +56,12 @@ class StageOptions:
     within_stage: Literal["constant", "linear"] = "constant"
     """Whether temperature and alpha are constant within a stage, or move to the next stage's values step by step."""
     epochs_per_stage: Count = 8
-    """Passes over a stage's samples; without a curriculum as many in all as with one."""
+    """Passes over a stage's samples."""
     steps_per_stage: Count | None = None
     """Optimizer steps of a stage, instead of passes."""
+    stage_length: Literal["passes", "equal"] = "passes"
+    """"passes": a stage is as long as its passes are; "equal": the steps of all these passes are shared evenly among
+    the stages."""
     patience: Count | None = None
     """End a stage when so many evaluations in a row (one a pass) brought no better ROUGE-L, nor the same with a lower
     cross-entropy."""

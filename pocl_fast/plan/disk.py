@@ -103,7 +103,7 @@ def _most_best(arguments: PoclConfig, evaluations: int, kept: int) -> int:
     each checkpoint that was saved before another evaluation was better."""
     if not evaluations or arguments.stage_weights == "last":
         return 0
-    stages = arguments.stages if arguments.curriculum == "pocl" else 1
+    stages = 1 if arguments.curriculum == "none" else arguments.stages
     return min(evaluations, stages + max(0, kept - 1))
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from pocl_fast.curriculum.signals import teacher_columns, top_k_lacks
-from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.curriculum.stages import Curriculum, is_measured
 from pocl_fast.inputs.adapters import check_options
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.placement import choose_device
@@ -170,6 +170,13 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             raise InputError(f"log_level {self.log_level!r} is none that transformers knows") from error
         if (optim := value_of(self.optim)).startswith("schedule_free"):
             raise InputError(f"optim={optim!r} has no state of its own stages: take adamw_torch_fused")
+        if self.pacing == "competence" and self.curriculum == "none":
+            raise InputError('curriculum="none" has all samples from the start: give pacing="baby-steps"')
+        if self.remeasure and (not is_measured(self) or self.pacing == "competence"):
+            instead = "" if is_measured(self) else f" (curriculum={self.curriculum!r} does not measure it)"
+            raise InputError(
+                f"remeasure ranks the samples of each baby step by their difficulty{instead}: leave it out"
+            )
         if self.remeasure and self.dataloader_num_workers:
             raise InputError("remeasure changes the order, and workers have the old one: dataloader_num_workers=0")
         if self.deepspeed and self.on_nonfinite == "skip":
@@ -236,13 +243,6 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         if scaling == PAPER:
             scaling = Objective.preset(f"paper:{self.divergence}").temperature_scaling
         return Objective(**chosen, temperature_scaling=scaling, temperature=self.temperature[0], alpha=self.alpha[0])
-
-    @property
-    def passes(self) -> int:
-        """Passes over a stage's samples: without a curriculum as many as there are with one over all samples."""
-        if self.curriculum == "pocl":
-            return self.epochs_per_stage
-        return max(1, round(self.epochs_per_stage * (self.stages + 1) / 2))
 
     @classmethod
     def of_run(cls, config: RunConfig, output_dir: Path) -> PoclConfig:

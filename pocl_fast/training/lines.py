@@ -32,6 +32,15 @@ def resumption_line(checkpoint: Path, steps: int, total: int) -> str:
     return f"training resumes after step {steps} of {total}, from {checkpoint}"
 
 
+def file_counted_line(curriculum: str, steps: int) -> str:
+    """That a control's number of steps is known to be pocl's only for the file's order."""
+    return (
+        f"curriculum {curriculum}: {_counted(steps, 'step')}, counted over the samples in file order, for batches are"
+        " cut by tokens: pocl, in the measured order, may have some more or fewer. For exactly the same number give"
+        " both steps_per_stage"
+    )
+
+
 def stage_begins_line(schedule: Schedule, stage: int, *, weights: str) -> str:
     """The samples and settings of a stage, and the weights that it starts from."""
     begun = schedule.stages[stage]

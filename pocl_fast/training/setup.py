@@ -19,6 +19,7 @@ from transformers import Trainer, get_scheduler
 from pocl_fast.answers.answerer import Answerer, SampleAnswerOptions
 from pocl_fast.answers.engine import own_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
+from pocl_fast.curriculum.pacing import paced
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.cutting.cut import cut_layers
@@ -351,18 +352,12 @@ def answered_by_teacher(
 
 def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[EncodedSample]) -> Schedule:
     """The steps of a training on these samples, which the curriculum orders."""
-    return Schedule(
-        curriculum,
-        {sample.index: len(sample) for sample in encoded},
-        BatchSize(
-            args.per_device_train_batch_size, args.tokens_per_batch, args.gradient_accumulation_steps, args.world_size
-        ),
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        epochs=args.passes,
-        stage_steps=args.steps_per_stage,
-        within_stage=args.within_stage,  # type: ignore[arg-type]  # checked by PoclConfig
-        reorders=args.remeasure,
+    size = BatchSize(
+        args.per_device_train_batch_size, args.tokens_per_batch, args.gradient_accumulation_steps, args.world_size
     )
+    seed = args.seed if args.data_seed is None else args.data_seed
+    lengths = {sample.index: len(sample) for sample in encoded}
+    return paced(curriculum, lengths, size, args, seed=seed, reorders=args.remeasure)
 
 
 def learning_rate_factor(args: PoclConfig, schedule: Schedule) -> Callable[[int], float]:

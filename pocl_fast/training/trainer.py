@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,8 +22,9 @@ from transformers import PrinterCallback, ProgressCallback
 from pocl_fast.answers.answerer import Answerer, AnswerLimits
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum import measured
+from pocl_fast.curriculum.pacing import counts_are_the_files
 from pocl_fast.curriculum.schedule import Place, Schedule
-from pocl_fast.curriculum.stages import Curriculum, stages_over
+from pocl_fast.curriculum.stages import Curriculum, control_line, is_measured, unmeasured_curriculum
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, Interrupted
@@ -94,7 +94,7 @@ class PoclTrainer(DistillingTrainer):
             say("save_only_model: a training that is stopped cannot go on from its checkpoints")
         check_optimisation(args)
         made = training_parts(model, teacher, args, train_dataset, eval_dataset, processing_class, peft_config)
-        if args.remeasure or (curriculum is None and args.curriculum != "none"):
+        if args.remeasure or (curriculum is None and is_measured(args)):
             measured.check_measurable(made.student, made.teacher, args, args.device)
         self._curriculum = curriculum
         self.schedule: Schedule | None = None
@@ -117,21 +117,28 @@ class PoclTrainer(DistillingTrainer):
         if self.schedule is not None:
             return self.schedule
         args = self.args
-        if self._curriculum is None and args.curriculum == "none":
-            index = np.array([sample.index for sample in self.samples.encoded])
-            self._curriculum = stages_over(index, np.zeros(len(index)), args)
-        elif self._curriculum is None:
-            made_from = measured.measured_from(self.model, self.teacher, self.samples.encoded, args)
-            self._curriculum = self._measured(self.folder, made_from)
+        if self._curriculum is None:
+            self._curriculum = self._made_curriculum()
         if unknown := set(self._curriculum.order.tolist()) - set(self._by_index):
             raise InputError(f"the curriculum lists sample {min(unknown)}, which train_dataset does not have")
         self.schedule = schedule_of(args, self._curriculum, self.samples.encoded)
+        if counts_are_the_files(self.schedule.size, args) and ranks.is_first():
+            say(lines.file_counted_line(args.curriculum, self.schedule.planned_total))
         if args.rollouts != "none":
             limits = AnswerLimits(args.max_new_tokens, args.max_length, self.encoder.end_id)
             self.rollouts = Rollouts(
                 Policy.of(args), self._generate, limits, total_steps=self.schedule.planned_total, seed=args.seed
             )
         return self.schedule
+
+    def _made_curriculum(self) -> Curriculum:
+        args = self.args
+        if (line := control_line(args)) and ranks.is_first():
+            say(line)
+        if not is_measured(args):
+            return unmeasured_curriculum(self.samples.encoded, args, seed=args.seed)
+        made_from = measured.measured_from(self.model, self.teacher, self.samples.encoded, args)
+        return self._measured(self.folder, made_from)
 
     def _measured(self, folder: Path, made_from: str | None = None) -> Curriculum:
         """The curriculum by the difficulty for the student as it is."""

@@ -88,9 +88,9 @@ def test_temperature_and_alpha_move_within_stages_where_asked(tmp_path, monkeypa
     assert seen == [(1, 0.4), pytest.approx((1.5, 0.2)), *[(2, 0)] * 4]
 
 
-def test_without_a_curriculum_there_are_as_many_passes_in_one_stage(tmp_path):
+def test_without_a_curriculum_there_are_as_many_steps_in_one_stage(tmp_path):
     schedule = trainer_of(tmp_path, count=8, kind="none", epochs_per_stage=2, stages=4).planned()
-    assert schedule.total_steps == 5 * 2  # 2 · (4 + 1) / 2 passes of two steps
+    assert schedule.total_steps == 2 * (1 + 1 + 2 + 2)  # two passes over 2, 4, 6 and 8 samples, in steps of 4
     assert [(stage.size, stage.temperature, stage.alpha) for stage in schedule.stages] == [(8, 1.0, 0.3)]
 
 
