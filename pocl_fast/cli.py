@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pocl_fast.options.declaring import option_name
 from pocl_fast.options.run import RunConfig
+from pocl_fast.options.training import OptimisationOptions
 from pocl_fast.settings.configuration import PAIRS, from_options, read_yaml, recorded_config
 from pocl_fast.system import tokenizer_threads
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
@@ -146,7 +147,8 @@ COMMANDS: dict[str, Command] = {
     "rank": Command(
         "Rank the samples easy to hard and cut them into stages: difficulty.parquet -> curriculum.json.",
         lambda run: run.rank(),
-        ("difficulty", "schedule"),
+        (*_DATA, "generation", "difficulty", "schedule", "optimisation"),
+        unread=tuple(option.name for option in fields(OptimisationOptions) if option.name != "seed"),
     ),
     "cache": Command(
         "Run the teacher over the training samples ahead of training, which does it otherwise -> teacher_cache/.",
@@ -228,7 +230,10 @@ def _run(name: str, arguments: list[str]) -> None:
     given, config = _parse(name, command, arguments)
     if name in HOLD_OUT and config.data.dev is None and config.data.held_out is None:
         config = from_options({"held_out": HELD_OUT}, config)
-    if name in NEED_A_RUN and not (given.output / "config.yaml").is_file():
+    from pocl_fast.curriculum.stages import is_measured
+
+    starts_there = name == "rank" and not is_measured(config.schedule)
+    if name in NEED_A_RUN and not starts_there and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     _quiet_libraries()
     if not command.opens_run:

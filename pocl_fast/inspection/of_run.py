@@ -26,6 +26,8 @@ from pocl_fast.records.samples import Sample, iter_samples
 from pocl_fast.records.sources import source_of
 from pocl_fast.system.errors import InputError
 
+# the first and the last sample of a curriculum that orders them
+_ENDS = {"pocl": ("easiest", "hardest"), "reverse": ("hardest", "easiest"), "length": ("shortest", "longest")}
 _FIRST = ("first", "second", "third")
 _READ = 10_000  # samples among which the three are chosen: no report reads a large file to its end
 
@@ -77,8 +79,8 @@ def _chosen(
 
 def _names(run: Path, config: RunConfig) -> dict[int, str] | None:
     """The indices of the samples to show, and what each is: of a curriculum the easiest, the middle one and the
-    hardest, of what was measured or trained on in the file's order the first three. None where a run has not chosen
-    among its samples yet."""
+    hardest (or shortest and longest), of what was measured or trained on in the file's order or a random one the first
+    three. None where a run has not chosen among its samples yet."""
     path, measured = run / "curriculum.json", run / "difficulty.parquet"
     if path.is_file():
         order = Curriculum.load(path).order
@@ -89,10 +91,11 @@ def _names(run: Path, config: RunConfig) -> dict[int, str] | None:
     read = [int(index) for index in order if index < _READ]
     if not read:
         raise InputError(f"none of the first {_READ:,} samples is trained on")
-    if not path.is_file() or config.schedule.curriculum == "none":
+    if not path.is_file() or config.schedule.curriculum not in _ENDS:
         return dict(zip(sorted(read), _FIRST, strict=False))
     some = "" if len(read) == len(order) else f" of the first {_READ:,} samples"
-    places = {0: "easiest", len(read) // 2: "middle", len(read) - 1: "hardest"}
+    first, last = _ENDS[config.schedule.curriculum]
+    places = {0: first, len(read) // 2: "middle", len(read) - 1: last}
     return {read[place]: name + some for place, name in places.items()}
 
 

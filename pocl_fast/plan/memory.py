@@ -61,6 +61,7 @@ class Sizes:
     accumulates: bool
     state: float  # bytes of the optimizer's state a trained weight
     evaluates: bool  # the dev set, in training
+    measures: bool  # the difficulty of the training samples
     scores_teacher: bool
     base: int  # bytes of the process before models are loaded; 0 on a GPU
 
@@ -80,8 +81,8 @@ class Sizes:
 
 def memory_plan(sizes: Sizes) -> list[StepMemory]:
     """The peak of each step of `distill`, in their order."""
-    measuring = _measuring(sizes)
-    found = [StepMemory("measure, evaluate", measuring)]
+    name = "measure, evaluate" if sizes.measures else "evaluate"
+    found = [StepMemory(name, _measuring(sizes))] if sizes.prompts else []
     if sizes.teacher is None:
         return found
     if sizes.scores_teacher:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from pocl_fast.curriculum.signals import teacher_columns
+from pocl_fast.curriculum.stages import is_measured
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.inputs.positions import check_positions
 from pocl_fast.options.run import RunConfig
@@ -203,6 +204,7 @@ class _Maker:
         chosen, generation = config.models, config.generation
         here = chosen.teacher_device == WITH_STUDENT and self.teacher is not None
         dev = context.dev_set.encoded if context.has_dev else ()
+        measures = is_measured(config.schedule)
         return Sizes(
             student=self.student,
             teacher=self.teacher if here else None,
@@ -211,7 +213,7 @@ class _Maker:
             precision=context.precision,
             batches=batches,
             tokens=sum(map(len, self.encoded)),
-            prompts=answered_prompts(context.train_file.encoded, dev),
+            prompts=answered_prompts(context.train_file.encoded if measures else (), dev),
             max_new_tokens=generation.max_new_tokens,
             batch_size=generation.generation_batch_size,
             batch_tokens=generation.generation_batch_tokens,
@@ -220,7 +222,8 @@ class _Maker:
             accumulates=self.arguments.gradient_accumulation_steps > 1,
             state=state,
             evaluates=bool(self.plan.steps and self.plan.steps.evaluations) and context.has_dev,
-            scores_teacher=bool(teacher_columns(config.difficulty.signals)),
+            measures=measures,
+            scores_teacher=measures and bool(teacher_columns(config.difficulty.signals)),
             base=psutil.Process().memory_info().rss if context.device.type == "cpu" else 0,
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pocl_fast.curriculum.schedule import Schedule
-from pocl_fast.curriculum.stages import Curriculum, stages_over
+from pocl_fast.curriculum.stages import Curriculum, Stage, is_measured, stages_over, unmeasured_curriculum
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.setup import schedule_of
@@ -59,14 +59,16 @@ class Batches:
 def planned_schedule(
     arguments: PoclConfig, encoded: Sequence[EncodedSample], output: Path | None
 ) -> tuple[Schedule, bool]:
-    """The training's schedule, and whether the order of the samples is the one that it will have: that of a
-    `curriculum.json` in `output`, or of a training without a curriculum. Else it is the order of the file.
+    """The training's schedule, and whether the order of the samples is the one that it will have: one that is not
+    measured, or that of a `curriculum.json` in `output`. Else it is the order of the file.
 
     Raises `InputError` for stages that do not fit the samples.
     """
-    index, known = np.array([one.index for one in encoded]), arguments.curriculum == "none"
+    if not is_measured(arguments):
+        return schedule_of(arguments, unmeasured_curriculum(encoded, arguments, seed=arguments.seed), encoded), True
+    index, known = np.array([one.index for one in encoded]), False
     score = np.zeros(len(index))
-    if output is not None and not known and (path := output / "curriculum.json").is_file():
+    if output is not None and (path := output / "curriculum.json").is_file():
         ranked = Curriculum.load(path)
         if known := set(ranked.order.tolist()) == set(index.tolist()):
             index, score = ranked.order, ranked.score
@@ -85,8 +87,7 @@ def step_plan(
         steps = schedule.planned_steps(stage.index)
         first = sum(one.steps for one in stages)
         passes = schedule.place(first + steps - 1).passes - (schedule.place(first - 1).passes if first else 0.0)
-        size = sum(lengths[i] for i in schedule.subset(stage.index).tolist()) if ordered else mean * stage.size
-        tokens += passes * size
+        tokens += passes * _pass_tokens(schedule, stage, mean, ordered=ordered)
         stages.append(StagePlan(stage.index + 1, stage.size, round(passes, 4), steps, stage.temperature, stage.alpha))
     total, planned = schedule.total_steps, schedule.total_steps
     if arguments.max_steps > 0:
@@ -107,10 +108,17 @@ def step_plan(
     )
 
 
+def _pass_tokens(schedule: Schedule, stage: Stage, mean: float, *, ordered: bool) -> float:
+    """Tokens of a pass over a stage's samples; by competence as many samples as there are, of those it may draw."""
+    subset, lengths = schedule.subset(stage.index), schedule.lengths
+    each = sum(lengths[i] for i in subset.tolist()) / len(subset) if ordered else mean
+    return each * (stage.size if schedule.competence is None else len(schedule.curriculum.order))
+
+
 def _certainty(schedule: Schedule, arguments: PoclConfig, *, ordered: bool) -> tuple[bool, str]:
     if arguments.patience is not None:
         return False, f"at most so many: a stage ends when {arguments.patience} evaluations brought nothing better"
-    by_tokens = schedule.size.tokens is not None and schedule.stage_steps is None
+    by_tokens = schedule.size.tokens is not None and arguments.steps_per_stage is None
     if by_tokens and (arguments.remeasure or not ordered):
         return False, "about so many: batches are cut by tokens, and the order is known once difficulty is measured"
     return True, "exact"

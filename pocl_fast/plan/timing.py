@@ -18,7 +18,7 @@ from pocl_fast.answers.decoding import answering_work
 from pocl_fast.answers.likelihood import response_scores
 from pocl_fast.curriculum.schedule import Schedule
 from pocl_fast.curriculum.signals import teacher_columns
-from pocl_fast.curriculum.stages import Curriculum, Stage
+from pocl_fast.curriculum.stages import Curriculum, Stage, is_measured
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.plan.context import PlanContext
@@ -63,17 +63,19 @@ def time_plan(
     student = context.student()
     loading = time.perf_counter() - start
     tokens, dev, both = sum(map(len, encoded)), None, 0.0
+    measures = is_measured(context.config.schedule)
     with context.precision.autocast(), context.engine(student.model) as engine:
-        train = _Answering(context, engine, [one.prompt_ids for one in encoded])
+        train = _Answering(context, engine, [one.prompt_ids for one in encoded]) if measures else None
         scored = _seconds_a_token(lambda some: response_scores(student, some), encoded)
         if context.has_dev:
             dev = _Answering(context, engine, [one.prompt_ids for one in context.dev_set.encoded])
-        if teacher_columns(context.config.difficulty.signals):
+        if measures and teacher_columns(context.config.difficulty.signals):
             teacher = context.scoring_teacher()
             both = _seconds_a_token(lambda some: response_scores(student, some, teacher), encoded)
     trial = _trial(context, arguments, batches, schedule)
-    measure = StepTime("measure", train.seconds + scored * tokens, train.timed)
-    found = [StepTime("load and check the models", loading + trial.loading, "once each"), measure]
+    found = [StepTime("load and check the models", loading + trial.loading, "once each")]
+    if train is not None:
+        found.append(StepTime("measure", train.seconds + scored * tokens, train.timed))
     if both:
         found.append(StepTime("measure the teacher", both * tokens, f"{SCORED} samples"))
     training, evaluation = _training(trial, batches, steps, tokens), []

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pocl_fast.curriculum.scores import SignalScores, read_scores
 from pocl_fast.curriculum.signals import chosen_signals
-from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.curriculum.stages import Curriculum, is_measured
 from pocl_fast.settings.configuration import recorded_config
 from pocl_fast.system.errors import InputError
 
@@ -35,6 +35,7 @@ class Ranked:
     known: SignalScores
     curriculum: Curriculum
     k: float  # the constant of the rank fusion
+    hard_first: bool = False  # whether the order is turned round
 
     @cached_property
     def stage_of(self) -> np.ndarray:
@@ -47,7 +48,7 @@ class Ranked:
         return stages
 
     def new_samples(self) -> list[np.ndarray]:
-        """The sample indices that each stage adds to those of the stages before, easiest first."""
+        """The sample indices that each stage adds to those of the stages before, in the curriculum's order."""
         sizes = [0, *(stage.size for stage in self.curriculum.stages)]
         return [self.curriculum.order[before:size] for before, size in itertools.pairwise(sizes)]
 
@@ -69,19 +70,19 @@ class Ranked:
 
 
 def read_ranked(run: Path) -> Ranked | None:
-    """What a run directory has ranked; None before the rank step.
+    """What a run directory has ranked by difficulty; None before the rank step, and where another order was taken.
 
     Raises `InputError` where the difficulty table and the curriculum are of different samples.
     """
     table, stages = run / "difficulty.parquet", run / "curriculum.json"
-    if not table.exists() or not stages.exists():
-        return None
     config = recorded_config(run)
+    if not table.exists() or not stages.exists() or not is_measured(config.schedule):
+        return None
     known = read_scores(table, chosen_signals(config.difficulty.signals))
     curriculum = Curriculum.load(stages)
     if not np.array_equal(np.sort(known.index), np.sort(curriculum.order)):
         raise InputError(f"{stages} ranks other samples than {table} has; delete it and run `pocl-fast rank` again")
-    return Ranked(known, curriculum, config.schedule.rrf_k)
+    return Ranked(known, curriculum, config.schedule.rrf_k, config.schedule.curriculum == "reverse")
 
 
 def sampled(array: np.ndarray, count: int) -> np.ndarray:
@@ -124,7 +125,8 @@ def difficulty_table(ranked: Ranked) -> str:
     heads = [f"mean {signal.name[-26:]}" for signal in signals]
     widths = [max(len(head), 12) + 3 for head in heads]
     count, stages = len(ranked.known.index), len(ranked.curriculum.stages)
-    more = "s, easy to hard; each stage adds new samples" if stages > 1 else ", easy to hard"
+    way = "hard to easy" if ranked.hard_first else "easy to hard"
+    more = f"s, {way}; each stage adds new samples" if stages > 1 else f", {way}"
     lines = [f"rank: {count:,} samples in {stages} stage{more}"]
     columns = zip(heads, widths, strict=True)
     lines.append(
@@ -156,7 +158,7 @@ def stage_rows(ranked: Ranked) -> list[StageRow]:
 
 
 def sample_rows(ranked: Ranked, table: Path) -> list[SampleRow]:
-    """Three of the samples that each stage adds: the easiest, the middle one and the hardest."""
+    """Three of the samples that each stage adds: the first, the middle one and the last in the curriculum's order."""
     picked = []
     for stage, new in enumerate(ranked.new_samples()):
         places = sorted({0, len(new) // 2, len(new) - 1}) if len(new) else []

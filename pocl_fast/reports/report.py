@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pocl_fast import __version__
+from pocl_fast.curriculum.stages import control_line
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.of_run import lengths_part, samples_part
 from pocl_fast.inspection.page import style
@@ -74,6 +75,7 @@ def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
         results=result_rows(run),
         steps=step_rows(stamps),
         stages=_stages(run),
+        stages_note=_stages_note(run),
         training_curve=_picture(training_figure(run)),
         **_difficulty(run),
         **_samples(run, stamps, encoder),
@@ -198,9 +200,11 @@ def _difficulty(run: Path) -> dict[str, Any]:
     ranked = read_ranked(run)
     if ranked is None:
         return {}
+    ends = ("hardest", "easiest") if ranked.hard_first else ("easiest", "hardest")
     return {
         "difficulty": base64.b64encode((run / "difficulty.png").read_bytes()).decode(),
         "signals": [one.signal.name for one in ranked.known.signals],
+        "three_samples": ", the middle and the ".join(ends),
         "difficulty_stages": stage_rows(ranked),
         "difficulty_samples": sample_rows(ranked, run / "difficulty.parquet"),
     }
@@ -231,6 +235,12 @@ def _stages(run: Path) -> list[dict[str, Any]]:
         best = max(evaluations, key=_goodness, default={})
         rows.append({**stage, "rouge_l": best.get("eval_rouge_l"), "cross_entropy": best.get("eval_cross_entropy")})
     return rows
+
+
+def _stages_note(run: Path) -> str:
+    """Which samples the stages have, in words."""
+    usual = "Each stage trains on the easiest samples, more of them than the one before"
+    return (control_line(recorded_config(run).schedule) or usual) + "."
 
 
 def _goodness(evaluation: dict[str, Any]) -> tuple[float, float, int]:

@@ -10,15 +10,17 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teacher_columns
+from pocl_fast.curriculum.stages import is_measured
 from pocl_fast.inputs.adapters import configuration_file
 from pocl_fast.models.fingerprints import source_fingerprint
 from pocl_fast.options.declaring import option_name
 from pocl_fast.options.run import RunConfig
+from pocl_fast.options.training import OptimisationOptions
 from pocl_fast.records.sources import source_of
 from pocl_fast.settings.configuration import to_yaml
 from pocl_fast.system import ranks
@@ -50,6 +52,8 @@ class Reads:
             others = others | {"eval_steps": config.logging.logging_steps}  # what transformers takes then
         if config.adapters.lora_rank is None and config.adapters.peft_config is None:
             values = {name: value for name, value in values.items() if name not in _OF_ADAPTERS}
+        if config.schedule.pacing != "competence":
+            values = {name: value for name, value in values.items() if name not in _OF_COMPETENCE}
         if config.data.dev is not None:
             values.pop("held_out", None)
         values |= {f"--set {name}": value for name, value in others.items() if not name.startswith(_AROUND)}
@@ -59,6 +63,7 @@ class Reads:
 STUDENT, STUDENT_ADAPTERS = "student/model.safetensors", "student/adapter_model.safetensors"
 _DATA_FLAGS = {"train": "--train", "dev": "--dev (or --held-out)"}
 _OF_ADAPTERS = ("lora_alpha", "lora_targets", "merge_adapters")  # which mean nothing without adapters
+_OF_COMPETENCE = ("initial_competence", "full_competence")
 _DEVICES = ("device", "teacher_device")
 _TEACHER = ("teacher", "teacher_quantization")
 # beginnings of the names of transformers' arguments that do not change what is learnt
@@ -73,6 +78,14 @@ READS = {
     "measure-teacher": Reads(("models", "data"), (*_DEVICES, "dev")),
     "rank": Reads(
         ("difficulty", "schedule"), ("measure_temperature", "measure_seed"), ("difficulty.parquet", TEACHER_SCORES)
+    ),
+    "rank-unmeasured": Reads(  # rank, where the order is that of the samples themselves
+        ("models", "data", "generation", "schedule", "optimisation"),
+        (
+            *_DEVICES, *_TEACHER, "precision", "student_layers", "dev", "generation_batch_size",
+            "generation_batch_tokens", "generation_engine", "rouge_tokenizer", "rrf_k",
+            *(option_name(f) for f in fields(OptimisationOptions) if f.name != "seed"),
+        ),
     ),
     "train": Reads(
         ("models", "data", "adapters", "generation", "difficulty", "schedule", *_TRAINING),
@@ -92,8 +105,8 @@ READS = {
         (STUDENT,),
     ),
 }  # fmt: skip
-# Whose result a step builds on without reading the data behind it: what both are made from must agree.
-BUILDS_ON = {"train": "measure"}
+# Whose results a step builds on without reading the data behind them: what both are made from must agree.
+BUILDS_ON = {"train": ("measure", "rank")}
 # What each step leaves: its result, then what an interrupted one may have begun.
 WRITES = {
     "measure": ("difficulty.parquet", "difficulty.parts"),
@@ -105,6 +118,14 @@ WRITES = {
 }
 # What means nothing once a step is done anew.
 SPOILS = {"measure": ("measure-teacher", "rank"), "train": ("evaluate-after",)}
+
+
+def reads_of(step: str, config: RunConfig) -> Reads:
+    """What a step is made from under these options."""
+    if step != "rank" or is_measured(config.schedule):
+        return READS[step]
+    reads = READS["rank-unmeasured"]
+    return reads if config.schedule.curriculum == "random" else replace(reads, but=(*reads.but, "seed"))
 
 
 class RunDirectory:
@@ -164,7 +185,7 @@ class RunDirectory:
                 stamp = None
             elif stamp["done"]:
                 return False
-        self._check_earlier(step, made_from)
+        self._check_earlier(step, made_from, config)
         if stamp is None:
             self._clear(step)
         self.record(config)
@@ -199,7 +220,7 @@ class RunDirectory:
                 self._save_stamps()
 
     def _made_from(self, step: str, config: RunConfig) -> dict[str, Any]:
-        reads, every = READS[step], config.flat()
+        reads, every = reads_of(step, config), config.flat()
         made_from: dict[str, Any] = {}
         for name, value in reads.options(config).items():
             if name == "dev" and value is None and config.data.held_out is not None:
@@ -236,18 +257,18 @@ class RunDirectory:
             fingerprints[name] = file_fingerprint(self.path / name)
         return fingerprints
 
-    def _check_earlier(self, step: str, made_from: dict[str, Any]) -> None:
-        """Raises `InputError` where the step that this one builds on was made from other options or data."""
-        earlier = BUILDS_ON.get(step, "")
-        if earlier not in self.stamps:
-            return
-        before = self.stamps[earlier]["made_from"]
-        if changed := _changes(before, {name: value for name, value in made_from.items() if name in before}):
-            raise InputError(
-                f"{self.path} holds another run: its step {earlier!r}, which {step!r} builds on, was made with other"
-                f" input ({changed}). Give the same options to go on, another --output for a new run,"
-                f" or do that step again first: `pocl-fast {earlier} --restart` with the new options"
-            )
+    def _check_earlier(self, step: str, made_from: dict[str, Any], config: RunConfig) -> None:
+        """Raises `InputError` where a step that this one builds on was made from other options or data."""
+        for earlier in BUILDS_ON.get(step, ()):
+            if earlier not in self.stamps or (earlier == "measure" and not is_measured(config.schedule)):
+                continue
+            before = self.stamps[earlier]["made_from"]
+            if changed := _changes(before, {name: value for name, value in made_from.items() if name in before}):
+                raise InputError(
+                    f"{self.path} holds another run: its step {earlier!r}, which {step!r} builds on, was made with"
+                    f" other input ({changed}). Give the same options to go on, another --output for a new run,"
+                    f" or do that step again first: `pocl-fast {earlier} --restart` with the new options"
+                )
 
     def _clear(self, step: str) -> None:
         """Removes what an earlier try at the step left, and what was made of it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pocl_fast.curriculum.stages import is_measured
 from pocl_fast.run.cache_step import cache_step
 from pocl_fast.run.checks import check
 from pocl_fast.run.context import RunContext, Say
@@ -30,7 +31,11 @@ class Run:
     def distill(self) -> Path:
         """Does every step in order; passes over those that are done. The report's path."""
         self.check()
-        self.measure()
+        schedule = self.context.config.schedule
+        if is_measured(schedule):
+            self.measure()
+        else:
+            self.context.say(f"measure: left out, for --curriculum {schedule.curriculum} does not rank by difficulty")
         self.evaluate("before")
         self.rank()
         self.train()

@@ -221,7 +221,8 @@ def test_the_cache_keeps_hidden_states_in_8_bits(changed, run_of):
 
 
 def test_a_run_gives_its_trainer_every_option(run_of, monkeypatch, tmp_path):
-    alone = ("device", "precision", "patience", "peft_config")  # peft_config: lora_rank is given
+    # peft_config: lora_rank is given; the others: without a curriculum
+    alone = ("device", "precision", "patience", "peft_config", "remeasure", "pacing")
     given = {name: value for name, value in CHANGED.items() if name not in alone}
     config = from_options(given | {"device": "cpu", "precision": "fp32"})
     args = PoclConfig.of_run(config, tmp_path)

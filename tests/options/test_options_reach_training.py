@@ -27,6 +27,24 @@ def test_a_stage_has_its_steps(changed, trainer_with):
     assert trainer_with(changed).planned().total_steps == 5
 
 
+@reaches("stage_length")
+def test_stages_share_their_steps(changed, trainer_with):
+    schedule = trainer_with(changed, stages=2, epochs_per_stage=3).planned()  # of 4 and 8 samples: 3 + 6 steps
+    assert [schedule.planned_steps(stage) for stage in range(2)] == [4, 5]
+
+
+@reaches("pacing", "initial_competence", "full_competence")
+def test_the_samples_that_may_be_drawn_grow_with_each_step(changed, trainer_with):
+    schedule = trainer_with(changed, count=40, per_device_train_batch_size=10, epochs_per_stage=8).planned()
+    assert schedule.total_steps == 32
+    drawn = [schedule.batch(step, 0) for step in range(32)]
+    assert sorted(drawn[0]) == list(range(10))  # the easiest quarter of 40, in file order
+    hardest = [max(sum(drawn[: step + 1], [])) for step in range(32)]
+    assert hardest[8] < 40 * (0.5 + 0.5 * 0.25**2) ** 0.5  # c² has grown half of its way from 0.25² to 1
+    assert hardest[-1] == 39
+    assert next(step for step in range(32) if hardest[step] >= 38) >= 14
+
+
 @reaches("batch_size", "gradient_accumulation_steps")
 def test_a_step_has_batches_of_so_many_samples(changed, trainer_with):
     schedule = trainer_with(changed).planned()

@@ -18,7 +18,8 @@ def test_every_option_but_a_few_changes_what_a_step_is_made_from():
     without = set()
     for name, value in CHANGED.items():
         of_adapters = name in ("lora_alpha", "lora_targets", "merge_adapters")  # which say how, where there are some
-        plain = from_options({"lora_rank": 1} if of_adapters else {})
+        of_competence = name in ("initial_competence", "full_competence")
+        plain = from_options({"lora_rank": 1} if of_adapters else {"pacing": "competence"} if of_competence else {})
         changed = from_options({name: value}, plain)
         if all(reads.options(changed) == reads.options(plain) for reads in READS.values()):
             without.add(name)

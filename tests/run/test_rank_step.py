@@ -4,10 +4,12 @@ import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from tiny_run import options, refusal, run, select
 
 from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 from pocl_fast.curriculum.stages import Curriculum
+from pocl_fast.training.metrics import read_metrics
 
 
 def test_ranking_leaves_a_table_and_a_picture(finished, tmp_path, capsys):
@@ -22,14 +24,64 @@ def test_ranking_leaves_a_table_and_a_picture(finished, tmp_path, capsys):
     assert (copy / "difficulty.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_a_curriculum_there_is_one_stage_in_file_order(finished, tmp_path):
-    inputs, _ = finished
+def test_without_a_curriculum_nothing_is_measured_and_there_is_one_stage_in_file_order(finished, tmp_path, capsys):
+    inputs, done = finished
     output = tmp_path / "out"
     words = options(inputs, curriculum="none", temperature=(1.5, 2.0), alpha=(0.25, 0.0))
+    capsys.readouterr()
     assert run("distill", output, *words) == 0
+    said = capsys.readouterr().out
+    assert "measure: left out, for --curriculum none does not rank by difficulty" in said
+    assert "temperature 1.5 and alpha 0.25 throughout (temperature and alpha: the first value given)" in said
     curriculum = Curriculum.load(output / "curriculum.json")
     assert curriculum.order.tolist() == list(range(24))
     assert [(s.size, s.temperature, s.alpha) for s in curriculum.stages] == [(24, 1.5, 0.25)]
+    assert not (output / "difficulty.parquet").exists()
+    assert steps_of(output) == steps_of(done)
+    page = (output / "report.html").read_text()
+    assert "Difficulty of the training samples" not in page
+    assert "curriculum none: all samples from the start" in page
+    assert run("distill", output, *words) == 0  # all done
+    assert "rank: already done" in capsys.readouterr().out
+
+
+def steps_of(output):
+    """The optimizer steps that a run did."""
+    return max(record["step"] for record in read_metrics(output / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["random", "length"])
+def test_an_order_that_is_not_measured_can_be_the_first_step_of_a_run(finished, tmp_path, capsys, kind):
+    inputs, _ = finished
+    output = tmp_path / "out"
+    words = options(inputs, curriculum=kind, seed=5)
+    assert run("rank", output, *select(words, "rank"), "--seed", "5") == 0
+    curriculum = Curriculum.load(output / "curriculum.json")
+    assert [stage.size for stage in curriculum.stages] == [6, 12, 18, 24]
+    order = curriculum.order.tolist()
+    assert sorted(order) == list(range(24)) != order
+    said = refusal(capsys, "train", output, *select(words, "train"), "--seed", "6") if kind == "random" else ""
+    assert (
+        not said or "its step 'rank', which 'train' builds on, was made with other input (seed: was 5, now 6)" in said
+    )
+    assert run("train", output, *select(words, "train")) == 0
+    said = refusal(capsys, "distill", output, *options(inputs, curriculum="none", seed=5))
+    assert "its step 'rank' was made with other input" in said
+
+
+def test_reverse_is_the_measured_order_turned_round(copied, capsys):
+    _, output = copied
+    before = Curriculum.load(output / "curriculum.json")
+    assert run("rank", output, "--curriculum", "reverse", "--restart") == 0
+    said = capsys.readouterr().out
+    assert "24 samples in 4 stages, hard to easy" in said
+    assert "rank: curriculum reverse: the 4 stages of pocl, the hardest samples first" in said
+    after = Curriculum.load(output / "curriculum.json")
+    assert after.order.tolist() == before.order.tolist()[::-1]
+    assert after.score.tolist() == before.score.tolist()[::-1]
+    assert after.stages == before.stages
+    assert run("report", output) == 0
+    assert "The hardest, the middle and the easiest of the samples" in (output / "report.html").read_text()
 
 
 def test_signals_are_measured_where_they_need_the_teacher_and_ranked_by(finished, tmp_path, monkeypatch, capsys):
