@@ -54,8 +54,8 @@ def select(words: list[str], command: str) -> list[str]:
     from pocl_fast.options.declaring import flag
     from pocl_fast.options.run import RunConfig
 
-    groups = [getattr(RunConfig(), group) for group in COMMANDS[command].groups]
-    known = {flag(option) for group in groups for option in fields(group)}
+    groups, unread = [getattr(RunConfig(), group) for group in COMMANDS[command].groups], COMMANDS[command].unread
+    known = {flag(option) for group in groups for option in fields(group) if option.name not in unread}
     kept: list[str] = []
     keep = False
     for word in words:

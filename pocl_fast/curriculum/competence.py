@@ -43,7 +43,7 @@ class Draws:
 
     `weights` are the samples' by rank, of which a step takes `budget` at most (a heavier sample alone): all 1 for a
     number of samples, their tokens for a number of tokens. Steps are drawn one after the other and kept, 8 bytes a
-    sample drawn; a first look at a late step takes about 2 µs for each sample before it.
+    sample drawn; a first look at a late step takes about 5 µs for each sample drawn before it.
     """
 
     competence: Competence

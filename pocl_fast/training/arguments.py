@@ -280,7 +280,8 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             "temperature_scaling": PAPER, "beta": 0.1, "learning_rate": 1e-4, "weight_decay": 0.01, "warmup_steps": 0,
             "max_grad_norm": 1.0, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 1, "max_length": 512, "max_prompt_length": 256, "stage_weights": "best",
-            "fresh_optimizer": True, "fresh_learning_rate": True, "signals": "rouge_l,cross_entropy", "rrf_k": 60.0,
+            "fresh_optimizer": True, "fresh_learning_rate": True, "curriculum": "pocl", "pacing": "baby-steps",
+            "stage_length": "passes", "within_stage": "constant", "signals": "rouge_l,cross_entropy", "rrf_k": 60.0,
         }  # fmt: skip
         return cls(output_dir=output_dir, **(recipe | changes))
 
