@@ -53,6 +53,7 @@ CHANGED = {
     "curriculum": "none",
     "stages": 3,
     "rrf_k": 7.0,
+    "ties": "first",
     "temperature": [3.0, 4.0],
     "alpha": [0.5, 0.25],
     "divergence": "jsd",

@@ -17,6 +17,7 @@ from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 
 if TYPE_CHECKING:
+    from pocl_fast.curriculum.fusion import Ties
     from pocl_fast.curriculum.scores import SignalScores
 
 WRITTEN_AT_ONCE = 1 << 13  # samples
@@ -128,6 +129,8 @@ class StageSettings(Protocol):
     @property
     def rrf_k(self) -> float: ...
     @property
+    def ties(self) -> Ties: ...
+    @property
     def temperature(self) -> Sequence[float]: ...
     @property
     def alpha(self) -> Sequence[float]: ...
@@ -137,7 +140,7 @@ def make_curriculum(known: SignalScores, settings: StageSettings) -> Curriculum:
     """Stages of the samples, by reciprocal rank fusion of their scores. Raises as `stages_over` does."""
     if settings.curriculum == "none":
         return stages_over(known.index, np.zeros(len(known.index)), settings)
-    fused = known.fused(settings.rrf_k)
+    fused = known.fused(settings.rrf_k, settings.ties)
     # samples that were left out leave gaps in the index
     return stages_over(known.index[fused.order], fused.score[fused.order], settings)
 
