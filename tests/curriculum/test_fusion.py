@@ -137,10 +137,10 @@ def test_ties_share_the_mean_of_their_ranks_or_keep_the_earlier_sample_first():
 def test_what_all_samples_share_lets_the_other_ranking_decide():
     loss = np.random.default_rng(0).random(1000)
     mostly_zero = np.where(np.arange(1000) < 10, 0.5, 0.0)
-    fused = reciprocal_rank_fusion([mostly_zero, loss], descending=[True, False])
-    assert fused.order[10:].tolist() == [i for i in np.argsort(loss) if i >= 10]
-    first = reciprocal_rank_fusion([mostly_zero, loss], descending=[True, False], ties="first")
-    assert first.order[10:].tolist() != fused.order[10:].tolist()
+    want = [i for i in np.argsort(loss).tolist() if i >= 10]
+    for ties in TIES:
+        order = reciprocal_rank_fusion([mostly_zero, loss], descending=[True, False], ties=ties).order
+        assert ([i for i in order.tolist() if i >= 10] == want) == (ties == "average")
 
 
 def test_missing_scores_share_the_mean_of_the_last_ranks():
