@@ -56,6 +56,7 @@ CHANGED = {
     "initial_competence": 0.25,
     "full_competence": 0.5,
     "rrf_k": 7.0,
+    "ties": "first",
     "temperature": [3.0, 4.0],
     "alpha": [0.5, 0.25],
     "divergence": "jsd",

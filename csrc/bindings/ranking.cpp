@@ -18,7 +18,7 @@ namespace {
 
 /// Fused scores, ranks and order, as three NumPy arrays.
 py::tuple rank_fusion(const std::vector<std::variant<Array<float>, Array<double>>>& scores, const std::vector<bool>& descending,
-                      const std::vector<double>& weights, double k, std::optional<int> threads) {
+                      const std::vector<double>& weights, double k, bool average_ties, std::optional<int> threads) {
     if (scores.empty() || descending.size() != scores.size() || weights.size() != scores.size())
         throw std::invalid_argument("rank_fusion: one direction and one weight are needed for each array of scores");
     const py::ssize_t n = std::visit([](const auto& array) { return array.size(); }, scores.front());
@@ -41,7 +41,7 @@ py::tuple rank_fusion(const std::vector<std::variant<Array<float>, Array<double>
     const int team = team_size(threads);
     {
         py::gil_scoped_release release;
-        pocl::fuse(rankings, k, fusion, places, team);
+        pocl::fuse(rankings, k, average_ties ? pocl::Ties::average : pocl::Ties::first, fusion, places, team);
     }
     return py::make_tuple(score, rank, order);
 }
@@ -50,5 +50,5 @@ py::tuple rank_fusion(const std::vector<std::variant<Array<float>, Array<double>
 
 void bind_ranking(py::module_& m) {
     m.def("rank_fusion", &rank_fusion, py::arg("scores"), py::arg("descending"), py::arg("weights"), py::arg("k"),
-          py::arg("threads"), "Reciprocal rank fusion; see csrc/ranking/rank.h.");
+          py::arg("average_ties"), py::arg("threads"), "Reciprocal rank fusion; see csrc/ranking/rank.h.");
 }

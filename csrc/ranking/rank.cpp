@@ -51,9 +51,31 @@ public:
     /// Calls visit(position, sample) for each position of the sorted array, from many threads; the keys are not needed by then.
     template <class T, class Visit>
     void operator()(std::span<const T> scores, Order order, const Visit& visit) {
-        if (n_ == 0) return;
-        const std::uint64_t differing = differing_bits(scores, order);
-        if (differing == 0) return each([&](std::size_t i) { visit(i, i); });
+        if (!sort(scores, order)) return each([&](std::size_t i) { visit(i, i); });
+        each([&](std::size_t i) { visit(i, items_.index[i]); });
+    }
+
+    /// Calls visit(rank, sample) for each sample, from many threads; those of equal scores have the mean of their ranks, which the
+    /// keys are needed for.
+    template <class T, class Visit>
+    void mean_ranks(std::span<const T> scores, Order order, const Visit& visit) {
+        const double of_all = mean_rank(0, static_cast<std::size_t>(n_));
+        if (!sort(scores, order)) return each([&](std::size_t i) { visit(of_all, i); });
+        each_chunk([&](std::size_t, std::size_t begin, std::size_t end) {
+            for (std::size_t first = begin, last; first < end; first = last) {
+                for (last = first + 1; last < end && items_.key[last] == items_.key[first];) ++last;
+                const double rank = mean_rank(first == begin ? run_begin(first) : first, last == end ? run_end(last - 1) : last);
+                for (std::size_t i = first; i < last; ++i) visit(rank, items_.index[i]);
+            }
+        });
+    }
+
+private:
+    /// Brings items_ into the order of the scores. False where all are equal: then items_ is as it was.
+    template <class T>
+    bool sort(std::span<const T> scores, Order order) {
+        const std::uint64_t differing = n_ == 0 ? 0 : differing_bits(scores, order);
+        if (differing == 0) return false;
         // only bits that differ somewhere are sorted by, in as few and as equal digits as they need
         const int lowest = std::countr_zero(differing), high = 64 - std::countl_zero(differing);
         const int low = std::max(lowest, high - kRadixBits);
@@ -64,10 +86,22 @@ public:
         const auto index = [&](std::size_t i) { return items_.index[i]; };
         for (int pass = 1; pass < passes; ++pass) sort_by_digit(low + pass * bits, bits, key, index);
         if (low > lowest) sort_runs(low);
-        each([&](std::size_t i) { visit(i, items_.index[i]); });
+        return true;
     }
 
-private:
+    /// The mean of the ranks of the positions [begin, end).
+    static double mean_rank(std::size_t begin, std::size_t end) { return 0.5 * static_cast<double>(begin + 1 + end); }
+
+    /// The bounds of the sorted items whose key is that of position i.
+    std::size_t run_begin(std::size_t i) const {
+        const auto& key = items_.key;
+        return static_cast<std::size_t>(std::lower_bound(key.begin(), key.begin() + static_cast<std::ptrdiff_t>(i), key[i]) - key.begin());
+    }
+    std::size_t run_end(std::size_t i) const {
+        const auto& key = items_.key;
+        return static_cast<std::size_t>(std::upper_bound(key.begin() + static_cast<std::ptrdiff_t>(i), key.end(), key[i]) - key.begin());
+    }
+
     std::size_t start_of(std::int64_t chunk) const { return static_cast<std::size_t>(n_ * chunk / chunks_); }
 
     /// Calls body(chunk, begin, end) for each chunk of [0, n).
@@ -128,7 +162,7 @@ private:
     /// Sorts, stably, each run of items that agree in the bits from `shift` upwards.
     void sort_runs(int shift) const {
         const auto& key = items_.key;
-        const auto run_end = [&](std::size_t begin) {
+        const auto end_of = [&](std::size_t begin) {
             std::size_t end = begin + 1;
             while (end < key.size() && key[end] >> shift == key[begin] >> shift) ++end;
             return end;
@@ -137,12 +171,12 @@ private:
         std::vector<std::size_t> starts;
         for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
             const std::size_t at = start_of(chunk);
-            starts.push_back(at == 0 ? 0 : std::max(starts.back(), run_end(at - 1)));
+            starts.push_back(at == 0 ? 0 : std::max(starts.back(), end_of(at - 1)));
         }
         starts.push_back(key.size());
         each_chunk([&](std::size_t chunk, std::size_t, std::size_t) {
             for (std::size_t begin = starts[chunk], end; begin < starts[chunk + 1]; begin = end) {
-                end = run_end(begin);
+                end = end_of(begin);
                 if (end - begin > 1) sort_run(begin, end);
             }
         });
@@ -197,15 +231,22 @@ std::span<std::uint64_t> as_keys(std::span<std::int64_t> numbers) {
 
 }  // namespace
 
-void fuse(std::span<const Ranking> rankings, double k, const Fusion& fusion, std::span<std::uint32_t> scratch, int threads) {
+void fuse(std::span<const Ranking> rankings, double k, Ties ties, const Fusion& fusion, std::span<std::uint32_t> scratch,
+          int threads) {
     const std::size_t n = fusion.score.size();
     Sorter sorter({as_keys(fusion.rank), scratch.first(n)}, {as_keys(fusion.order), scratch.last(n)}, threads);
     std::fill(fusion.score.begin(), fusion.score.end(), 0.0);
     for (const Ranking& ranking : rankings) {
-        const auto add = [&](std::size_t place, std::size_t sample) {
-            fusion.score[sample] += ranking.weight / (k + static_cast<double>(place + 1));
-        };
-        std::visit([&](const auto& scores) { sorter(scores, ranking.order, add); }, ranking.scores);
+        const auto add = [&](double rank, std::size_t sample) { fusion.score[sample] += ranking.weight / (k + rank); };
+        const auto add_at = [&](std::size_t place, std::size_t sample) { add(static_cast<double>(place + 1), sample); };
+        std::visit(
+            [&](const auto& scores) {
+                if (ties == Ties::average)
+                    sorter.mean_ranks(scores, ranking.order, add);
+                else
+                    sorter(scores, ranking.order, add_at);
+            },
+            ranking.scores);
     }
     sorter(std::span<const double>(fusion.score), Order::descending, [&](std::size_t place, std::size_t sample) {
         fusion.order[place] = static_cast<std::int64_t>(sample);

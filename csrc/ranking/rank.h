@@ -8,6 +8,9 @@ namespace pocl {
 
 enum class Order { ascending, descending };  // descending: the highest score is the best
 
+/// The ranks of equal scores, in each ranking: all the mean of their places, or each its own, the earlier sample first.
+enum class Ties { average, first };
+
 /// One array of scores, which of its ends is the best, and what its ranks weigh in the fusion.
 struct Ranking {
     std::variant<std::span<const float>, std::span<const double>> scores;
@@ -25,9 +28,10 @@ struct Fusion {
 constexpr std::int64_t kMostSamples = std::int64_t{1} << 32;  // an index takes 4 bytes while it is sorted
 
 /// score[i] = Σ weight / (k + rank of i), summed in the order of `rankings`; the highest score is the best. Ranks count from 1,
-/// ties go by index, -0 equals 0, NaN comes last. Stable radix sort, linear in samples and rankings but where many scores differ
-/// only in their last bits; the same bits on any number of threads. `scratch` has two places a sample, so that with the results,
-/// in whose memory it sorts, a fusion takes 32 bytes a sample; of at most `kMostSamples` samples.
-void fuse(std::span<const Ranking> rankings, double k, const Fusion& fusion, std::span<std::uint32_t> scratch, int threads);
+/// -0 equals 0, NaN comes last and is equal to NaN. Equal fused scores go by index. Stable radix sort, linear in samples and
+/// rankings but where many scores differ only in their last bits; the same bits on any number of threads. `scratch` has two places
+/// a sample, so that with the results, in whose memory it sorts, a fusion takes 32 bytes a sample; of at most `kMostSamples` samples.
+void fuse(std::span<const Ranking> rankings, double k, Ties ties, const Fusion& fusion, std::span<std::uint32_t> scratch,
+          int threads);
 
 }  // namespace pocl

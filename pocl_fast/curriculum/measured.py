@@ -94,6 +94,7 @@ def measured_curriculum(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(key, made_from)
     # these need pyarrow, which a trainer with a curriculum does without
+    from pocl_fast.curriculum.blind_signals import signal_lines
     from pocl_fast.curriculum.measurer import measure, rows_of, unseen_by_rouge
     from pocl_fast.curriculum.scores import read_scores
 
@@ -119,6 +120,8 @@ def measured_curriculum(
     if ranks.is_first():
         curriculum.save(known)
         say(_described(scores, folder))
+        for line in signal_lines(scores):
+            say(f"difficulty: {line.text}")
         # a later measurement is of the same references
         if made_from is not None and (line := unseen_by_rouge(table, options.rouge_tokenizer, "train_dataset")):
             say(line)
@@ -252,6 +255,4 @@ def _described(scores: SignalScores, folder: Path) -> str:
         f"{one.signal.name} {np.nanmean(values) if np.isfinite(values).any() else float('nan'):.4g}"
         for one, values in zip(scores.signals, scores.scores, strict=True)
     )
-    missing = "".join(f"; {count} have no {name} and rank last by it" for name, count in scores.missing().items())
-    alike = "".join(f"; all samples are alike by {name}, which ranks none" for name in scores.constant())
-    return f"difficulty: {len(scores.index)} samples measured, means {means}{missing}{alike}; kept in {folder}"
+    return f"difficulty: {len(scores.index)} samples measured, means {means}; kept in {folder}"

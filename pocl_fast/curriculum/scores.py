@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pocl_fast.curriculum.fusion import RankFusion, reciprocal_rank_fusion
+from pocl_fast.curriculum.fusion import RankFusion, Ties, reciprocal_rank_fusion
 from pocl_fast.curriculum.signals import TEACHER_SCORES, Weighted, columns_read
 from pocl_fast.system.errors import InputError
 
@@ -39,13 +39,19 @@ class SignalScores:
         return {name: count for name, count in counts.items() if count}
 
     def constant(self) -> list[str]:
-        """The signals by which all samples are alike: their ranking would be the order of the file."""
+        """The signals by which all samples are alike, or none has a score: they rank none."""
         both = zip(self.signals, self.scores, strict=True)
-        return [one.signal.name for one, array in both if len(array) > 1 and np.ptp(array) == 0]
+        return [one.signal.name for one, array in both if len(array) > 1 and _alike(array)]
 
-    def fused(self, k: float) -> RankFusion:
-        """Reciprocal rank fusion of the signals, without those by which all samples are alike, unless all are such;
-        samples without a score rank last by that signal."""
+    def hardness(self, count: int) -> list[np.ndarray]:
+        """Each signal's scores of about `count` samples, evenly over the table; easy samples have the low ones."""
+        every = max(1, len(self.index) // count)
+        both = zip(self.signals, self.scores, strict=True)
+        return [-array[::every] if one.signal.easy == "high" else array[::every] for one, array in both]
+
+    def fused(self, k: float, ties: Ties) -> RankFusion:
+        """Reciprocal rank fusion of the signals, without those that rank none, unless all are such; samples without a
+        score rank last by that signal."""
         left_out = set(self.constant())
         if len(left_out) < len(self.signals):
             kept = [i for i, one in enumerate(self.signals) if one.signal.name not in left_out]
@@ -58,7 +64,13 @@ class SignalScores:
                 descending=[self.signals[i].signal.easy == "high" for i in kept],
                 k=k,
                 weights=[self.signals[i].weight for i in kept],
+                ties=ties,
             )
+
+
+def _alike(array: np.ndarray) -> bool:
+    """Whether all scores are equal, or all missing."""
+    return bool(array.min() == array.max() or np.isnan(array).all())
 
 
 def read_scores(path: Path, chosen: Sequence[Weighted]) -> SignalScores:

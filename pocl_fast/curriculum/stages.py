@@ -18,6 +18,7 @@ from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_text
 
 if TYPE_CHECKING:
+    from pocl_fast.curriculum.fusion import Ties
     from pocl_fast.curriculum.scores import SignalScores
     from pocl_fast.data.encoded import EncodedSample
 
@@ -158,6 +159,8 @@ class StageSettings(Protocol):
     @property
     def rrf_k(self) -> float: ...
     @property
+    def ties(self) -> Ties: ...
+    @property
     def temperature(self) -> Sequence[float]: ...
     @property
     def alpha(self) -> Sequence[float]: ...
@@ -177,7 +180,7 @@ def is_measured(settings: StageSettings) -> bool:
 def make_curriculum(known: SignalScores, settings: StageSettings) -> Curriculum:
     """Stages of the samples by reciprocal rank fusion of their scores; of "reverse" the hardest come first. Raises as
     `stages_over` does."""
-    fused = known.fused(settings.rrf_k)
+    fused = known.fused(settings.rrf_k, settings.ties)
     order = fused.order[::-1] if settings.curriculum == "reverse" else fused.order
     # samples that were left out leave gaps in the index
     return stages_over(known.index[order], fused.score[order], settings)

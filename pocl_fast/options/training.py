@@ -28,6 +28,9 @@ class ScheduleOptions:
     """pacing competence: the share of all steps after which every sample may be drawn; of four baby steps it is 0.6."""
     rrf_k: Positive = 60.0
     """The constant k of reciprocal rank fusion."""
+    ties: Literal["average", "first"] = "average"
+    """Ranks of samples with the same score by a signal: "average": all have the mean of their ranks; "first": the
+    earlier one in the file ranks first (the paper's code)."""
     temperature: Annotated[list[float], NotEmpty()] = field(default_factory=lambda: [1.0, 2.0])
     """First and last stage's temperature, linear between; or one value for each stage."""
     alpha: Annotated[list[float], NotEmpty()] = field(default_factory=lambda: [0.3, 0.0])

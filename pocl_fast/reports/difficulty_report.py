@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pocl_fast.curriculum.blind_signals import average_ranks, correlations, largest_group, signal_lines
+from pocl_fast.curriculum.fusion import Ties
 from pocl_fast.curriculum.scores import SignalScores, read_scores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import Curriculum, is_measured
@@ -24,7 +26,6 @@ from pocl_fast.system.errors import InputError
 
 STAGE_COLOURS = ("#1f5fa8", "#d1603d", "#3a7d44", "#7b4ea3")
 POINTS = 4000  # in the scatter: more hide each other
-SAMPLED = 200_000  # for a correlation, whose error is then 0.002
 BINS = 40
 
 
@@ -35,6 +36,7 @@ class Ranked:
     known: SignalScores
     curriculum: Curriculum
     k: float  # the constant of the rank fusion
+    ties: Ties = "average"
     hard_first: bool = False  # whether the order is turned round
 
     @cached_property
@@ -54,19 +56,20 @@ class Ranked:
 
     @cached_property
     def rank_correlation(self) -> float | None:
-        """Spearman's rank correlation of the first two signals, to two decimals: 1 where they rank the samples alike.
-        None for a single signal, and where all scores of one are equal. Of a larger table it takes about `SAMPLED`
-        samples, evenly over the table."""
-        ranks = [average_ranks(hardness) for hardness in self.hardness(SAMPLED)]
-        if len(ranks) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
+        """Spearman's rank correlation of the first two signals, to two decimals; see `correlations`. None for a single
+        signal, and where all scores of one are equal."""
+        if len(self.known.signals) < 2 or np.isnan(found := correlations(self.known)[0, 1]):
             return None
-        return round(float(np.corrcoef(ranks[0], ranks[1])[0, 1]), 2) + 0.0  # not -0.00
+        return round(float(found), 2) + 0.0  # not -0.00
 
     def hardness(self, count: int) -> list[np.ndarray]:
         """The first two signals' scores of about `count` samples, with signs that make easy samples low."""
-        both = zip(self.known.signals[:2], self.known.scores, strict=False)
-        picked = [(one.signal.easy, sampled(scores, count)) for one, scores in both]
-        return [-scores if easy == "high" else scores for easy, scores in picked]
+        return self.known.hardness(count)[:2]
+
+    def ranks(self, count: int) -> list[np.ndarray]:
+        """Their ranks among these, from 1, as the fusion ranks them."""
+        of = average_ranks if self.ties == "average" else ordinal_ranks
+        return [of(hardness) for hardness in self.hardness(count)]
 
 
 def read_ranked(run: Path) -> Ranked | None:
@@ -82,18 +85,13 @@ def read_ranked(run: Path) -> Ranked | None:
     curriculum = Curriculum.load(stages)
     if not np.array_equal(np.sort(known.index), np.sort(curriculum.order)):
         raise InputError(f"{stages} ranks other samples than {table} has; delete it and run `pocl-fast rank` again")
-    return Ranked(known, curriculum, config.schedule.rrf_k, config.schedule.curriculum == "reverse")
+    hard_first = config.schedule.curriculum == "reverse"
+    return Ranked(known, curriculum, config.schedule.rrf_k, config.schedule.ties, hard_first)
 
 
 def sampled(array: np.ndarray, count: int) -> np.ndarray:
     """Every n-th row, about `count` of them; all where there are no more."""
     return array[:: max(1, len(array) // count)]
-
-
-def average_ranks(scores: np.ndarray) -> np.ndarray:
-    """[samples] float64 ranks from 1, low scores first; equal scores share their mean rank, NaN ranks last."""
-    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,33 @@ def difficulty_table(ranked: Ranked) -> str:
     if correlation is not None:
         names = f"{signals[0].name} and {signals[1].name}"
         lines.append(f"rank correlation of {names}: {correlation:.2f} (1: they rank the samples alike)")
-    return "\n".join(lines)
+    return "\n".join(lines + tie_lines(ranked))
+
+
+def tie_lines(ranked: Ranked) -> list[str]:
+    """How many samples one score is that of, by each signal; and how many the file's order alone has put in their
+    place, where the stages follow the fused scores."""
+    N = len(ranked.known.index)
+    groups = zip(ranked.known.signals, map(largest_group, ranked.known.scores), strict=True)
+    shares = ", ".join(f"{one.signal.name} {100 * group.samples / max(1, N):.3g} %" for one, group in groups)
+    lines = [f"largest group of samples with one score: {shares}"]
+    rises = np.diff(ranked.curriculum.score)
+    if len(ranked.curriculum.stages) < 2 or ((rises > 0).any() and (rises < 0).any()):
+        return lines
+    starts = np.flatnonzero(np.append(True, rises != 0))
+    sizes = np.diff(np.append(starts, len(rises) + 1))
+    cuts = np.array([stage.size for stage in ranked.curriculum.stages[:-1]])
+    cut_groups = np.unique(np.searchsorted(starts, cuts[rises[cuts - 1] == 0], side="right") - 1)
+    lines.append(
+        f"{sizes[sizes > 1].sum():,} of {N:,} samples share their fused score with others and follow the file's order"
+        f" among these, which decides the stage of {sizes[cut_groups].sum():,}"
+    )
+    return lines
+
+
+def difficulty_notes(ranked: Ranked) -> list[str]:
+    """What the report says of the signals below the picture."""
+    return tie_lines(ranked) + [line.text for line in signal_lines(ranked.known)]
 
 
 def stage_rows(ranked: Ranked) -> list[StageRow]:
@@ -216,7 +240,7 @@ def _histogram(axis: Any, scores: np.ndarray, ranked: Ranked) -> None:
 
 def _rank_scatter(axis: Any, ranked: Ranked) -> None:
     N = len(ranked.known.index)
-    first, second = (ordinal_ranks(hardness) for hardness in ranked.hardness(POINTS))
+    first, second = ranked.ranks(POINTS)
     stage_of, scale = sampled(ranked.stage_of, POINTS), N / len(first)
     size = min(40.0, max(6.0, 20_000 / len(first)))  # points², so that few are seen and many do not run together
     for stage in range(len(ranked.curriculum.stages)):
@@ -224,7 +248,8 @@ def _rank_scatter(axis: Any, ranked: Ranked) -> None:
         axis.scatter(scale * first[here], scale * second[here], s=size, alpha=0.6, color=_colour(stage), lw=0)
     correlation, names = ranked.rank_correlation, [one.signal.name for one in ranked.known.signals[:2]]
     title = "the two ranks" if correlation is None else f"rank correlation {correlation:.2f}"
-    if len(ranked.known.scores) == 2 and len(ranked.curriculum.stages) > 1:
+    # a constant signal is left out of the fusion, and the cuts are not of two ranks
+    if len(ranked.known.scores) == 2 and len(ranked.curriculum.stages) > 1 and correlation is not None:
         title += "; dashed: stage cuts"
         for cut in ranked.curriculum.stages[:-1]:
             axis.plot(*_cut(ranked, float(ranked.curriculum.score[cut.size - 1])), color="#333", lw=0.9, ls="--")
@@ -233,7 +258,7 @@ def _rank_scatter(axis: Any, ranked: Ranked) -> None:
 
 
 def ordinal_ranks(scores: np.ndarray) -> np.ndarray:
-    """[samples] int64 ranks from 1, low scores first, ties by place, NaN last, as the fusion ranks them."""
+    """[samples] int64 ranks from 1, low scores first, ties by place, NaN last."""
     rank = np.empty(len(scores), dtype=np.int64)
     rank[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
     return rank

@@ -19,7 +19,7 @@ from pocl_fast.curriculum.stages import control_line
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.of_run import lengths_part, samples_part
 from pocl_fast.inspection.page import style
-from pocl_fast.reports.difficulty_report import read_ranked, sample_rows, stage_rows
+from pocl_fast.reports.difficulty_report import difficulty_notes, read_ranked, sample_rows, stage_rows
 from pocl_fast.settings.configuration import recorded_config
 from pocl_fast.system.console import duration
 from pocl_fast.system.errors import InputError
@@ -205,6 +205,7 @@ def _difficulty(run: Path) -> dict[str, Any]:
         "difficulty": base64.b64encode((run / "difficulty.png").read_bytes()).decode(),
         "signals": [one.signal.name for one in ranked.known.signals],
         "three_samples": ", the middle and the ".join(ends),
+        "difficulty_notes": difficulty_notes(ranked),
         "difficulty_stages": stage_rows(ranked),
         "difficulty_samples": sample_rows(ranked, run / "difficulty.parquet"),
     }

@@ -94,7 +94,10 @@ READS = {
             "logging_steps", "report_to", "save_minutes",
         ),
         ("curriculum.json",),
-        ("generation_engine", "signals", "measure_temperature", "measure_seed", "rrf_k", "temperature", "alpha"),
+        (
+            "generation_engine", "signals", "measure_temperature", "measure_seed", "rrf_k", "ties", "temperature",
+            "alpha",
+        ),
     ),
     "evaluate-before": Reads(
         ("models", "data", "generation", "evaluation"), (*_DEVICES, *_TEACHER, "train", "data_source")

@@ -3,6 +3,7 @@ over them."""
 
 from __future__ import annotations
 
+from pocl_fast.curriculum.blind_signals import signal_lines
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import control_line, is_measured, make_curriculum, unmeasured_curriculum
@@ -43,10 +44,9 @@ def _rank(context: RunContext) -> None:
         known = read_scores(path / "difficulty.parquet", chosen_signals(config.difficulty.signals))
         curriculum = make_curriculum(known, config.schedule)
         curriculum.save(path / "curriculum.json")
-        ranked = Ranked(known, curriculum, config.schedule.rrf_k, config.schedule.curriculum == "reverse")
+        hard_first = config.schedule.curriculum == "reverse"
+        ranked = Ranked(known, curriculum, config.schedule.rrf_k, config.schedule.ties, hard_first)
         difficulty_figure(ranked).savefig(path / "difficulty.png", dpi=120)
     context.say(difficulty_table(ranked))
-    for name, count in known.missing().items():
-        context.say(f"rank: {count} of {len(known.index)} samples have no score by {name}; they rank last by it")
-    for name in known.constant():
-        context.say(f"rank: all samples have the same score by {name}, which ranks none of them")
+    for line in signal_lines(known):
+        context.say(f"rank: {line.text}")

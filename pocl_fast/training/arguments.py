@@ -271,7 +271,7 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         """A published recipe, with `changes`. "paper" is that of POCL's code: 4 stages of 8 passes, AdamW of learning
         rate 1e-4 with a cosine to zero in each stage and no warm-up, a fresh optimizer, each stage from the best
         weights by ROUGE-L of the one before, temperature 1, 1.33, 1.67, 2 and alpha 0.3, 0.2, 0.1, 0, τ² on the
-        divergences that the code scales, jsd's beta 0.1.
+        divergences that the code scales, jsd's beta 0.1, of samples with equal scores the earlier one first.
         """
         if name != "paper":
             raise ValueError(f"no preset {name!r}; there is paper")
@@ -282,6 +282,7 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             "gradient_accumulation_steps": 1, "max_length": 512, "max_prompt_length": 256, "stage_weights": "best",
             "fresh_optimizer": True, "fresh_learning_rate": True, "curriculum": "pocl", "pacing": "baby-steps",
             "stage_length": "passes", "within_stage": "constant", "signals": "rouge_l,cross_entropy", "rrf_k": 60.0,
+            "ties": "first",
         }  # fmt: skip
         return cls(output_dir=output_dir, **(recipe | changes))
 

@@ -13,13 +13,19 @@ from turns import turns_during
 
 from pocl_fast.curriculum.fusion import reciprocal_rank_fusion
 
+TIES = ("average", "first")
 
-def numpy_fusion(scores, descending, k=60.0, weights=None):
-    """The definition, by stable argsorts: NaN last, ties by index."""
+
+def numpy_fusion(scores, descending, k=60.0, weights=None, ties="average"):
+    """The definition, by stable argsorts: NaN last, ties by index or sharing the mean of their ranks."""
     fused = np.zeros(len(scores[0]))
     for array, high_is_easy, weight in zip(scores, descending, weights or [1.0] * len(scores), strict=True):
         array = np.asarray(array, dtype=np.float64)
-        fused += weight / (k + ranks(np.argsort(-array if high_is_easy else array, kind="stable")))
+        rank = ranks(np.argsort(-array if high_is_easy else array, kind="stable"))
+        if ties == "average":
+            _, group, count = np.unique(array, return_inverse=True, return_counts=True)  # NaN equals NaN
+            rank = (np.bincount(group, rank) / count)[group] if len(array) else rank
+        fused += weight / (k + rank)
     order = np.argsort(-fused, kind="stable")
     return fused, ranks(order), order
 
@@ -31,14 +37,18 @@ def ranks(order):
 
 
 def assert_fused_as_in_numpy(scores, descending, k=60.0, weights=None, threads=None):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ours = reciprocal_rank_fusion(scores, descending=descending, k=k, weights=weights, threads=threads)
-    score, rank, order = numpy_fusion(scores, descending, k, weights)
-    np.testing.assert_array_equal(ours.score, score)
-    np.testing.assert_array_equal(ours.rank, rank)
-    np.testing.assert_array_equal(ours.order, order)
-    assert (ours.score.dtype, ours.rank.dtype, ours.order.dtype) == (np.float64, np.int64, np.int64)
+    for ties in TIES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours = reciprocal_rank_fusion(
+                scores, descending=descending, k=k, weights=weights, ties=ties, threads=threads
+            )
+        score, rank, order = numpy_fusion(scores, descending, k, weights, ties)
+        np.testing.assert_array_equal(ours.score, score)
+        np.testing.assert_array_equal(ours.rank, rank)
+        np.testing.assert_array_equal(ours.order, order)
+        assert (ours.score.dtype, ours.rank.dtype, ours.order.dtype) == (np.float64, np.int64, np.int64)
+        assert ours.tied == sum(count for count in np.unique(score, return_counts=True)[1] if count > 1)
 
 
 # few distinct values make ties; the others are where keys go wrong: zeros, denormals, infinities, NaN of either sign
@@ -105,15 +115,50 @@ def test_a_fusion_takes_32_bytes_a_sample_beyond_its_inputs():
     assert 24 < grown / n < 33.5  # 24 are the results; each array ends within a huge page
 
 
-def test_ties_keep_the_earlier_sample_first():
+# groups that lie across the chunks of the sort: two values, one in 1000 apart, and all alike
+@pytest.mark.parametrize("values", [[0.0, 1.0], [0.0] * 999 + [1.0], [0.0, -0.0], [np.nan], [np.nan, 2.0, 2.0, np.inf]])
+def test_large_groups_of_ties_fuse_as_in_numpy_on_any_number_of_threads(values):
+    rng = np.random.default_rng(0)
+    scores = [rng.choice(values, 150_001), rng.choice(values, 150_001).astype(np.float32)]
+    for threads in (1, 2, 4):
+        assert_fused_as_in_numpy(scores, [True, False], weights=[1.0, 3.0], threads=threads)
+
+
+def test_ties_share_the_mean_of_their_ranks_or_keep_the_earlier_sample_first():
+    scores = [np.array([0.5, 0.9, 0.5, 0.5, 0.1])]  # ranks 2, 3, 4 are of the three
+    average = reciprocal_rank_fusion(scores, descending=[True])
+    np.testing.assert_array_equal(average.score, 1 / (60 + np.array([3.0, 1.0, 3.0, 3.0, 5.0])))
+    first = reciprocal_rank_fusion(scores, descending=[True], ties="first")
+    np.testing.assert_array_equal(first.score, 1 / (60 + np.array([2.0, 1.0, 3.0, 4.0, 5.0])))
+    assert (average.tied, first.tied) == (3, 0)
+    assert average.order.tolist() == first.order.tolist() == [1, 0, 2, 3, 4]
+
+
+def test_what_all_samples_share_lets_the_other_ranking_decide():
+    loss = np.random.default_rng(0).random(1000)
+    mostly_zero = np.where(np.arange(1000) < 10, 0.5, 0.0)
+    want = [i for i in np.argsort(loss).tolist() if i >= 10]
+    for ties in TIES:
+        order = reciprocal_rank_fusion([mostly_zero, loss], descending=[True, False], ties=ties).order
+        assert ([i for i in order.tolist() if i >= 10] == want) == (ties == "average")
+
+
+def test_missing_scores_share_the_mean_of_the_last_ranks():
+    with pytest.warns(UserWarning, match="2 of 4 are NaN"):
+        fused = reciprocal_rank_fusion([np.array([np.nan, 3.0, np.nan, 1.0])], descending=[False])
+    np.testing.assert_array_equal(fused.score, 1 / (60 + np.array([3.5, 2.0, 3.5, 1.0])))
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_equal_fused_scores_keep_the_earlier_sample_first(ties):
     equal = np.full(5, 0.25)
-    fused = reciprocal_rank_fusion([equal, equal], descending=[True, False])
+    fused = reciprocal_rank_fusion([equal, equal], descending=[True, False], ties=ties)
     assert fused.order.tolist() == [0, 1, 2, 3, 4]
     assert fused.rank.tolist() == [1, 2, 3, 4, 5]
     # ranks 1, 2 and 2, 1: the same fused score
-    fused = reciprocal_rank_fusion([np.array([2.0, 1.0]), np.array([1.0, 2.0])], descending=[True, True])
+    fused = reciprocal_rank_fusion([np.array([2.0, 1.0]), np.array([1.0, 2.0])], descending=[True, True], ties=ties)
     assert fused.score[0] == fused.score[1]
-    assert fused.order.tolist() == [0, 1]
+    assert (fused.order.tolist(), fused.tied) == ([0, 1], 2)
 
 
 def test_other_python_threads_run_meanwhile():
@@ -180,6 +225,7 @@ def test_strided_and_integer_scores_are_read_as_they_are():
         ([[1.0]], {"descending": [True], "weights": [np.nan]}, "weights must be finite"),
         ([[1.0]], {"descending": [True], "k": 0}, "k must be positive and finite, got 0"),
         ([[1.0]], {"descending": [True], "k": np.nan}, "k must be positive"),
+        ([[1.0]], {"descending": [True], "ties": "mean"}, "ties must be one of average, first, got 'mean'"),
         ([[1.0]], {"descending": [True], "threads": 0}, "threads must be at least 1, got 0"),
     ],
 )

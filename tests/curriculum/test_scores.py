@@ -32,9 +32,9 @@ def test_scores_are_read_in_pieces_and_fused_by_weight_and_direction(tmp_path, m
     np.testing.assert_array_equal(known.scores[0], made["mean_kl"])
     np.testing.assert_array_equal(known.scores[1], made["rouge_l"])
     want = reciprocal_rank_fusion(
-        [made["mean_kl"], made["rouge_l"]], descending=[False, True], weights=[2.0, 1.0], k=7.0
+        [made["mean_kl"], made["rouge_l"]], descending=[False, True], weights=[2.0, 1.0], k=7.0, ties="first"
     )
-    np.testing.assert_array_equal(known.fused(7.0).order, want.order)
+    np.testing.assert_array_equal(known.fused(7.0, "first").order, want.order)
     assert known.missing() == {}
 
 
@@ -42,7 +42,7 @@ def test_samples_without_a_score_rank_last_and_are_counted(tmp_path):
     write_table(tmp_path / "d.parquet", count=4, cross_entropy=np.array([np.nan, 3.0, 1.0, 2.0]))
     known = read_scores(tmp_path / "d.parquet", chosen_signals("cross_entropy"))
     assert known.missing() == {"cross_entropy": 1}
-    assert known.fused(60.0).order.tolist() == [2, 3, 1, 0]
+    assert known.fused(60.0, "average").order.tolist() == [2, 3, 1, 0]
 
 
 def test_a_function_of_one_s_own_sees_every_column(tmp_path, monkeypatch):
@@ -118,9 +118,16 @@ def test_a_signal_by_which_all_samples_are_alike_ranks_none(tmp_path):
     alike = SignalScores(np.arange(9), chosen, (np.zeros(9), loss, length))
     want = reciprocal_rank_fusion([loss, length], descending=[False, False], k=7.0)
     assert alike.constant() == ["rouge_l"]
-    np.testing.assert_array_equal(alike.fused(7.0).order, want.order)
-    np.testing.assert_array_equal(alike.fused(7.0).score, want.score)
+    np.testing.assert_array_equal(alike.fused(7.0, "average").order, want.order)
+    np.testing.assert_array_equal(alike.fused(7.0, "average").score, want.score)
     only = SignalScores(np.arange(9), chosen[:1], (np.zeros(9),))
-    assert only.fused(7.0).order.tolist() == list(range(9))  # the order of the file
-    missing = SignalScores(np.arange(9), chosen[:1], (np.full(9, np.nan),))
-    assert missing.constant() == []
+    assert only.fused(7.0, "average").order.tolist() == list(range(9))  # the order of the file
+
+
+@pytest.mark.parametrize("score", [0.0, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("ties", ["average", "first"])
+def test_a_signal_without_any_difference_does_not_bring_in_the_order_of_the_file(score, ties):
+    loss = np.random.default_rng(0).random(9)
+    known = SignalScores(np.arange(9), tuple(chosen_signals("rouge_l=3,cross_entropy")), (np.full(9, score), loss))
+    assert known.constant() == ["rouge_l"]
+    assert known.fused(60.0, ties).order.tolist() == np.argsort(loss).tolist()

@@ -123,6 +123,27 @@ def test_samples_are_ranked_by_the_signals_into_the_stages(changed, run_of):
     assert [(s.size, s.temperature, s.alpha) for s in made.stages] == [(2, 3.0, 0.5), (4, 3.5, 0.38), (6, 4.0, 0.25)]
 
 
+@reaches("ties")
+def test_samples_with_equal_scores_share_their_rank_or_the_first_has_the_better(
+    changed, run_of, trainer_with, tmp_path
+):
+    lengths, loss = np.array([5, 5, 5, 5, 3, 6]), np.array([4.0, 3.0, 2.0, 1.0, 9.0, 8.0])
+    texts = [""] * 6
+    table = {"index": range(6), "rouge_l": [0.0] * 6, "cross_entropy": loss, "answer_length": lengths}
+    columns = pa.table({name: list(values) for name, values in table.items()} | {"reference": texts})
+    scores = {}
+    for folder, options in (("first", changed), ("average", {})):
+        run = run_of(folder, signals="answer_length,cross_entropy", stages=1, **options)
+        pq.write_table(columns, run.path / "difficulty.parquet")
+        run.rank()
+        made = Curriculum.load(run.path / "curriculum.json")
+        scores[folder] = dict(zip(made.order.tolist(), made.score.tolist(), strict=True))
+    by_loss = {0: 4, 1: 3, 2: 2, 3: 1, 4: 6, 5: 5}
+    of_length = {"first": {0: 2, 1: 3, 2: 4, 3: 5, 4: 1, 5: 6}, "average": {0: 3.5, 1: 3.5, 2: 3.5, 3: 3.5, 4: 1, 5: 6}}
+    for folder, rank in of_length.items():
+        assert scores[folder] == {i: 1 / (60 + rank[i]) + 1 / (60 + by_loss[i]) for i in range(6)}
+
+
 @reaches("curriculum")
 def test_without_a_curriculum_there_is_one_stage_of_all_samples(changed, trainer_with):
     schedule = trainer_with(changed, given=False).planned()

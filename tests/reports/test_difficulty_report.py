@@ -7,19 +7,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pocl_fast.curriculum.blind_signals import average_ranks
 from pocl_fast.curriculum.scores import SignalScores
 from pocl_fast.curriculum.signals import Weighted, chosen_signals
 from pocl_fast.curriculum.stages import baby_steps
 from pocl_fast.options.run import RunConfig
 from pocl_fast.reports.difficulty_report import (
     Ranked,
-    average_ranks,
     difficulty_figure,
     difficulty_table,
     ordinal_ranks,
     read_ranked,
     sample_rows,
     stage_rows,
+    tie_lines,
 )
 from pocl_fast.settings.configuration import to_yaml
 from pocl_fast.system.errors import InputError
@@ -32,7 +33,7 @@ def ranked(signals="rouge_l,cross_entropy", scores=None, count=40, stages=4):
     arrays = tuple(scores or [rng.random(count) for _ in chosen])
     index = 3 + 2 * np.arange(len(arrays[0]))
     known = SignalScores(index, chosen, arrays)
-    fused = known.fused(60.0)
+    fused = known.fused(60.0, "average")
     return Ranked(known, baby_steps(index[fused.order], fused.score[fused.order], stages=stages), 60.0)
 
 
@@ -83,6 +84,18 @@ def test_the_correlation_is_spearman_s_in_the_signals_directions():
     assert ranked("cross_entropy,mean_kl", scores=[np.arange(9.0), -np.arange(9.0)]).rank_correlation == -1.0
     assert ranked("mean_kl").rank_correlation is None
     assert ranked(scores=[np.zeros(9), np.arange(9.0)]).rank_correlation is None
+
+
+def test_the_table_says_how_many_samples_share_a_score_and_whose_stage_the_file_decides():
+    rouge, loss = np.array([0.9, 0.5, 0.5, 0.5, 0.5, 0.1]), np.array([1.0, 2.0, 2.0, 2.0, 3.0, 4.0])
+    shares = "largest group of samples with one score: rouge_l 66.7 %, cross_entropy 50 %"
+    made = ranked(scores=[rouge, loss], stages=2)  # samples 1, 2 and 3 are alike; the cut is behind the third
+    follow = "samples share their fused score with others and follow the file's order among these, which decides"
+    assert tie_lines(made) == [shares, f"3 of 6 {follow} the stage of 3"]
+    assert difficulty_table(made).splitlines()[-2:] == tie_lines(made)
+    assert tie_lines(ranked(scores=[rouge, loss], stages=6))[1] == f"3 of 6 {follow} the stage of 3"
+    assert tie_lines(ranked(scores=[rouge, np.arange(6.0)], stages=2))[1] == f"0 of 6 {follow} the stage of 0"
+    assert tie_lines(ranked(scores=[rouge, loss], stages=1)) == [shares]  # an order that decides nothing
 
 
 # one signal has no ranks to compare; two have cuts; of four, three histograms are drawn
