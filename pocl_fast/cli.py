@@ -161,7 +161,8 @@ COMMANDS: dict[str, Command] = {
         (*_DATA, "generation", *_TRAINING),
     ),
     "evaluate": Command(
-        "Evaluate the student before and after training on the held-out samples -> evaluation.json, answers-*.jsonl.",
+        "Evaluate the student before and after training on the held-out samples -> evaluation.json, answers-*.jsonl."
+        " Or score answers that are there: evaluate --predictions FILE --references FILE.",
         _evaluate,
         (*_DATA, "generation", "evaluation"),
     ),
@@ -227,6 +228,12 @@ def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     _prepare_environment()  # before --set loads transformers
     _quiet_logs()
+    if name == "evaluate" and any(word.partition("=")[0] in ("--predictions", "--references") for word in arguments):
+        from pocl_fast.answers import predictions  # which needs no model, and no run
+
+        scoring = Command(predictions.HELP, predictions.score, step=predictions.Scoring)
+        predictions.score(_parse(name, scoring, predictions.checked(arguments))[0])
+        return
     given, config = _parse(name, command, arguments)
     if name in HOLD_OUT and config.data.dev is None and config.data.held_out is None:
         config = from_options({"held_out": HELD_OUT}, config)

@@ -6,8 +6,6 @@ references. Knows samples, engines and scores. Does not know training, nor where
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -15,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
+from pocl_fast.answers.exact_match import exact_match
 from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
@@ -25,30 +24,6 @@ from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.records.samples import Sample
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report, shared_progress
-
-_THOUSANDS = r"(?<=\d),(?=\d{3}(?!\d))"
-_LETTER = r"[^\W\d_]"
-_LONE = rf"{_LETTER}(?!{_LETTER})"  # a variable, as "well-known" has none
-
-
-def _between(operators: str) -> str:
-    return rf"(?:{operators}|[ \t]+{operators}[ \t]+)"
-
-
-_MATHEMATICS = "|".join(
-    (
-        r"[+<=>|~]",  # Unicode has these among its mathematical symbols, all else of ASCII's as punctuation
-        rf"(?<!{_LETTER})(?:-[ \t]*|\.)(?=\.?\d)",  # a sign, a decimal point, a range; not "covid-19"
-        rf"(?<![^\s(\[{{=+*/^<>|~,])-(?={_LONE}|\()",  # -x; not "-word", an item of a list
-        r"(?<![^\s(\[{=&|<>,])!+(?=[\w(])|!(?==)",  # not
-        r"(?<=\d)[,:%](?=\d)",
-        r"(?<=\d)%",
-        rf"(?<=[\w)\]}}])(?<!{_LETTER}{_LETTER}){_between('[-*/^]+')}(?=[-+]?\.?(?:\d|{_LONE}|[(\[{{]))",
-        rf"(?<=\w){_between('[*^]+')}(?=\w)",  # between words too, as no emphasis is
-        rf"(?<=\w){_between('/+')}(?=\d)|(?<=\d)/+(?=\w)",  # not "and/or"
-    )
-)
-_PUNCTUATION = re.compile(f"{_THOUSANDS}|({_MATHEMATICS})|[{re.escape(string.punctuation)}]")
 
 
 @dataclass(frozen=True)
@@ -175,24 +150,6 @@ def unseen_by_rouge(dev: SampleSet, tokenizer: Tokenizer, name: str) -> str | No
     return unseen_line(texts, tokenizer, name)
 
 
-def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of answers equal to one of their references, letter case, punctuation and spacing aside, as the code of
-    Super-NaturalInstructions, MiniLLM and POCL counts; but for punctuation that means something there.
-
-    What stays of it: the symbols + < = > | ~; a decimal point before and a percent sign behind a digit; : , % between
-    digits, but no comma of thousands; a minus before a digit, with blanks or not (but not in "covid-19"), and before
-    one letter alone; ! before what it negates; and - * / ^ between numbers, single letters and brackets, with blanks
-    on both sides or none, * and ^ between words too; and all of a text that is nothing else. So "1 - x" is not "1 x",
-    and "well-known" is "wellknown". An empty answer equals nothing.
-    """
-    hits = [_equals_one(_plain(answer), accepted) for answer, accepted in zip(answers, references, strict=True)]
-    return float(np.mean(hits))
-
-
-def _equals_one(answer: str, accepted: Sequence[str]) -> bool:
-    return answer != "" and any(answer == _plain(reference) for reference in accepted)
-
-
 def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, packed: Rows | bool) -> float:
     """Cross-entropy of the references, in nats, each token that is trained on weighing alike. Every rank must call,
     works on its share, and has the same result."""
@@ -203,8 +160,3 @@ def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, pa
     for places, values in theirs:
         losses[places] = values
     return float((losses * counts).sum() / counts.sum())
-
-
-def _plain(text: str) -> str:
-    lowered = text.lower()
-    return " ".join(_PUNCTUATION.sub(r"\1", lowered).split()) or " ".join(lowered.split())
