@@ -43,7 +43,7 @@ def _of_intervals(methods: Sequence[Method]) -> list[str]:
         verb = "has" if not several or len(single) == 1 else "have"
         notes.append(
             f"{who} {verb} one seed: no interval over training seeds. [low, high]† is a 95 % bootstrap over the samples"
-            " alone: it says nothing of another training."
+            " alone: neither it nor a difference says what another training of it would do."
         )
     return notes
 

@@ -25,6 +25,7 @@ from pocl_fast.version import __version__
 # not be seen on white and on black alike; then lines that are dashed in the same colours
 COLOURS = ("#0a77bd", "#d55e00", "#009e73", "#c2679a", "#b58900", "#3fa9e0", "#8a6fd1", "#8d8d8d")
 DASHES = ("", "6 3", "2 2", "8 2 2 2")
+_METHOD = "method-"  # before a method's place, the class of its curves
 _INK = "#010203"  # stands for the page's own colour of text in a picture
 _CURVES = (
     ("rouge_l", "Held-out ROUGE-L of greedy answers", "ROUGE-L, 0 to 100"),
@@ -97,13 +98,13 @@ def _picture(methods: Sequence[Method], metric: str, unit: str) -> Markup | None
     axis = figure.subplots()
     for place, of_method in enumerate(curves):
         colour, dashes = style_of(place)
-        line: dict[str, Any] = {"color": colour, "solid_capstyle": "round"}
+        line: dict[str, Any] = {"color": colour, "solid_capstyle": "round", "gid": f"{_METHOD}{place}"}
         line["linestyle"] = (0, tuple(map(float, dashes.split()))) if dashes else "-"
         for curve in of_method if len(of_method) > 1 else ():
             axis.plot(curve.steps, curve.values, lw=0.7, alpha=0.55, **line)
         mean = mean_curve(of_method)
         marks: dict[str, Any] = {"marker": "o", "ms": 3} if mean.steps.size < 25 else {}
-        axis.plot(mean.steps, mean.values, lw=2.2, **line, **marks)
+        axis.plot(mean.steps, mean.values, lw=2.2 if len(methods) <= len(COLOURS) else 1.5, **line, **marks)
     axis.set(xlabel="optimizer step", ylabel=unit)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.18, color=_INK)
@@ -122,6 +123,7 @@ def _within_page(svg: str) -> Markup:
     without names that two pictures would share."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(rf'<g id="({_METHOD}\d+)"', r'<g class="curve \1"', svg)  # which the legend lights up
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)

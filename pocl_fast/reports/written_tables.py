@@ -63,8 +63,9 @@ _IN_LATEX = {
     "<": "$<$",
     ">": "$>$",
     "|": "$|$",
-    '"': r"\textquotedbl{}",
-    "[": "{[}",  # behind \\ or \item a bracket would begin an argument
+    '"': r"{\char34}",
+    "[": "{[}",  # behind \\ or \item a bracket would begin an argument, and an asterisk mean something
+    "*": "{*}",
     "]": "{]}",
     "−": "$-$",
     "≥": r"$\geq$",
@@ -79,7 +80,7 @@ def latex(text: str) -> str:
 
 def markdown(text: str) -> str:
     """A text as Markdown shows it, in a cell of a table too."""
-    escaped = re.sub(r"([\\`*|~])", r"\\\1", _line(text))
+    escaped = re.sub(r"([\\`*|~$])", r"\\\1", _line(text))
     escaped = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped)  # within a word it is no emphasis
     return escaped.replace("](", r"]\(").replace("&", "&amp;").replace("<", "&lt;")
 

@@ -52,11 +52,18 @@ def test_runs_are_thin_lines_and_means_bold_ones_in_a_colour_a_method(page):
     for picture in drawn:
         lines = lines_of(picture)
         thin = [colour for colour, width in lines if width < 1]
-        bold = [colour for colour, width in lines if width > 2]
+        bold = [colour for colour, width in lines if width > 1]
         assert thin == [COLOURS[0]] * 3
         assert bold == [COLOURS[0], COLOURS[1]]
     for colour in COLOURS[:2]:
         assert f'stroke="{colour}"' in page.split("</ul>")[0]  # the legend
+
+
+def test_the_legend_lights_up_the_curves_of_a_method(page):
+    for picture in pictures(page):
+        classes = [group.get("class") for group in picture.iter("{http://www.w3.org/2000/svg}g") if group.get("class")]
+        assert classes == ["curve method-0"] * 4 + ["curve method-1"]
+    assert ":nth-child(2):hover) ~ .curves .curve:not(.method-1)" in page
 
 
 def test_pictures_have_the_pages_colours_and_share_no_names(page):

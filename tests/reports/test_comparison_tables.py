@@ -128,7 +128,7 @@ def test_markdown_rows_have_as_many_cells_as_heads_whatever_a_method_is_called(n
     ]
     for table, lines in zip(tables, blocks, strict=True):
         assert [len(cells_of(line)) for line in lines] == [len(table.heads)] * (len(table.rows) + 2)
-    assert markdown("a_b _c_ <i> 5*3 [l](u) a|b") == r"a_b \_c\_ &lt;i> 5\*3 [l]\(u) a\|b"
+    assert markdown("a_b _c_ <i> 5*3 $x$ [l](u) a|b") == r"a_b \_c\_ &lt;i> 5\*3 \$x\$ [l]\(u) a\|b"
 
 
 def test_markdown_and_latex_make_the_best_bold(comparison):
@@ -149,7 +149,7 @@ def test_latex_rows_have_as_many_cells_as_columns_whatever_a_method_is_called(na
 def test_latex_escapes_all_that_has_a_meaning_there(nasty):
     assert latex("50%_of{it} & $x$ #") == r"50\%\_of\{it\} \& \$x\$ \#"
     assert latex(r"a\b~^<|>") == r"a\textbackslash{}b\textasciitilde{}\textasciicircum{}$<$$|$$>$"
-    assert latex("−1 [0, 1]†") == r"$-$1 {[}0, 1{]}\textdagger{}"
+    assert latex("−1 [0, 1]†*") == r"$-$1 {[}0, 1{]}\textdagger{}{*}"
     text = as_latex(tables_of(nasty), nasty.notes)
     plain = re.sub(r"\\[\\&%$#_{}]", "", text)
     assert plain.count("{") == plain.count("}")
