@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pocl_fast.options.declaring import option_name
 from pocl_fast.options.run import RunConfig
 from pocl_fast.options.training import OptimisationOptions
+from pocl_fast.reports.compare_command import Compared, compare
 from pocl_fast.settings.configuration import PAIRS, from_options, read_yaml, recorded_config
 from pocl_fast.system import tokenizer_threads
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
@@ -111,6 +112,10 @@ def _inspect(given: Any, config: RunConfig) -> None:
     inspect(given, config)
 
 
+def _compare(given: Compared, _: RunConfig) -> None:
+    compare(given)
+
+
 @dataclass(frozen=True)
 class Command:
     """What a command does with a run, or with options alone, and which groups of `RunConfig` it
@@ -121,6 +126,7 @@ class Command:
     groups: tuple[str, ...] = ()
     step: type = Step
     opens_run: bool = True
+    reads_options: bool = True  # of runs; without them no library of models is loaded
     unread: tuple[str, ...] = ()  # options of the groups that it does not have
 
 
@@ -174,6 +180,13 @@ COMMANDS: dict[str, Command] = {
         Inspection,
         opens_run=False,
         unread=("student_layers", "teacher_quantization", "teacher_device", "precision", "device", "dev", "held_out"),
+    ),
+    "compare": Command(
+        "Compare evaluated runs: scores with 95 % intervals over training seeds, and paired differences of methods.",
+        _compare,
+        step=Compared,
+        opens_run=False,
+        reads_options=False,
     ),
     "demo": Command(
         "Distil the bundled teacher into six of its layers on the bundled samples: minutes on two cores.",
@@ -242,7 +255,8 @@ def _run(name: str, arguments: list[str]) -> None:
     starts_there = name == "rank" and not is_measured(config.schedule)
     if name in NEED_A_RUN and not starts_there and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
-    _quiet_libraries()
+    if command.reads_options:
+        _quiet_libraries()
     if not command.opens_run:
         command.work(given, config)
         return
@@ -265,7 +279,8 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
     the YAML file, then the command line."""
     import tyro
 
-    base = recorded_config(output) if (output := _value_of(arguments, "--output")) else RunConfig()
+    output = _value_of(arguments, "--output") if command.reads_options else None
+    base = recorded_config(output) if output else RunConfig()
     if hasattr(command.step, "config") and (yaml_file := _value_of(arguments, "--config")):
         base = read_yaml(yaml_file, base)
     groups = {group: _command_line_group(getattr(base, group), command.unread) for group in command.groups}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -118,6 +119,36 @@ def paired_bootstrap(
     differences = mean + sums / samples + _drawn_seeds([first, second], resamples, rng)
     low, high = _middle(differences, level)
     return Difference(mean, low, high, _two_sided(differences, scale=float(np.abs([*first, *second]).max())))
+
+
+def paired_bootstraps(
+    models: Sequence[Sequence[float] | np.ndarray], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> dict[tuple[int, int], Difference]:
+    """`paired_bootstrap` between any two of several models, by their places: the first less the second.
+
+    Each is [samples], or [seeds, samples]. Samples are drawn once for all pairs, so that many pairs take little longer
+    than one. Raises ValueError as `paired_bootstrap` does.
+    """
+    given = [np.atleast_2d(_finite(model, f"model {place + 1}")) for place, model in enumerate(models)]
+    _check_level(level)
+    _check_resamples(resamples)
+    if len({one.shape[1] for one in given}) > 1:
+        raise ValueError(f"all models must be of the same samples, got {', '.join(str(one.shape[1]) for one in given)}")
+    pairs = list(combinations(range(len(given)), 2))
+    over_seeds = [one.mean(axis=0) for one in given]
+    means = [float(one.mean()) for one in over_seeds]
+    if not pairs or given[0].shape[1] == 1:
+        return {(a, b): Difference(means[a] - means[b], None, None, None) for a, b in pairs}
+    rng = np.random.default_rng(seed)
+    sums = _resampled_sums([one - mean for one, mean in zip(over_seeds, means, strict=True)], resamples, rng)
+    found = {}
+    for a, b in pairs:
+        mean = means[a] - means[b]
+        of_samples = (sums[a] - sums[b]) / given[0].shape[1]
+        differences = mean + of_samples + _drawn_seeds([given[a], given[b]], resamples, rng)
+        p = _two_sided(differences, scale=float(np.abs([*given[a], *given[b]]).max()))
+        found[a, b] = Difference(mean, *_middle(differences, level), p)
+    return found
 
 
 def t_quantile(probability: float, degrees: int) -> float:

@@ -23,6 +23,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a log of JSON Lines that this program writes; a line cut off by a crash is left out."""
+    values = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return values
+
+
 def near_paths(given: str) -> list[str]:
     """What lies where a path that is not there would lie, written as it is: "runs/one" for "runs/oen"."""
     parent, _, _ = given.rpartition("/")

@@ -18,7 +18,7 @@ from torch import Tensor
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.packed import PackedBatch
 from pocl_fast.loss.output import STATS, LossOutput
-from pocl_fast.system.files import write_text
+from pocl_fast.system.files import read_json_lines, write_text
 
 
 class MetricsLog:
@@ -40,13 +40,7 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line cut off by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    return read_json_lines(path)
 
 
 class LossParts:

@@ -6,7 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from pocl_fast.answers.intervals import bootstrap_interval, mean_interval, paired_bootstrap, t_quantile
+from pocl_fast.answers.intervals import (
+    bootstrap_interval,
+    mean_interval,
+    paired_bootstrap,
+    paired_bootstraps,
+    t_quantile,
+)
 
 # 1 and 2: closed forms; odd and even; 120 and 1000: near the normal distribution. Printed tables have 3 decimals, so:
 # R's qt(0.975, n) and qt(0.95, n) to 6
@@ -205,3 +211,23 @@ def test_one_row_of_seeds_is_the_same_as_none():
 def test_what_has_no_interval_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_many_pairs_at_once_are_as_each_pair_alone():
+    rng = np.random.default_rng(0)
+    easy = rng.random(60)
+    models = [easy + rng.normal(0.02 * n, 0.1, (seeds, 60)) for n, seeds in enumerate((3, 1, 4))]
+    found = paired_bootstraps([models[0], models[1][0], models[2]], resamples=20_000, seed=1)
+    assert list(found) == [(0, 1), (0, 2), (1, 2)]
+    for (a, b), one in found.items():
+        alone = paired_bootstrap(models[a], models[b], resamples=20_000, seed=2)
+        assert one.mean == pytest.approx(alone.mean)
+        assert (one.low, one.high) == pytest.approx((alone.low, alone.high), abs=0.05 * (alone.high - alone.low))
+        assert one.p == pytest.approx(alone.p, abs=0.02)
+
+
+def test_pairs_of_one_sample_or_of_one_model_have_nothing_to_resample():
+    assert paired_bootstraps([[1.0], [3.0]]) == {(0, 1): (-2.0, None, None, None)}
+    assert paired_bootstraps([[1.0, 2.0]]) == {}
+    with pytest.raises(ValueError, match="all models must be of the same samples, got 2, 3"):
+        paired_bootstraps([[1.0, 2.0], [1.0, 2.0, 3.0]])
