@@ -170,7 +170,16 @@ COMMANDS: dict[str, Command] = {
         _DATA,
         Inspection,
         opens_run=False,
-        unread=("student_layers", "layer_choice", "teacher_quantization", "teacher_device", "precision", "device", "dev", "held_out"),
+        unread=(
+            "student_layers",
+            "layer_choice",
+            "teacher_quantization",
+            "teacher_device",
+            "precision",
+            "device",
+            "dev",
+            "held_out",
+        ),
     ),
     "demo": Command(
         "Distil the bundled teacher into six of its layers on the bundled samples: minutes on two cores.",

@@ -111,7 +111,8 @@ def _check_layers(config: Any, count: int, keep: int, chosen: list[int]) -> None
         raise InputError(f"layers {chosen}: give {keep} different ones of the model's 0 to {count - 1}, ascending")
     owners = owners_of_keys(config)
     if alone := [layer for layer in chosen if owners.get(layer, layer) not in chosen]:
-        raise InputError(f"layers {chosen}: layer {alone[0]} reads the keys of layer {owners[alone[0]]}, which is missing")
+        owner = owners[alone[0]]
+        raise InputError(f"layers {chosen}: layer {alone[0]} reads the keys of layer {owner}, which is missing")
 
 
 def _other_counts(model: Any, stack: Stack, keep: int) -> list[int]:

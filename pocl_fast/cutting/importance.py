@@ -25,9 +25,7 @@ from pocl_fast.system.errors import InputError
 
 
 @torch.inference_mode()
-def block_influence(
-    source: LoadedModel, layers: Sequence[nn.Module], samples: Sequence[EncodedSample]
-) -> np.ndarray:
+def block_influence(source: LoadedModel, layers: Sequence[nn.Module], samples: Sequence[EncodedSample]) -> np.ndarray:
     """Of each layer, 1 - the mean cosine of what it is given and what it gives, over all tokens of the samples
     (ShortGPT's block influence, arXiv 2403.03853, equation 1). [layers] float64, from 0 to 2.
 

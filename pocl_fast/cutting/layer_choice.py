@@ -75,7 +75,8 @@ def measuring_of(
         check_head(model, "student")
         return LoadedModel(model, packing_ready(model, None))
 
-    return Measuring(lambda: samples, ready, autocast, {"student": source_fingerprint(name), "samples": digest(samples)})
+    made_from = {"student": source_fingerprint(name), "samples": digest(samples)}
+    return Measuring(lambda: samples, ready, autocast, made_from)
 
 
 def check_choice(options: CutOptions) -> None:
@@ -95,25 +96,25 @@ def cut_student(
     `say` is told what was chosen, once. Every rank must call, measures nothing but on the first, and cuts the same.
     Raises `InputError` where layers cannot be measured or cut.
     """
-    keep, count = int(options.student_layers or 0), len(stack_of(source).layers)
-    made_from = {"student_layers": keep, "layer_choice": options.layer_choice, **measuring.made_from}
+    keep, count, choice = int(options.student_layers or 0), len(stack_of(source).layers), options.layer_choice
+    even = chosen_layers(source, keep)  # refuses a number of layers that there are not
+    made_from = {"of": count, "student_layers": keep, "layer_choice": choice, **measuring.made_from}
+    layers = ranks.from_first(lambda: _recorded(folder / RECORD, made_from))
+    if layers is None or (choice == EVEN and layers != even):
+        plain = choice == EVEN or keep == count
+        samples = () if plain else measuring.samples()  # every rank reads them
 
-    def choose() -> list[int]:
-        if (known := _recorded(folder / RECORD, made_from)) is not None:
-            return known
-        even = chosen_layers(source, keep)  # refuses a number of layers that there are not
-        if options.layer_choice == EVEN or keep == count:
-            taken, cuts = EVEN, {EVEN: Cut(even)}
-        else:
-            taken, cuts = _measured(source, keep, str(options.layer_choice), measuring)
-        say(described(keep, count, taken, cuts))
-        found = {name: {"layers": cut.layers, "cross_entropy": cut.cross_entropy} for name, cut in cuts.items()}
-        record = {"made_from": made_from, "of": count, "layers": cuts[taken].layers, "taken": taken, "choices": found}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECORD, record)
-        return cuts[taken].layers
+        def choose() -> list[int]:
+            taken, cuts = (EVEN, {EVEN: Cut(even)}) if plain else _measured(source, even, choice, measuring, samples)
+            say(described(count, taken, cuts))
+            found = {name: {"layers": cut.layers, "cross_entropy": cut.cross_entropy} for name, cut in cuts.items()}
+            folder.mkdir(parents=True, exist_ok=True)
+            record = {"made_from": made_from, "layers": cuts[taken].layers, "taken": taken, "choices": found}
+            write_json(folder / RECORD, record)
+            return cuts[taken].layers
 
-    return cut_layers(source, keep, ranks.from_first(choose))
+        layers = ranks.from_first(choose)
+    return cut_layers(source, keep, layers)
 
 
 def _recorded(path: Path, made_from: Mapping[str, Any]) -> list[int] | None:
@@ -127,15 +128,17 @@ def _recorded(path: Path, made_from: Mapping[str, Any]) -> list[int] | None:
         raise InputError(f"{path} is not what was written there: delete it, to have the layers chosen anew") from error
 
 
-def _measured(source: Any, keep: int, choice: str, measuring: Measuring) -> tuple[str, dict[str, Cut]]:
+def _measured(
+    source: Any, even: list[int], choice: str, measuring: Measuring, samples: Sequence[EncodedSample]
+) -> tuple[str, dict[str, Cut]]:
     """Which rule is taken, and what each keeps."""
-    seen, held_out = halves(measuring.samples())
+    seen, held_out = halves(samples)
     now = getattr(source.config, "_attn_implementation", None) or "eager"
     with attending_by(source, now), measuring.autocast():  # and as it did, afterwards
-        scores = block_influence(measuring.ready(source), stack_of(source).layers, seen)
+        scores = block_influence(measuring.ready(source), list(stack_of(source).layers), seen)
     layers = {
-        EVEN: chosen_layers(source, keep),
-        IMPORTANCE: most_important(scores, keep, owners_of_keys(source.config)),
+        EVEN: even,
+        IMPORTANCE: most_important(scores, len(even), owners_of_keys(source.config)),
     }
     cuts = {name: _tried(source, kept, measuring, held_out, must=choice == name) for name, kept in layers.items()}
     if choice != AUTO:
@@ -168,8 +171,8 @@ def halves(samples: Sequence[EncodedSample]) -> tuple[list[EncodedSample], list[
     `InputError` where there are not two."""
     if len(samples) < 2:
         raise InputError(
-            f"--layer-choice measures layers on some training samples, and their loss on others; here are {len(samples)}:"
-            " give more, or --layer-choice even"
+            "--layer-choice measures layers on some training samples, and losses on others; here are"
+            f" {len(samples)}: give more, or --layer-choice even"
         )
     mean = sum(map(len, samples)) / len(samples)
     count = max(2, min(2 * SAMPLES, len(samples), int(2 * TOKENS / mean)))
@@ -185,12 +188,13 @@ def digest(samples: Iterable[EncodedSample]) -> str:
     return found.hexdigest()
 
 
-def described(keep: int, count: int, taken: str, cuts: Mapping[str, Cut]) -> str:
+def described(count: int, taken: str, cuts: Mapping[str, Cut]) -> str:
     """The line that says what was chosen, out of what."""
+    kept = len(cuts[taken].layers)
     if len(cuts) == 1:
-        return f"student: {keep} of {count} layers ({ranges(cuts[taken].layers)})"
+        return f"student: {kept} of {count} layers ({ranges(cuts[taken].layers)})"
     parts = [f"{name} ({ranges(cut.layers)}): {_loss(cut)}" for name, cut in cuts.items()]
-    return f"student: {keep} of {count} layers; {'; '.join(parts)}; taken: {taken}"
+    return f"student: {kept} of {count} layers; {'; '.join(parts)}; taken: {taken}"
 
 
 def _loss(cut: Cut) -> str:

@@ -135,7 +135,9 @@ def _evaluated(run: Path) -> str:
 def _layers(run: Path) -> str:
     """Which layers a cut student has, in words; empty where it was not cut, or not yet."""
     known = _json(run / LAYERS)
-    return f"The student has {len(known['layers'])} of {known['of']} layers: {ranges(known['layers'])}" if known else ""
+    if not known:
+        return ""
+    return f"The student has {len(known['layers'])} of {known['made_from']['of']} layers: {ranges(known['layers'])}"
 
 
 def step_rows(stamps: dict[str, Any]) -> list[StepRow]:

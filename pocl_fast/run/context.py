@@ -69,7 +69,7 @@ class RunContext:
     """A run's directory and options, and the models and samples that its steps work on, loaded when first asked for."""
 
     def __init__(self, directory: RunDirectory, config: RunConfig, say: Say = print) -> None:
-        """Raises `InputError` for a device or a precision that this machine does not have, and a choice of no layers."""
+        """Raises `InputError` for a device or a precision that this machine lacks, and for a choice of no layers."""
         check_choice(config.models)
         self.directory, self.config = directory, config
         self.say: Say = say if ranks.is_first() else lambda _: None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from pocl_fast.answers.likelihood import LoadedModel
@@ -16,15 +15,10 @@ from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.data.stream import SampleStream
+from pocl_fast.models.precision import Precision
 from pocl_fast.options.run import RunConfig
 from pocl_fast.records.sources import source_of
 from pocl_fast.run.directory import LAYERS, RunDirectory, required
-
-
-class Precise(Protocol):
-    """The precision of a run."""
-
-    def autocast(self) -> AbstractContextManager[Any]: ...
 
 
 class Loads(Protocol):
@@ -32,7 +26,7 @@ class Loads(Protocol):
 
     directory: RunDirectory
     config: RunConfig
-    precision: Precise
+    precision: Precision
     say: Any
 
     @property

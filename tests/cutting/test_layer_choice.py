@@ -282,6 +282,8 @@ def test_even_layers_and_all_layers_are_taken_without_measuring(cut, tmp_path, m
     cut(tiny_model(layers=4), 4, "importance", [])
     assert cut.said == ["student: 2 of 4 layers (0, 3)", "student: 4 of 4 layers (0-3)"]
     assert json.loads((tmp_path / "layers.json").read_text())["layers"] == [0, 1, 2, 3]
+    cut(tiny_model(layers=6), 2, "even", [])  # another source with the same options
+    assert cut.said[2] == "student: 2 of 6 layers (0, 5)"
 
 
 # a single layer; the fewest samples
@@ -318,7 +320,7 @@ def test_samples_are_picked_evenly_and_no_more_than_a_budget_of_tokens(monkeypat
 
 def test_a_choice_without_a_number_of_layers_is_refused():
     check_choice(SimpleNamespace(student_layers=None, layer_choice="even"))
-    with pytest.raises(InputError, match="--layer-choice auto .* give --student-layers too"):
+    with pytest.raises(InputError, match=r"--layer-choice auto .* give --student-layers too"):
         check_choice(SimpleNamespace(student_layers=None, layer_choice="auto"))
 
 

@@ -93,7 +93,8 @@ def test_layers_chosen_by_other_samples_are_another_run(inputs, measures, tmp_pa
     assert len(measures) == 1
     said = refusal(capsys, "evaluate", output, *words_of(inputs, "evaluate", train=other))
     assert "its step 'evaluate-before' was made with other input (train data: was" in said
-    assert "layer_choice: was importance, now even" in refusal(capsys, "evaluate", output, *words, "--layer-choice", "even")
+    said = refusal(capsys, "evaluate", output, *words, "--layer-choice", "even")
+    assert "layer_choice: was importance, now even" in said
     assert run("measure", output, *words_of(inputs, "measure", train=other)) == 0
     assert len(measures) == 2
 
@@ -110,7 +111,7 @@ def test_a_student_given_by_name_is_cut_by_importance_too(inputs, measures, tmp_
     tiny_tokenizer().save_pretrained(tmp_path / "whole")
     student = open_run(tmp_path / "out", from_words(inputs, student=str(tmp_path / "whole"))).context.student()
     assert len(student.model.model.layers) == 2
-    assert json.loads((tmp_path / "out" / "layers.json").read_text())["of"] == 3
+    assert json.loads((tmp_path / "out" / "layers.json").read_text())["made_from"]["of"] == 3
 
 
 def test_a_plan_says_that_it_plans_with_the_even_layers(inputs, measures, tmp_path, capsys):
