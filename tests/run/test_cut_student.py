@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from ranks import gloo
 from tiny import arithmetic, save_tiny, tiny_model, tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, read_json, refusal, run, select
 from transformers import AutoModelForCausalLM
@@ -104,6 +105,25 @@ def test_a_choice_without_student_layers_is_refused_before_data_is_read(inputs, 
         words = words_of(inputs, command, student_layers=None, student=inputs / "teacher", train="nowhere.jsonl")
         said = refusal(capsys, command, tmp_path / "out", *words)
         assert "--layer-choice importance says which layers a cut student keeps: give --student-layers too" in said
+
+
+def _layers_of_a_run(output, options):
+    """The first weights of the student's layers, and how often this rank measured."""
+    measured, measure = [], layer_choice.block_influence
+    layer_choice.block_influence = lambda *given: measured.append(1) or measure(*given)
+    try:
+        student = open_run(output, options).context.student().model
+    finally:
+        layer_choice.block_influence = measure
+    return [layer.mlp.up_proj.weight[0, 0].item() for layer in student.model.layers], len(measured)
+
+
+@gloo
+def test_every_rank_cuts_the_layers_that_the_first_one_measures(inputs, two_ranks, tmp_path):
+    (first, once), (second, never) = two_ranks(_layers_of_a_run, tmp_path / "out", from_words(inputs))
+    assert first == second
+    assert (once, never) == (1, 0)
+    assert read_json(tmp_path / "out" / "layers.json")["layers"] == [1, 2]
 
 
 def test_a_student_given_by_name_is_cut_by_importance_too(inputs, measures, tmp_path):
