@@ -179,7 +179,16 @@ COMMANDS: dict[str, Command] = {
         _DATA,
         Inspection,
         opens_run=False,
-        unread=("student_layers", "teacher_quantization", "teacher_device", "precision", "device", "dev", "held_out"),
+        unread=(
+            "student_layers",
+            "layer_choice",
+            "teacher_quantization",
+            "teacher_device",
+            "precision",
+            "device",
+            "dev",
+            "held_out",
+        ),
     ),
     "compare": Command(
         "Compare evaluated runs: scores with 95 % intervals over training seeds, and paired differences of methods.",

@@ -16,6 +16,7 @@ CHANGED = {
     "teacher": "the/teacher",
     "student": "the/student",
     "student_layers": 3,
+    "layer_choice": "importance",
     "teacher_quantization": "8bit",
     "teacher_device": "meta",
     "precision": "bf16",

@@ -77,28 +77,42 @@ def _chosen(config: Any, count: int, keep: int) -> list[int]:
     return min(next(found for replaced in range(1, keep) if (found := list(choices(replaced)))))[-1]
 
 
-def cut_layers(model: Any, keep: int) -> Any:
-    """A copy of a transformers causal language model with `keep` of its layers (see `chosen_layers`) and everything
-    else, embeddings, final norm and lm_head, as it is.
+def cut_layers(model: Any, keep: int, layers: Sequence[int] | None = None) -> Any:
+    """A copy of a transformers causal language model with `keep` of its layers and everything else, embeddings, final
+    norm and lm_head, as it is. `layers` are their numbers, ascending; without them, those of `chosen_layers`.
 
     The settings of the layers follow them. The cut model gives the logits of its source without the other layers; so it
     does when it is loaded from its folder. Raises `InputError` where no configuration of this family says that. The
     source stays as it is.
     """
     stack = stack_of(model)
-    chosen = _chosen(model.config, len(stack.layers), keep)
+    chosen = _chosen(model.config, len(stack.layers), keep) if layers is None else list(layers)
+    _check_layers(model.config, len(stack.layers), keep, chosen)
     _check_cuttable(model)
     settings = Settings(model.config, len(stack.layers), chosen)
     with same_random_numbers(input_device(model)), evaluating(model):
         cut = _Cut(model, stack, chosen, settings)
         if (student := cut.made()) is not None:
             return student
-        others = _other_counts(model, stack, keep) if num_parameters(model) <= SEARCHED else []
+        searches = layers is None and num_parameters(model) <= SEARCHED
+        others = _other_counts(model, stack, keep) if searches else []
     which = f"{keep} of its {len(stack.layers)} layers ({', '.join(map(str, chosen))})"
     right = f"It can be cut to {' or '.join(map(str, others))}" if others else "Take another number of layers"
+    right += "" if layers is None else ", or the layers of --layer-choice even"
     raise InputError(
         f"cannot cut {type(model).__name__} to {which}: {cut.fault}. {right}, or give a smaller model as the student"
     )
+
+
+def _check_layers(config: Any, count: int, keep: int, chosen: list[int]) -> None:
+    """Raises `InputError` for layers that are not `keep` of the model's, ascending, and where one stays without the
+    layer whose keys and values it reads."""
+    if chosen != sorted({*chosen}) or len(chosen) != keep or not {*chosen} <= {*range(count)}:
+        raise InputError(f"layers {chosen}: give {keep} different ones of the model's 0 to {count - 1}, ascending")
+    owners = owners_of_keys(config)
+    if alone := [layer for layer in chosen if owners.get(layer, layer) not in chosen]:
+        owner = owners[alone[0]]
+        raise InputError(f"layers {chosen}: layer {alone[0]} reads the keys of layer {owner}, which is missing")
 
 
 def _other_counts(model: Any, stack: Stack, keep: int) -> list[int]:

@@ -52,6 +52,10 @@ class StudentFails(Exception):
     """A cut model raised where its source did not."""
 
 
+class StatesUnknown(Exception):
+    """It cannot be told what a layer does to its hidden states."""
+
+
 def logits_apart(source: Any, layers: Sequence[nn.Module], dropped: Sequence[int], cut: Any) -> float:
     """The largest difference between the logits of a cut model and those of its source, whose dropped layers pass on
     what they are given; relative to the largest logit, and infinite where a logit of one is NaN."""
@@ -93,16 +97,21 @@ def passed_over(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _pass_on(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    hidden = output[0] if isinstance(output, (tuple, list)) else output
-    given = next(
-        value
-        for value in [*args, *kwargs.values()]
-        if isinstance(value, Tensor) and value.shape == hidden.shape and value.is_floating_point()
-    )
+    given, _ = states_of(layer, args, kwargs, output)
     if not isinstance(output, (tuple, list)):
         return given
     passed = [given, *output[1:]]
     return output._make(passed) if hasattr(output, "_make") else type(output)(passed)
+
+
+def states_of(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor]:
+    """The hidden states that a layer was given, and those that it gave. Raises `StatesUnknown` where none of what it
+    was given has the shape of what it gave."""
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, Tensor) and value.shape == hidden.shape and value.is_floating_point():
+            return value, hidden
+    raise StatesUnknown(f"its {type(layer).__name__} is not given hidden states of the shape of its output")
 
 
 def tolerance(model: Any) -> float:

@@ -41,9 +41,12 @@ class ModelOptions:
     """How teacher and student are loaded."""
 
     student_layers: Count | None = None
-    """Keep this many layers of the student, or of the teacher where no student is given: the first, the last, and
-    evenly spaced ones between. Where a kept layer has no keys of its own (Gemma 3n and 4), the layer whose keys it
-    reads is kept too, in place of one near it."""
+    """Keep this many layers of the student, or of the teacher where no student is given. Where a kept layer has no keys
+    of its own (Gemma 3n and 4), the layer whose keys it reads is kept too."""
+    layer_choice: Literal["even", "importance", "auto"] = "even"
+    """Which layers these are. "even": the first, the last, and evenly spaced ones between. "importance": those that
+    change the hidden states of training samples most (block influence, arXiv 2403.03853). "auto": of the two, the
+    student with the lower cross-entropy on other training samples."""
     teacher_quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load a teacher given by name in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes, on CPU and CUDA. The
     quantised weights are kept on disk, so later loads are short. Their divergence from the full teacher is measured

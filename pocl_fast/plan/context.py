@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from pocl_fast.cutting.layer_choice import check_choice
 from pocl_fast.models import loading
 from pocl_fast.options.run import RunConfig
 from pocl_fast.run.checks import Part, check
 from pocl_fast.run.context import RunContext, Say
+from pocl_fast.settings.configuration import from_options
 from pocl_fast.system.errors import InputError
 from pocl_fast.templates.template_date import DATE_FILE
 
@@ -28,8 +30,10 @@ class PlanContext(RunContext):
     """A run's options and data, with `folder` in place of the run directory `output`, which is only read."""
 
     def __init__(self, output: Path | None, folder: Path, config: RunConfig, say: Say) -> None:
-        """Raises `InputError` as `RunContext` does."""
-        self.output = output
+        """Raises `InputError` as `RunContext` does. Nothing is measured for a plan: a student has the even layers."""
+        check_choice(config.models)
+        self.output, self.layer_choice = output, config.models.layer_choice
+        config = from_options({"layer_choice": "even"}, config)
         directory: Any = SimpleNamespace(path=folder)
         super().__init__(directory, config, say)
         if output is not None and (output / DATE_FILE).is_file():  # the day on which the run was begun

@@ -241,6 +241,8 @@ class _Maker:
         place, rollouts = self.config.models.teacher_device, self.config.rollouts.rollouts
         if place != WITH_STUDENT and self.context.has_teacher:
             self._note(f"--teacher-device {place}: the teacher's memory, which is not the student's, is not counted")
+        if (choice := self.context.layer_choice) != "even":
+            self._note(f"--layer-choice {choice}: planned with the even layers, without the time of measuring others")
         if times and rollouts != "none":
             self._note(f"--rollouts {rollouts}: the time of the student's own answers in training is not counted")
 

@@ -16,6 +16,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pocl_fast import __version__
 from pocl_fast.curriculum.stages import control_line
+from pocl_fast.cutting.layer_choice import RECORD as LAYERS
+from pocl_fast.cutting.layer_choice import ranges
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.of_run import lengths_part, samples_part
 from pocl_fast.inspection.page import style
@@ -72,6 +74,7 @@ def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
         name=run.name,
         config=(run / "config.yaml").read_text(encoding="utf-8"),
         evaluated=_evaluated(run),
+        layers=_layers(run),
         results=result_rows(run),
         steps=step_rows(stamps),
         stages=_stages(run),
@@ -129,6 +132,14 @@ def _evaluated(run: Path) -> str:
         return ""
     scores = results.get("after") or results["before"]
     return f"{scores['samples']:,} samples, {len(scores['seeds'])} sampled answers each; ± is the spread over the seeds"
+
+
+def _layers(run: Path) -> str:
+    """Which layers a cut student has, in words; empty where it was not cut, or not yet."""
+    known = _json(run / LAYERS)
+    if not known:
+        return ""
+    return f"The student has {len(known['layers'])} of {known['made_from']['of']} layers: {ranges(known['layers'])}"
 
 
 def step_rows(stamps: dict[str, Any]) -> list[StepRow]:

@@ -16,7 +16,7 @@ from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import Engine, configured_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
-from pocl_fast.cutting.cut import cut_layers
+from pocl_fast.cutting.layer_choice import check_choice
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.length_report import LengthReport
@@ -42,6 +42,7 @@ from pocl_fast.models.placement import choose_device
 from pocl_fast.models.precision import choose_precision
 from pocl_fast.options.run import RunConfig
 from pocl_fast.records.samples import Sample
+from pocl_fast.run.cut_student import cut_of_run
 from pocl_fast.run.directory import RunDirectory, required
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -68,7 +69,8 @@ class RunContext:
     """A run's directory and options, and the models and samples that its steps work on, loaded when first asked for."""
 
     def __init__(self, directory: RunDirectory, config: RunConfig, say: Say = print) -> None:
-        """Raises `InputError` for a device or a precision that this machine does not have."""
+        """Raises `InputError` for a device or a precision that this machine lacks, and for a choice of no layers."""
+        check_choice(config.models)
         self.directory, self.config = directory, config
         self.say: Say = say if ranks.is_first() else lambda _: None
         self.path = directory.path
@@ -280,7 +282,7 @@ class RunContext:
     def scoring_teacher(self) -> LoadedModel:
         """The teacher, ready to score each sample's response."""
         self.check_vocabularies()
-        return self._ready(self.teacher_model(), "teacher")
+        return self.ready(self.teacher_model(), "teacher")
 
     def take_cached_teacher(self) -> Teacher:
         """The teacher with its cache. It owns the model, to free its layers once all samples are cached: the context
@@ -312,7 +314,7 @@ class RunContext:
     def student(self) -> LoadedModel:
         """The student before training, in fp32; loaded once and kept until `take_student`."""
         if self._student is None:
-            self._student = self._ready(self._load_student(), "student")
+            self._student = self.ready(self._load_student(), "student")
         return self._student
 
     def take_student(self) -> LoadedModel:
@@ -324,7 +326,7 @@ class RunContext:
         """The student that the run trained."""
         trusted = self.config.models.trust_remote_code
         model = loading.load_model(str(self.path / "student"), device=self.device, trust_remote_code=trusted)
-        return self._ready(model, "trained student")
+        return self.ready(model, "trained student")
 
     def _load_student(self) -> Any:
         from pocl_fast.teacher.loading import WITH_STUDENT
@@ -337,8 +339,7 @@ class RunContext:
             student = loading.load_model(
                 self.student_source, device=self.device, trust_remote_code=chosen.trust_remote_code
             )
-        if chosen.student_layers is not None:
-            student = cut_layers(student, chosen.student_layers)
+        student = cut_of_run(self, student)  # as it is where the options cut none
         check_fit(student, self.config.adapters)
         loading.make_savable(student, self.say, "student")
         loading.check_saved(self.tokenizer)
@@ -351,16 +352,17 @@ class RunContext:
         """The most tokens of a prompt that may be answered; samples are read before models are loaded."""
         return max(self.config.data.max_prompt_length, self.encoder.longest_prompt)
 
-    def _ready(self, model: Any, whose: str) -> LoadedModel:
-        """The model, with packed batches where these hold for it. Raises `InputError` where it has fewer positions than
-        a sample, or a prompt and its answer, may have tokens, and where its logits are not its lm_head's."""
+    def ready(self, model: Any, whose: str, say: Say | None = None) -> LoadedModel:
+        """The model, with packed batches where these hold for it; `say` instead of the run is told which. Raises
+        `InputError` where it has fewer positions than a sample, or a prompt and its answer, may have tokens, and where
+        its logits are not its lm_head's."""
         if whose in ("student", "teacher"):
             self._check_usable(model, whose)
         data, answer = self.config.data, self.config.generation.max_new_tokens
         check_positions(model, max(data.max_length, self.longest_prompt + answer), whose)
         with self.precision.autocast():
             check_head(model, whose)
-            return LoadedModel(model, packing_ready(model, self._say_of(whose)))
+            return LoadedModel(model, packing_ready(model, say or self._say_of(whose)))
 
     def _check_usable(self, model: Any, whose: str) -> None:
         """Raises `InputError` for what is no causal language model, or has no rows for the tokens that it will see."""

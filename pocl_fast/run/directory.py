@@ -60,6 +60,7 @@ class Reads:
         return {name: value for name, value in values.items() if name not in self.but}
 
 
+LAYERS = "layers"  # no step of its own: the choice of layers that measuring makes for a student, for all steps
 STUDENT, STUDENT_ADAPTERS = "student/model.safetensors", "student/adapter_model.safetensors"
 _DATA_FLAGS = {"train": "--train", "dev": "--dev (or --held-out)"}
 _OF_ADAPTERS = ("lora_alpha", "lora_targets", "merge_adapters")  # which mean nothing without adapters
@@ -104,9 +105,13 @@ READS = {
     ),
     "evaluate-after": Reads(
         ("models", "data", "generation", "evaluation"),
-        (*_DEVICES, *_TEACHER, "train", "data_source", "student", "student_layers", "trust_remote_code"),
+        (
+            *_DEVICES, *_TEACHER, "train", "data_source", "student", "student_layers", "layer_choice",
+            "trust_remote_code",
+        ),
         (STUDENT,),
     ),
+    LAYERS: Reads(("models", "data"), (*_DEVICES, *_TEACHER, "dev")),
 }  # fmt: skip
 # Whose results a step builds on without reading the data behind them: what both are made from must agree.
 BUILDS_ON = {"train": ("measure", "rank")}
@@ -170,7 +175,7 @@ class RunDirectory:
         return ranks.from_first(lambda: self._begin(step, config))
 
     def _begin(self, step: str, config: RunConfig) -> bool:
-        made_from = self._made_from(step, config)
+        made_from = self.made_from(step, config)
         stamp = self.stamps.get(step)
         left = [name for name in WRITES[step] if (self.path / name).exists()]
         if stamp and (WRITES[step][0] not in left if stamp["done"] else not left):
@@ -222,7 +227,9 @@ class RunDirectory:
                 stamp |= {"done": done, **facts}
                 self._save_stamps()
 
-    def _made_from(self, step: str, config: RunConfig) -> dict[str, Any]:
+    def made_from(self, step: str, config: RunConfig) -> dict[str, Any]:
+        """What a step is made from with these options: their values, and files by their content. Raises `InputError`
+        for files that are not there."""
         reads, every = reads_of(step, config), config.flat()
         made_from: dict[str, Any] = {}
         for name, value in reads.options(config).items():
@@ -243,6 +250,8 @@ class RunDirectory:
                 made_from[name] = value
             if name == "data_source" and value == "teacher":
                 made_from["teacher answers"] = _answers_of(every)
+        if step == "evaluate-before" and config.models.layer_choice != "even":  # its student is chosen by samples
+            made_from["train data"] = source_of(required(every["train"], _DATA_FLAGS["train"])).fingerprint()
         return made_from | self._files(reads.files, every)
 
     def _files(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, str]:

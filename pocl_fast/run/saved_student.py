@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pocl_fast.cutting.layer_choice import RECORD as LAYERS
 from pocl_fast.inputs.saved_adapters import is_adapted, save_adapted
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system import ranks
@@ -35,5 +36,7 @@ def _write(student: Any, tokenizer: Any, run: Path, merges: bool, say: Callable[
     else:
         student.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    if (run / LAYERS).exists():  # which layers of its source it has
+        shutil.copy(run / LAYERS, partial)
     shutil.rmtree(folder, ignore_errors=True)  # there if a crash came just before the stamp
     os.replace(partial, folder)

@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from pocl_fast.curriculum.signals import teacher_columns, top_k_lacks
 from pocl_fast.curriculum.stages import Curriculum, is_measured
+from pocl_fast.cutting.layer_choice import check_choice
 from pocl_fast.inputs.adapters import check_options
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.placement import choose_device
@@ -185,6 +186,7 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         if columns and self.remeasure and self.cache_mode == "topk":
             raise InputError(top_k_lacks(columns))
         check_options(self)
+        check_choice(self)
         if self.patience is not None and self.eval_strategy == "no":
             raise InputError('patience needs evaluations: give eval_strategy "epoch" or "steps"')
 
@@ -254,6 +256,7 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         done = {
             "data_source": "data",
             "student_layers": None,
+            "layer_choice": "even",
             "teacher_quantization": "none",
             "teacher_device": "student",
         }

@@ -22,7 +22,7 @@ from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.pacing import paced
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
 from pocl_fast.curriculum.stages import Curriculum
-from pocl_fast.cutting.cut import cut_layers
+from pocl_fast.cutting.layer_choice import cut_student, measuring_of
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.packed import Rows
@@ -93,7 +93,7 @@ def training_parts(
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
     place = places(training, "train_dataset")
-    student = student_of(student, tokenizer, peft_config, args)
+    student = student_of(student, tokenizer, peft_config, args, samples, place, precision)
     rows = rows_of(student)
     check_special_tokens(tokenizer, rows.embedding, "student")
     check_tokens(samples, Vocabulary("student", rows.both), tokenizer, place)
@@ -149,13 +149,17 @@ def tokenizer_of(model: Any, tokenizer: Any, args: PoclConfig) -> Any:
     return tokenizer
 
 
-def student_of(model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig) -> Any:
+def student_of(
+    model: Any, tokenizer: Any, peft_config: Any, args: PoclConfig, samples: SampleSet, place: Place, how: Precision
+) -> Any:
     """The student to train, with its adapters. One that is given by name is loaded in fp32, and cut to
     `student_layers`."""
     if isinstance(model, (str, os.PathLike)):
-        model = loading.load_model(os.fspath(model), device=args.device, trust_remote_code=args.trust_remote_code)
+        name, folder = os.fspath(model), Path(str(args.output_dir))
+        model = loading.load_model(name, device=args.device, trust_remote_code=args.trust_remote_code)
         if args.student_layers is not None:
-            model = cut_layers(model, args.student_layers)
+            check_tokens(samples, Vocabulary("student", rows_of(model).both), tokenizer, place)
+            model = cut_student(model, args, folder, measuring_of(name, samples.encoded, how.autocast), _first_says)
         model = as_trainable(model)
         usable.check_model(model, "model")
     if peft_config is not None:

@@ -59,6 +59,21 @@ def test_the_student_has_as_many_layers_as_are_kept(changed, run_of):
     assert len(run_of(**changed).context.student().model.model.layers) == 3
 
 
+@reaches("layer_choice")
+def test_the_student_has_the_layers_of_the_choice(changed, run_of, tmp_path):
+    teacher = tiny_model(layers=4)
+    for layer in (0, 3):  # which add nothing, and are the even choice of two
+        teacher.model.layers[layer].self_attn.o_proj.weight.data.zero_()
+        teacher.model.layers[layer].mlp.down_proj.weight.data.zero_()
+    teacher.save_pretrained(tmp_path / "idle")
+    tiny_tokenizer().save_pretrained(tmp_path / "idle")
+    for folder, choice, layers in (("plain", {}, (0, 3)), ("chosen", changed, (1, 2))):
+        student = run_of(folder, teacher=str(tmp_path / "idle"), **choice).context.student().model
+        for new, old in enumerate(layers):
+            weights = [model.model.layers[i].mlp.up_proj.weight for model, i in ((student, new), (teacher, old))]
+            assert torch.equal(*weights)
+
+
 @reaches("teacher_quantization")
 def test_the_teacher_is_loaded_in_8_bits(changed, run_of, loads):
     pytest.importorskip("bitsandbytes")
@@ -228,7 +243,7 @@ def test_a_run_gives_its_trainer_every_option(run_of, monkeypatch, tmp_path):
     args = PoclConfig.of_run(config, tmp_path)
     expected = config.trainer_options() | {"device": torch.device("cpu")}
     expected |= {"data_source": "data", "student_layers": None}  # which a run does before, and loads the teacher
-    expected |= {"teacher_quantization": "none", "teacher_device": "student"}
+    expected |= {"layer_choice": "even", "teacher_quantization": "none", "teacher_device": "student"}
     assert {name: getattr(args, name) for name in expected} == expected
     assert (args.optim, args.lr_scheduler_type, args.gradient_checkpointing) == ("sgd", "linear", True)
     made = []

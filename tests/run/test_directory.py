@@ -66,7 +66,7 @@ def test_an_argument_that_was_set_before_is_named_when_it_changes(tmp_path):
     directory = RunDirectory(tmp_path / "out")
     inputs = make_inputs(tmp_path, train=2, dev=2)
     given = {"teacher": str(inputs / "teacher"), "student_layers": 2, "train": inputs / "train.jsonl"}
-    made = directory._made_from("measure", from_options(given))
+    made = directory.made_from("measure", from_options(given))
     assert made["student"].startswith("cut from ")
     assert "teacher" not in made
     assert "train" not in made

@@ -83,7 +83,7 @@ def test_under_torchrun_two_processes_make_the_table_of_one(words, whole, tmp_pa
     assert done.stdout.count("24 training samples, ROUGE-L") == 1
     assert run("measure", tmp_path / "run", *words) == 0  # its stamps are those of one process
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".lock", "config.yaml", "difficulty.parquet", "steps.json",
+        ".lock", "config.yaml", "difficulty.parquet", "layers.json", "steps.json",
     ]  # fmt: skip
 
 

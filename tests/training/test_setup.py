@@ -182,6 +182,27 @@ def test_a_student_by_name_is_cut_to_the_layers_of_the_options(tmp_path):
     assert all(p.requires_grad for p in trainer.model.parameters())
 
 
+def test_a_student_by_name_has_the_layers_that_its_samples_choose_and_a_second_trainer_measures_none(
+    tmp_path, monkeypatch, capsys
+):
+    source = tiny_model(layers=4, seed=1)
+    source.model.layers[3].self_attn.o_proj.weight.data.zero_()
+    source.model.layers[3].mlp.down_proj.weight.data.zero_()
+    source.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    args = PoclConfig(output_dir=str(tmp_path / "out"), student_layers=3, layer_choice="importance", **FOUR)
+    name = str(tmp_path / "teacher")
+    for _ in range(2):
+        trainer = PoclTrainer(name, name, args, arithmetic(8, 0), curriculum=curriculum_of(8, stages=1))
+        for layer in range(3):
+            kept, whole = (model.model.layers[layer].mlp.up_proj.weight for model in (trainer.model, source))
+            assert torch.equal(kept, whole)
+        monkeypatch.setattr("pocl_fast.cutting.layer_choice.block_influence", None)  # not callable
+    assert capsys.readouterr().out.count("importance (0-2): held-out CE") == 1
+    with pytest.raises(InputError, match="--layer-choice auto says which layers a cut student keeps"):
+        PoclConfig(output_dir=str(tmp_path / "out"), layer_choice="auto")
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_models_and_tokenizers_by_name_run_code_of_a_hub_model_only_where_that_is_allowed(tmp_path, monkeypatch, trust):
     save_tiny(tmp_path / "model", layers=2, seed=1)
