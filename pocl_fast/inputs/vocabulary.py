@@ -5,6 +5,7 @@ Knows tokenizers and the sizes of models. Does not know teacher from student, no
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ import torch
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.loading import readable_errors, resolve
 from pocl_fast.models.parameters import num_parameters
+from pocl_fast.models.product_speed import Shapes
 from pocl_fast.system.errors import InputError
 
 SPECIAL_TOKENS = ("eos_token", "pad_token", "bos_token", "unk_token")
@@ -49,6 +51,15 @@ def configured_rows(source: str, *, trust_remote_code: bool = False) -> int | No
 def configured_layers(source: str, *, trust_remote_code: bool = False) -> int | None:
     """The same for how many layers it will have."""
     return _configured(source, "num_hidden_layers", trust_remote_code)
+
+
+def shapes_of(model: Any, *, trust_remote_code: bool = False) -> Shapes:
+    """The sizes of the matrices of a model, or of one that is given by name; None has those of `Shapes`."""
+    if isinstance(model, (str, os.PathLike)):
+        config = _configuration(os.fspath(model), trust_remote_code)
+    else:
+        config = getattr(model, "config", None)
+    return Shapes() if config is None else Shapes.of(config)
 
 
 def configured_parameters(source: str, *, trust_remote_code: bool = False) -> int | None:

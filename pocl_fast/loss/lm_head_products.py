@@ -1,22 +1,25 @@
 """Products with an lm_head whose results are fp32, as they come out of the accumulators and not rounded to the inputs'
 dtype: rounding logits to bf16 costs 5 % of a distillation gradient, and all of it once student and teacher are close.
 
-On CUDA such products are one call (`out_dtype`). On a CPU that multiplies bf16, csrc/products has them. Elsewhere
-oneDNN offers them for fp32 tensors alone, whose values it may round to bf16, which changes nothing where they were bf16
-before: slices of the weight are converted on the way.
+On CUDA such products are one call (`out_dtype`). On a CPU that multiplies bf16 faster than fp32, csrc/products has
+them. Elsewhere oneDNN offers them for fp32 tensors alone, whose values it may round to bf16, which changes nothing
+where they were bf16 before: slices of the weight are converted on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pocl_fast.loss import row_operator
-from pocl_fast.system.fp32_products import matmul_inputs
+from pocl_fast.system.fp32_products import faster, least_seconds, matmul_inputs
 
+Bf16Way = Literal["bf16", "fp32"]  # how a CPU multiplies with a bf16 lm_head: as it is, or slices of it in fp32
 SLICE = 4096  # rows of the weight that are fp32 at a time: 2 to 30 MB, which stay in the caches
 
 
@@ -78,12 +81,53 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+_way: Bf16Way | None = None  # None: whichever is faster here, found out when it is first needed
+
+
+def set_bf16_way(way: Bf16Way | None) -> Bf16Way | None:
+    """Sets for the process how a CPU multiplies with a bf16 lm_head; None: whichever is faster. What was set before."""
+    global _way
+    before, _way = _way, way
+    return before
+
+
+@contextlib.contextmanager
+def bf16_way(way: Bf16Way | None) -> Iterator[None]:
+    """Within it a CPU multiplies with a bf16 lm_head this way: see `set_bf16_way`."""
+    before = set_bf16_way(way)
+    try:
+        yield
+    finally:
+        set_bf16_way(before)
+
+
+def bf16_ways(n: int, V: int, H: int) -> dict[Bf16Way, Callable[[], None]]:
+    """The products of a chunk of n rows in each way that this CPU has, to be timed; fp32 is the first."""
+    weight = torch.linspace(-1, 1, V * H).view(V, H).bfloat16()
+    hidden, grad = torch.linspace(-1, 1, n * H).view(n, H).bfloat16(), torch.linspace(-1, 1, n * V).view(n, V)
+    out, total, head = torch.empty(n, V), torch.empty(V, H), HeadProducts(weight, None, torch.bfloat16)
+
+    def multiply(way: Bf16Way) -> None:
+        with bf16_way(way):
+            head.logits(hidden, out)
+            head.hidden_grad(grad, torch.float32)
+            weight_grad_(total, grad, hidden, torch.bfloat16, add=False)
+
+    ways: tuple[Bf16Way, ...] = ("fp32", "bf16") if row_operator.backend_module("cpp").has_products() else ("fp32",)
+    return {way: functools.partial(multiply, way) for way in ways}
+
+
+@functools.cache
+def _faster_way() -> Bf16Way:
+    return faster(least_seconds(bf16_ways(64, 2048, 576), 0.1), "fp32")
+
+
 def cpp_products(dtype: torch.dtype, weight: Tensor) -> Any:
-    """The C++ backend, where it has the products of inputs rounded to `dtype`; else None."""
+    """The C++ backend, where it has the products of inputs rounded to `dtype` and these are faster; else None."""
     if dtype != torch.bfloat16 or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     cpp = row_operator.backend_module("cpp")
-    return cpp if cpp.has_products() else None
+    return cpp if cpp.has_products() and (_way or _faster_way()) == "bf16" else None
 
 
 def weight_grad_(total: Tensor, grad: Tensor, hidden: Tensor, dtype: torch.dtype, *, add: bool) -> None:

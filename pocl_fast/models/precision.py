@@ -1,17 +1,27 @@
 """The precision of matrix products on a device, fp32 or bf16: by autocast, oneDNN's mode or frozen layers.
 
-Does not know models.
+Knows where a choice that was made by timing is kept. Does not know models.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+from pocl_fast.loss.lm_head_products import set_bf16_way
+from pocl_fast.models.product_speed import CpuProducts, Shapes, decide, describe, measure_speeds
+from pocl_fast.system import ranks
+from pocl_fast.system.errors import InputError
+from pocl_fast.system.files import write_json
 from pocl_fast.system.fp32_products import fp32_products, rounds_to_bf16, set_fp32_products
+
+PRECISION_FILE = "precision.json"  # in the folder of a run or a training: what its first step chose
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,7 @@ class Precision:
 
     name: Literal["fp32", "bf16"]
     device: torch.device
+    chosen: CpuProducts | None = None  # by timing, on a CPU
 
     def autocast(self) -> torch.autocast:
         """The context in which models run: bf16 autocast on a GPU. On a CPU it does nothing: `choose_precision` set the
@@ -31,29 +42,88 @@ class Precision:
     def frozen_dtype(self) -> torch.dtype:
         """The dtype in which a CPU multiplies the layers of a model that does not train (see `freeze_linears`): bf16
         where that was chosen and the processor multiplies it."""
-        fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if self.name == "bf16" and fast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return torch.bfloat16
-        return torch.float32
+        layers = self.chosen.layers if self.chosen else self.name
+        return torch.bfloat16 if layers == "bf16" and self.device.type == "cpu" and _has_bf16() else torch.float32
+
+    @property
+    def of_teacher(self) -> str:
+        """Identifies the precision of a teacher's outputs."""
+        mixed = self.chosen is not None and self.chosen.layers != self.name
+        return f"{self.name}, layers in fp32" if mixed else self.name
+
+    def set_modes(self) -> None:
+        """Sets for the process how a CPU multiplies, where that was chosen by timing."""
+        if self.chosen is not None:
+            set_fp32_products(self.chosen.trained)
+            set_bf16_way(self.chosen.head)
 
 
-def choose_precision(precision: str, device: torch.device) -> Precision:
-    """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process.
+def choose_precision(
+    precision: str,
+    device: torch.device,
+    folder: Path | None = None,
+    *,
+    shapes: Callable[[], Shapes] = Shapes,
+    say: Callable[[str], object] = print,
+) -> Precision:
+    """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process. Every rank must call.
 
     On a CPU "bf16" lets oneDNN round the inputs of fp32 matrix products to bf16 where the CPU multiplies these faster;
     sums and results, so also logits, stay fp32. Where it does not, products are exact fp32 and up to 2x faster than
     MKL's on AMD processors, so that "fp32" is the same mode.
+
+    "auto" on a CPU that multiplies bf16 times both for a model of `shapes` and takes the faster; `say` gets a line. The
+    choice is kept in `folder` and taken from there the next time. Raises `InputError` where that file holds none.
     """
     if device.type == "cuda":
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    else:
-        has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
-        if precision == "auto":
-            precision = "bf16" if has_bf16 else "fp32"
-        exact = has_bf16 and not rounds_to_bf16()
-        set_fp32_products("bf16" if precision == "bf16" or exact else "ieee")
+        return Precision("bf16" if precision == "bf16" else "fp32", device)
+    if precision == "auto":
+        chosen, line = ranks.from_first(lambda: _kept_choice(folder, shapes()))
+        say(line)
+        if chosen is not None:
+            made = Precision(chosen.name, device, chosen)
+            made.set_modes()
+            return made
+    exact = _has_bf16() and not rounds_to_bf16()
+    set_fp32_products("bf16" if precision == "bf16" or exact else "ieee")
+    set_bf16_way("bf16")
     return Precision("bf16" if precision == "bf16" else "fp32", device)
+
+
+def _has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _kept_choice(folder: Path | None, shapes: Shapes) -> tuple[CpuProducts | None, str]:
+    """The choice that is kept in the folder, or a new one, which is then kept there; and a line about it. None for fp32
+    where nothing is to be chosen."""
+    path = None if folder is None else folder / PRECISION_FILE
+    kept = path is not None and path.exists()
+    if not _has_bf16():
+        return None, "precision: fp32, this processor multiplies no bf16" + (f" as {path} asks for" if kept else "")
+    if shapes.are_small:
+        return None, "precision: fp32, for the models' layers are so small that bf16 is no faster"
+    if path is not None and kept:
+        chosen = _read(path)
+        said = (
+            f"precision: {chosen.layers} for layers that do not train, which an earlier step chose ({PRECISION_FILE})"
+        )
+        return chosen, said
+    speeds = measure_speeds(shapes)
+    chosen = decide(speeds)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(chosen))
+    return chosen, describe(chosen, speeds)
+
+
+def _read(path: Path) -> CpuProducts:
+    try:
+        return CpuProducts.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{path} holds no choice of a precision ({error}): delete it to choose anew") from error
 
 
 def exact_products() -> contextlib.AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_fast.cutting.layer_choice import check_choice
 from pocl_fast.models import loading
+from pocl_fast.models.precision import PRECISION_FILE
 from pocl_fast.options.run import RunConfig
 from pocl_fast.run.checks import Part, check
 from pocl_fast.run.context import RunContext, Say
@@ -36,8 +37,9 @@ class PlanContext(RunContext):
         config = from_options({"layer_choice": "even"}, config)
         directory: Any = SimpleNamespace(path=folder)
         super().__init__(directory, config, say)
-        if output is not None and (output / DATE_FILE).is_file():  # the day on which the run was begun
-            shutil.copy(output / DATE_FILE, folder / DATE_FILE)
+        for name in (DATE_FILE, PRECISION_FILE):  # the day on which the run was begun, and what it chose
+            if output is not None and (output / name).is_file():
+                shutil.copy(output / name, folder / name)
 
     @property
     def has_teacher(self) -> bool:

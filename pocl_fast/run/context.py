@@ -6,6 +6,7 @@ Knows how options name data, models and engines. Does not know what the steps do
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -33,13 +34,14 @@ from pocl_fast.inputs.vocabulary import (
     configured_rows,
     known_ids,
     rows_of,
+    shapes_of,
 )
 from pocl_fast.models import loading
 from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.parameters import as_trainable
 from pocl_fast.models.placement import choose_device
-from pocl_fast.models.precision import choose_precision
+from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.options.run import RunConfig
 from pocl_fast.records.samples import Sample
 from pocl_fast.run.cut_student import cut_of_run
@@ -69,24 +71,28 @@ class RunContext:
     """A run's directory and options, and the models and samples that its steps work on, loaded when first asked for."""
 
     def __init__(self, directory: RunDirectory, config: RunConfig, say: Say = print) -> None:
-        """Raises `InputError` for a device or a precision that this machine lacks, and for a choice of no layers."""
+        """Raises `InputError` for a device that this machine lacks, and for a choice of no layers."""
         check_choice(config.models)
         self.directory, self.config = directory, config
         self.say: Say = say if ranks.is_first() else lambda _: None
         self.path = directory.path
         self.device = choose_device(config.models.device)
-        self.precision = choose_precision(config.models.precision, self.device)
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
         self._compared: frozenset[str] | None = None  # the samples with which the vocabularies were compared
         self._pair_said = False
         self.reports: dict[str, LengthReport] = {}  # of what was read, by option
 
-    def begins(self, step: str, result: str) -> bool:
-        """Whether the step is still to be done, on every rank; a step that is done says which file has its result.
+    @cached_property
+    def precision(self) -> Precision:
+        """How matrix products are computed: chosen when a step first asks, on every rank, and kept in the directory."""
+        chosen, trusted = self.config.models, self.config.models.trust_remote_code
+        shapes = functools.partial(shapes_of, chosen.teacher or chosen.student, trust_remote_code=trusted)
+        return choose_precision(chosen.precision, self.device, self.path, shapes=shapes, say=self.say)
 
-        Raises `InputError` where the step was begun with other options or files.
-        """
+    def begins(self, step: str, result: str) -> bool:
+        """Whether the step is still to be done, on every rank; a done one says which file has its result. Raises
+        `InputError` where it was begun with other options or files."""
         if self.directory.begin(step, self.config):
             return True
         self.say(f"{step}: already done, see {self.path / result}")
@@ -106,8 +112,7 @@ class RunContext:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's tokenizer, which is the teacher's too."""
         trusted = self.config.models.trust_remote_code
-        tokenizer: PreTrainedTokenizerBase = loading.load_tokenizer(self.student_source, trust_remote_code=trusted)
-        return tokenizer
+        return loading.load_tokenizer(self.student_source, trust_remote_code=trusted)  # type: ignore[no-any-return]
 
     def check_vocabularies(self) -> None:
         """Raises `InputError` where student and teacher have different tokens or cut texts differently, or where one of
@@ -206,9 +211,8 @@ class RunContext:
     @cached_property
     def train_set(self) -> SampleSet:
         """The training samples, with the teacher's answers as references under `--data-source teacher`."""
-        if self.config.data.data_source == "data":
-            return self.train_file
-        return self._answered_by_teacher(self.train_file)
+        as_given = self.config.data.data_source == "data"
+        return self.train_file if as_given else self._answered_by_teacher(self.train_file)
 
     @property
     def train_file_is_loaded(self) -> bool:
@@ -253,7 +257,7 @@ class RunContext:
                 model,
                 self.encoder,
                 self.path / "teacher_answers",
-                fingerprint=teacher_fingerprint(model, self.precision.name),
+                fingerprint=teacher_fingerprint(model, self.precision.of_teacher),
                 options=options,
                 student_rows=self._student_rows(model).both,
             )
@@ -331,14 +335,12 @@ class RunContext:
     def _load_student(self) -> Any:
         from pocl_fast.teacher.loading import WITH_STUDENT
 
-        chosen = self.config.models
+        chosen, trusted = self.config.models, self.config.models.trust_remote_code
         whole_and_here = chosen.teacher_quantization == "none" and chosen.teacher_device == WITH_STUDENT
         if chosen.student is None and whole_and_here:
             student = self.teacher_model()
         else:
-            student = loading.load_model(
-                self.student_source, device=self.device, trust_remote_code=chosen.trust_remote_code
-            )
+            student = loading.load_model(self.student_source, device=self.device, trust_remote_code=trusted)
         student = cut_of_run(self, student)  # as it is where the options cut none
         check_fit(student, self.config.adapters)
         loading.make_savable(student, self.say, "student")

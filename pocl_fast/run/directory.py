@@ -18,6 +18,7 @@ from pocl_fast.curriculum.signals import TEACHER_SCORES, may_read_teacher, teach
 from pocl_fast.curriculum.stages import is_measured
 from pocl_fast.inputs.adapters import configuration_file
 from pocl_fast.models.fingerprints import source_fingerprint
+from pocl_fast.models.precision import PRECISION_FILE
 from pocl_fast.options.declaring import option_name
 from pocl_fast.options.run import RunConfig
 from pocl_fast.options.training import OptimisationOptions
@@ -66,6 +67,7 @@ _DATA_FLAGS = {"train": "--train", "dev": "--dev (or --held-out)"}
 _OF_ADAPTERS = ("lora_alpha", "lora_targets", "merge_adapters")  # which mean nothing without adapters
 _OF_COMPETENCE = ("initial_competence", "full_competence")
 _DEVICES = ("device", "teacher_device")
+_BEFORE_STEPS = (".lock", DATE_FILE, PRECISION_FILE)  # what may be there before the first step
 _TEACHER = ("teacher", "teacher_quantization")
 # beginnings of the names of transformers' arguments that do not change what is learnt
 _AROUND = (
@@ -154,7 +156,7 @@ class RunDirectory:
         if path.is_file():
             raise InputError(f"--output {path} is a file; give a folder")
         known = path / "config.yaml"
-        if path.is_dir() and not known.exists() and any(p.name not in (".lock", DATE_FILE) for p in path.iterdir()):
+        if path.is_dir() and not known.exists() and any(p.name not in _BEFORE_STEPS for p in path.iterdir()):
             raise InputError(f"--output {path} holds other files and is not a run; give a new or an empty folder")
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ Knows devices, quantisation and the options of the cache. Does not know what the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -12,14 +13,14 @@ from typing import Any, Literal, Protocol, cast
 import torch
 
 from pocl_fast.data.encoded import EncodedSample
-from pocl_fast.inputs.vocabulary import rows_of
+from pocl_fast.inputs.vocabulary import rows_of, shapes_of
 from pocl_fast.models import loading
 from pocl_fast.models.frozen import drop_weights, freeze_linears
 from pocl_fast.models.loading import Quantization
 from pocl_fast.models.packed_forward import decoder_of
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.placement import Placement, choose_device
-from pocl_fast.models.precision import Precision
+from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.models.quantised import load_quantised
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.pair import check_top_k
@@ -49,6 +50,19 @@ def teacher_place(where: str, student: torch.device) -> torch.device:
         return choose_device(where, option="teacher_device")
     except InputError as error:
         raise InputError(f"{error}; or give {WITH_STUDENT} (the student's device), or {SPREAD}") from error
+
+
+def precision_with(teacher: Any, student: Any, args: Any, say: Callable[[str], object]) -> Precision:
+    """How a training's products are computed: as those of a `Teacher` that was made for the same run; as its output
+    folder says; or chosen now (see `choose_precision`), for the student, which may be a name. `args` are a trainer's.
+    """
+    made = teacher.computed_in if isinstance(teacher, Teacher) else None
+    if made is not None and made.device.type == args.device.type == "cpu":
+        made.set_modes()
+        return made
+    shapes = functools.partial(shapes_of, student, trust_remote_code=args.trust_remote_code)
+    asked = "fp32" if args.fp16 else args.precision
+    return choose_precision(asked, args.device, Path(str(args.output_dir)), shapes=shapes, say=say)
 
 
 def load_teacher(
@@ -115,11 +129,12 @@ def cached_teacher(
             cache_mode=mode,
             top_k=options.cache_top_k,
             student_entries=student_rows,
-            precision=precision.name,
+            precision=precision.of_teacher,
             device=device,
             keep_body=keep_body,
             packed=packed,
         )
+    teacher.computed_in = precision
     if owned:
         drop_weights(frozen)
     return teacher

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from pocl_fast.system.errors import InputError
 from pocl_fast.system.writer_lock import Writers
 from pocl_fast.teacher.cache import MissingSamples, TeacherCache
 from pocl_fast.teacher.shards import HiddenEntries, TopK, TopKEntries
+
+if TYPE_CHECKING:
+    from pocl_fast.models.precision import Precision
 
 CHUNK = 256  # rows whose logits are in memory at once, where logits are needed
 FILL_TOKENS = 8192  # of a batch when the cache is filled ahead of training
@@ -88,6 +91,7 @@ class Teacher:
             raise InputError(f"a top-k of {top_k}: must be within 1 and the vocabulary's {entries} tokens")
         top = TopKEntries(top_k, entries if entries < self.vocab_size else None)
         self.fingerprint = teacher_fingerprint(model, precision)
+        self.computed_in: Precision | None = None  # where whoever made it has chosen one, for the student too
         self.cache = TeacherCache(
             cache_folder,
             teacher=self.fingerprint,

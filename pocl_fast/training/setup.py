@@ -36,12 +36,13 @@ from pocl_fast.models import loading
 from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.parameters import as_trainable
-from pocl_fast.models.precision import Precision, choose_precision
+from pocl_fast.models.precision import Precision
 from pocl_fast.models.probing import is_sharded
 from pocl_fast.records.bad_records import some_lines
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
+from pocl_fast.teacher import loading as teachers
 from pocl_fast.teacher.loading import SPREAD, WITH_STUDENT, cached_teacher, load_teacher, teacher_place
 from pocl_fast.teacher.pair import (
     Place,
@@ -82,10 +83,10 @@ def training_parts(
     "teacher" the teacher answers the training prompts here. Every rank must call. Raises `InputError` for what does not
     fit, before weights of a model given as an object are changed.
     """
-    precision = choose_precision("fp32" if args.fp16 else args.precision, args.device)
     check_apart(student, teacher)
     check_teacher_argument(teacher, args)
     check_student_argument(student, args)
+    precision = teachers.precision_with(teacher, student, args, _first_says)
     peft_config = adapters.configuration_of(args, peft_config)
     folder, said = Path(str(args.output_dir)), isinstance(tokenizer, SampleEncoder)
     encoder = tokenizer if said else encoder_of(tokenizer_of(student, tokenizer, args), args, folder, _first_says)

@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from ranks import gloo
 
-from pocl_fast.models.precision import Precision, choose_precision, exact_products
+from pocl_fast.loss import cpp
+from pocl_fast.loss.lm_head_products import cpp_products, set_bf16_way
+from pocl_fast.models import precision
+from pocl_fast.models.precision import PRECISION_FILE, Precision, choose_precision, exact_products
+from pocl_fast.models.product_speed import Shapes, Speeds
+from pocl_fast.system import ranks
+from pocl_fast.system.errors import InputError
 
 
 def test_precision_on_a_cpu_is_what_was_asked_for_and_autocast_is_off():
@@ -41,3 +48,97 @@ def test_attentions_products_are_exact_within_their_block_and_the_mode_comes_bac
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         choose_precision("fp32", torch.device("cpu"))
+
+
+# ---- "auto" on a CPU ----
+
+
+@pytest.fixture
+def modes_as_before():
+    yield
+    choose_precision("fp32", torch.device("cpu"))
+    set_bf16_way(None)
+
+
+@pytest.fixture
+def timing(monkeypatch, modes_as_before):
+    """What timing is to say of this processor, which multiplies bf16: `timing("bf16")`. The list of timings."""
+    made = []
+    monkeypatch.setattr(precision, "_has_bf16", lambda: True)
+
+    def says(faster):
+        both = {"fp32": 100.0, "bf16": 200.0 if faster == "bf16" else 50.0}
+        found = Speeds({"ieee": 100.0, "bf16": 100.0}, both, both, rounds=False)
+        monkeypatch.setattr(precision, "measure_speeds", lambda shapes: made.append(shapes) or found)
+        return made
+
+    return says
+
+
+@pytest.mark.parametrize("faster", ["fp32", "bf16"])
+def test_auto_on_a_cpu_takes_what_is_faster_and_says_so(timing, faster):
+    timing(faster)
+    said = []
+    chosen = choose_precision("auto", torch.device("cpu"), say=said.append)
+    assert chosen.name == faster
+    assert chosen.frozen_dtype == (torch.bfloat16 if faster == "bf16" else torch.float32)
+    [line] = said
+    assert line.startswith(f"precision: {faster} for layers that do not train")
+    weight = torch.zeros(4, 2, dtype=torch.bfloat16)
+    assert (cpp_products(torch.bfloat16, weight) is not None) == (faster == "bf16" and cpp.has_products())
+
+
+@pytest.mark.parametrize("first", ["fp32", "bf16"])
+def test_a_choice_is_kept_and_taken_again_where_timing_would_now_say_the_opposite(timing, tmp_path, first):
+    timing(first)
+    began = choose_precision("auto", torch.device("cpu"), tmp_path, say=lambda _: None)
+    timed, said = timing("bf16" if first == "fp32" else "fp32"), []
+    resumed = choose_precision("auto", torch.device("cpu"), tmp_path, say=said.append)
+    assert resumed == began
+    assert (resumed.name, resumed.of_teacher) == (first, first)
+    assert len(timed) == 1
+    assert said == [f"precision: {first} for layers that do not train, which an earlier step chose ({PRECISION_FILE})"]
+
+
+def test_what_is_asked_for_is_not_timed_whatever_was_kept(timing, tmp_path):
+    timed = timing("bf16")
+    choose_precision("auto", torch.device("cpu"), tmp_path, say=lambda _: None)
+    assert choose_precision("fp32", torch.device("cpu"), tmp_path).name == "fp32"
+    assert len(timed) == 1
+
+
+def test_a_file_that_holds_no_choice_is_refused(timing, tmp_path):
+    timing("bf16")
+    for text in ("", '{"layers": "bf16"}'):
+        (tmp_path / PRECISION_FILE).write_text(text)
+        with pytest.raises(InputError, match=f"{PRECISION_FILE} holds no choice of a precision.*delete it"):
+            choose_precision("auto", torch.device("cpu"), tmp_path)
+
+
+def test_small_layers_and_processors_without_bf16_stay_fp32_untimed(timing, tmp_path, monkeypatch):
+    timed, said = timing("bf16"), []
+    small = choose_precision("auto", torch.device("cpu"), tmp_path, shapes=lambda: Shapes(32, 64, 259), say=said.append)
+    monkeypatch.setattr(precision, "_has_bf16", lambda: False)
+    old = choose_precision("auto", torch.device("cpu"), tmp_path, say=said.append)
+    assert small.name == old.name == "fp32"
+    assert [line.split(",")[0] for line in said] == ["precision: fp32", "precision: fp32"]
+    assert timed == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def _opposite_choices(folder):
+    """Each rank's timing says something else."""
+    faster = ("bf16", "fp32")[ranks.rank()]
+    both = {"fp32": 100.0, "bf16": 200.0 if faster == "bf16" else 50.0}
+    found = Speeds({"ieee": 100.0, "bf16": 100.0}, both, both, rounds=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "measure_speeds", lambda _: found)
+        patch.setattr(precision, "_has_bf16", lambda: True)
+        chosen = choose_precision("auto", torch.device("cpu"), folder, say=lambda _: None)
+        choose_precision("fp32", torch.device("cpu"))
+    return chosen.name
+
+
+@gloo
+def test_all_ranks_take_the_first_ones_choice(two_ranks, tmp_path):
+    assert two_ranks(_opposite_choices, tmp_path) == ["bf16", "bf16"]
