@@ -201,6 +201,20 @@ def unmeasured_curriculum(samples: Sequence[EncodedSample], settings: StageSetti
     return stages_over(index, score, settings)
 
 
+def check_unmeasured(
+    given: Curriculum, samples: Sequence[EncodedSample], settings: StageSettings, *, seed: int
+) -> None:
+    """Raises `InputError` where a curriculum whose order is not measured is not the one that these settings make of its
+    samples: a control would be trained along another order than it is called by."""
+    listed = set(given.order.tolist())
+    made = unmeasured_curriculum([one for one in samples if one.index in listed], settings, seed=seed)
+    if len(made.stages) != len(given.stages) or not np.array_equal(made.order, given.order):
+        raise InputError(
+            f"curriculum={settings.curriculum!r} makes {len(made.stages)} stages over an order of its own, and another"
+            " curriculum is given beside it: give one of the two"
+        )
+
+
 def stages_over(order: np.ndarray, score: np.ndarray, settings: StageSettings) -> Curriculum:
     """The stages over samples in this order, easiest first. Raises `InputError` for settings that do not fit them."""
     named: dict[str, Any] = {"temperatures": settings.temperature, "alphas": settings.alpha, "stages": settings.stages}

@@ -44,8 +44,9 @@ def file_counted_line(curriculum: str, steps: int) -> str:
 def stage_begins_line(schedule: Schedule, stage: int, *, weights: str) -> str:
     """The samples and settings of a stage, and the weights that it starts from."""
     begun = schedule.stages[stage]
+    grows = "" if schedule.competence is None else "up to "
     return (
-        f"stage {stage + 1}/{len(schedule.stages)} begins: {_counted(begun.size, 'sample')},"
+        f"stage {stage + 1}/{len(schedule.stages)} begins: {grows}{_counted(begun.size, 'sample')},"
         f" {_counted(schedule.planned_steps(stage), 'step')}, τ {begun.temperature:.3g}, α {begun.alpha:.3g}, from"
         f" {weights}"
     )

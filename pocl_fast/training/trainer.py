@@ -24,7 +24,7 @@ from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum import measured
 from pocl_fast.curriculum.pacing import counts_are_the_files
 from pocl_fast.curriculum.schedule import Place, Schedule
-from pocl_fast.curriculum.stages import Curriculum, control_line, is_measured, unmeasured_curriculum
+from pocl_fast.curriculum.stages import Curriculum, check_unmeasured, control_line, is_measured, unmeasured_curriculum
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, Interrupted
@@ -121,6 +121,8 @@ class PoclTrainer(DistillingTrainer):
             self._curriculum = self._made_curriculum()
         if unknown := set(self._curriculum.order.tolist()) - set(self._by_index):
             raise InputError(f"the curriculum lists sample {min(unknown)}, which train_dataset does not have")
+        if not is_measured(args):
+            check_unmeasured(self._curriculum, self.samples.encoded, args, seed=args.seed)
         self.schedule = schedule_of(args, self._curriculum, self.samples.encoded)
         if counts_are_the_files(self.schedule.size, args) and ranks.is_first():
             say(lines.file_counted_line(args.curriculum, self.schedule.planned_total))

@@ -210,3 +210,23 @@ def test_times_are_of_every_step_and_what_was_trained_for_them_is_gone(inputs, t
     ]
     assert all(0 < one["seconds"] < 60 for one in times)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_measured_is_not_planned(inputs, capsys):
+    pocl = planned(capsys, *options(inputs, signals="rouge_l,mean_kl"))
+    plan = planned(capsys, *options(inputs, signals="rouge_l,mean_kl", curriculum="random"), "--time")
+    assert [one["steps"] for one in plan["steps"]["stages"]] == [one["steps"] for one in pocl["steps"]["stages"]]
+    steps = [one["step"] for one in plan["times"]]
+    assert "measure" not in steps
+    assert "measure the teacher" not in steps
+    assert "evaluate before" in steps
+    rows = [[one["step"] for one in made["memory"]["steps"]] for made in (pocl, plan)]
+    assert [row[:2] for row in rows] == [["measure, evaluate", "measure the teacher"], ["evaluate", "load the teacher"]]
+
+
+@pytest.mark.parametrize("pace", [("--pacing", "competence"), ("--stage-length", "equal"), ("--curriculum", "none")])
+def test_every_pace_has_the_same_steps_in_all_and_about_the_same_tokens(inputs, capsys, pace):
+    pocl, plan = (planned(capsys, *options(inputs), *more)["steps"] for more in ((), pace))
+    assert plan["steps"] == pocl["steps"]
+    assert plan["exact"]
+    assert plan["tokens"] == pytest.approx(pocl["tokens"], rel=0.1)

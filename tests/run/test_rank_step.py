@@ -1,5 +1,6 @@
 """The rank step: the order that the signals give, and what it leaves and says."""
 
+import re
 import shutil
 
 import numpy as np
@@ -65,6 +66,9 @@ def test_an_order_that_is_not_measured_can_be_the_first_step_of_a_run(finished, 
         not said or "its step 'rank', which 'train' builds on, was made with other input (seed: was 5, now 6)" in said
     )
     assert run("train", output, *select(words, "train")) == 0
+    assert run("report", output) == 0
+    named = {"random": ["first", "second", "third"], "length": ["shortest", "middle", "longest"]}[kind]
+    assert re.findall(r"<summary>(\w+):", (output / "report.html").read_text()) == named
     said = refusal(capsys, "distill", output, *options(inputs, curriculum="none", seed=5))
     assert "its step 'rank' was made with other input" in said
 

@@ -30,6 +30,14 @@ def test_a_control_without_measured_difficulty_measures_nothing(tmp_path, capsys
     assert f"curriculum {pace['kind']}: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["none", "random", "length"])
+def test_a_curriculum_in_another_order_than_its_name_says_is_refused(tmp_path, kind):
+    with pytest.raises(InputError, match=f"curriculum='{kind}' makes . stages over an order of its own"):
+        trainer_of(tmp_path, curriculum=curriculum_of(24, stages=2), **MANY, kind=kind).planned()
+    own = trainer_of(tmp_path, **MANY, kind=kind).planned().curriculum
+    assert trainer_of(tmp_path, curriculum=own, **MANY, kind=kind).planned().total_steps == 12
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("pace", PACES, ids=str)
 def test_the_cosine_is_one_over_all_stages_or_anew_in_each(tmp_path, pace, fresh):
