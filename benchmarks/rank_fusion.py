@@ -2,9 +2,9 @@
 at most 32 bytes a sample beyond its inputs, its results among them.
 
 Both sides run in this process on the same scores, in turns; the figures are medians. NumPy ranks the earlier of equal
-scores first, as `ties="first"` does; the last column is how long `ties="average"` takes against that. The scores are like a measurer's:
-ROUGE-L with many ties (a fraction of small numbers) and cross-entropies without. The peak memory is read from Linux's
-/proc, in whole huge pages.
+scores first, as `ties="first"` does; the last column is how long `ties="average"` takes against that. The scores are
+like a measurer's: ROUGE-L with many ties (a fraction of small numbers) and cross-entropies without. The peak memory is
+read from Linux's /proc, in whole huge pages.
 
     python benchmarks/rank_fusion.py [--samples 10000000] [--repeats 5] [--threads N]
 """
