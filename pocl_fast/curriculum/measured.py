@@ -94,7 +94,6 @@ def measured_curriculum(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(key, made_from)
     # these need pyarrow, which a trainer with a curriculum does without
-    from pocl_fast.curriculum.blind_signals import signal_lines
     from pocl_fast.curriculum.measurer import measure, rows_of, unseen_by_rouge
     from pocl_fast.curriculum.scores import read_scores
 
@@ -119,9 +118,7 @@ def measured_curriculum(
     curriculum = make_curriculum(scores, options)
     if ranks.is_first():
         curriculum.save(known)
-        say(_described(scores, folder))
-        for line in signal_lines(scores):
-            say(f"difficulty: {line.text}")
+        _describe(scores, folder)
         # a later measurement is of the same references
         if made_from is not None and (line := unseen_by_rouge(table, options.rouge_tokenizer, "train_dataset")):
             say(line)
@@ -250,9 +247,14 @@ def _cached_scores(student: LoadedModel, teacher: Teacher, samples: Sequence[Enc
     }
 
 
-def _described(scores: SignalScores, folder: Path) -> str:
+def _describe(scores: SignalScores, folder: Path) -> None:
+    """Prints what was measured, and which signals tell little."""
+    from pocl_fast.curriculum.blind_signals import signal_lines  # which needs pyarrow, as above
+
     means = ", ".join(
         f"{one.signal.name} {np.nanmean(values) if np.isfinite(values).any() else float('nan'):.4g}"
         for one, values in zip(scores.signals, scores.scores, strict=True)
     )
-    return f"difficulty: {len(scores.index)} samples measured, means {means}; kept in {folder}"
+    say(f"difficulty: {len(scores.index)} samples measured, means {means}; kept in {folder}")
+    for line in signal_lines(scores):
+        say(f"difficulty: {line.text}")

@@ -125,6 +125,30 @@ def test_where_rouge_is_blind_is_said_of_the_first_measurement_alone(tmp_path, c
     assert capsys.readouterr().out.count("train_dataset: ROUGE-L is blind for 4 of 4 references") == 1
 
 
+def test_a_signal_that_tells_little_is_named_with_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat_measure.py").write_text("def score(record):\n    return 3\n")
+    trainer_of(tmp_path / "out", count=8, stages=2, signals="flat_measure:score,cross_entropy").planned()
+    said = capsys.readouterr().out
+    assert "difficulty: flat_measure:score: all 8 samples have one score, 3, so it does not tell which" in said
+
+
+@pytest.mark.parametrize("ties", ["average", "first"])
+def test_equal_scores_rank_as_the_options_say(tmp_path, monkeypatch, ties):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tied_measure.py").write_text("def score(record):\n    return int(record['index'] == 7)\n")
+    signals = {"signals": "tied_measure:score,cross_entropy", "ties": ties}
+    made = trainer_of(tmp_path / "out", count=8, stages=2, **signals).planned().curriculum
+    loss = pq.read_table(tmp_path / "out" / "difficulty.parquet")["cross_entropy"].to_numpy()
+    by_loss = np.argsort(np.argsort(loss)) + 1
+    by_own = np.append(np.full(7, 4.0) if ties == "average" else np.arange(1.0, 8.0), 8.0)
+    np.testing.assert_allclose(made.score, (1 / (60 + by_own) + 1 / (60 + by_loss))[made.order], rtol=1e-15)
+    with pytest.raises(InputError, match="by other options"):
+        trainer_of(
+            tmp_path / "out", count=8, stages=2, **(signals | {"ties": "first" if ties == "average" else "average"})
+        ).planned()
+
+
 def test_answers_are_sampled_with_the_temperature_and_seed_of_the_options(tmp_path):
     sampling = {"measure_temperature": 1.0, "measure_seed": 3}
     first = trainer_of(tmp_path / "first", count=8, stages=2, remeasure=True, **sampling)

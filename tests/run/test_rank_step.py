@@ -116,6 +116,24 @@ def test_signals_are_measured_where_they_need_the_teacher_and_ranked_by(finished
     assert order.tolist() == np.argsort(table["answer_length"].to_numpy(), kind="stable").tolist()
 
 
+def test_a_signal_that_tells_little_is_named_with_what_to_do_and_in_the_report(copied, monkeypatch, capsys):
+    _, output = copied
+    monkeypatch.chdir(output)
+    (output / "flat_signal.py").write_text("def score(record):\n    return 3\n")
+    capsys.readouterr()
+    assert run("rank", output, "--signals", "flat_signal:score,cross_entropy=2", "--restart") == 0
+    said = capsys.readouterr().out
+    line = (
+        "flat_signal:score: all 24 samples have one score, 3, so it does not tell which of these is harder: leave it"
+        " out: --signals cross_entropy=2"
+    )
+    assert f"rank: {line}" in said.splitlines()
+    assert run("report", output) == 0
+    page = (output / "report.html").read_text()
+    assert line in page
+    assert "largest group of samples with one score: flat_signal:score 100 %, cross_entropy " in page
+
+
 def test_a_signal_that_was_not_measured_says_what_to_do(copied, capsys):
     _, output = copied
     said = refusal(capsys, "rank", output, "--signals", "mean_kl", "--restart")

@@ -61,6 +61,7 @@ def test_the_paper_preset_is_the_papers_recipe(tmp_path):
     args = PoclConfig.preset("paper", str(tmp_path), divergence="reverse_kl", use_cpu=True)
     assert (args.stages, args.epochs_per_stage, args.learning_rate, args.weight_decay) == (4, 8, 1e-4, 0.01)
     assert (args.temperature, args.alpha) == ([1.0, 1.33, 1.67, 2.0], [0.3, 0.2, 0.1, 0.0])
+    assert (args.ties, PoclConfig(str(tmp_path), use_cpu=True).ties) == ("first", "average")
     assert args.objective().temperature_power == 0  # the code does not scale reverse KL
     assert PoclConfig.preset("paper", str(tmp_path), use_cpu=True).objective().temperature_power == 2
     assert args.stages * args.epochs_per_stage * (1 + args.stages) / (2 * args.stages) == 20  # passes over all samples
