@@ -144,6 +144,8 @@ def read_predictions(name: str, field: str | None = None) -> tuple[list[str], li
             value = listed(record[chosen])
         else:
             chosen, value = "", record
+        if is_list(value) and len(value) == 1:  # as lm-eval writes the one answer of a prompt
+            value = value[0]
         if not isinstance(value, str):
             found = f'field "{chosen}"' if chosen else "the record"
             raise InputError(f"{where}: {found} must be the answer's text, got {kind_of(value)}")
