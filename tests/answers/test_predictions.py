@@ -220,6 +220,13 @@ def test_several_files_have_intervals_over_files_and_over_samples(tmp_path, caps
     assert "95 % over 3 files" in said
 
 
+def test_a_pattern_stands_for_several_files(tmp_path, references):
+    for seed in (1, 2):
+        lines(tmp_path / f"seed{seed}.jsonl", [{"text": text} for text in ANSWERS[::seed] + ANSWERS[: 3 * (seed - 1)]])
+    found = scored(tmp_path / "s.json", "--predictions", str(tmp_path / "seed*.jsonl"), "--references", references)
+    assert [one["predictions"] for one in found["files"]] == [str(tmp_path / f"seed{seed}.jsonl") for seed in (1, 2)]
+
+
 def test_one_file_has_no_interval_over_seeds_and_that_is_said(tmp_path, capsys, answers, references):
     found = scored(tmp_path / "s.json", "--predictions", answers, "--references", references)
     assert found["scores"]["rouge_l"]["over_files"] is None
