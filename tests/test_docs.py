@@ -115,14 +115,14 @@ def found(module: str) -> bool:
 
 @pytest.fixture(scope="module")
 def options():
-    """Every option of `pocl-fast distill`, `plan`, `inspect` and `compare`, as their help names them."""
+    """Every option of these commands, as their help names them."""
     import contextlib
     import io
 
     said = io.StringIO()
-    for command in ("distill", "plan", "inspect", "compare"):
+    for words in (["distill"], ["plan"], ["inspect"], ["compare"], ["evaluate", "--predictions"]):
         with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([*words, "--help"])
     return set(re.findall(r"--[a-z][a-z0-9-]+", said.getvalue()))
 
 

@@ -5,6 +5,7 @@ Knows files of answers and of references, and the scores of texts. Knows no mode
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,13 @@ def score(given: Scoring) -> None:
         raise InputError(
             "--predictions needs --references FILE, what the answers are compared with: the data that they answer"
         )
-    if twice := [name for name in given.predictions if given.predictions.count(name) > 1]:
+    names = [name for one in given.predictions for name in _matching(one)]
+    if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--predictions {twice[0]} is given twice: each file is a run of its own")
     target = _target(given.output)
     references, ids = read_references(given.references, given.reference_field)
     files = []
-    for name in given.predictions:
+    for name in names:
         answers, their_ids = read_predictions(name, given.prediction_field)
         _check_pairs(name, answers, their_ids, given.references, references, ids)
         if empty := sum(not answer.strip() for answer in answers):
@@ -117,6 +119,13 @@ def score(given: Scoring) -> None:
     if target is not None:
         _write(target, _as_json(files, intervals, given))
         print(f"scores: {target}")
+
+
+def _matching(name: str) -> list[str]:
+    """The files of a pattern, each a run of its own; anything else as it is named."""
+    if not glob.has_magic(name) or Path(name).expanduser().exists():
+        return [name]
+    return sorted(glob.glob(str(Path(name).expanduser()))) or [name]
 
 
 def score_answers(
@@ -144,6 +153,8 @@ def read_predictions(name: str, field: str | None = None) -> tuple[list[str], li
             value = listed(record[chosen])
         else:
             chosen, value = "", record
+        if is_list(value) and len(value) == 1:  # as lm-eval writes the one answer of a prompt
+            value = value[0]
         if not isinstance(value, str):
             found = f'field "{chosen}"' if chosen else "the record"
             raise InputError(f"{where}: {found} must be the answer's text, got {kind_of(value)}")

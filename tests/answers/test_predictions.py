@@ -195,6 +195,14 @@ def test_a_field_can_be_named(tmp_path, capsys):
     assert found["rouge_l"] == found["exact_match"] == 100
 
 
+def test_the_samples_that_lm_eval_writes_are_scored(tmp_path):
+    made = {"doc_id": 0, "doc": {"output": "a b"}, "target": "a b", "resps": [["a b"]], "filtered_resps": ["a b"]}
+    given = lines(tmp_path / "samples.jsonl", [made])
+    fields = ("--prediction-field", "filtered_resps", "--reference-field", "target")
+    [found] = scored(tmp_path / "s.json", "--predictions", given, "--references", given, *fields)["files"]
+    assert found["rouge_l"] == 100
+
+
 def test_several_files_have_intervals_over_files_and_over_samples(tmp_path, capsys, references):
     rng = random.Random(3)
     made = [[changed(given if isinstance(given, str) else given[0], rng) for given in REFERENCES] for _ in range(3)]
@@ -210,6 +218,13 @@ def test_several_files_have_intervals_over_files_and_over_samples(tmp_path, caps
     said = capsys.readouterr().out
     assert re.search(rf"mean ± spread +{rouge['mean']:.2f} ± {rouge['spread']:.2f}", said)
     assert "95 % over 3 files" in said
+
+
+def test_a_pattern_stands_for_several_files(tmp_path, references):
+    for seed in (1, 2):
+        lines(tmp_path / f"seed{seed}.jsonl", [{"text": text} for text in ANSWERS[::seed] + ANSWERS[: 3 * (seed - 1)]])
+    found = scored(tmp_path / "s.json", "--predictions", str(tmp_path / "seed*.jsonl"), "--references", references)
+    assert [one["predictions"] for one in found["files"]] == [str(tmp_path / f"seed{seed}.jsonl") for seed in (1, 2)]
 
 
 def test_one_file_has_no_interval_over_seeds_and_that_is_said(tmp_path, capsys, answers, references):
@@ -249,7 +264,7 @@ def test_a_folder_as_output_has_a_file_of_scores(tmp_path, answers, references):
         ([{"texts": "a"}], [{"output": "a"}], "{p}, line 1: none of the fields text, prediction, answer"),
         ([{"text": "a"}, {"x": 1, "y": 2}], [{"output": "a"}] * 2, "{p}, line 2: none of the fields"),
         ([{"text": None}], [{"output": "a"}], '{p}, line 1: field "text" must be the answer\'s text, got null'),
-        ([{"text": ["a"]}], [{"output": "a"}], '{p}, line 1: field "text" must be the answer\'s text, got list'),
+        ([{"text": ["a", "b"]}], [{"output": "a"}], '{p}, line 1: field "text" must be the answer\'s text, got list'),
         (["a", 3], [{"output": "a"}] * 2, "{p}, line 2: the record must be the answer's text, got int"),
         ([], [{"output": "a"}], "{p} holds no answer"),
         ([{"text": "a"}], [], "{r} holds no reference"),
