@@ -45,6 +45,8 @@ def grouped(runs: Sequence[ComparedRun], names: Sequence[str] = ()) -> list[Meth
     `InputError` for another number of names, and where two runs are one.
     """
     _check_distinct(runs)
+    if any(not name.strip() for name in names):
+        raise InputError("--names: a name is empty")
     options = compared_options(runs)
     if names and len(names) == len(runs):
         return named(_by_name(runs, names))

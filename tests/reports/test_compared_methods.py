@@ -96,6 +96,7 @@ def test_another_number_of_names_is_refused_with_what_the_methods_are(made):
     said = refused(lambda: grouped(runs, ["ours"]))
     assert "--names: 1 name for 2 methods of 3 runs" in said
     assert said.endswith("differ in the seed alone: a1, a2; b")
+    assert "--names: a name is empty" in refused(lambda: grouped(runs, ["x", " "]))
     assert "'x' names two methods" in refused(lambda: grouped(runs, ["x", "x"]))
 
 
