@@ -16,9 +16,11 @@ from pocl_fast.reports.compared_runs import ComparedRun
 from pocl_fast.system.errors import InputError
 
 _SEED = "seed"
-_SAYS_ITSELF = ("divergence",)  # whose values need no name beside them: "forward_kl", not "divergence forward_kl"
+_KIND = "kind of run"  # no option, but what sets fine-tuning and distillation apart
+_SAYS_ITSELF = (_KIND, "divergence")  # whose values need no name beside them: "forward_kl", not "divergence forward_kl"
 _LONGEST = 80  # characters of a name that is made of options
 _MODELS = ("teacher", "student")
+_SET = "--set "  # before the name of an argument of transformers
 _DATA = " data"  # what the names of fingerprints of data end with, such as "train data" for --train
 
 
@@ -43,6 +45,8 @@ def grouped(runs: Sequence[ComparedRun], names: Sequence[str] = ()) -> list[Meth
     `InputError` for another number of names, and where two runs are one.
     """
     _check_distinct(runs)
+    if any(not name.strip() for name in names):
+        raise InputError("--names: a name is empty")
     options = compared_options(runs)
     if names and len(names) == len(runs):
         return named(_by_name(runs, names))
@@ -77,23 +81,39 @@ def named(methods: Mapping[str, Sequence[ComparedRun]]) -> list[Method]:
     return made
 
 
-def compared_options(runs: Sequence[ComparedRun]) -> list[dict[str, tuple[Any, Any]]]:
-    """Of each run the options that decide its result, without the seed: (what they are compared by, what is shown).
+@dataclass(frozen=True)
+class _Value:
+    """An option of a run: what it is compared by, what is shown of it, and whether a step of the run has read it."""
 
-    Which ones decide is what the run directory records of the steps of any of these runs: their options, and
-    fingerprints of data and models, which are compared in place of paths. Files of the run follow from them. Where
-    nothing is recorded all options decide.
+    compared: Any
+    shown: Any
+    read: bool
+
+    @property
+    def key(self) -> str:
+        return json.dumps(self.compared, sort_keys=True, default=str)
+
+
+Options = Mapping[str, _Value]
+
+
+def compared_options(runs: Sequence[ComparedRun]) -> list[Options]:
+    """Of each run the options that decide its result, without the seed.
+
+    Which ones decide is what the run directories record that their steps were made from: options, and fingerprints of
+    data and models, which are compared in place of paths. What a run has made itself follows from them. Where nothing
+    is recorded all options decide.
     """
-    recorded = {name for run in runs for name in run.made_from if not _is_file(name)}
-    deciding = sorted(recorded or {name for run in runs for name in run.config}, key=_place)
-    return [{name: _value(run, name) for name in deciding if name != _SEED} for run in runs]
+    recorded = {name for run in runs for name in run.made_from if _is_given(name, run.config)}
+    deciding = sorted((recorded or {name for run in runs for name in run.config}) - {_SEED}, key=_place)
+    return [{_KIND: _Value(run.kind, run.kind, True)} | {name: _value(run, name) for name in deciding} for run in runs]
 
 
-def _value(run: ComparedRun, name: str) -> tuple[Any, Any]:
-    """What an option is compared by, and what is shown of it: a path, where it is compared by a fingerprint."""
+def _value(run: ComparedRun, name: str) -> _Value:
     compared = run.made_from.get(name, run.config.get(name))
     shown = run.config.get(name.removesuffix(_DATA)) if _is_source(name) else compared
-    return compared, compared if shown is None else shown
+    read = not run.made_from or name in run.made_from or name.startswith(_SET)
+    return _Value(compared, compared if shown is None else shown, read)
 
 
 def _by_name(runs: Sequence[ComparedRun], names: Sequence[str]) -> dict[str, list[ComparedRun]]:
@@ -121,48 +141,46 @@ def _check_distinct(runs: Sequence[ComparedRun]) -> None:
             )
 
 
-def _identity(options: Mapping[str, tuple[Any, Any]]) -> str:
-    return json.dumps({name: compared for name, (compared, _) in options.items()}, sort_keys=True, default=str)
+def _identity(options: Options) -> str:
+    return json.dumps([(name, value.key) for name, value in options.items()])
 
 
-def _differing(options: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, tuple[str, ...]]:
-    """The options that differ among runs, and each value once, as it is shown."""
+def _differing(options: Sequence[Options]) -> dict[str, tuple[str, ...]]:
+    """The options that differ among the runs that have read them, and each value once, as it is shown."""
     differing = {}
     for name in options[0]:
-        compared = {json.dumps(one[name][0], sort_keys=True, default=str): one[name] for one in options}
-        if len(compared) > 1:
-            differing[name] = tuple(_word(name, value, compared.values()) for value in compared.values())
+        values = {one[name].key: one[name] for one in options if one[name].read}
+        if len(values) > 1:
+            differing[name] = tuple(_word(name, value, values.values()) for value in values.values())
     return differing
 
 
-def _names(
-    runs: Sequence[ComparedRun], options: Sequence[Mapping[str, tuple[Any, Any]]], places: Sequence[Sequence[int]]
-) -> list[str]:
+def _names(runs: Sequence[ComparedRun], options: Sequence[Options], places: Sequence[Sequence[int]]) -> list[str]:
     """A name for each group of runs: what differs between the groups, or the folder of its first run where that is too
     long to be a name. One method alone is called by its folder."""
     firsts = [options[group[0]] for group in places]
-    differing = _differing(firsts)
     made = []
     for one in firsts:
         words = []
-        for name in differing:
-            word = _word(name, one[name], [other[name] for other in firsts])
-            words.append(word if name in _SAYS_ITSELF else f"{name.removeprefix('--set ').replace('_', ' ')} {word}")
+        for name in _differing(firsts):
+            if one[name].read:
+                word = _word(name, one[name], [other[name] for other in firsts])
+                words.append(word if name in _SAYS_ITSELF else f"{name.removeprefix(_SET).replace('_', ' ')} {word}")
         made.append(", ".join(words))
     folders = [runs[group[0]].path.resolve().name for group in places]
-    if differing and len(set(made)) == len(made) and max(map(len, made)) <= _LONGEST:
+    if all(made) and len(set(made)) == len(made) and max(map(len, made)) <= _LONGEST:
         return made
     paths = [str(runs[group[0]].path) for group in places]
     return folders if len(set(folders)) == len(folders) else paths
 
 
-def _word(name: str, value: tuple[Any, Any], others: Iterable[tuple[Any, Any]]) -> str:
+def _word(name: str, value: _Value, others: Iterable[_Value]) -> str:
     """An option's value as a word. A path is its last part, and with the beginning of its fingerprint where others of
     this name are other files."""
-    compared, shown = value
+    compared = value.compared
     if _is_source(name) and compared is not None:
-        word = Path(str(shown)).name or str(shown)
-        alike = [other for other in others if Path(str(other[1])).name == word and other[0] != compared]
+        word = Path(str(value.shown)).name or str(value.shown)
+        alike = [other for other in others if Path(str(other.shown)).name == word and other.key != value.key]
         return f"{word} ({str(compared).rpartition('(')[2][:8]})" if alike else word
     if isinstance(compared, bool) or compared is None:
         return {True: "on", False: "off", None: "not given"}[compared]
@@ -179,9 +197,9 @@ def _is_source(name: str) -> bool:
     return name.endswith(_DATA) or name in _MODELS
 
 
-def _is_file(name: str) -> bool:
-    """Whether a name in what a step was made from is that of a file of the run, which earlier steps made."""
-    return not name.startswith("--set ") and Path(name).suffix != ""
+def _is_given(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a name in what a step was made from is that of something a user gave, and not of what a step made."""
+    return name in config or name.startswith(_SET) or name.endswith(_DATA)
 
 
 def _place(name: str) -> tuple[bool, bool, str]:

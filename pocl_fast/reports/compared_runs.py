@@ -24,6 +24,7 @@ from pocl_fast.system.typed_values import did_you_mean
 BY_ANSWER = ("rouge_l", "exact_match")  # a value for each sampled answer; in percent once they are read
 BY_TOKEN = ("cross_entropy", "mean_kl")  # a mean over a sample's tokens, in nats
 _EVALUATION = "evaluate-"  # what the names of the steps that evaluate begin with
+_TRAINING = {"warmup": "warmup/metrics.jsonl", "train": "metrics.jsonl", "sft": "metrics.jsonl"}  # steps that train
 _ALIKE = ("eval_seeds", "max_new_tokens", "rouge_tokenizer")  # what scores that are compared must have in common
 
 
@@ -68,12 +69,13 @@ class ComparedRun:
     """What a comparison reads of a run."""
 
     path: Path
+    kind: str  # "distill" or "sft"
     config: Mapping[str, Any]  # every option, as config.yaml has it
     made_from: Mapping[str, Any]  # what its steps but the evaluation were made from; empty where that is not recorded
     evaluated: Mapping[str, Any]  # options that make scores comparable
     sets: Mapping[str, SetScores]  # by fingerprint
-    steps: int | None  # of the optimizer; None where metrics.jsonl is missing
-    seconds: float | None  # that training took
+    steps: int | None  # of the optimizer, those of a warm-up too; None where metrics.jsonl is missing
+    seconds: float | None  # that training took, with a warm-up
     records: Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
     @property
@@ -109,19 +111,24 @@ def read_run(path: Path) -> ComparedRun:
     after = stamps.get(_EVALUATION + "after", {}).get("made_from", {})
     evaluated = {name: after.get(name, config.get(name)) for name in _ALIKE}
     evaluated["eval_seeds"] = next(iter(results.values()))["scores"]["after"]["seeds"]
-    metrics = path / "metrics.jsonl"
-    records = read_json_lines(metrics) if metrics.is_file() else []
-    steps = [record["step"] for record in records if isinstance(record.get("step"), int)]
+    logs = {name: _log(path / name) for name in sorted(set(_TRAINING.values()))}
+    steps = [max((r["step"] for r in log if isinstance(r.get("step"), int)), default=0) for log in logs.values()]
+    seconds = [stamps[step]["seconds"] for step in _TRAINING if "seconds" in stamps.get(step, {})]
     return ComparedRun(
         path=path,
+        kind="sft" if "sft" in stamps else "distill",
         config=config,
         made_from=made_from,
         evaluated=evaluated,
         sets=sets,
-        steps=max(steps, default=None),
-        seconds=stamps.get("train", {}).get("seconds"),
-        records=records,
+        steps=sum(steps) if logs["metrics.jsonl"] else None,
+        seconds=sum(seconds) if seconds else None,
+        records=logs["metrics.jsonl"],
     )
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    return read_json_lines(path) if path.is_file() else []
 
 
 def _config(path: Path) -> dict[str, Any]:

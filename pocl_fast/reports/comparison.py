@@ -142,7 +142,8 @@ def compare_runs(
 
 
 def shared_sets(runs: Sequence[ComparedRun]) -> list[str]:
-    """The fingerprints of the sets that all runs were scored on, test sets first. Raises `InputError` for none."""
+    """The fingerprints of the sets that all runs were scored on, test sets first and those that chose weights last.
+    Raises `InputError` for none."""
     shared = [one for one in runs[0].sets if all(one in run.sets for run in runs)]
     if not shared:
         held = "; ".join(f"{run.path} has {_sets_of(run)}" for run in runs[:4]) + ("; ..." if len(runs) > 4 else "")
@@ -150,7 +151,8 @@ def shared_sets(runs: Sequence[ComparedRun]) -> list[str]:
             f"no data set is scored in all {len(runs)} runs, and sets are told apart by their samples, not their"
             f" names: {held}. Evaluate them on the same file: `pocl-fast evaluate --output RUN --restart`"
         )
-    return sorted(shared, key=lambda one: runs[0].sets[one].role != "test")
+    first = runs[0].sets
+    return sorted(shared, key=lambda one: (first[one].role != "test", first[one].chooses_weights))
 
 
 def scores_on(methods: Sequence[Method], fingerprint: str) -> list[list[SetScores]]:

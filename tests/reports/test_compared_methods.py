@@ -1,5 +1,6 @@
 """Runs that differ in the training seed alone are one method; a method is called by what sets it apart."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_another_number_of_names_is_refused_with_what_the_methods_are(made):
     said = refused(lambda: grouped(runs, ["ours"]))
     assert "--names: 1 name for 2 methods of 3 runs" in said
     assert said.endswith("differ in the seed alone: a1, a2; b")
+    assert "--names: a name is empty" in refused(lambda: grouped(runs, ["x", " "]))
     assert "'x' names two methods" in refused(lambda: grouped(runs, ["x", "x"]))
 
 
@@ -133,6 +135,36 @@ def test_labels_go_on_behind_z(made, tmp_path):
     runs = [made(f"run{n}", stages=n + 1) for n in range(28)]
     labels = [method.label for method in grouped(runs)]
     assert (labels[:2], labels[25:]) == (["A", "B"], ["Z", "AA", "AB"])
+
+
+def change_stamps(path, change):
+    stamps = json.loads((path / "steps.json").read_text())
+    change(stamps)
+    (path / "steps.json").write_text(json.dumps(stamps))
+    return read_run(path)
+
+
+def test_what_a_run_has_made_itself_makes_no_other_method(made):
+    """The student that a warm-up made, for example, which is another one for each seed."""
+    runs = [
+        change_stamps(
+            made(f"a{n}", seed=n).path, lambda stamps, n=n: stamps["train"]["made_from"].update({"warm": f"{n}" * 64})
+        )
+        for n in (1, 2)
+    ]
+    assert len(grouped(runs)) == 1
+
+
+def test_an_option_that_a_run_does_not_read_is_no_part_of_its_name(made):
+    def fine_tuned(stamps):
+        stamps["sft"] = stamps.pop("train")
+        for name in ("divergence", "alpha", "temperature", "curriculum", "stages", "beta", "skew", "teacher"):
+            stamps["sft"]["made_from"].pop(name, None)
+        for step in ("measure", "rank"):
+            stamps.pop(step)
+
+    runs = [made("a"), made("b", divergence="jsd"), change_stamps(made("c").path, fine_tuned)]
+    assert members(grouped(runs)) == {"distill, forward_kl": ["a"], "distill, jsd": ["b"], "sft": ["c"]}
 
 
 def test_runs_whose_steps_are_not_recorded_are_compared_by_all_options(made):

@@ -32,6 +32,17 @@ def test_the_budget_and_the_curves_are_read_from_the_logs(tmp_path):
     assert curve.values.tolist() == [line["eval_rouge_l"] for line in logged if "eval_rouge_l" in line]
 
 
+def test_a_warm_up_is_a_part_of_the_budget(tmp_path):
+    folder = make_run(tmp_path / "run", steps=20, seconds=75.5)
+    (folder / "warmup").mkdir()
+    (folder / "warmup/metrics.jsonl").write_text('{"step": 5}\n{"step": 7}\n')
+    stamps = json.loads((folder / "steps.json").read_text())
+    (folder / "steps.json").write_text(json.dumps({"warmup": {"seconds": 4.5, "made_from": {}}} | stamps))
+    run = read_run(folder)
+    assert (run.steps, run.seconds) == (27, 80)
+    assert run.curve("rouge_l").steps.max() == 20
+
+
 def test_a_run_without_logs_has_no_curves_and_no_steps(tmp_path):
     run = read_run(make_run(tmp_path / "run", steps=None))
     assert run.steps is None

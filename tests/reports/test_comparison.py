@@ -148,10 +148,10 @@ def test_sets_that_not_all_runs_have_are_left_out_and_counted(made):
     )
 
 
-def test_test_sets_come_first(made):
-    sets = {"dev": make_scores(10), "test_a": make_scores(10)}
+def test_test_sets_come_first_and_sets_that_chose_weights_last(made):
+    sets = {name: make_scores(10) for name in ("dev", "news", "test_a")}
     comparison = compare_runs([made("a", sets=sets), made("b", sets=sets, stages=2)], resamples=FEW)
-    assert [one.name for one in comparison.sets] == ["test_a", "dev"]
+    assert [one.name for one in comparison.sets] == ["test_a", "news", "dev"]
 
 
 def test_runs_of_different_data_are_refused_with_what_each_has(made):
