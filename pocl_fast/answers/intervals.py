@@ -65,11 +65,7 @@ def bootstrap_interval(
     given = _finite(values, "values", dimensions=1)
     _check_level(level)
     _check_resamples(resamples)
-    weight = np.ones_like(given) if weights is None else _finite(weights, "weights", dimensions=1)
-    if len(weight) != len(given):
-        raise ValueError(f"as many weights as values are needed, got {len(weight)} for {len(given)} values")
-    if (weight <= 0).any():
-        raise ValueError(f"weights must be positive, got {weight.min()}")
+    weight = _weights(weights, len(given))
     mean = float((weight * given).sum() / weight.sum())
     if len(given) == 1:
         return Interval(mean, None, None)
@@ -86,6 +82,7 @@ def paired_bootstrap(
     level: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
+    weights: Sequence[float] | np.ndarray | None = None,
 ) -> Difference:
     """How much better a is than b on the same samples: the mean difference, its interval and p.
 
@@ -98,11 +95,13 @@ def paired_bootstrap(
       without what single samples explain, which is in the samples already (a two-way analysis of variance, not below
       0). These held it in 95 to 97 %.
     Where a model has one seed, the interval knows nothing of what another seed of it would do: say so beside it.
+    `weights`, [samples], are those of `bootstrap_interval`, the same for both models.
 
     The interval holds the middle `level` of the differences. p is twice the share of differences on the other side of
     0, those of 0 counted on both, with one added to both counts (Davison & Hinkley 1997, equation 4.11): at least
     2 / (resamples + 1), and 1 where a and b are equal. One sample has neither. Raises ValueError for other shapes,
-    unequal numbers of samples, numbers that are not finite, and a `level` or a number of `resamples` that is none.
+    unequal numbers of samples, numbers that are not finite, weights that are not positive, and a `level` or a number of
+    `resamples` that is none.
     """
     first, second = (np.atleast_2d(_finite(given, name)) for given, name in ((a, "a"), (b, "b")))
     _check_level(level)
@@ -110,13 +109,16 @@ def paired_bootstrap(
     samples = first.shape[1]
     if second.shape[1] != samples:
         raise ValueError(f"a and b must be of the same samples, got {samples} and {second.shape[1]}")
-    mean = float((first.mean(axis=0) - second.mean(axis=0)).mean())
+    weight = _weights(weights, samples)
+    paired = first.mean(axis=0) - second.mean(axis=0)
+    mean = float((weight * paired).sum() / weight.sum())
     if samples == 1:
         return Difference(mean, None, None, None)
     rng = np.random.default_rng(seed)
-    paired = first.mean(axis=0) - second.mean(axis=0)
-    (sums,) = _resampled_sums((paired - mean,), resamples, rng)
-    differences = mean + sums / samples + _drawn_seeds([first, second], resamples, rng)
+    centred = weight * (paired - mean)
+    sums = _resampled_sums((centred,) if weights is None else (centred, weight), resamples, rng)
+    of_samples = sums[0] / (samples if weights is None else sums[1])
+    differences = mean + of_samples + _drawn_seeds([first, second], resamples, rng, weight)
     low, high = _middle(differences, level)
     return Difference(mean, low, high, _two_sided(differences, scale=float(np.abs([*first, *second]).max())))
 
@@ -188,23 +190,26 @@ def _resampled_sums(columns: Sequence[np.ndarray], resamples: int, rng: np.rando
     return sums
 
 
-def _drawn_seeds(models: Sequence[np.ndarray], resamples: int, rng: np.random.Generator) -> np.ndarray | float:
-    """What other training seeds would add to a difference of models' means. Models of [seeds, samples] ->
-    [resamples], or 0 where no model has several seeds, or they make no difference."""
+def _drawn_seeds(
+    models: Sequence[np.ndarray], resamples: int, rng: np.random.Generator, weight: np.ndarray | None = None
+) -> np.ndarray | float:
+    """What other training seeds would add to a difference of models' means over samples, which may have weights. Models
+    of [seeds, samples] -> [resamples], or 0 where no model has several seeds, or they make no difference."""
     several = [scores for scores in models if len(scores) > 1]
-    variances = [_own_variance(scores) / len(scores) for scores in several]  # of the mean over seeds
+    variances = [_own_variance(scores, weight) / len(scores) for scores in several]  # of the mean over seeds
     if not any(variances):
         return 0.0
     welch = sum(variances) ** 2 / sum(v**2 / (len(scores) - 1) for v, scores in zip(variances, several, strict=True))
     return math.sqrt(sum(variances)) * rng.standard_t(welch, size=resamples)
 
 
-def _own_variance(scores: np.ndarray) -> float:
+def _own_variance(scores: np.ndarray, weight: np.ndarray | None) -> float:
     """The variance of seeds' means, less what chance in single samples makes of it. [seeds, samples]."""
     seeds, samples = scores.shape
-    means = scores.mean(axis=1, keepdims=True)
-    chance = scores - means - scores.mean(axis=0) + scores.mean()
-    by_samples = float((chance**2).sum()) / ((seeds - 1) * (samples - 1)) / samples
+    share = np.full(samples, 1 / samples) if weight is None else weight / weight.sum()
+    means = (scores * share).sum(axis=1, keepdims=True)
+    chance = scores - means - scores.mean(axis=0) + means.mean()
+    by_samples = float(((share * chance) ** 2).sum()) / (seeds - 1) * samples / (samples - 1)
     return max(0.0, float(means.var(ddof=1)) - by_samples)
 
 
@@ -232,6 +237,15 @@ def _finite(values: Sequence[float] | np.ndarray, name: str, dimensions: int | N
         place = tuple(int(axis[0]) for axis in np.nonzero(~np.isfinite(given)))
         raise ValueError(f"{name} must be finite, got {given[place]} at {list(place)}")
     return given
+
+
+def _weights(weights: Sequence[float] | np.ndarray | None, samples: int) -> np.ndarray:
+    weight = np.ones(samples) if weights is None else _finite(weights, "weights", dimensions=1)
+    if len(weight) != samples:
+        raise ValueError(f"as many weights as values are needed, got {len(weight)} for {samples} values")
+    if (weight <= 0).any():
+        raise ValueError(f"weights must be positive, got {weight.min()}")
+    return weight
 
 
 def _check_level(level: float) -> None:

@@ -184,6 +184,32 @@ def test_p_of_few_samples_is_that_of_all_resamples():
     assert paired_bootstrap(differences, np.zeros(4), resamples=100_000).p == pytest.approx(want, abs=0.005)
 
 
+def test_a_weighted_difference_is_of_ratios_of_sums():
+    a, b, weights = np.array([1.0, 2.0, 6.0]), np.array([0.5, 2.5, 3.0]), np.array([1.0, 10.0, 3.0])
+    places = np.array(list(itertools.product(range(3), repeat=3)))
+    ratios = (weights * (a - b))[places].sum(axis=1) / weights[places].sum(axis=1)
+    found = paired_bootstrap(a, b, level=0.8, resamples=100_000, weights=weights)
+    assert found.mean == pytest.approx((0.5 - 5 + 9) / 14)
+    assert found[1:3] == pytest.approx(np.quantile(ratios, [0.1, 0.9]), abs=0.01)
+    assert found.p == pytest.approx(2 * np.mean(ratios <= 0), abs=0.01)
+    seeds = np.random.default_rng(0).random((2, 3, 40)) + np.array([[[0.0], [0.1], [0.3]]])
+    equal = paired_bootstrap(*seeds, weights=np.full(40, 5.0), resamples=500)
+    assert equal == pytest.approx(paired_bootstrap(*seeds, resamples=500))
+
+
+# seeds that differ by nothing, and by much; means of tokens, so that longer samples scatter less
+@pytest.mark.parametrize("spread", [0, 0.3])
+def test_weighted_intervals_of_differences_hold_the_truth_in_95_percent_of_cases(spread):
+    rng = np.random.default_rng(4)
+    found = []
+    for _ in range(400):
+        tokens = rng.integers(1, 20, size=100)
+        base = rng.normal(size=100)
+        noise = rng.normal(size=(2, 3, 100)) / np.sqrt(tokens) + rng.normal(scale=spread, size=(2, 3, 1))
+        found.append(paired_bootstrap(*(base + noise), resamples=400, weights=tokens))
+    assert 0.915 < covered(found, 0) <= 0.99
+
+
 def test_one_row_of_seeds_is_the_same_as_none():
     rng = np.random.default_rng(0)
     a, b = rng.random(20), rng.random(20)
@@ -202,6 +228,7 @@ def test_one_row_of_seeds_is_the_same_as_none():
         (lambda: bootstrap_interval([1, 2], weights=[1, 0]), "weights must be positive, got 0.0"),
         (lambda: bootstrap_interval([1, None]), r"values must be finite, got nan at \[1\]"),
         (lambda: bootstrap_interval(["a"]), "values must be numbers"),
+        (lambda: paired_bootstrap([1, 2], [1, 2], weights=[1]), "as many weights as values are needed, got 1 for 2"),
         (lambda: paired_bootstrap([1, 2], [1, 2, 3]), "a and b must be of the same samples, got 2 and 3"),
         (lambda: paired_bootstrap([[1, 2], [1, math.inf]], [1, 2]), r"a must be finite, got inf at \[1, 1\]"),
         (lambda: paired_bootstrap([[1, 2], [1]], [1, 2]), "a must be numbers, in rows of the same length"),
