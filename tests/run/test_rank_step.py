@@ -88,6 +88,19 @@ def test_reverse_is_the_measured_order_turned_round(copied, capsys):
     assert "The hardest, the middle and the easiest of the samples" in (output / "report.html").read_text()
 
 
+def test_competence_shows_what_each_stage_may_draw_at_its_end(copied, capsys):
+    _, output = copied
+    order = Curriculum.load(output / "curriculum.json").order.tolist()
+    pacing = ("--pacing", "competence", "--initial-competence", "0.2", "--full-competence", "0.4")
+    assert run("rank", output, *pacing, "--restart") == 0
+    after = Curriculum.load(output / "curriculum.json")
+    assert after.order.tolist() == order
+    assert [stage.size for stage in after.stages] == [20, 24, 24, 24]  # c(0.25) = √(0.96 · 0.25 / 0.4 + 0.04) = 0.8
+    assert "the easiest 20 % at first, growing to all of them after 40 % of the steps" in capsys.readouterr().out
+    assert run("report", output) == 0  # stages 3 and 4 add no samples
+    assert "pacing competence: the easiest 20 % at first" in (output / "report.html").read_text()
+
+
 def test_signals_are_measured_where_they_need_the_teacher_and_ranked_by(finished, tmp_path, monkeypatch, capsys):
     inputs, _ = finished
     output = tmp_path / "out"
