@@ -125,9 +125,10 @@ def _title(name: str, one: Mapping[str, Any]) -> str:
 def _note(scores: Mapping[str, Any]) -> str:
     first = next(iter(scores.values()))
     seeds = len(first["seeds"])
-    spread = f"{seeds} sampled answers each; ± is the spread over the seeds" if seeds > 1 else "one seed: no spread"
-    missing = "" if first["rouge_l_interval"] else "; one sample: no interval"
-    return f"{spread}; intervals are over the samples{missing}"
+    spread = (
+        f"{seeds} answers a sample; ± is the spread over the seeds" if seeds > 1 else "one seed: no spread over seeds"
+    )
+    return f"{spread}, {'intervals are over samples' if first['rouge_l_interval'] else 'one sample: no interval'}"
 
 
 def _cell(scores: Mapping[str, Any] | None, key: str, form: str) -> str:

@@ -118,7 +118,7 @@ def describe(scores: Scores) -> str:
     of = f"mean and spread over {seeds} seeds" if seeds > 1 else "one seed: no spread over seeds"
     if scores.rouge_l_interval is not None:
         low, high = scores.rouge_l_interval
-        of += f"; {low:.2f} to {high:.2f} in 95 % of draws of such samples"
+        of += f"; 95 % interval over samples {low:.2f} to {high:.2f}"
     parts = [
         f"ROUGE-L {scores.rouge_l:.2f}{spread} of 100 ({of})",
         f"exact match {scores.exact_match:.1f} %",

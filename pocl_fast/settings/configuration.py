@@ -163,6 +163,9 @@ def to_yaml(config: RunConfig) -> str:
         for option in map(option_name, fields(value)):
             given = options[option]
             in_one_line = None if isinstance(given, list) else False  # PyYAML's None: [lists] in one line
-            text = yaml.safe_dump({option: given}, default_flow_style=in_one_line, allow_unicode=True, width=1000)
+            layout: dict[str, Any] = {"default_flow_style": in_one_line, "width": 1000}
+            text = yaml.safe_dump(
+                {option: given}, allow_unicode=True, sort_keys=False, **layout
+            )  # the first set chooses
             lines.append(text.rstrip())
     return "\n".join(lines) + "\n"

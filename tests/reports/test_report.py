@@ -93,10 +93,10 @@ def test_the_report_has_the_difficulty_of_each_stage_and_three_samples_of_it(fin
 def test_the_report_says_what_the_scores_are_of(finished, tmp_path):
     text = page(finished[1])
     assert "dev set, 8 samples: scores that chose the weights" in text
-    assert "2 sampled answers each; ± is the spread over the seeds" in text
+    assert "2 answers a sample; ± is the spread over the seeds" in text
     (tmp_path / "steps.json").write_text("{}")
     (tmp_path / "config.yaml").write_text("")
-    assert "sampled answers" not in write_report(tmp_path).read_text(encoding="utf-8")
+    assert "answers a sample" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_the_report_shows_three_samples_as_the_model_sees_them(finished):

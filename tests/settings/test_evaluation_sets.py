@@ -67,10 +67,11 @@ def test_the_command_line_takes_the_option_several_times_and_in_place_of_what_wa
     assert "--dev needs [NAME=]FILE words" in refusal(capsys, "train", tmp_path, "--dev")
 
 
-def test_sets_are_kept_in_yaml(tmp_path):
-    config = from_options({"dev": ["x=a.jsonl", "y=b.jsonl"], "test": "c.jsonl"})
+def test_sets_are_kept_in_yaml_in_their_order(tmp_path):
+    config = from_options({"dev": ["y=b.jsonl", "x=a.jsonl", "z=d.jsonl"], "test": "c.jsonl"})
     (tmp_path / "made.yaml").write_text(to_yaml(config))
     assert read_yaml(tmp_path / "made.yaml") == config
+    assert list(read_yaml(tmp_path / "made.yaml").data.dev) == ["y", "x", "z"]  # the first chooses
 
 
 def test_the_sets_of_dev_come_first_and_what_is_held_out_takes_their_place():
