@@ -164,8 +164,7 @@ def to_yaml(config: RunConfig) -> str:
             given = options[option]
             in_one_line = None if isinstance(given, list) else False  # PyYAML's None: [lists] in one line
             layout: dict[str, Any] = {"default_flow_style": in_one_line, "width": 1000}
-            text = yaml.safe_dump(
-                {option: given}, allow_unicode=True, sort_keys=False, **layout
-            )  # the first set chooses
+            layout |= {"sort_keys": False}  # of the sets of --dev the first chooses
+            text = yaml.safe_dump({option: given}, allow_unicode=True, **layout)
             lines.append(text.rstrip())
     return "\n".join(lines) + "\n"
