@@ -258,7 +258,9 @@ class RunContext:
             from pocl_fast.teacher.loading import load_teacher
 
             chosen = self.config.models
-            probe = self.train_file.encoded if chosen.teacher_quantization != "none" else ()
+            probe: Sequence[EncodedSample] = ()
+            if chosen.teacher_quantization != "none":  # its divergence from the full model is measured on some
+                probe = (self.train_file if self.config.data.train else self.evaluation_sets[0].data).encoded
             self._teacher_model = load_teacher(
                 required(chosen.teacher, "--teacher"),
                 self.path / "teacher",
