@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 OUTPUT = Path("runs/your-own-data")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -50,13 +52,10 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "pocl_fast.cli", *command[1:]], check=True)
 
     print(f"\n{OUTPUT} holds {', '.join(sorted(path.name for path in OUTPUT.iterdir() if path.name[0] != '.'))}")
-    answers = [
-        [json.loads(line) for line in (OUTPUT / f"answers-{when}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for when in ("before", "after")
-    ]
-    for before, after in list(zip(*answers, strict=True))[:3]:
+    tables = [pq.read_table(OUTPUT / "scores" / f"dev-{when}.parquet").to_pylist() for when in ("before", "after")]
+    for before, after in list(zip(*tables, strict=True))[:3]:
         print(f"\n{before['prompt']}   (accepted: {', '.join(before['references'])})")
-        print(f"  before: {before['answer']!r}\n  after:  {after['answer']!r}")
+        print(f"  before: {before['answers'][0]!r}\n  after:  {after['answers'][0]!r}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pocl_fast.options.run import RunConfig
 from pocl_fast.options.training import OptimisationOptions
 from pocl_fast.reports.compare_command import Compared, compare
 from pocl_fast.settings.configuration import PAIRS, from_options, read_yaml, recorded_config
+from pocl_fast.settings.evaluation_sets import SETS
 from pocl_fast.system import tokenizer_threads
 from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
 from pocl_fast.system.typed_values import did_you_mean, hints_of
@@ -96,6 +97,7 @@ def _distill(run: Any) -> None:
 
 def _evaluate(run: Any) -> None:
     run.evaluate("before")
+    run.evaluate("teacher")
     if (run.path / "student").is_dir():
         run.evaluate("after")
 
@@ -167,7 +169,7 @@ COMMANDS: dict[str, Command] = {
         (*_DATA, "generation", *_TRAINING),
     ),
     "evaluate": Command(
-        "Evaluate the student before and after training on the held-out samples -> evaluation.json, answers-*.jsonl."
+        "Evaluate the student before and after training, and the teacher, on all sets -> evaluation.json, scores/."
         " Or score answers that are there: evaluate --predictions FILE --references FILE.",
         _evaluate,
         (*_DATA, "generation", "evaluation"),
@@ -180,14 +182,8 @@ COMMANDS: dict[str, Command] = {
         Inspection,
         opens_run=False,
         unread=(
-            "student_layers",
-            "layer_choice",
-            "teacher_quantization",
-            "teacher_device",
-            "precision",
-            "device",
-            "dev",
-            "held_out",
+            *("student_layers", "layer_choice", "teacher_quantization", "teacher_device", "precision", "device"),
+            *("dev", "test", "held_out"),
         ),
     ),
     "compare": Command(
@@ -257,7 +253,7 @@ def _run(name: str, arguments: list[str]) -> None:
         predictions.score(_parse(name, scoring, predictions.checked(arguments))[0])
         return
     given, config = _parse(name, command, arguments)
-    if name in HOLD_OUT and config.data.dev is None and config.data.held_out is None:
+    if name in HOLD_OUT and not config.data.dev and config.data.held_out is None:
         config = from_options({"held_out": HELD_OUT}, config)
     from pocl_fast.curriculum.stages import is_measured
 
@@ -303,16 +299,16 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
 
 def _command_line_group(group: Any, unread: Sequence[str] = ()) -> type:
     """A group for the command line's parser: its options but the `unread` ones, under their own names, with the group's
-    values as defaults; those of NAME=VALUE pairs as words."""
+    values as defaults; those of NAME=VALUE pairs and of sets as words."""
     import tyro
 
     options: list[tuple[str, Any, Any]] = []
     for option in (option for option in fields(group) if option.name not in unread):
         kind, value = hints_of(type(group))[option.name], getattr(group, option.name)
         said: dict[str, Any] = {"help": option.metadata["help"]}
-        if option.name in PAIRS:
+        if option.name in _WORDS:
             kind, value = list[str], []
-            said |= {"metavar": "NAME=VALUE ...", "help_behavior_hint": "(default: none)"}
+            said |= {"metavar": _WORDS[option.name], "help_behavior_hint": "(default: none)"}
         options.append(
             (option_name(option), Annotated[kind, tyro.conf.arg(**said)], field(default_factory=partial(copy, value)))
         )
@@ -327,18 +323,20 @@ def _with_one_of_each(arguments: list[str]) -> list[str]:
     into = others
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name.replace("_", "-") in _PAIR_FLAGS:
+        if name.replace("_", "-") in _WORDS_OF_FLAG:
             into = words.setdefault(name.replace("_", "-"), [])
             into += [value] if equals else []
             continue
         into = others if argument.startswith("--") else into
         into.append(argument)
     if empty := [name for name, given in words.items() if not given]:
-        raise InputError(f"{empty[0]} needs NAME=VALUE words")
+        raise InputError(f"{empty[0]} needs {_WORDS_OF_FLAG[empty[0]].removesuffix(' ...')} words")
     return [*others, *(word for name, given in words.items() for word in (name, *given))]
 
 
-_PAIR_FLAGS = tuple("--" + name.replace("_", "-") for name in PAIRS)
+# options of words, which may be given several times
+_WORDS = dict.fromkeys(PAIRS, "NAME=VALUE ...") | dict.fromkeys(SETS, "[NAME=]FILE ...")
+_WORDS_OF_FLAG = {"--" + name.replace("_", "-"): words for name, words in _WORDS.items()}
 
 
 def _value_of(arguments: list[str], option: str) -> Path | None:

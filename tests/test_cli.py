@@ -260,7 +260,7 @@ def test_the_demo_runs_the_bundled_teacher_on_the_bundled_samples(tmp_path, monk
     assert run("demo", tmp_path / "out") == 0
     config = from_options(seen[0])
     assert (config.models.teacher, config.models.student_layers) == ("bundled", 6)
-    train, dev = Path(config.data.train), Path(config.data.dev)
+    train, dev = Path(config.data.train), Path(config.data.dev["dev"])
     assert (train.name, dev.name) == ("demo.train.jsonl", "demo.dev.jsonl")
     assert train.is_file()
     assert config.stages.epochs_per_stage == 1

@@ -23,7 +23,8 @@ CHANGED = {
     "device": "meta",
     "trust_remote_code": True,
     "train": "three.jsonl",
-    "dev": "two.jsonl",
+    "dev": {"two": "two.jsonl"},
+    "test": {"others": "three.jsonl", "more": "two.jsonl"},
     "train_on": "last",
     "reasoning": "strip",
     "fields": {"instruction": "question", "output": "answers.text"},
@@ -96,6 +97,7 @@ CHANGED = {
     "cache_dtype": "int8",
     "cache_top_k": 5,
     "eval_seeds": [3, 4],
+    "score_teacher": False,
 }
 SHOWN = set()
 

@@ -85,5 +85,17 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def scores_of(output: Path, name: str = "dev") -> Any:
+    """The scores of a set in evaluation.json: before, after, teacher."""
+    return read_json(output / "evaluation.json")["sets"][name]["scores"]
+
+
+def score_rows(output: Path, when: str, name: str = "dev") -> list[dict[str, Any]]:
+    """The scores on each sample of a set."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(output / "scores" / f"{name}-{when}.parquet").to_pylist()  # type: ignore[no-any-return]
+
+
 def weights(output: Path) -> bytes:
     return (output / "student" / "model.safetensors").read_bytes()

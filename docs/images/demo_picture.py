@@ -35,7 +35,8 @@ def main(run: Path) -> None:
     loss.legend(frameon=False)
     score.set(title="Answers to 120 held-out prompts", ylabel="ROUGE-L, greedy answers", ylim=(0, 25))
     steps, scores = [r["step"] for r in evaluations], [r["eval_rouge_l"] for r in evaluations]
-    before = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["before"]["rouge_l"]  # sampled answers
+    [scored] = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["sets"].values()
+    before = scored["scores"]["before"]["rouge_l"]  # sampled answers
     score.plot([0, *steps], [before, *scores], "o-", color=GREEN, lw=1.6)
     plan.set_xlim(-14, None)
     for axis in (plan, loss, score):

@@ -7,16 +7,16 @@ references. Knows samples, engines and scores. Does not know training, nor where
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from pocl_fast.answers.engine import AnswerOptions, Engine, TorchEngine
-from pocl_fast.answers.exact_match import exact_match
-from pocl_fast.answers.likelihood import cross_entropy
+from pocl_fast.answers.exact_match import exact_matches
+from pocl_fast.answers.likelihood import LoadedModel, response_scores
 from pocl_fast.answers.rouge import rouge_l
 from pocl_fast.answers.rouge_words import Tokenizer, unseen_line
+from pocl_fast.answers.sample_scores import SampleScores
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.packed import Rows
@@ -24,22 +24,6 @@ from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.records.samples import Sample
 from pocl_fast.system import ranks
 from pocl_fast.system.console import Report, shared_progress
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one model on one set. ROUGE-L and exact match in percent, of the answer to each sample's last question;
-    cross-entropy in nats a token that is trained on."""
-
-    rouge_l: float  # mean over the seeds of the mean over the samples
-    rouge_l_spread: float  # standard deviation over the seeds
-    exact_match: float
-    cross_entropy: float  # of the references, mean over all tokens that are trained on
-    seeds: tuple[int, ...]
-    samples: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def answer_all(
@@ -69,49 +53,48 @@ def answer_all(
 
 
 def evaluate(
-    model: Any,
-    samples: Sequence[Sample],
-    encoded: Sequence[EncodedSample],
+    model: LoadedModel,
+    data: SampleSet,
     encoder: SampleEncoder,
     *,
     engine: Engine,
     seeds: Sequence[int],
     max_new_tokens: int,
-    packed: Rows | bool,
     rouge_tokenizer: Tokenizer = "rouge_score",
+    teacher: LoadedModel | None = None,
     name: str = "evaluate",
-) -> tuple[Scores, list[str]]:
-    """Scores of `model`, and its answers under the first seed. `engine` generates the answers by the same model;
-    `samples` are all of the file, `encoded` those that fit. Every rank must call, works on its share, and has the same
-    result."""
-    references = [references_of(samples[one.index], one, encoder) for one in encoded]
-    rouge: list[float] = []
-    exact: list[float] = []
-    first_answers: list[str] = []
+) -> SampleScores:
+    """Scores of the model on each sample of a set, and with a `teacher` its divergence from that. `engine` generates
+    the answers by the same model. Every rank must call, works on its share, and has the same result."""
+    encoded = data.encoded
+    references = [references_of(data.samples[one.index], one, encoder) for one in encoded]
+    answers: list[list[str]] = []
     with shared_progress(len(seeds) * len(encoded), name, "answers") as progress:
         for seed in seeds:
-            answers = answer_all(
-                engine,
-                encoded,
-                encoder,
-                max_new_tokens=max_new_tokens,
-                temperature=1.0,
-                seed=seed,
-                references=references,
-                progress=progress,
+            answers.append(
+                answer_all(
+                    engine,
+                    encoded,
+                    encoder,
+                    max_new_tokens=max_new_tokens,
+                    temperature=1.0,
+                    seed=seed,
+                    references=references,
+                    progress=progress,
+                )
             )
-            rouge.append(100 * float(np.mean(rouge_l(answers, references, tokenizer=rouge_tokenizer).fmeasure)))
-            exact.append(100 * exact_match(answers, references))
-            first_answers = first_answers or answers
-    scores = Scores(
-        rouge_l=float(np.mean(rouge)),
-        rouge_l_spread=float(np.std(rouge)),
-        exact_match=float(np.mean(exact)),
-        cross_entropy=mean_token_cross_entropy(model, encoded, packed=packed),
+    rouge = [rouge_l(of_seed, references, tokenizer=rouge_tokenizer).fmeasure for of_seed in answers]
+    exact = [exact_matches(of_seed, references) for of_seed in answers]
+    means = shared_response_scores(model, encoded, teacher)
+    return SampleScores(
         seeds=tuple(seeds),
-        samples=len(encoded),
+        answers=list(zip(*answers, strict=True)),
+        rouge_l=100 * np.array(rouge).T,
+        exact_match=np.array(exact).T,
+        cross_entropy=means["cross_entropy"],
+        tokens=np.array([one.supervised_count for one in encoded]),
+        mean_kl=means.get("mean_kl"),
     )
-    return scores, first_answers
 
 
 class DevOptions(AnswerOptions, Protocol):
@@ -154,9 +137,18 @@ def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, pa
     """Cross-entropy of the references, in nats, each token that is trained on weighing alike. Every rank must call,
     works on its share, and has the same result."""
     counts = np.array([sample.supervised_count for sample in encoded], dtype=float)
-    mine = ranks.share([len(sample) for sample in encoded])
-    losses = np.empty(len(encoded))
-    theirs = ranks.gather((mine, cross_entropy(model, [encoded[i] for i in mine], packed=packed)))
-    for places, values in theirs:
-        losses[places] = values
+    losses = shared_response_scores(LoadedModel(model, packed), encoded)["cross_entropy"]
     return float((losses * counts).sum() / counts.sum())
+
+
+def shared_response_scores(
+    model: LoadedModel, encoded: Sequence[EncodedSample], teacher: LoadedModel | None = None
+) -> dict[str, np.ndarray]:
+    """What `response_scores` gives of the samples, computed by all ranks, each of which must call and has all."""
+    mine = ranks.share([len(sample) for sample in encoded])
+    found = ranks.gather((mine, response_scores(model, [encoded[i] for i in mine], teacher)))
+    scores = {name: np.empty(len(encoded)) for name in found[0][1]}
+    for places, columns in found:
+        for name, values in columns.items():
+            scores[name][places] = values
+    return scores

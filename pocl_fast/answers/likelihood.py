@@ -21,6 +21,7 @@ from pocl_fast.loss.objective import Objective
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.lm_head import LmHead, lm_head
 from pocl_fast.models.packed_forward import decoder_of, supervised_hidden
+from pocl_fast.models.placement import input_device
 
 TOKENS_A_BATCH = 4096  # of a packed batch
 ROWS_OF_LOGITS = 256  # at a time
@@ -78,11 +79,18 @@ def _token_scores(student: LoadedModel, teacher: LoadedModel | None, batch: Pack
     are in memory at a time."""
     sides = [student] if teacher is None else [student, teacher]
     heads = [(lm_head(side.model), side.model.get_output_embeddings()) for side in sides]
-    hidden = [supervised_hidden(decoder_of(side.model), batch, packed=side.packed) for side in sides]
+    hidden = [
+        supervised_hidden(decoder_of(side.model), batch.to(input_device(side.model)), packed=side.packed)
+        for side in sides
+    ]
     pieces = []
-    for rows in torch.arange(len(batch.labels), device=batch.labels.device).split(ROWS_OF_LOGITS):
+    for start in range(0, len(batch.labels), ROWS_OF_LOGITS):
+        rows = slice(start, start + ROWS_OF_LOGITS)
         labels = batch.labels[rows]
-        logits = [(project(states[rows]), head) for states, (head, project) in zip(hidden, heads, strict=True)]
+        logits = [  # a teacher may lie on other devices than the student
+            (project(states[rows]).to(labels.device), head)
+            for states, (head, project) in zip(hidden, heads, strict=True)
+        ]
         of_student = _compared(logits[0], logits[-1], labels)
         values = [value(of_student) for value in STUDENT_COLUMNS.values()]
         if teacher:

@@ -5,7 +5,7 @@ The samples and tokens are those that `fitting.fit_all` gives of the whole file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pocl_fast.data.encoded import EncodedSample
@@ -27,11 +27,12 @@ class SampleStream:
     encoder: SampleEncoder
     options: SetOptions
 
-    def check(self) -> LengthReport:
-        """Reads the whole file, keeping nothing. Raises `InputError` where `read_samples` or `fit_all` would."""
+    def check(self, seen: Callable[[Sample], object] = lambda _: None) -> LengthReport:
+        """Reads the whole file, keeping nothing; `seen` is called with each sample that fits. Raises `InputError` where
+        `read_samples` or `fit_all` would."""
         fitting, each = self._pass()
-        for _ in each:
-            pass
+        for sample, _ in each:
+            seen(sample)
         return fitting.report()
 
     def __iter__(self) -> Iterator[list[tuple[Sample, EncodedSample]]]:

@@ -51,4 +51,12 @@ class EvaluationOptions:
     """One set of sampled answers for each seed; scores are their mean and spread."""
 
 
+@dataclass
+class TeacherEvaluation:
+    """Whether the teacher takes part in the final evaluation."""
+
+    score_teacher: bool = True
+    """Where a teacher is named, score its answers as the student's, once, and the student's divergence from it."""
+
+
 document(__name__)

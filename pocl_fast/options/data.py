@@ -23,17 +23,21 @@ class ModelNames:
 
 @dataclass
 class DataFiles:
-    """The two sets of samples."""
+    """The sets of samples."""
 
     train: str | None = None
     """Training samples: a file of JSON Lines, a JSON array, Parquet or Arrow (compressed too); a folder of such files
     or of datasets.save_to_disk (FOLDER:SPLIT); a pattern in quotes; or hf:ORG/NAME[:CONFIG]:SPLIT of the hub. Records
     are prompt/response, instruction/input/output, prompt/completion, messages or conversations."""
-    dev: str | None = None
-    """The same for held-out samples; answers are scored against all of a sample's references."""
+    dev: dict[str, str] = field(default_factory=dict)
+    """[NAME=]FILE ...: the same for held-out samples, any number of sets; answers are scored against all of a sample's
+    references. The first set chooses each stage's best weights, the others choose nothing. A FILE alone is called dev,
+    of several each by its own name. In YAML a dict."""
+    test: dict[str, str] = field(default_factory=dict)
+    """[NAME=]FILE ...: further sets, which are scored before and after training and never choose anything."""
     held_out: Count | None = None
-    """Without --dev: so many of the training samples, but at most a tenth, are held out for scores and not trained on.
-    No prompt is on both sides. distill and plan hold out 100 where neither is given."""
+    """Without --dev: so many of the training samples, but at most a tenth, are held out for scores and not trained on,
+    as a dev set called held-out. No prompt is on both sides. distill and plan hold out 100 where neither is given."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pocl_fast.options.answers import DifficultyOptions, EvaluationOptions, GenerationOptions
+from pocl_fast.options.answers import DifficultyOptions, EvaluationOptions, GenerationOptions, TeacherEvaluation
 from pocl_fast.options.data import AdapterOptions, DataFiles, DataOptions, ModelNames, ModelOptions
 from pocl_fast.options.declaring import document, option_name
 from pocl_fast.options.training import (
@@ -28,6 +28,11 @@ class RunModels(ModelOptions, ModelNames):
 @dataclass
 class RunData(DataOptions, DataFiles):
     """Training and held-out samples, and their lengths in tokens."""
+
+
+@dataclass
+class RunEvaluation(EvaluationOptions, TeacherEvaluation):
+    """The final evaluation: sampling at temperature 1, top-p 1."""
 
 
 @dataclass
@@ -56,7 +61,7 @@ class RunConfig:
     trainer: TrainerArguments = field(default_factory=TrainerArguments)
     rollouts: RolloutOptions = field(default_factory=RolloutOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    evaluation: RunEvaluation = field(default_factory=RunEvaluation)
 
     def flat(self) -> dict[str, Any]:
         """Option name -> value, as in a YAML file: groups dissolved, paths as text."""
@@ -66,7 +71,9 @@ class RunConfig:
 
     def trainer_options(self) -> dict[str, Any]:
         """Field name -> value of what a run and `PoclConfig` both have."""
-        only_runs = {f.name for group in (ModelNames, DataFiles, TrainerArguments) for f in fields(group)}
+        only_runs = {
+            f.name for group in (ModelNames, DataFiles, TeacherEvaluation, TrainerArguments) for f in fields(group)
+        }
         groups = (getattr(self, group.name) for group in fields(self))
         return {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in only_runs}
 

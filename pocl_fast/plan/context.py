@@ -54,7 +54,7 @@ class PlanContext(RunContext):
     @property
     def has_dev(self) -> bool:
         """Whether the options say which samples are held out."""
-        return self.config.data.dev is not None or self.config.data.held_out is not None
+        return bool(self.config.data.dev) or self.config.data.held_out is not None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

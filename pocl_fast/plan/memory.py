@@ -6,7 +6,7 @@ Knows in what precision a run holds what, and when. Does not know how large a fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class Sizes:
     state: float  # bytes of the optimizer's state a trained weight
     evaluates: bool  # the dev set, in training
     measures: bool  # the difficulty of the training samples
-    scores_teacher: bool
+    scores_teacher: bool  # to measure difficulty
+    evaluates_teacher: bool  # on the held-out samples
     base: int  # bytes of the process before models are loaded; 0 on a GPU
 
     @property
@@ -87,6 +88,8 @@ def memory_plan(sizes: Sizes) -> list[StepMemory]:
         return found
     if sizes.scores_teacher:
         found.append(StepMemory("measure the teacher", _scoring(sizes)))
+    if sizes.evaluates_teacher:
+        found.append(StepMemory("evaluate with the teacher", _comparing(sizes)))
     return [*found, StepMemory("load the teacher", _loading(sizes)), StepMemory("train", _training(sizes))]
 
 
@@ -116,6 +119,13 @@ def _scoring(sizes: Sizes) -> dict[str, int]:
     tokens = min(TOKENS_A_BATCH, sizes.tokens)
     forwards = sum(_forward(sizes, model, tokens) for model in (sizes.student, sizes.teacher))
     return parts | {"hidden states and logits": forwards + 4 * _logits(sizes, ROWS_OF_LOGITS)}
+
+
+def _comparing(sizes: Sizes) -> dict[str, int]:
+    """The larger of the student's divergence from the teacher, and of the teacher's own answers."""
+    scoring, parts = _scoring(sizes), _start(sizes) | {"teacher's weights": _teacher_weights(sizes)}
+    answering = parts | _answering(replace(sizes, student=sizes.teacher))
+    return max(scoring, answering, key=lambda one: sum(one.values()))
 
 
 def _loading(sizes: Sizes) -> dict[str, int]:

@@ -134,10 +134,11 @@ class _Maker:
 
     def _data(self) -> None:
         context, data = self.context, self.config.data
-        sets = {"train": context.train_file} | ({"dev": context.dev_set} if context.has_dev else {})
-        for name, known in sets.items():
-            report = context.reports.get(f"--{name}")  # none of samples that are held out of others
-            given = str(getattr(data, name) or f"held out of {data.train}")
+        sets = [("train", str(data.train), context.train_file, context.reports.get("--train"))]
+        for one in context.evaluation_sets if context.has_dev else ():
+            name = "dev" if one.data is context.dev_set else one.title
+            sets.append((name, one.source, one.data, context.reports.get(one.named.name)))
+        for name, given, known, report in sets:  # no report of samples that are held out of others
             self.plan.data[name] = made = data_plan(given, known, report, data)
             if report is not None and not made.report:  # its line says no more than the table
                 self.plan.notes.remove(report.describe(given))
@@ -203,7 +204,7 @@ class _Maker:
         config, context = self.config, self.context
         chosen, generation = config.models, config.generation
         here = chosen.teacher_device == WITH_STUDENT and self.teacher is not None
-        dev = context.dev_set.encoded if context.has_dev else ()
+        sets = [one.data.encoded for one in context.evaluation_sets] if context.has_dev else []
         measures = is_measured(config.schedule)
         return Sizes(
             student=self.student,
@@ -213,7 +214,7 @@ class _Maker:
             precision=context.precision,
             batches=batches,
             tokens=sum(map(len, self.encoded)),
-            prompts=answered_prompts(context.train_file.encoded if measures else (), dev),
+            prompts=answered_prompts(context.train_file.encoded if measures else (), *sets),
             max_new_tokens=generation.max_new_tokens,
             batch_size=generation.generation_batch_size,
             batch_tokens=generation.generation_batch_tokens,
@@ -224,6 +225,7 @@ class _Maker:
             evaluates=bool(self.plan.steps and self.plan.steps.evaluations) and context.has_dev,
             measures=measures,
             scores_teacher=measures and bool(teacher_columns(config.difficulty.signals)),
+            evaluates_teacher=bool(sets) and context.scores_teacher,
             base=psutil.Process().memory_info().rss if context.device.type == "cpu" else 0,
         )
 

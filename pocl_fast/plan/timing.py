@@ -62,32 +62,64 @@ def time_plan(
     start = time.perf_counter()
     student = context.student()
     loading = time.perf_counter() - start
-    tokens, dev, both = sum(map(len, encoded)), None, 0.0
+    tokens, sets, both = sum(map(len, encoded)), _sets(context), 0.0
     measures = is_measured(context.config.schedule)
+    of_teacher: list[_Answering] = []
     with context.precision.autocast(), context.engine(student.model) as engine:
         train = _Answering(context, engine, [one.prompt_ids for one in encoded]) if measures else None
         scored = _seconds_a_token(lambda some: response_scores(student, some), encoded)
-        if context.has_dev:
-            dev = _Answering(context, engine, [one.prompt_ids for one in context.dev_set.encoded])
-        if measures and teacher_columns(context.config.difficulty.signals):
+        answering = [_Answering(context, engine, [one.prompt_ids for one in of_set]) for of_set in sets]
+        reads_teacher = measures and bool(teacher_columns(context.config.difficulty.signals))
+        if reads_teacher or (sets and context.scores_teacher):
             teacher = context.scoring_teacher()
             both = _seconds_a_token(lambda some: response_scores(student, some, teacher), encoded)
+    if sets and context.scores_teacher:
+        with context.precision.autocast(), context.engine(teacher.model) as engine:
+            of_teacher = [_Answering(context, engine, [one.prompt_ids for one in of_set]) for of_set in sets]
     trial = _trial(context, arguments, batches, schedule)
     found = [StepTime("load and check the models", loading + trial.loading, "once each")]
     if train is not None:
         found.append(StepTime("measure", train.seconds + scored * tokens, train.timed))
-    if both:
+    if reads_teacher:
         found.append(StepTime("measure the teacher", both * tokens, f"{SCORED} samples"))
-    training, evaluation = _training(trial, batches, steps, tokens), []
-    if dev is not None:
-        once = dev.seconds + scored * sum(map(len, context.dev_set.encoded))
-        count, seeds = steps.evaluations, len(context.config.evaluation.eval_seeds)
+    training = _training(trial, batches, steps, tokens)
+    before: list[StepTime] = []
+    after: list[StepTime] = []
+    if answering:
+        once = answering[0].seconds + scored * sum(map(len, sets[0]))
+        count = steps.evaluations
         training += [StepTime("evaluate in training", count * once, f"{count} times {once:.1f} s")] if count else []
-        final = once + (seeds - 1) * dev.seconds
-        evaluation = [
-            StepTime(f"evaluate {when}", final, f"{seeds} seeds; {dev.timed}") for when in ("before", "after")
-        ]
-    return [*found, *evaluation[:1], *training, *evaluation[1:]]
+        before, after = _evaluations(context, sets, answering, of_teacher, scored, both)
+    return [*found, *before, *training, *after]
+
+
+def _evaluations(
+    context: PlanContext,
+    sets: Sequence[Sequence[EncodedSample]],
+    student: Sequence[_Answering],
+    teacher: Sequence[_Answering],
+    scored: float,
+    both: float,
+) -> tuple[list[StepTime], list[StepTime]]:
+    """The final evaluations before training, the teacher's too, and that after it. Seconds a token: `scored` of the
+    student alone, `both` with the teacher."""
+    seeds = len(context.config.evaluation.eval_seeds)
+    tokens = sum(len(one) for of_set in sets for one in of_set)
+    compared = both if context.scores_teacher else scored
+    final = seeds * sum(one.seconds for one in student) + compared * tokens
+    before, after = (
+        StepTime(f"evaluate {when}", final, f"{seeds} seeds; {student[0].timed}") for when in ("before", "after")
+    )
+    if not teacher:
+        return [before], [after]
+    alone = max(0.0, both - scored) * tokens
+    of_teacher = seeds * sum(one.seconds for one in teacher) + alone
+    return [before, StepTime("evaluate the teacher", of_teacher, f"{seeds} seeds; {teacher[0].timed}")], [after]
+
+
+def _sets(context: PlanContext) -> list[Sequence[EncodedSample]]:
+    """The samples of each set that is evaluated, the one first that training is watched by."""
+    return [one.data.encoded for one in context.evaluation_sets] if context.has_dev else []
 
 
 class _Answering:

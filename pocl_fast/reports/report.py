@@ -22,6 +22,7 @@ from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.of_run import lengths_part, samples_part
 from pocl_fast.inspection.page import style
 from pocl_fast.reports.difficulty_report import difficulty_notes, read_ranked, sample_rows, stage_rows
+from pocl_fast.reports.scores import changed_answers, score_tables, text_lines
 from pocl_fast.settings.configuration import recorded_config
 from pocl_fast.system.console import duration
 from pocl_fast.system.errors import InputError
@@ -33,31 +34,12 @@ CE_COLOUR, DIVERGENCE_COLOUR, SCORE_COLOUR = "#1f5fa8", "#d1603d", "#3a7d44"
 
 
 @dataclass(frozen=True)
-class ScoreRow:
-    """A score of the student before and after training, as text."""
-
-    name: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
 class StepRow:
     """What a step took, as text."""
 
     name: str
     time: str
     memory: str
-
-
-@dataclass(frozen=True)
-class AnswerRow:
-    """The student's answers to one held-out prompt."""
-
-    prompt: str
-    reference: str
-    before: str
-    after: str
 
 
 def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
@@ -73,65 +55,32 @@ def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
         version=__version__,
         name=run.name,
         config=(run / "config.yaml").read_text(encoding="utf-8"),
-        evaluated=_evaluated(run),
         layers=_layers(run),
-        results=result_rows(run),
+        results=score_tables(run),
         steps=step_rows(stamps),
         stages=_stages(run),
         stages_note=_stages_note(run),
         training_curve=_picture(training_figure(run)),
         **_difficulty(run),
         **_samples(run, stamps, encoder),
-        answers=_answers(run),
+        changed=changed_answers(run),
     )
     write_text(run / "report.html", text)
     return run / "report.html"
 
 
 def summary_table(run: Path) -> str:
-    """The run in a few lines for the terminal: scores before and after training, each step's time and memory, the speed
-    of training and the report's path."""
+    """The run in a few lines for the terminal: each set's scores, each step's time and memory, the speed of training,
+    the report's path."""
     stamps = _json(run / "steps.json")
-    lines = [f"{'held-out samples':<28}{'before':>14}{'after':>14}"]
-    lines += [f"{row.name:<28}{row.before:>14}{row.after:>14}" for row in result_rows(run)]
-    lines.append("")
-    lines.append(f"{'step':<28}{'time':>14}{'peak memory':>14}")
-    lines += [f"{row.name:<28}{row.time:>14}{row.memory:>14}" for row in step_rows(stamps)]
+    lines = text_lines(run)
+    lines.append(f"{'step':<28}{'time':>17}{'peak memory':>17}")
+    lines += [f"{row.name:<28}{row.time:>17}{row.memory:>17}" for row in step_rows(stamps)]
     if "tokens_per_second" in stamps.get("train", {}):
         lines.append("")
         lines.append(f"training speed: {stamps['train']['tokens_per_second']:,.0f} tokens/s")
     lines.append(f"report: {run / 'report.html'}")
     return "\n".join(lines)
-
-
-def result_rows(run: Path) -> list[ScoreRow]:
-    """The scores on the held-out samples; a dash where the student was not evaluated yet."""
-    results = _json(run / "evaluation.json")
-
-    def cell(when: str, key: str, form: str, spread: str | None = None) -> str:
-        if when not in results:
-            return "-"
-        known = results[when]
-        return form.format(known[key]) + (f" ± {known[spread]:.2f}" if spread else "")
-
-    scores = [
-        ("ROUGE-L, 0 to 100", "rouge_l", "{:.2f}", "rouge_l_spread"),
-        ("exact match, %", "exact_match", "{:.1f}", None),
-        ("cross-entropy, nats a token", "cross_entropy", "{:.3f}", None),
-    ]
-    return [
-        ScoreRow(name, cell("before", key, form, spread), cell("after", key, form, spread))
-        for name, key, form, spread in scores
-    ]
-
-
-def _evaluated(run: Path) -> str:
-    """What the scores are of, in words; empty before the first evaluation."""
-    results = _json(run / "evaluation.json")
-    if not results:
-        return ""
-    scores = results.get("after") or results["before"]
-    return f"{scores['samples']:,} samples, {len(scores['seeds'])} sampled answers each; ± is the spread over the seeds"
 
 
 def _layers(run: Path) -> str:
@@ -258,19 +207,6 @@ def _stages_note(run: Path) -> str:
 def _goodness(evaluation: dict[str, Any]) -> tuple[float, float, int]:
     """What training chooses a stage's best weights by: of equal scores the lower cross-entropy, then the later step."""
     return *goodness(evaluation["eval_rouge_l"], evaluation["eval_cross_entropy"]), evaluation["step"]
-
-
-def _answers(run: Path, count: int = 8) -> list[AnswerRow]:
-    """Answers to some prompts, evenly over the held-out set; empty before both evaluations."""
-    paths = [run / f"answers-{when}.jsonl" for when in ("before", "after")]
-    if not all(path.exists() for path in paths):
-        return []
-    before, after = ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in paths)
-    picked = range(0, len(before), max(1, len(before) // count))
-    return [
-        AnswerRow(before[i]["prompt"], before[i]["references"][0], before[i]["answer"], after[i]["answer"])
-        for i in list(picked)[:count]
-    ]
 
 
 def _json(path: Path) -> Any:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import Engine, configured_ends
-from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.cutting.layer_choice import check_choice
 from pocl_fast.data.encoded import EncodedSample
@@ -29,8 +28,6 @@ from pocl_fast.inputs.usable import check_model
 from pocl_fast.inputs.vocabulary import (
     Rows,
     check_special_tokens,
-    configured_layers,
-    configured_parameters,
     configured_rows,
     known_ids,
     rows_of,
@@ -46,6 +43,8 @@ from pocl_fast.options.run import RunConfig
 from pocl_fast.records.samples import Sample
 from pocl_fast.run.cut_student import cut_of_run
 from pocl_fast.run.directory import RunDirectory, required
+from pocl_fast.run.scored_sets import ScoredSet, check_sets, same_samples, scored_set
+from pocl_fast.settings.evaluation_sets import NamedSet, evaluations_choose, sets_of
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.pair import (
@@ -53,7 +52,6 @@ from pocl_fast.teacher.pair import (
     Vocabulary,
     check_same_vocabulary,
     check_tokens,
-    check_top_k,
     pair_lines,
     places,
 )
@@ -80,8 +78,8 @@ class RunContext:
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
         self._compared: frozenset[str] | None = None  # the samples with which the vocabularies were compared
-        self._pair_said = False
-        self.reports: dict[str, LengthReport] = {}  # of what was read, by option
+        self._pair_said = self._same_said = False
+        self.reports: dict[str, LengthReport] = {}  # of what was read: --train, or a set by its name
 
     @cached_property
     def precision(self) -> Precision:
@@ -117,7 +115,7 @@ class RunContext:
     def check_vocabularies(self) -> None:
         """Raises `InputError` where student and teacher have different tokens or cut texts differently, or where one of
         them has no row for a token of the samples that are loaded. Does it once for these."""
-        loaded = frozenset({"train_file", "dev_set"} & vars(self).keys())
+        loaded = frozenset({"train_file", "evaluation_sets"} & vars(self).keys())
         if self._compared is not None and loaded <= self._compared:
             return
         chosen, student = self.config.models, self.student_source
@@ -126,7 +124,7 @@ class RunContext:
             say: Say = self.say if self._compared is None else lambda _: None
             train = self.train_file if "train_file" in loaded else None
             theirs = loading.load_tokenizer(teacher, trust_remote_code=trusted)
-            check_same_vocabulary(self.tokenizer, theirs, train, self._place_in("train"), say)
+            check_same_vocabulary(self.tokenizer, theirs, train, self._place_in_train(), say)
             data = self.config.data
             if line := unused_template(self.encoder.chat, data.template, theirs, data.chat_template):
                 say(line)
@@ -140,9 +138,10 @@ class RunContext:
     def _check_tokens(self, vocabulary: Vocabulary, *, dev: bool = False) -> None:
         """Raises `InputError` where a sample that is loaded has a token that a model does not know; `dev` says whether
         the model sees the held-out samples too."""
-        for name, kept in (("train", "train_file"), ("dev", "dev_set")):
-            if kept in vars(self) and (dev or name == "train"):
-                check_tokens(getattr(self, kept), vocabulary, self.tokenizer, self._place_in(name))
+        if self.train_file_is_loaded:
+            check_tokens(self.train_file, vocabulary, self.tokenizer, self._place_in_train())
+        if dev and "evaluation_sets" in vars(self):
+            check_sets(self.evaluation_sets, vocabulary, self.tokenizer)
 
     def check_named_model(self) -> None:
         """The same of the one model that the options name, where they name one alone."""
@@ -161,40 +160,15 @@ class RunContext:
         for piece in stream:
             known: Any = {one.index: sample for sample, one in piece}
             data = SampleSet(known, [one for _, one in piece])
-            check_tokens(data, Vocabulary("student", rows), self.tokenizer, self._place_in("train"))
+            check_tokens(data, Vocabulary("student", rows), self.tokenizer, self._place_in_train())
 
-    def _place_in(self, data: str) -> Place:
-        return places(getattr(self.config.data, data) or self.config.data.train, f"--{data}")
-
-    def check_sizes(self) -> None:
-        """Raises `InputError` where --student-layers asks for more layers than there are, and for a top-k that does not
-        stand for the student's vocabulary. Says how the two models differ, as far as their configurations tell."""
-        chosen = self.config.models
-        student, keep, teacher = self.student_source, chosen.student_layers, required(chosen.teacher, "--teacher")
-        trusted = {"trust_remote_code": chosen.trust_remote_code}
-        ours, theirs = (configured_rows(one, **trusted) for one in (student, teacher))
-        if ours is not None and theirs is not None and self.config.cache.cache_mode == "topk":
-            check_top_k(self.config.cache.cache_top_k, ours, theirs)
-        has = configured_layers(student, **trusted)
-        if has is not None and keep is not None and keep > has:
-            raise InputError(f"--student-layers {keep}: the model to cut from has {has} layers, {student}")
-        if loading.same_source(student, teacher):
-            self._pair_said = True  # a cut student is smaller
-            if keep in (None, has):
-                how = f"give --student-layers below its {has} layers" if has else "give --student-layers"
-                self.say(
-                    f"the student is the teacher itself, {chosen.teacher}, whole: it will be no faster. For a smaller"
-                    f" one {how}, or another --student"
-                )
-            return
-        if keep is None and ours is not None and theirs is not None:
-            small, large = (configured_parameters(one, **trusted) for one in (student, teacher))
-            if small is not None and large is not None:
-                self.say_pair(ours, theirs, small, large)
+    def _place_in_train(self) -> Place:
+        return places(self.config.data.train, "--train")
 
     def say_pair(self, *rows_and_sizes: int) -> None:
-        """Says how the two models differ, once; see `pair_lines`."""
-        if not self._pair_said:
+        """Says how the two models differ, once; see `pair_lines`. Of models that cannot differ nothing is said: give
+        no numbers."""
+        if not self._pair_said and rows_and_sizes:
             for line in pair_lines(*rows_and_sizes):
                 self.say(line)
         self._pair_said = True
@@ -218,14 +192,34 @@ class RunContext:
     def train_file_is_loaded(self) -> bool:
         return "train_file" in vars(self)
 
-    @cached_property
+    @property
     def dev_set(self) -> SampleSet:
-        """The held-out samples."""
-        given = self.config.data
-        dev = self._read(given.dev, "--dev (or --held-out)") if given.dev or not given.held_out else self._sides[1]
-        if line := unseen_by_rouge(dev, self.config.generation.rouge_tokenizer, str(given.dev or given.train)):
-            self.say(line)
-        return dev
+        """The held-out samples that the training is watched by, and may choose weights by."""
+        first = next((one for one in self.evaluation_sets if one.named.role == "dev"), None)
+        return required(first, "--dev (or --held-out)").data  # type: ignore[no-any-return]
+
+    @cached_property
+    def evaluation_sets(self) -> list[ScoredSet]:
+        """The sets that the student is scored on. Raises `InputError` where there are none."""
+        known = required(sets_of(self.config) or None, "--dev (or --held-out)")
+        rouge = self.config.generation.rouge_tokenizer
+        return [scored_set(one, self.config.data.train, self._data_of(one), rouge, self.say) for one in known]
+
+    def _data_of(self, one: NamedSet) -> SampleSet:
+        return self._sides[1] if one.source is None else self._read(one.source, one.option, one.name)
+
+    def say_same_samples(self) -> None:
+        """Counts the copies among the training samples, and what of the evaluation sets is among them too, once."""
+        if ranks.is_first() and not self._same_said:
+            chosen_by = self.evaluation_sets[0] if evaluations_choose(self.config) else None
+            for line in same_samples(str(self.config.data.train), self.train_file, self.evaluation_sets, chosen_by):
+                self.say(line)
+        self._same_said = True
+
+    @property
+    def scores_teacher(self) -> bool:
+        """Whether evaluations score the teacher too, and the student's divergence from it."""
+        return self.config.evaluation.score_teacher and self.config.models.teacher is not None
 
     @cached_property
     def train_file(self) -> SampleSet:
@@ -234,12 +228,12 @@ class RunContext:
 
     @cached_property
     def _sides(self) -> tuple[SampleSet, SampleSet]:
-        return split(self._read(self.config.data.train, "--train"), self.config.data, self.say)
+        return split(self._read(self.config.data.train, "--train", "--train"), self.config.data, self.say)
 
-    def _read(self, given: str | None, option: str) -> SampleSet:
+    def _read(self, given: str | None, option: str, kept: str) -> SampleSet:
         name = required(given, option)
         samples, report = read_set(name, self.encoder, self.config.data, name)
-        self.reports[option.partition(" ")[0]] = report
+        self.reports[kept] = report
         self.say(report.describe(name))
         return samples
 
@@ -270,7 +264,9 @@ class RunContext:
             from pocl_fast.teacher.loading import load_teacher
 
             chosen = self.config.models
-            probe = self.train_file.encoded if chosen.teacher_quantization != "none" else ()
+            probe: Sequence[EncodedSample] = ()
+            if chosen.teacher_quantization != "none":  # its divergence from the full model is measured on some
+                probe = (self.train_file if self.config.data.train else self.evaluation_sets[0].data).encoded
             self._teacher_model = load_teacher(
                 required(chosen.teacher, "--teacher"),
                 self.path / "teacher",

@@ -26,9 +26,10 @@ class Loads(Protocol):
 
     directory: RunDirectory
     config: RunConfig
-    precision: Precision
     say: Any
 
+    @property
+    def precision(self) -> Precision: ...
     @property
     def train_file_is_loaded(self) -> bool: ...
     @property

@@ -23,7 +23,9 @@ from pocl_fast.options.declaring import option_name
 from pocl_fast.options.run import RunConfig
 from pocl_fast.options.training import OptimisationOptions
 from pocl_fast.records.sources import source_of
+from pocl_fast.run.evaluation_file import EVALUATION, without
 from pocl_fast.settings.configuration import to_yaml
+from pocl_fast.settings.evaluation_sets import SETS, NamedSet, evaluations_choose, sets_of
 from pocl_fast.system import ranks
 from pocl_fast.system.console import measured
 from pocl_fast.system.errors import InputError
@@ -55,7 +57,7 @@ class Reads:
             values = {name: value for name, value in values.items() if name not in _OF_ADAPTERS}
         if config.schedule.pacing != "competence":
             values = {name: value for name, value in values.items() if name not in _OF_COMPETENCE}
-        if config.data.dev is not None:
+        if config.data.dev:
             values.pop("held_out", None)
         values |= {f"--set {name}": value for name, value in others.items() if not name.startswith(_AROUND)}
         return {name: value for name, value in values.items() if name not in self.but}
@@ -63,7 +65,6 @@ class Reads:
 
 LAYERS = "layers"  # no step of its own: the choice of layers that measuring makes for a student, for all steps
 STUDENT, STUDENT_ADAPTERS = "student/model.safetensors", "student/adapter_model.safetensors"
-_DATA_FLAGS = {"train": "--train", "dev": "--dev (or --held-out)"}
 _OF_ADAPTERS = ("lora_alpha", "lora_targets", "merge_adapters")  # which mean nothing without adapters
 _OF_COMPETENCE = ("initial_competence", "full_competence")
 _DEVICES = ("device", "teacher_device")
@@ -77,23 +78,23 @@ _AROUND = (
 )  # fmt: skip
 _TRAINING = ("loss", "stages", "optimisation", "logging", "trainer", "rollouts", "cache")
 READS = {
-    "measure": Reads(("models", "data", "generation", "difficulty"), (*_DEVICES, *_TEACHER, "dev", "signals")),
-    "measure-teacher": Reads(("models", "data"), (*_DEVICES, "dev")),
+    "measure": Reads(("models", "data", "generation", "difficulty"), (*_DEVICES, *_TEACHER, *SETS, "signals")),
+    "measure-teacher": Reads(("models", "data"), (*_DEVICES, *SETS)),
     "rank": Reads(
         ("difficulty", "schedule"), ("measure_temperature", "measure_seed"), ("difficulty.parquet", TEACHER_SCORES)
     ),
     "rank-unmeasured": Reads(  # rank, where the order is that of the samples themselves
         ("models", "data", "generation", "schedule", "optimisation"),
         (
-            *_DEVICES, *_TEACHER, "precision", "student_layers", "dev", "generation_batch_size",
-            "generation_batch_tokens", "generation_engine", "rouge_tokenizer", "rrf_k",
+            *_DEVICES, *_TEACHER, "precision", "student_layers", "dev", "test", "generation_batch_size",
+            "generation_batch_tokens", "generation_engine", "rouge_tokenizer", "rrf_k", "ties",
             *(option_name(f) for f in fields(OptimisationOptions) if f.name != "seed"),
         ),
     ),
     "train": Reads(
         ("models", "data", "adapters", "generation", "difficulty", "schedule", *_TRAINING),
         (
-            *_DEVICES, "generation_batch_size", "generation_batch_tokens", "activation_checkpointing",
+            *_DEVICES, "test", "generation_batch_size", "generation_batch_tokens", "activation_checkpointing",
             "logging_steps", "report_to", "save_minutes",
         ),
         ("curriculum.json",),
@@ -113,18 +114,23 @@ READS = {
         ),
         (STUDENT,),
     ),
-    LAYERS: Reads(("models", "data"), (*_DEVICES, *_TEACHER, "dev")),
+    LAYERS: Reads(("models", "data"), (*_DEVICES, *_TEACHER, "dev", "test")),
+    "evaluate-teacher": Reads(
+        ("models", "data", "generation", "evaluation"),
+        (*_DEVICES, *_TEACHER, "train", "data_source", "student_layers", "layer_choice", "trust_remote_code"),
+    ),
 }  # fmt: skip
 # Whose results a step builds on without reading the data behind them: what both are made from must agree.
 BUILDS_ON = {"train": ("measure", "rank")}
-# What each step leaves: its result, then what an interrupted one may have begun.
+# What each step leaves: its result, then what an interrupted one may have begun; "*" stands for each set.
 WRITES = {
     "measure": ("difficulty.parquet", "difficulty.parts"),
     "measure-teacher": (TEACHER_SCORES, "teacher_scores.parts"),
     "rank": ("curriculum.json", "difficulty.png"),
     "train": ("student", "checkpoints", "metrics.jsonl"),
-    "evaluate-before": ("answers-before.jsonl",),
-    "evaluate-after": ("answers-after.jsonl",),
+    "evaluate-before": ("scores/*-before.parquet",),
+    "evaluate-after": ("scores/*-after.parquet",),
+    "evaluate-teacher": ("scores/*-teacher.parquet",),
 }
 # What means nothing once a step is done anew.
 SPOILS = {"measure": ("measure-teacher", "rank"), "train": ("evaluate-after",)}
@@ -136,6 +142,12 @@ def reads_of(step: str, config: RunConfig) -> Reads:
         return READS[step]
     reads = READS["rank-unmeasured"]
     return reads if config.schedule.curriculum == "random" else replace(reads, but=(*reads.but, "seed"))
+
+
+def results_of(step: str, config: RunConfig) -> list[str]:
+    """The files and folders without which a step is not done."""
+    result = WRITES[step][0]
+    return [result.replace("*", one.name) for one in sets_of(config)] if "*" in result else [result]
 
 
 class RunDirectory:
@@ -179,8 +191,9 @@ class RunDirectory:
     def _begin(self, step: str, config: RunConfig) -> bool:
         made_from = self.made_from(step, config)
         stamp = self.stamps.get(step)
-        left = [name for name in WRITES[step] if (self.path / name).exists()]
-        if stamp and (WRITES[step][0] not in left if stamp["done"] else not left):
+        lost = stamp and [name for name in stamp["results"] if not (self.path / name).exists()]
+        left = [path for name in WRITES[step] for path in self.path.glob(name)]
+        if stamp and (lost if stamp["done"] else not left):
             stamp = None  # somebody deleted the result to have it made again, or the step failed before it began
         if stamp:
             changed = _changes(stamp["made_from"], made_from)
@@ -200,7 +213,8 @@ class RunDirectory:
             self._clear(step)
         self.record(config)
         seconds, peak = (stamp["seconds"], stamp["peak_bytes"]) if stamp else (0.0, 0)
-        self.stamps[step] = {"done": False, "made_from": made_from, "seconds": seconds, "peak_bytes": peak}
+        stamp = {"done": False, "made_from": made_from, "seconds": seconds, "peak_bytes": peak}
+        self.stamps[step] = stamp | {"results": results_of(step, config)}
         self._save_stamps()
         return True
 
@@ -208,6 +222,15 @@ class RunDirectory:
         """Writes the options of the run, for work that is no step."""
         if ranks.is_first():
             write_text(self.path / "config.yaml", to_yaml(config))
+
+    def chooses_weights(self, step: str, one: NamedSet, config: RunConfig) -> bool:
+        """Whether a set that a step evaluates has the samples whose scores choose weights in training, or chose them;
+        on the first rank alone."""
+        evaluated, first = self.stamps[step]["made_from"], sets_of(config)[0]
+        read = evaluated[f"{first.name} data"] if first.role == "dev" else None
+        if "train" in self.stamps:
+            read = self.stamps["train"]["made_from"].get("dev data")
+        return evaluations_choose(config) and evaluated[f"{one.name} data"] == read
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[dict[str, Any]]:
@@ -235,10 +258,10 @@ class RunDirectory:
         reads, every = reads_of(step, config), config.flat()
         made_from: dict[str, Any] = {}
         for name, value in reads.options(config).items():
-            if name == "dev" and value is None and config.data.held_out is not None:
-                made_from["dev data"] = f"held out of {source_of(required(every['train'], '--train')).fingerprint()}"
-            elif name in ("train", "dev"):
-                made_from[f"{name} data"] = source_of(required(every[name], _DATA_FLAGS[name])).fingerprint()
+            if name in SETS:
+                made_from |= _of_sets(step, config)
+            elif name == "train":
+                made_from["train data"] = source_of(required(value, "--train")).fingerprint()
             elif name == "teacher":
                 made_from[name] = source_fingerprint(required(value, _teacher_flag(step, every)))
             elif name == "student":
@@ -253,8 +276,8 @@ class RunDirectory:
             if name == "data_source" and value == "teacher":
                 made_from["teacher answers"] = _answers_of(every)
         if step == "evaluate-before" and config.models.layer_choice != "even":  # its student is chosen by samples
-            made_from["train data"] = source_of(required(every["train"], _DATA_FLAGS["train"])).fingerprint()
-        return made_from | self._files(reads.files, every)
+            made_from["train data"] = source_of(required(every["train"], "--train")).fingerprint()
+        return made_from | _of_scored_teacher(step, config) | self._files(reads.files, every)
 
     def _files(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, str]:
         """The fingerprints of files of this folder. Raises `InputError` for one that is not there yet."""
@@ -289,12 +312,11 @@ class RunDirectory:
         for spoiled in SPOILS.get(step, ()):
             self._clear(spoiled)
         self.stamps.pop(step, None)
-        if (results := self.path / "evaluation.json").exists() and step.startswith("evaluate-"):
-            kept = json.loads(results.read_text(encoding="utf-8"))
-            kept.pop(step.removeprefix("evaluate-"), None)
-            write_json(results, kept)
-        for name in WRITES[step]:
-            path = self.path / name
+        if (results := self.path / EVALUATION).exists() and step.startswith("evaluate-"):
+            write_json(
+                results, without(json.loads(results.read_text(encoding="utf-8")), step.removeprefix("evaluate-"))
+            )
+        for path in [path for name in WRITES[step] for path in self.path.glob(name)]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -309,6 +331,33 @@ def required(value: Any, option: str) -> Any:
     if value is None:
         raise InputError(f"{option} is missing")
     return value
+
+
+def _of_sets(step: str, config: RunConfig) -> dict[str, Any]:
+    """The content of the sets that a step reads: the training reads the one alone that chooses weights."""
+    known = sets_of(config)
+    if not known or (step == "train" and known[0].role != "dev"):
+        required(None, "--dev (or --held-out)")
+    if step == "train":
+        return {"dev data": _content(known[0], config)}
+    contents = {f"{one.name} data": _content(one, config) for one in known}
+    return {"sets": [f"--{one.role} {one.name}" for one in known], **contents}
+
+
+def _content(one: NamedSet, config: RunConfig) -> str:
+    """The fingerprint of a set's samples."""
+    if one.source is None:
+        return f"held out of {source_of(required(config.data.train, '--train')).fingerprint()}"
+    return source_of(one.source).fingerprint()
+
+
+def _of_scored_teacher(step: str, config: RunConfig) -> dict[str, Any]:
+    """The teacher that an evaluation compares with, where it compares with one."""
+    chosen = config.models
+    if chosen.teacher is None or not config.evaluation.score_teacher or not step.startswith("evaluate-"):
+        return {}
+    content = source_fingerprint(chosen.teacher)
+    return {"teacher": content, "teacher_quantization": chosen.teacher_quantization}
 
 
 def _teacher_flag(step: str, options: dict[str, Any]) -> str:

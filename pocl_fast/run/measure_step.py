@@ -12,6 +12,7 @@ import numpy as np
 from pocl_fast.curriculum.measurer import Row, measure, measure_teacher, rows_of, unseen_by_rouge
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import TEACHER_SCORES, chosen_signals, teacher_columns
+from pocl_fast.data.sample_set import SampleKeys, copies_line
 from pocl_fast.data.stream import SampleStream
 from pocl_fast.inspection.lengths import count_lengths
 from pocl_fast.records.sources import source_of
@@ -95,15 +96,17 @@ def train_pieces(context: RunContext) -> tuple[Iterable[Sequence[Row]], int]:
     a time; before that, one reading checks all of it."""
     data = context.config.data
     source = source_of(required(data.train, "--train"))
-    holds_out = data.dev is None and data.held_out is not None
+    holds_out = not data.dev and data.held_out is not None
     if context.train_file_is_loaded or holds_out or data.data_source != "data" or not source.is_large():
         known = context.train_set
         return rows_of(known.samples, known.encoded), len(known.encoded)
     stream = SampleStream(source, context.encoder, data)
-    encoder = context.encoder
-    report, ends, longest = ranks.from_first(lambda: (stream.check(), encoder.end_ids, encoder.longest_prompt))
+    encoder, keys = context.encoder, SampleKeys()
+    report, ends, longest = ranks.from_first(lambda: (stream.check(keys.add), encoder.end_ids, encoder.longest_prompt))
     encoder.has_seen(ends, longest)  # all of the file, on every rank, before the first answer
     context.reports["--train"] = report
     context.say(report.describe(source.name))
+    if line := copies_line(source.name, keys):
+        context.say(line)
     ranks.from_first(lambda: context.check_stream(stream))
     return stream, report.samples

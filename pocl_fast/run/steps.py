@@ -1,4 +1,4 @@
-"""The steps of a run in their order: measure, evaluate, rank, train, evaluate again, report.
+"""The steps of a run in their order: measure, evaluate student and teacher, rank, train, evaluate again, report.
 
 Each step reads and writes files in the run directory, so that the same command resumes where an interrupted one
 stopped.
@@ -37,6 +37,7 @@ class Run:
         else:
             self.context.say(f"measure: left out, for --curriculum {schedule.curriculum} does not rank by difficulty")
         self.evaluate("before")
+        self.evaluate("teacher")
         self.rank()
         self.train()
         self.evaluate("after")

@@ -31,6 +31,7 @@ def train_step(context: RunContext) -> None:
     if not context.begins("train", "student"):
         return
     curriculum, _ = ranked_samples(context), context.dev_set  # what is wrong with a file is raised before models load
+    context.say_same_samples()
     context.check_vocabularies()
     with context.directory.timed("train") as facts:
         trainer = make_trainer(context, curriculum, arguments)

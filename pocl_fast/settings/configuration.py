@@ -16,6 +16,7 @@ import yaml
 from pocl_fast.options.declaring import flag, option_name
 from pocl_fast.options.run import RunConfig
 from pocl_fast.records.forms import check_names
+from pocl_fast.settings.evaluation_sets import SETS, check_set_names, sets_from
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.typed_values import did_you_mean, hints_of, typed
 
@@ -45,7 +46,12 @@ def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, w
         groups[group.name] = type(current)(**values)
     if problems:
         raise InputError(where + "; ".join(problems))
-    return RunConfig(**groups)
+    made = RunConfig(**groups)
+    try:
+        check_set_names(made)
+    except ValueError as error:
+        raise InputError(f"{where}--dev and --test: {error}") from error
+    return made
 
 
 def _by_field(options: Mapping[str, Any], base: RunConfig, where: str) -> dict[str, Any]:
@@ -67,6 +73,8 @@ def _by_field(options: Mapping[str, Any], base: RunConfig, where: str) -> dict[s
 
 
 def _value(name: str, given: Any, group: Any) -> Any:
+    if name in SETS:  # words take the place of what was given before; no words leave it
+        return dict(getattr(group, name)) if isinstance(given, list) and not given else sets_from(given or {}, name)
     if name not in PAIRS:
         return typed(given, hints_of(type(group))[name])
     if given and not isinstance(given, (dict, list)):
@@ -121,7 +129,7 @@ def _after_name(option: str, error: ValueError) -> str:
     """What is wrong with an option's value: "--stages must be ...", "--eval-seeds, value 2, must be ...", "--set:
     optim must be ..."."""
     text = str(error)
-    if option in ("--set", "--fields"):
+    if option in ("--set", "--fields", "--dev", "--test"):
         return f": {text}"
     return f", {text}" if text.startswith("value ") else f" {text}"
 
@@ -155,6 +163,8 @@ def to_yaml(config: RunConfig) -> str:
         for option in map(option_name, fields(value)):
             given = options[option]
             in_one_line = None if isinstance(given, list) else False  # PyYAML's None: [lists] in one line
-            text = yaml.safe_dump({option: given}, default_flow_style=in_one_line, allow_unicode=True, width=1000)
+            layout: dict[str, Any] = {"default_flow_style": in_one_line, "width": 1000}
+            layout |= {"sort_keys": False}  # of the sets of --dev the first chooses
+            text = yaml.safe_dump({option: given}, allow_unicode=True, **layout)
             lines.append(text.rstrip())
     return "\n".join(lines) + "\n"

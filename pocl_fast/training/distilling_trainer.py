@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.answers import evaluation
+from pocl_fast.answers.likelihood import LoadedModel
+from pocl_fast.answers.sample_scores import Scores
 from pocl_fast.curriculum.measured import student_engine
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
@@ -196,26 +198,26 @@ class DistillingTrainer(SavingTrainer):
         self.loss_parts.pause(time.perf_counter() - start)  # tokens/s is of training alone
         return metrics
 
-    def final_scores(self, eval_dataset: Any = None) -> tuple[evaluation.Scores, list[str]]:
-        """Scores of sampled answers over `eval_seeds` on the dev set, or on another one, and the first seed's answers:
-        the evaluation of the paper's tables. Call it before and after `train`."""
+    def final_scores(self, eval_dataset: Any = None) -> tuple[Scores, list[str]]:
+        """Scores of sampled answers over `eval_seeds` on the dev set, or on another one, with 95 % intervals over the
+        samples, and the first seed's answers: the evaluation of the paper's tables. Call it before and after
+        `train`."""
         dev = self._evaluated_set(eval_dataset)
         self.model.eval()  # type: ignore[union-attr]
         with (
             self.whole_student() as model,
             student_engine(model, self.encoder, self.args, bf16=self.precision.name == "bf16") as engine,
         ):
-            return evaluation.evaluate(
-                model,
-                dev.samples,
-                dev.encoded,
+            scores = evaluation.evaluate(
+                LoadedModel(model, self.packed),
+                dev,
                 self.encoder,
                 seeds=self.args.eval_seeds,
                 max_new_tokens=self.args.max_new_tokens,
-                packed=self.packed,
                 rouge_tokenizer=self.args.rouge_tokenizer,  # type: ignore[arg-type]  # checked by PoclConfig
                 engine=engine,
             )
+        return scores.summary(), [of_one[0] for of_one in scores.answers]
 
     def _evaluated_set(self, given: Any) -> SampleSet:
         dev = self.dev if given is None else sample_set(given, self.encoder, self.args, "eval_dataset", scored=True)

@@ -26,7 +26,7 @@ from pocl_fast.cutting.layer_choice import cut_student, measuring_of
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.packed import Rows
-from pocl_fast.data.sample_set import SampleSet, read_set
+from pocl_fast.data.sample_set import SampleSet, read_set, same_samples_lines
 from pocl_fast.inputs import adapters, usable
 from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.inputs.positions import check_positions
@@ -93,6 +93,10 @@ def training_parts(
     tokenizer = encoder.tokenizer
     samples = sample_set(training, encoder, args, "train_dataset")
     held_out = None if dev is None else sample_set(dev, encoder, args, "eval_dataset", scored=True)
+    if not said:
+        sets = [] if held_out is None else [("eval_dataset", held_out.used())]
+        for same in same_samples_lines(("train_dataset", samples.used()), sets):
+            _first_says(same)
     place = places(training, "train_dataset")
     student = student_of(student, tokenizer, peft_config, args, samples, place, precision)
     rows = rows_of(student)

@@ -4,14 +4,18 @@ import string
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_model, tiny_tokenizer
-from tiny_training import encoded_samples, student_model, transformers_loss
+from tiny_training import encoded_samples, student_model, teacher_model, transformers_loss
 
 from pocl_fast.answers import evaluation
 from pocl_fast.answers.engine import TorchEngine
-from pocl_fast.answers.evaluation import evaluate, exact_match, mean_token_cross_entropy, references_of
+from pocl_fast.answers.evaluation import evaluate, mean_token_cross_entropy, references_of
+from pocl_fast.answers.exact_match import exact_match
+from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder
+from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.records.samples import samples_from
 
 
@@ -107,7 +111,7 @@ def test_a_tool_call_behind_reasoning_is_compared_with_what_a_perfect_answer_is_
         assert encoder.answer_texts([one.response_ids[:-1]], [references]) == references
 
 
-def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tmp_path, monkeypatch):
+def test_each_sample_is_scored_under_each_seed_and_in_percent(tmp_path, monkeypatch):
     samples, encoded = encoded_samples(4)  # references "0", "1 1", "2 2 2", "3 3 3 3"
     answers = {10: ["0", "1 1", "2 2 2", "no"], 20: ["no", "1", "no", "no"]}
     asked = []
@@ -118,25 +122,48 @@ def test_scores_are_means_and_spread_over_the_seeds_of_means_over_the_samples(tm
 
     monkeypatch.setattr(evaluation, "answer_all", scripted)
     student, encoder = student_model(), SampleEncoder(tiny_tokenizer())
-    settings = {"engine": TorchEngine(student, 256), "seeds": (10, 20), "max_new_tokens": 4, "packed": True}
-    scores, first = evaluate(student, samples, encoded, encoder, **settings)
+    settings = {"engine": TorchEngine(student, 256), "seeds": (10, 20), "max_new_tokens": 4}
+    made = evaluate(LoadedModel(student, True), SampleSet(samples, encoded), encoder, **settings)
     assert asked == [(10, 1.0), (20, 1.0)]
-    assert first == answers[10]
-    by_seed = [75.0, 100 * (2 / 3) / 4]  # "1" for "1 1": precision 1, recall 1/2
+    assert [tuple(of_one) for of_one in made.answers] == list(zip(answers[10], answers[20], strict=True))
+    # "1" for "1 1": precision 1, recall 1/2
+    np.testing.assert_allclose(made.rouge_l, [[100, 0], [100, 200 / 3], [100, 0], [0, 0]])
+    assert made.exact_match.tolist() == [[True, False], [True, False], [True, False], [False, False]]
+    assert made.tokens.tolist() == [len(one.response_ids) for one in encoded]
+    assert made.cross_entropy == pytest.approx([transformers_loss(tiny_model(), one) for one in encoded], rel=1e-5)
+    assert made.mean_kl is None
+    scores = made.summary()
+    by_seed = [75.0, 100 * (2 / 3) / 4]
     assert scores.rouge_l == pytest.approx(np.mean(by_seed))
     assert scores.rouge_l_spread == pytest.approx((by_seed[0] - by_seed[1]) / 2)
     assert scores.exact_match == pytest.approx((75 + 0) / 2)
     assert scores.cross_entropy == pytest.approx(mean_token_cross_entropy(tiny_model(), encoded, packed=True), rel=1e-5)
-    assert (scores.seeds, scores.samples) == ((10, 20), 4)
-    assert scores.to_dict()["rouge_l"] == scores.rouge_l
+
+
+def test_with_a_teacher_each_samples_divergence_from_it_is_that_of_both_models_logits():
+    samples, encoded = encoded_samples(3)
+    student, teacher, encoder = student_model(), teacher_model(), SampleEncoder(tiny_tokenizer())
+    settings = {"engine": TorchEngine(student, 256), "seeds": [1], "max_new_tokens": 1}
+    made = evaluate(
+        LoadedModel(student, True),
+        SampleSet(samples, encoded),
+        encoder,
+        teacher=LoadedModel(teacher, True),
+        **settings,
+    )
+    ours, theirs = tiny_model(), tiny_model(layers=4, seed=1)
+    for one, mean_kl in zip(encoded, made.mean_kl, strict=True):
+        rows = slice(len(one.prompt_ids) - 1, -1)
+        with torch.no_grad():
+            q, p = (m(torch.tensor([one.ids])).logits[0, rows].double().log_softmax(-1) for m in (ours, theirs))
+        assert mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tmp_path):
-    samples, encoded = encoded_samples(6)
+    data = SampleSet(*encoded_samples(6))
     student, encoder = student_model(), SampleEncoder(tiny_tokenizer())
-    settings = {"engine": TorchEngine(student, 256, batch_size=4), "max_new_tokens": 6, "packed": True}
-    one, two, three = (
-        evaluate(student, samples, encoded, encoder, seeds=[seed], **settings)[1] for seed in (10, 10, 20)
-    )
+    settings = {"engine": TorchEngine(student, 256, batch_size=4), "max_new_tokens": 6}
+    made = evaluate(LoadedModel(student, True), data, encoder, seeds=[10, 10, 20], **settings)
+    one, two, three = zip(*made.answers, strict=True)
     assert one == two
     assert one != three

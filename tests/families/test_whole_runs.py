@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from tiny import arithmetic, tiny_tokenizer, write_jsonl
-from tiny_run import options, read_json, run
+from tiny_run import options, run, score_rows, scores_of
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,8 +66,7 @@ def test_a_run_with_this_family_leaves_a_student_that_transformers_reads(name, t
     assert (output / "difficulty.parquet").is_file()
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert {record["stage"] for record in metrics if "loss" in record} == {0, 1}
-    answers = (output / "answers-after.jsonl").read_text().splitlines()
-    assert len(answers) == 4
+    assert len(score_rows(output, "after")) == 4
 
     samples = dev_samples(inputs)
     want = by_transformers(output / "student", samples)
@@ -79,6 +78,6 @@ def test_a_run_with_this_family_leaves_a_student_that_transformers_reads(name, t
     check_each(got.split([len(one.response_ids) for one in samples]), want, "logits")
 
     labels = torch.tensor([token for one in samples for token in one.response_ids])
-    scores = read_json(output / "evaluation.json")
+    scores = scores_of(output)
     assert scores["after"]["cross_entropy"] == pytest.approx(float(cross_entropy(torch.cat(want), labels)), rel=1e-4)
     assert scores["after"]["cross_entropy"] != scores["before"]["cross_entropy"]

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
-from tiny_run import make_inputs, options, read_json, run
+from tiny_run import make_inputs, options, run, scores_of
 from tiny_training import encoded_samples
 
 from pocl_fast.data.packed import pack
@@ -155,7 +155,7 @@ def test_a_quantised_teacher_is_distilled_from(tmp_path, quantization):
     output = tmp_path / "out"
     words = options(inputs, teacher_quantization=quantization, stages=1, eval_seeds=(10,))
     assert run("distill", output, *words) == 0
-    results = read_json(output / "evaluation.json")
+    results = scores_of(output)
     assert results["after"]["cross_entropy"] != results["before"]["cross_entropy"]
     student = load_file(output / "student" / "model.safetensors")
     assert {tensor.dtype for tensor in student.values()} == {torch.float32}  # cut from the teacher as it was

@@ -112,11 +112,14 @@ def test_models_run_in_the_precision(changed, run_of, monkeypatch):
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-@reaches("train", "dev")
+@reaches("train", "dev", "test")
 def test_samples_are_read_from_the_files(changed, run_of, inputs):
-    context = run_of(**{name: inputs / file for name, file in changed.items()}).context
+    given = {name: {one: inputs / file for one, file in changed[name].items()} for name in ("dev", "test")}
+    context = run_of(train=inputs / changed["train"], **given).context
     assert [s.references[0] for s in context.train_set.samples] == ["0", "1 1", "2 2 2"]
     assert [s.references[0] for s in context.dev_set.samples] == ["50 50 50", "51 51 51 51"]
+    sets = [(one.named.role, one.named.name, len(one.data.encoded)) for one in context.evaluation_sets]
+    assert sets == [("dev", "two", 2), ("test", "others", 3), ("test", "more", 2)]
 
 
 @reaches("fields", "bad_records")
@@ -266,6 +269,6 @@ def test_every_option_is_shown_to_reach_what_it_is_for(monkeypatch):
 def test_a_trainer_has_every_option_but_those_that_it_is_given_as_arguments():
     own = {f.name for f in fields(PoclConfig)}
     lacks = {name for name in RunConfig().flat() if name not in own} - {"batch_size"}
-    assert lacks == {"teacher", "student", "train", "dev", "held_out", "set"}
+    assert lacks == {"teacher", "student", "train", "dev", "test", "held_out", "score_teacher", "set"}
     assert {f.name for f in fields(ModelNames)} <= {f.name for f in fields(RunModels)}
     assert [f.name for f in fields(TrainerArguments)] == ["set"]

@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tiny import write_jsonl
 from tiny_options import CHANGED, reaches
-from tiny_run import read_json
+from tiny_run import scores_of
 
 from pocl_fast.answers import decoding
 from pocl_fast.answers.rouge import rouge_l
@@ -150,10 +150,21 @@ def test_without_a_curriculum_there_is_one_stage_of_all_samples(changed, trainer
     assert [stage.size for stage in schedule.stages] == [8]
 
 
+@reaches("score_teacher")
+def test_the_teacher_is_scored_and_compared_with_only_where_it_is_to_be(changed, run_of):
+    for folder, given in (("usual", {}), ("without", changed)):
+        run = run_of(folder, **given)
+        run.evaluate("before")
+        run.evaluate("teacher")
+        scores = scores_of(run.path)
+        assert sorted(scores) == (["before"] if given else ["before", "teacher"])
+        assert (scores["before"]["mean_kl"] is None) == bool(given)
+
+
 @reaches("eval_seeds")
 def test_the_evaluation_samples_answers_from_each_seed(changed, run_of, trainer_with):
     run = run_of(**changed)
     run.evaluate("before")
-    assert read_json(run.path / "evaluation.json")["before"]["seeds"] == [3, 4]
+    assert scores_of(run.path)["before"]["seeds"] == [3, 4]
     scores, answers = trainer_with(changed).final_scores()
     assert (scores.seeds, scores.samples, len(answers)) == ((3, 4), 4, 4)

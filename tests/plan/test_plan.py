@@ -203,6 +203,7 @@ def test_times_are_of_every_step_and_what_was_trained_for_them_is_gone(inputs, t
         "measure",
         "measure the teacher",
         "evaluate before",
+        "evaluate the teacher",
         "the teacher's cache",
         "train",
         "evaluate in training",

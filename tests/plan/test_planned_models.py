@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer, write_jsonl
 from tiny_plan import planned, text
-from tiny_run import options, read_json, refusal, run
+from tiny_run import options, read_json, refusal, run, scores_of
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from pocl_fast.training.metrics import read_metrics
@@ -86,7 +86,7 @@ def test_held_out_samples_are_those_of_distill(inputs, adapted, capsys):
     plan = planned(capsys, *with_adapters(inputs))
     data, steps = plan["data"], plan["steps"]
     assert (data["train"]["records"], data["train"]["held_out"], data["train"]["samples"]) == (24, 2, 22)
-    assert data["dev"]["samples"] == read_json(adapted / "evaluation.json")["after"]["samples"] == 2
+    assert data["dev"]["samples"] == scores_of(adapted, "held-out")["after"]["samples"] == 2
     assert steps["exact"]
     assert steps["steps"] == max(record["step"] for record in read_metrics(adapted / "metrics.jsonl"))
     assert steps["stages"][0]["samples"] == len(read_json(adapted / "curriculum.json")["order"]) == 22

@@ -7,15 +7,14 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny import arithmetic, write_jsonl
-from tiny_run import options, read_json, run, select
+from tiny_run import options, read_json, run, scores_of, select
 
 from pocl_fast.reports.report import (
-    ScoreRow,
     StepRow,
-    result_rows,
     step_rows,
     summary_table,
     training_figure,
@@ -41,11 +40,11 @@ def copied(finished, tmp_path):
 
 def test_the_report_holds_the_scores_the_steps_and_the_stages(finished):
     _, output = finished
-    results = read_json(output / "evaluation.json")
+    results = scores_of(output)
     rows = table_rows(page(output))
-    cells = [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after")]
+    cells = [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after", "teacher")]
     assert ["cross-entropy, nats a token", *cells] in rows
-    steps = ["measure", "evaluate-before", "rank", "train", "evaluate-after", "in all"]
+    steps = ["measure", "evaluate-before", "evaluate-teacher", "rank", "train", "evaluate-after", "in all"]
     assert [row[0] for row in rows if row[-1].endswith("GiB")] == steps
     header = rows.index(["stage", "samples", "temperature", "alpha", "held-out ROUGE-L", "held-out cross-entropy"])
     stages = rows[header + 1 : header + 5]
@@ -93,10 +92,11 @@ def test_the_report_has_the_difficulty_of_each_stage_and_three_samples_of_it(fin
 
 def test_the_report_says_what_the_scores_are_of(finished, tmp_path):
     text = page(finished[1])
-    assert "8 samples, 2 sampled answers each; ± is the spread over the seeds" in text
+    assert "dev set, 8 samples: scores that chose the weights" in text
+    assert "2 answers a sample; ± is the spread over the seeds" in text
     (tmp_path / "steps.json").write_text("{}")
     (tmp_path / "config.yaml").write_text("")
-    assert "sampled answers" not in write_report(tmp_path).read_text(encoding="utf-8")
+    assert "answers a sample" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_the_report_shows_three_samples_as_the_model_sees_them(finished):
@@ -175,25 +175,31 @@ def test_the_picture_of_difficulty_is_the_one_in_the_run_directory(finished):
     assert picture in page(output)
 
 
-def test_the_report_shows_answers_to_the_same_prompts_and_the_options(finished):
-    _, output = finished
-    text = page(output)
-    before, after = (
-        [json.loads(line) for line in (output / f"answers-{when}.jsonl").read_text().splitlines()]
-        for when in ("before", "after")
-    )
-    shown = [row for row in table_rows(text) if len(row) == 4 and row[0].startswith("Say ")]
-    assert [row[1] for row in shown] == [answer["references"][0] for answer in before]
-    assert [answer["line"] for answer in before] == [answer["line"] for answer in after]
-    assert "batch_size: 4" in text
+def test_the_report_shows_the_answers_that_changed_most_and_the_options(copied):
+    better = [rescored(copied, when, rouge) for when, rouge in (("before", 0.0), ("after", 50.0))]
+    rows = table_rows(write_report(copied).read_text(encoding="utf-8"))
+    shown = [row for row in rows if len(row) == 5 and row[1].startswith("Say ")]
+    assert [row[0] for row in shown] == ["+50.0"] * 4
+    before, after = ({row["prompt"]: row for row in table} for table in better)
+    assert [row[2] for row in shown] == [before[row[1]]["references"][0] for row in shown]
+    assert [row[3:] for row in shown] == [[one[row[1]]["answers"][0] for one in (before, after)] for row in shown]
+    assert "batch_size: 4" in page(copied)
 
 
-def test_what_models_and_data_say_is_never_markup(finished, tmp_path):
-    output = shutil.copytree(finished[1], tmp_path / "copy")
-    for when in ("before", "after"):
-        record = {"line": 1, "prompt": "<script>alert(1)</script>", "references": ["<b>"], "answer": "&amp;"}
-        write_jsonl(output / f"answers-{when}.jsonl", [record])
-    text = write_report(output).read_text(encoding="utf-8")
+def rescored(output, when, rouge, **changed):
+    """Gives every answer to the set this ROUGE-L; the rows."""
+    path = output / "scores" / f"dev-{when}.parquet"
+    table = pq.read_table(path)
+    rows = [row | {"rouge_l": [rouge] * 2} | changed for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    return rows
+
+
+def test_what_models_and_data_say_is_never_markup(copied):
+    for when, rouge in (("before", 0.0), ("after", 50.0)):
+        asked = {"prompt": "<script>alert(1)</script>", "references": ["<b>"], "answers": ["&amp;", ""]}
+        rescored(copied, when, rouge, **asked)
+    text = write_report(copied).read_text(encoding="utf-8")
     assert "<script>" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "&amp;amp;" in text
@@ -205,7 +211,7 @@ def test_a_report_of_a_run_that_has_only_measured_leaves_the_rest_out(finished, 
     assert run("measure", output, *select(options(inputs), "measure")) == 0
     assert run("report", output) == 0
     rows = table_rows(page(output))
-    assert ["ROUGE-L, 0 to 100", "-", "-"] in rows
+    assert "Not evaluated yet." in page(output)
     assert [row[0] for row in rows if row[-1].endswith("GiB")] == ["measure", "in all"]
     assert "data:image" not in page(output)
     assert "<h2>Stages</h2>" not in page(output)
@@ -247,16 +253,6 @@ def test_a_report_without_a_run_is_one_clear_error(tmp_path):
         write_report(tmp_path)
 
 
-def test_scores_have_their_spread_and_a_dash_where_there_are_none(tmp_path):
-    scores = {"rouge_l": 12.345, "rouge_l_spread": 0.5, "exact_match": 3.21, "cross_entropy": 1.5}
-    (tmp_path / "evaluation.json").write_text(json.dumps({"before": scores}))
-    assert result_rows(tmp_path) == [
-        ScoreRow("ROUGE-L, 0 to 100", before="12.35 ± 0.50", after="-"),
-        ScoreRow("exact match, %", before="3.2", after="-"),
-        ScoreRow("cross-entropy, nats a token", before="1.500", after="-"),
-    ]
-
-
 def test_steps_have_times_and_memory_and_their_sum_and_peak():
     stamps = {
         "measure": {"done": True, "seconds": 50.0, "peak_bytes": 1 << 30},
@@ -273,8 +269,10 @@ def test_steps_have_times_and_memory_and_their_sum_and_peak():
 def test_the_terminals_table_has_scores_times_speed_and_the_reports_place(finished):
     _, output = finished
     lines = summary_table(output).splitlines()
-    results = read_json(output / "evaluation.json")
-    assert lines[0].split() == ["held-out", "samples", "before", "after"]
-    assert lines[3].split()[-2:] == [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after")]
+    results = scores_of(output)
+    assert lines[:2] == ["dev set, 8 samples: scores that chose the weights", lines[1]]
+    assert lines[1].split() == ["before", "after", "teacher"]
+    [losses] = [line for line in lines if line.startswith("cross-entropy")]
+    assert losses.split()[-3:] == [f"{results[when]['cross_entropy']:.3f}" for when in ("before", "after", "teacher")]
     assert re.fullmatch(r"training speed: [\d,]+ tokens/s", lines[-2])
     assert lines[-1] == f"report: {output / 'report.html'}"

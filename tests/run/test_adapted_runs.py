@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import arithmetic, tiny_tokenizer, write_jsonl
 from tiny_options import reaches
-from tiny_run import make_inputs, options, read_json, refusal, run, select
+from tiny_run import make_inputs, options, read_json, refusal, run, score_rows, scores_of, select
 from tiny_training import before_each_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,7 +60,7 @@ def test_the_student_of_a_run_is_its_adapters_with_the_cut_model_and_the_tokeniz
     assert AutoTokenizer.from_pretrained(student).chat_template
     assert (adapted / "checkpoints" / "stage-2" / "difficulty.parquet").is_file()  # measured again
     assert not list((adapted / "checkpoints").glob("checkpoint-*"))
-    assert sorted(read_json(adapted / "evaluation.json")) == ["after", "before"]
+    assert sorted(scores_of(adapted)) == ["after", "before", "teacher"]
     assert (adapted / "report.html").is_file()
 
 
@@ -79,7 +79,7 @@ def test_a_file_of_adapters_that_are_merged_leaves_the_same_student_whole(inputs
     whole = AutoModelForCausalLM.from_pretrained(output / "student", dtype=torch.float32)
     torch.testing.assert_close(logits(whole), trained_logits(adapted), rtol=0, atol=1e-5)
     assert not (output / "student" / "adapter_config.json").exists()
-    after = [read_json(folder / "evaluation.json")["after"]["cross_entropy"] for folder in (adapted, output)]
+    after = [scores_of(folder)["after"]["cross_entropy"] for folder in (adapted, output)]
     assert after[0] == pytest.approx(after[1], rel=1e-5)
     settings.rename(tmp_path / "moved.json")
     assert run("distill", output, *words(tmp_path / "moved.json")) == 0
@@ -195,14 +195,14 @@ def test_distill_needs_no_more_than_one_file(inputs, tmp_path, capsys):
     words, output = options(inputs, dev=None, **(LORA | {"stages": 1})), tmp_path / "out"
     assert run("distill", output, *words) == 0
     assert "held out: 1 of 12 samples, which are not trained on" in capsys.readouterr().out
-    scores = read_json(output / "evaluation.json")
+    scores = scores_of(output, "held-out")
     assert (scores["before"]["samples"], scores["after"]["samples"]) == (1, 1)
-    held_out = json.loads((output / "answers-after.jsonl").read_text())["line"] - 1
+    held_out = score_rows(output, "after", "held-out")[0]["line"] - 1
     assert held_out not in read_json(output / "curriculum.json")["order"]
     assert run("evaluate", output) == 0  # as the run recorded it
     other = write_jsonl(tmp_path / "other.jsonl", arithmetic(12, start=1))
     said = refusal(capsys, "evaluate", output, "--train", str(other))
-    assert "'evaluate-before' was made with other input (dev data: was held out of " in said
+    assert "'evaluate-before' was made with other input (held-out data: was held out of " in said
     assert "--dev (or --held-out) is missing" in refusal(
         capsys, "evaluate", tmp_path / "new", *select(options(inputs, dev=None), "evaluate")
     )

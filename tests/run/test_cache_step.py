@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from tiny_cache import flip, shards
-from tiny_run import make_inputs, options, read_json, refusal, run, select, weights
+from tiny_run import make_inputs, options, refusal, run, scores_of, select, weights
 
 from pocl_fast.settings.configuration import recorded_config
 from pocl_fast.teacher.teacher import Teacher
@@ -39,7 +39,7 @@ def test_a_run_whose_cache_was_filled_ahead_never_runs_the_teachers_body(inputs,
         assert run("distill", output, *words) == 0
     assert [path.stat().st_mtime_ns for path in shards(output)] == before
     assert run("distill", tmp_path / "usual", *words) == 0
-    before, after = (read_json(tmp_path / name / "evaluation.json")["after"] for name in ("usual", "out"))
+    before, after = (scores_of(tmp_path / name)["after"] for name in ("usual", "out"))
     # batches of another composition round otherwise: not the same bits
     assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-4)
 
@@ -67,7 +67,7 @@ def test_a_run_on_rounded_entries_learns_what_a_run_on_whole_ones_learns(inputs,
     loss = {}
     for name, given in {"whole": {"cache_dtype": "fp32"}, "other": {"cache_dtype": "int8"}}.items():
         assert run("distill", tmp_path / name, *brief(inputs, learning_rate=1e-3, epochs_per_stage=2, **given)) == 0
-        loss[name] = read_json(tmp_path / name / "evaluation.json")["after"]["cross_entropy"]
+        loss[name] = scores_of(tmp_path / name)["after"]["cross_entropy"]
     assert weights(tmp_path / "whole") != weights(tmp_path / "other")
     assert loss["other"] == pytest.approx(loss["whole"], rel=2e-3)
 

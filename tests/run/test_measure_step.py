@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from forked import Forked
 from ranks import gloo
-from tiny import tiny_tokenizer, write_jsonl
+from tiny import arithmetic, tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, refusal, run, select
 
 from pocl_fast.answers import engine
@@ -179,6 +179,14 @@ def test_an_interrupted_measure_goes_on_and_keeps_its_finished_parts(finished, t
     assert asked == [8, 8, 8]
     assert (output / "difficulty.parquet").read_bytes() == (whole / "difficulty.parquet").read_bytes()
     assert not (output / "difficulty.parts").exists()
+
+
+def test_copies_in_a_file_that_is_read_in_pieces_are_counted(finished, tmp_path, monkeypatch, capsys):
+    inputs, _ = finished
+    monkeypatch.setattr(files, "LARGE", 0)
+    train = write_jsonl(tmp_path / "train.jsonl", [*arithmetic(4), *arithmetic(3)])
+    assert run("measure", tmp_path / "out", *select(options(inputs, train=train, max_new_tokens=1), "measure")) == 0
+    assert capsys.readouterr().out.count(f"{train}: 3 of 7 samples are copies of others") == 1
 
 
 def _ends_before_the_first_answer(path):

@@ -54,7 +54,7 @@ def test_the_same_command_again_does_nothing(copied, capsys):
     assert run("distill", output, *options(inputs)) == 0
     said = capsys.readouterr().out
     assert state(output) == before
-    for step in ("measure", "evaluate-before", "rank", "train", "evaluate-after"):
+    for step in ("measure", "evaluate-before", "evaluate-teacher", "rank", "train", "evaluate-after"):
         assert f"{step}: already done" in said
     assert said.count("report: ") == 1
 

@@ -5,7 +5,7 @@ import shutil
 import torch
 from safetensors.torch import load_file
 from tiny import arithmetic, write_jsonl
-from tiny_run import options, read_json, refusal, run, select
+from tiny_run import options, refusal, run, scores_of, select
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -35,5 +35,5 @@ def test_train_refuses_data_that_was_not_measured(copied, capsys, tmp_path):
 def test_a_restarted_training_takes_the_old_students_scores_away(copied):
     inputs, output = copied
     assert run("train", output, *select(options(inputs, learning_rate=0.01), "train"), "--restart") == 0
-    assert sorted(read_json(output / "evaluation.json")) == ["before"]
-    assert not (output / "answers-after.jsonl").exists()
+    assert sorted(scores_of(output)) == ["before", "teacher"]
+    assert not (output / "scores" / "dev-after.parquet").exists()

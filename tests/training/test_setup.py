@@ -271,3 +271,18 @@ def test_a_dev_set_for_which_rouge_is_blind_is_called_so(tmp_path, capsys):
     trainer = trainer_of(tmp_path, curriculum=curriculum_of(4, stages=1))
     trainer.evaluate([{"prompt": "问题", "response": "答案"}, {"prompt": "q", "response": "a"}])
     assert "eval_dataset: ROUGE-L is blind for 1 of 2 references" in capsys.readouterr().out
+
+
+def test_samples_that_are_trained_on_and_scored_too_are_counted_before_training(tmp_path, capsys):
+    args = PoclConfig(output_dir=str(tmp_path), **FOUR)
+    PoclTrainer(
+        tiny_model(),
+        tiny_model(layers=3, seed=1),
+        args,
+        [*arithmetic(4), *arithmetic(2)],
+        arithmetic(3, 2),
+        tiny_tokenizer(),
+    )
+    said = capsys.readouterr().out
+    assert "train_dataset: 2 of 6 samples are copies of others" in said
+    assert "eval_dataset: 2 of 3 samples are among the training samples too: the student is trained on them" in said
