@@ -61,8 +61,8 @@ class ModelOptions:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products. bf16 is autocast on a GPU; on a CPU it is oneDNN's bf16 mode, whose results stay
     fp32, and the teacher's layers are bf16. Weights, optimizer and loss are fp32 either way. "auto" is bf16 on a GPU
-    that has it. On a CPU that has it, both are timed for half a second and the faster is taken, fp32 within 5 %; the
-    choice is kept in precision.json for all steps."""
+    that has it. On a CPU that has it, both are timed for half a second and the faster is taken, fp32 where bf16 gains
+    less than a twentieth; the choice is kept in precision.json for all steps."""
     device: str = "auto"
     """Where to run: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1"."""
     trust_remote_code: bool = False

@@ -22,7 +22,7 @@ from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.inspection.of_run import lengths_part, samples_part
 from pocl_fast.inspection.page import style
 from pocl_fast.reports.difficulty_report import difficulty_notes, read_ranked, sample_rows, stage_rows
-from pocl_fast.reports.scores import changed_answers, score_tables, text_lines
+from pocl_fast.reports.score_tables import changed_answers, score_tables, text_lines
 from pocl_fast.settings.configuration import recorded_config
 from pocl_fast.system.console import duration
 from pocl_fast.system.errors import InputError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pocl_fast.answers.sample_scores import Asked, SampleScores, write_scores
-from pocl_fast.reports.scores import changed_answers, score_tables, text_lines
+from pocl_fast.reports.score_tables import changed_answers, score_tables, text_lines
 
 SCORES = {
     "seeds": [1, 2], "rouge_l": 12.345, "rouge_l_spread": 0.5, "rouge_l_interval": [10.0, 14.567],
