@@ -162,7 +162,8 @@ def _draw_losses(axis: Any, steps: list[dict[str, Any]]) -> None:
     places = [r["step"] for r in steps]
     label = "divergence to the teacher, at the stage's temperature"
     axis.plot(places, [r["ce"] for r in steps], color=CE_COLOUR, label="cross-entropy of the references", lw=1.4)
-    axis.plot(places, [r["divergence"] for r in steps], color=DIVERGENCE_COLOUR, label=label, lw=1.4)
+    if any("divergence" in r for r in steps):  # supervised fine-tuning has none
+        axis.plot(places, [r["divergence"] for r in steps], color=DIVERGENCE_COLOUR, label=label, lw=1.4)
     axis.set(xlabel="optimizer step", ylabel="nats a token", title="Training batches")
 
 

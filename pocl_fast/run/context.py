@@ -239,7 +239,7 @@ class RunContext:
 
     def _answered_by_teacher(self, samples: SampleSet) -> SampleSet:
         from pocl_fast.teacher.teacher import teacher_fingerprint
-        from pocl_fast.training.setup import answered_by_teacher
+        from pocl_fast.training.given_teacher import answered_by_teacher
 
         self.check_vocabularies()
         model = self.teacher_model()
