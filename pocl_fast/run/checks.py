@@ -14,6 +14,7 @@ from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import stages_over
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.train_step import trainer_arguments
+from pocl_fast.run.warmup_step import warmup_arguments
 
 if TYPE_CHECKING:
     from pocl_fast.training.arguments import PoclConfig
@@ -29,6 +30,7 @@ def check(context: RunContext, *, missing: Collection[Part] = ()) -> PoclConfig:
     """
     chosen_signals(context.config.difficulty.signals)
     arguments = trainer_arguments(context)
+    warmup_arguments(context)
     context.check_teacher_device()
     context.check_engine()
     count = len(context.train_file.encoded)

@@ -14,17 +14,19 @@ from pocl_fast.run.directory import WRITES
 from pocl_fast.system import ranks
 from pocl_fast.system.files import write_json, write_text
 
-When = Literal["before", "after"]
+When = Literal["before", "warmed", "after"]
 
 
 def evaluate_step(context: RunContext, when: When) -> None:
-    """Evaluates the student "before" training, as it was given, or "after" -> evaluation.json, answers-*.jsonl."""
+    """Evaluates the student "before" training, as it was given, "warmed" up, or "after" -> evaluation.json,
+    answers-*.jsonl."""
     step = f"evaluate-{when}"
     if not context.begins(step, "evaluation.json"):
         return
     dev = context.dev_set
     with context.directory.timed(step):
-        student = context.student() if when == "before" else context.trained_student()
+        load = {"before": context.given_student, "warmed": context.student, "after": context.trained_student}
+        student = load[when]()
         with context.precision.autocast(), context.engine(student.model) as engine:
             scores, answers = evaluation.evaluate(
                 student.model,
