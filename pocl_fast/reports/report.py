@@ -31,10 +31,11 @@ CE_COLOUR, DIVERGENCE_COLOUR, SCORE_COLOUR = "#1f5fa8", "#d1603d", "#3a7d44"
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A score of the student before and after training, as text."""
+    """A score of the student before and after training, and after its warm-up, as text."""
 
     name: str
     before: str
+    warmed: str
     after: str
 
 
@@ -71,6 +72,8 @@ def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
         name=run.name,
         config=(run / "config.yaml").read_text(encoding="utf-8"),
         evaluated=_evaluated(run),
+        kind="Fine-tuning" if "sft" in stamps else "Distillation",
+        warmup=warmup_line(stamps),
         results=result_rows(run),
         steps=step_rows(stamps),
         stages=_stages(run),
@@ -87,14 +90,17 @@ def summary_table(run: Path) -> str:
     """The run in a few lines for the terminal: scores before and after training, each step's time and memory, the speed
     of training and the report's path."""
     stamps = _json(run / "steps.json")
-    lines = [f"{'held-out samples':<28}{'before':>14}{'after':>14}"]
-    lines += [f"{row.name:<28}{row.before:>14}{row.after:>14}" for row in result_rows(run)]
-    lines.append("")
+    warmed = f"{'warmed up':>14}" if warmup_line(stamps) else ""
+    lines = [f"{'held-out samples':<28}{'before':>14}{warmed}{'after':>14}"]
+    for row in result_rows(run):
+        lines.append(f"{row.name:<28}{row.before:>14}{f'{row.warmed:>14}' if warmed else ''}{row.after:>14}")
+    lines += ["", *([line, ""] if (line := warmup_line(stamps)) else [])]
     lines.append(f"{'step':<28}{'time':>14}{'peak memory':>14}")
     lines += [f"{row.name:<28}{row.time:>14}{row.memory:>14}" for row in step_rows(stamps)]
-    if "tokens_per_second" in stamps.get("train", {}):
+    trained = stamps.get("train") or stamps.get("sft") or {}
+    if "tokens_per_second" in trained:
         lines.append("")
-        lines.append(f"training speed: {stamps['train']['tokens_per_second']:,.0f} tokens/s")
+        lines.append(f"training speed: {trained['tokens_per_second']:,.0f} tokens/s")
     lines.append(f"report: {run / 'report.html'}")
     return "\n".join(lines)
 
@@ -115,9 +121,22 @@ def result_rows(run: Path) -> list[ScoreRow]:
         ("cross-entropy, nats a token", "cross_entropy", "{:.3f}", None),
     ]
     return [
-        ScoreRow(name, cell("before", key, form, spread), cell("after", key, form, spread))
+        ScoreRow(name, *(cell(when, key, form, spread) for when in ("before", "warmed", "after")))
         for name, key, form, spread in scores
     ]
+
+
+def warmup_line(stamps: dict[str, Any]) -> str:
+    """What a run's warm-up was, in words; empty without one, and before it is done."""
+    known = stamps.get("warmup", {})
+    if not known.get("done"):
+        return ""
+    first, last = known["losses"]
+    steps = f"{known['steps']:,} step" + ("" if known["steps"] == 1 else "s")
+    return (
+        f"warm-up: {steps} of supervised fine-tuning on {known['samples']:,} training samples, whose cross-entropy went"
+        f" from {first:.3f} to {last:.3f} nats a token"
+    )
 
 
 def _evaluated(run: Path) -> str:

@@ -251,9 +251,9 @@ def test_scores_have_their_spread_and_a_dash_where_there_are_none(tmp_path):
     scores = {"rouge_l": 12.345, "rouge_l_spread": 0.5, "exact_match": 3.21, "cross_entropy": 1.5}
     (tmp_path / "evaluation.json").write_text(json.dumps({"before": scores}))
     assert result_rows(tmp_path) == [
-        ScoreRow("ROUGE-L, 0 to 100", before="12.35 ± 0.50", after="-"),
-        ScoreRow("exact match, %", before="3.2", after="-"),
-        ScoreRow("cross-entropy, nats a token", before="1.500", after="-"),
+        ScoreRow("ROUGE-L, 0 to 100", before="12.35 ± 0.50", warmed="-", after="-"),
+        ScoreRow("exact match, %", before="3.2", warmed="-", after="-"),
+        ScoreRow("cross-entropy, nats a token", before="1.500", warmed="-", after="-"),
     ]
 
 
