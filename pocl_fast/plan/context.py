@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.models import loading
 from pocl_fast.options.run import RunConfig
 from pocl_fast.run.checks import Part, check
@@ -59,6 +60,10 @@ class PlanContext(RunContext):
             raise InputError("give --teacher or --student: their tokenizer says how long the samples are")
         tokenizer: PreTrainedTokenizerBase = loading.load_tokenizer(source, trust_remote_code=chosen.trust_remote_code)
         return tokenizer
+
+    def _kept_student(self, *, warmed: bool) -> LoadedModel:
+        """The student as it is given: a plan warms none up, and its sizes are those of the warmed-up one."""
+        return super()._kept_student(warmed=False)
 
     def check(self) -> PoclConfig:
         """Raises `InputError` for what `distill` would refuse before its first step; what needs a part that is not

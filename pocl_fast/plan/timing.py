@@ -23,6 +23,7 @@ from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.step_plan import Batches, StepPlan
+from pocl_fast.plan.warmup import WarmupPlan
 from pocl_fast.training.arguments import PoclConfig
 
 WARM = 1  # steps before those that are timed: the first one makes the optimizer's state
@@ -56,6 +57,7 @@ def time_plan(
     steps: StepPlan,
     batches: Batches,
     encoded: Sequence[EncodedSample],
+    warmup: WarmupPlan | None = None,
 ) -> list[StepTime]:
     """The time of each step of `distill`, in their order. Loads both models, and prints what a training says of its
     steps. Raises `InputError` as the steps do."""
@@ -77,15 +79,17 @@ def time_plan(
     if both:
         found.append(StepTime("measure the teacher", both * tokens, f"{SCORED} samples"))
     training, evaluation = _training(trial, batches, steps, tokens), []
+    warming = [] if warmup is None else [_warming(trial, batches, steps, warmup)]
     if dev is not None:
         once = dev.seconds + scored * sum(map(len, context.dev_set.encoded))
         count, seeds = steps.evaluations, len(context.config.evaluation.eval_seeds)
         training += [StepTime("evaluate in training", count * once, f"{count} times {once:.1f} s")] if count else []
         final = once + (seeds - 1) * dev.seconds
         evaluation = [
-            StepTime(f"evaluate {when}", final, f"{seeds} seeds; {dev.timed}") for when in ("before", "after")
+            StepTime(f"evaluate {when}", final, f"{seeds} seeds; {dev.timed}")
+            for when in ("before", *(("warmed up",) if warming else ()), "after")
         ]
-    return [*found, *evaluation[:1], *training, *evaluation[1:]]
+    return [found[0], *warming, *found[1:], *evaluation[:-1], *training, *evaluation[-1:]]
 
 
 class _Answering:
@@ -139,6 +143,13 @@ def _training(trial: Trial, batches: Batches, steps: StepPlan, tokens: int) -> l
         StepTime("the teacher's cache", trial.cache * tokens, f"{1 / trial.cache:,.0f} tokens/s"),
         StepTime("train", each * steps.steps, timed),
     ]
+
+
+def _warming(trial: Trial, batches: Batches, steps: StepPlan, warmup: WarmupPlan) -> StepTime:
+    """By the training's steps, which compare with a teacher too."""
+    sizes = [steps.accumulation * sum(map(len, one)) for one in (batches.typical, batches.largest)]
+    each = step_seconds(warmup.tokens / warmup.steps, sizes, (trial.typical, trial.largest))
+    return StepTime("warm up", each * warmup.steps, f"at most: {warmup.steps:,} steps as the training's")
 
 
 def step_seconds(tokens: float, sizes: Sequence[int], seconds: Sequence[float]) -> float:
