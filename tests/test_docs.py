@@ -115,12 +115,12 @@ def found(module: str) -> bool:
 
 @pytest.fixture(scope="module")
 def options():
-    """Every option of `pocl-fast distill`, `plan` and `inspect`, as their help names them."""
+    """Every option of `pocl-fast distill`, `sft`, `plan` and `inspect`, as their help names them."""
     import contextlib
     import io
 
     said = io.StringIO()
-    for command in ("distill", "plan", "inspect"):
+    for command in ("distill", "sft", "plan", "inspect"):
         with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
             main([command, "--help"])
     return set(re.findall(r"--[a-z][a-z0-9-]+", said.getvalue()))
