@@ -112,8 +112,7 @@ def measured_curriculum(
                 seed=options.measure_seed,
                 rouge_tokenizer=options.rouge_tokenizer,
             )
-        if teacher_columns(options.signals):
-            assert teacher is not None  # else such signals are refused
+        if teacher is not None and teacher_columns(options.signals):
             measure_cached_teacher(loaded, teacher, samples, folder / TEACHER_SCORES)
     scores = read_scores(table, chosen_signals(options.signals))
     curriculum = make_curriculum(scores, options)

@@ -76,7 +76,8 @@ def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
         warmup=warmup_line(stamps),
         results=result_rows(run),
         steps=step_rows(stamps),
-        stages=_stages(run),
+        stages=(stages := _stages(run)),
+        compares=_compares(run, stages),
         training_curve=_picture(training_figure(run)),
         **_difficulty(run),
         **_samples(run, stamps, encoder),
@@ -131,12 +132,10 @@ def warmup_line(stamps: dict[str, Any]) -> str:
     known = stamps.get("warmup", {})
     if not known.get("done"):
         return ""
-    first, last = known["losses"]
+    losses = " to ".join(f"{loss:.3f}" for loss in known["losses"])
     steps = f"{known['steps']:,} step" + ("" if known["steps"] == 1 else "s")
-    return (
-        f"warm-up: {steps} of supervised fine-tuning on {known['samples']:,} training samples, whose cross-entropy went"
-        f" from {first:.3f} to {last:.3f} nats a token"
-    )
+    made = f"warm-up: {steps} of supervised fine-tuning on {known['samples']:,} training samples"
+    return f"{made}, whose cross-entropy went from {losses} nats a token" if losses else made
 
 
 def _evaluated(run: Path) -> str:
@@ -251,6 +250,11 @@ def _stages(run: Path) -> list[dict[str, Any]]:
         best = max(evaluations, key=_goodness, default={})
         rows.append({**stage, "rouge_l": best.get("eval_rouge_l"), "cross_entropy": best.get("eval_cross_entropy")})
     return rows
+
+
+def _compares(run: Path, stages: list[dict[str, Any]]) -> bool:
+    """Whether some step's loss compares the student with a teacher."""
+    return recorded_config(run).rollouts.rollouts != "none" or any(stage["alpha"] < 1 for stage in stages)
 
 
 def _goodness(evaluation: dict[str, Any]) -> tuple[float, float, int]:

@@ -85,7 +85,7 @@ _LOGS = ("logging_steps", "report_to", "save_minutes")
 READS = {
     "warmup": Reads(
         ("models", "data", "adapters", "warmup", "optimisation", "trainer"),
-        (*_DEVICES, *_TEACHER, *_SPEED, "dev", "merge_adapters"),
+        (*_DEVICES, *_TEACHER, "dev", "merge_adapters", "activation_checkpointing"),
         set_aside=NOT_IN_WARMUP,
     ),
     "measure": Reads(

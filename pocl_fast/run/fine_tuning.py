@@ -51,8 +51,8 @@ def fine_tune(
         check_merges(trainer.model, merging)
     trainer.train(resume_from_checkpoint=True)
     save_student(trainer.model, context.tokenizer, folder, merges=merges, say=context.say)
-    losses = [record["ce"] for record in read_metrics(metrics) if "ce" in record]
-    facts = {"steps": trainer.state.global_step, "samples": len(samples.encoded), "losses": [losses[0], losses[-1]]}
+    losses = [record["ce"] for record in read_metrics(metrics) if "ce" in record] if metrics.exists() else []
+    facts = {"steps": trainer.state.global_step, "samples": len(samples.encoded), "losses": losses[:1] + losses[-1:]}
     return facts | training_speed(metrics) | length_facts(context)
 
 

@@ -105,7 +105,8 @@ def trainer_arguments(context: RunContext) -> PoclConfig:
 
 def training_speed(metrics: Path) -> dict[str, float]:
     """How many tokens were trained on, and how many a second."""
-    steps = [record for record in read_metrics(metrics) if "tokens" in record]
+    records = read_metrics(metrics) if metrics.exists() else []  # of a training that logs nothing
+    steps = [record for record in records if "tokens" in record]
     tokens = sum(record["tokens"] for record in steps)
     seconds = sum(record["tokens"] / record["tokens_per_second"] for record in steps)
     return {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}

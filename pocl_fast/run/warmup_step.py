@@ -34,11 +34,7 @@ def warmup_step(context: RunContext) -> None:
         merging = "the warm-up merges its adapters into the student"
         facts |= fine_tune(context, student, arguments, folder, dev=None, merges=True, merging=merging)
     remove_checkpoints(arguments)
-    first, last = facts["losses"]
-    context.say(
-        f"warm-up: done, {facts['steps']} steps; the cross-entropy of the references was {first:.3f} nats a token in"
-        f" the first step and {last:.3f} in the last ones; the student is in {context.path / WARMED}"
-    )
+    context.say(f"warm-up: done, {facts['steps']} steps; the student is in {context.path / WARMED}")
 
 
 def _check_student(context: RunContext) -> None:

@@ -118,10 +118,8 @@ def training_parts(
     with half:
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
         router = adds_router_loss(causal_lm(student), _first_says)
-    compares = {"alpha", "rollouts"} & uses.keys()
-    return TrainingParts(
-        student, tokenizer, encoder, samples, held_out, precision, packed, router, kept, distils=bool(compares)
-    )
+    compares = not {"alpha", "rollouts"}.isdisjoint(uses)
+    return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, router, kept, compares)
 
 
 def _first_says(text: str) -> None:

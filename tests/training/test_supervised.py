@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_tokenizer
 from tiny_training import (
     before_each_batch,
     curriculum_of,
@@ -19,8 +20,10 @@ from torch.nn.utils import clip_grad_norm_
 from pocl_fast.curriculum.schedule import Place
 from pocl_fast.data.packed import pack
 from pocl_fast.system.errors import InputError
+from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.metrics import read_metrics
 from pocl_fast.training.micro_batches import MicroBatch
+from pocl_fast.training.trainer import PoclTrainer
 
 PLAIN = {"kind": "none", "supervised": True, "learning_rate": 2e-3}
 OF_A_TEACHER = {"divergence", "teacher_entropy", "agreement", "temperature", "alpha"}
@@ -164,3 +167,9 @@ def test_a_teacher_whose_answers_are_trained_on_is_not_compared_with(tmp_path, c
     assert trainer.teacher is None
     assert "KD" not in capsys.readouterr().out
     assert not list((tmp_path / "teacher_cache").glob("*.safetensors"))
+
+
+def test_no_samples_are_refused(tmp_path):
+    args = PoclConfig(output_dir=str(tmp_path), curriculum="none", stages=1, alpha=[1.0], use_cpu=True)
+    with pytest.raises(InputError, match="train_dataset"):
+        PoclTrainer(student_model(), None, args, [], None, tiny_tokenizer())
