@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from pocl_fast.options.commands import DemoOutput, FineTuning, Inspection, Output, Plan, Step
 from pocl_fast.options.declaring import option_name
 from pocl_fast.options.run import RunConfig
 from pocl_fast.options.training import OptimisationOptions
 from pocl_fast.reports.compare_command import Compared, compare
+from pocl_fast.settings import fine_tuning
 from pocl_fast.settings.configuration import PAIRS, from_options, read_yaml, recorded_config
 from pocl_fast.settings.evaluation_sets import SETS
 from pocl_fast.system import tokenizer_threads
@@ -26,71 +28,20 @@ from pocl_fast.system.errors import InputError, Interrupted, OtherRankFailed
 from pocl_fast.system.typed_values import did_you_mean, hints_of
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where the run lives."""
-
-    output: Path
-    """The run directory: made if it is not there, continued if it holds this run."""
-
-
-@dataclass(frozen=True)
-class Step(Output):
-    """Where the run lives, and where its options come from."""
-
-    config: Path | None = None
-    """A YAML file with any options of a run (same names); options on the command line win over it."""
-    restart: bool = False
-    """Do a step again where the run directory holds it made with other options or files; without this, that stops."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where the options come from, and how the plan is printed."""
-
-    output: Path | None = None
-    """The run directory to be: what it holds is read, nothing is written there."""
-    config: Path | None = None
-    """A YAML file with any options of a run (same names); options on the command line win over it."""
-    json: bool = False
-    """Print the plan as JSON."""
-    time: bool = False
-    """Load the models too, time a few steps in a temporary folder, and say how long the run will take."""
-
-
-@dataclass(frozen=True)
-class DemoOutput(Output):
-    """Where the run lives."""
-
-    output: Path = Path("runs/demo")
-    """The run directory: made if it is not there, continued if it holds this run."""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Which samples to show, and where their options come from."""
-
-    output: Path | None = None
-    """A run whose options are taken: files, models, template, limits; nothing is written there."""
-    config: Path | None = None
-    """A YAML file with any options of a run (same names); options on the command line win over it."""
-    model: str | None = None
-    """The model whose tokenizer is taken, as for --student; without it the student's, or else the teacher's."""
-    line: int | None = None
-    """The record to show, by the number that messages give it; without it, the first one."""
-    count: int = 1
-    """How many records to show, from that one on."""
-    ids: bool = False
-    """List the tokens too, with their places and ids, one a line."""
-    html: Path | None = None
-    """Write a page of the samples to this file, too."""
-
-
 def _distill(run: Any) -> None:
+    run.distill()
+    _print_summary(run)
+
+
+def _fine_tune(run: Any) -> None:
+    run.fine_tune()
+    _print_summary(run)
+
+
+def _print_summary(run: Any) -> None:
     from pocl_fast.reports.report import summary_table
     from pocl_fast.system.ranks import is_first
 
-    run.distill()
     if is_first():
         print("\n" + summary_table(run.path))
 
@@ -98,6 +49,8 @@ def _distill(run: Any) -> None:
 def _evaluate(run: Any) -> None:
     run.evaluate("before")
     run.evaluate("teacher")
+    if run.is_warmed_up:
+        run.evaluate("warmed")
     if (run.path / "student").is_dir():
         run.evaluate("after")
 
@@ -147,10 +100,20 @@ COMMANDS: dict[str, Command] = {
         step=Plan,
         opens_run=False,
     ),
+    "sft": Command(
+        "Fine-tune a model on the references, without a teacher: evaluate, train, evaluate, report; stops and resumes.",
+        _fine_tune,
+        (*_DATA, "adapters", "generation", "stages", "optimisation", "logging", "trainer", "evaluation"),
+        step=FineTuning,
+        unread=(
+            *("teacher", "student", "teacher_quantization", "teacher_device", "data_source"),
+            *("within_stage", "epochs_per_stage", "fresh_optimizer", "fresh_learning_rate", "remeasure"),
+        ),
+    ),
     "measure": Command(
         "Measure how hard each training sample is for the student -> difficulty.parquet, teacher_scores.parquet.",
         lambda run: run.measure(),
-        (*_DATA, "generation", "difficulty"),
+        (*_DATA, "generation", "difficulty", "warmup", "adapters", "optimisation", "trainer"),
     ),
     "rank": Command(
         "Rank the samples easy to hard and cut them into stages: difficulty.parquet -> curriculum.json.",
@@ -166,7 +129,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "Train the student along curriculum.json -> checkpoints, metrics.jsonl, student/.",
         lambda run: run.train(),
-        (*_DATA, "generation", *_TRAINING),
+        (*_DATA, "generation", "warmup", *_TRAINING),
     ),
     "evaluate": Command(
         "Evaluate the student before and after training, and the teacher, on all sets -> evaluation.json, scores/."
@@ -200,7 +163,7 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 HELD_OUT = 100  # samples that are held out of a training file that is all there is
-HOLD_OUT = ("distill", "plan")  # by themselves
+HOLD_OUT = ("distill", "plan", "sft")  # by themselves
 NEED_A_RUN = ("rank", "train", "report")  # of what an earlier step left
 
 
@@ -286,6 +249,8 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
 
     output = _value_of(arguments, "--output") if command.reads_options else None
     base = recorded_config(output) if output else RunConfig()
+    if name == "sft":
+        base = fine_tuning.begun(base)
     if hasattr(command.step, "config") and (yaml_file := _value_of(arguments, "--config")):
         base = read_yaml(yaml_file, base)
     groups = {group: _command_line_group(getattr(base, group), command.unread) for group in command.groups}
@@ -294,7 +259,8 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
     read: Any = Annotated[made, tyro.conf.OmitArgPrefixes]
     given: Any = tyro.cli(read, prog=f"pocl-fast {name}", description=command.help, args=_with_one_of_each(arguments))
     options = {option: value for group in groups for option, value in vars(getattr(given, group)).items()}
-    return given, from_options(options, base)
+    config = from_options(options, base)
+    return given, fine_tuning.completed(config, given.model, given.epochs) if name == "sft" else config
 
 
 def _command_line_group(group: Any, unread: Sequence[str] = ()) -> type:

@@ -120,7 +120,7 @@ def options():
     import io
 
     said = io.StringIO()
-    for words in (["distill"], ["plan"], ["inspect"], ["compare"], ["evaluate", "--predictions"]):
+    for words in (["distill"], ["sft"], ["plan"], ["inspect"], ["compare"], ["evaluate", "--predictions"]):
         with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
             main([*words, "--help"])
     return set(re.findall(r"--[a-z][a-z0-9-]+", said.getvalue()))

@@ -54,9 +54,11 @@ def trainer_of(
     student: Any = None,
     teacher: Any = None,
     dev: bool = True,
+    supervised: bool = False,
     **options: Any,
 ) -> PoclTrainer:
-    """A trainer on as many samples as the curriculum has, or `count`; 4 dev samples."""
+    """A trainer on as many samples as the curriculum has, or `count`; 4 dev samples; `supervised` without a
+    teacher."""
     folder.mkdir(exist_ok=True)
     train_set = SampleSet(*encoded_samples(count or len(curriculum.order)))
     if "kind" in options:  # of the configuration
@@ -66,9 +68,13 @@ def trainer_of(
         "per_device_train_batch_size": 4, "epochs_per_stage": 1, "max_new_tokens": 2, "precision": "fp32",
         "use_cpu": True, "max_length": 96, "max_prompt_length": 80,
     }  # fmt: skip
+    if supervised:
+        settings["alpha"] = [1.0, 1.0]
+    elif teacher is None:
+        teacher = Teacher(teacher_model(), folder / "teacher_cache", cache_dtype=torch.float32)
     return PoclTrainer(
         student or student_model(),
-        teacher or Teacher(teacher_model(), folder / "teacher_cache", cache_dtype=torch.float32),
+        teacher,
         PoclConfig(output_dir=str(folder), **(settings | options)),
         train_set,
         SampleSet(*encoded_samples(4, start=200)) if dev else None,

@@ -66,7 +66,7 @@ class MeasureOptions(EngineOptions, StageSettings, Protocol):
 
 def measured_curriculum(
     student: contextlib.AbstractContextManager[LoadedModel],
-    teacher: Teacher,
+    teacher: Teacher | None,
     samples: SampleSet,
     encoder: SampleEncoder,
     options: MeasureOptions,
@@ -112,7 +112,7 @@ def measured_curriculum(
                 seed=options.measure_seed,
                 rouge_tokenizer=options.rouge_tokenizer,
             )
-        if teacher_columns(options.signals):
+        if teacher is not None and teacher_columns(options.signals):
             measure_cached_teacher(loaded, teacher, samples, folder / TEACHER_SCORES)
     scores = read_scores(table, chosen_signals(options.signals))
     curriculum = make_curriculum(scores, options)
@@ -126,14 +126,16 @@ def measured_curriculum(
     return curriculum
 
 
-def measured_from(student: Any, teacher: Teacher, samples: Sequence[EncodedSample], options: MeasureOptions) -> str:
+def measured_from(
+    student: Any, teacher: Teacher | None, samples: Sequence[EncodedSample], options: MeasureOptions
+) -> str:
     """Identifies what a student's difficulty is measured on: its weights, the samples, the options, and the teacher
     where a signal reads it."""
     named = {"max_new_tokens", *(n for one in (MeasureOptions, EngineOptions, StageSettings) for n in _properties(one))}
     settings = [(name, getattr(options, name)) for name in sorted(named)]
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(weights_fingerprint(causal_lm(student)).encode())
-    if teacher_columns(options.signals):
+    if teacher_columns(options.signals) and teacher is not None:
         digest.update(teacher.fingerprint.encode())
     for sample in samples:
         digest.update(sample.fingerprint)
@@ -144,11 +146,15 @@ def _properties(protocol: type) -> list[str]:
     return [name for name, value in vars(protocol).items() if isinstance(value, property)]
 
 
-def check_measurable(student: Any, teacher: Teacher, options: MeasureOptions, device: torch.device) -> None:
+def check_measurable(student: Any, teacher: Teacher | None, options: MeasureOptions, device: torch.device) -> None:
     """Raises `InputError` where the difficulty cannot be measured as the options say: signals read the teacher and its
     cache lacks what they need, or vLLM is to answer and cannot."""
     vllm_answers(student, options, device)
-    if (columns := teacher_columns(options.signals)) and not isinstance(teacher.cache.entries, HiddenEntries):
+    if not (columns := teacher_columns(options.signals)):
+        return
+    if teacher is None:
+        raise InputError(f"the signals {options.signals!r} read a teacher ({', '.join(columns)}), and there is none")
+    if not isinstance(teacher.cache.entries, HiddenEntries):
         raise InputError(top_k_lacks(columns))
 
 

@@ -120,6 +120,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
 
 
+def placeable(model: Any) -> bool:
+    """Whether a model may be moved to another device: it is not spread, quantised or sharded."""
+    chosen = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    return not chosen and not is_sharded(model)
+
+
 def random_ids(model: Any, rows: int, length: int, seed: int = 0) -> Tensor:
     """[rows, length] tokens that mean nothing special to the model (as places of images do), on its input device."""
     configs = [model.config, model.config.get_text_config()]

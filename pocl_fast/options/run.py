@@ -17,6 +17,7 @@ from pocl_fast.options.training import (
     RolloutOptions,
     ScheduleOptions,
     StageOptions,
+    WarmupOptions,
 )
 
 
@@ -53,6 +54,7 @@ class RunConfig:
     adapters: AdapterOptions = field(default_factory=AdapterOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     difficulty: DifficultyOptions = field(default_factory=DifficultyOptions)
+    warmup: WarmupOptions = field(default_factory=WarmupOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     stages: StageOptions = field(default_factory=StageOptions)
@@ -71,9 +73,8 @@ class RunConfig:
 
     def trainer_options(self) -> dict[str, Any]:
         """Field name -> value of what a run and `PoclConfig` both have."""
-        only_runs = {
-            f.name for group in (ModelNames, DataFiles, TeacherEvaluation, TrainerArguments) for f in fields(group)
-        }
+        alone = (ModelNames, DataFiles, WarmupOptions, TeacherEvaluation, TrainerArguments)
+        only_runs = {f.name for group in alone for f in fields(group)}
         groups = (getattr(self, group.name) for group in fields(self))
         return {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in only_runs}
 

@@ -116,6 +116,21 @@ class LoggingOptions:
 
 
 @dataclass
+class WarmupOptions:
+    """A warm-up of the student: supervised fine-tuning on the references before it is measured. The learning rate's
+    warm-up is another thing: --set warmup_steps=N."""
+
+    warmup_epochs: Count | None = None
+    """Fine-tune the student for so many passes over the training samples before its difficulty with them is measured;
+    without it, or warmup_steps, it is measured and trained as it is given."""
+    warmup_steps: Count | None = None
+    """The same by optimizer steps, instead of passes. (Steps in which the learning rate rises are --set
+    warmup_steps=N.)"""
+    warmup_learning_rate: Positive | None = None
+    """Peak of the warm-up's learning rate, which falls by one cosine to 0; without it, that of the training."""
+
+
+@dataclass
 class RolloutOptions:
     """The student's own answers in training."""
 

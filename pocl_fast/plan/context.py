@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.cutting.layer_choice import check_choice
 from pocl_fast.models import loading
 from pocl_fast.models.precision import PRECISION_FILE
@@ -65,6 +66,10 @@ class PlanContext(RunContext):
             raise InputError("give --teacher or --student: their tokenizer says how long the samples are")
         tokenizer: PreTrainedTokenizerBase = loading.load_tokenizer(source, trust_remote_code=chosen.trust_remote_code)
         return tokenizer
+
+    def _kept_student(self, *, warmed: bool) -> LoadedModel:
+        """The student as it is given: a plan warms none up, and its sizes are those of the warmed-up one."""
+        return super()._kept_student(warmed=False)
 
     def check(self) -> PoclConfig:
         """Raises `InputError` for what `distill` would refuse before its first step; what needs a part that is not

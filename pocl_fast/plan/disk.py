@@ -17,6 +17,7 @@ from pocl_fast.inputs.saved_adapters import adapter_bytes, is_adapted, saved_byt
 from pocl_fast.models.parameters import num_parameters
 from pocl_fast.options.training import CacheOptions
 from pocl_fast.plan.shapes import distinct
+from pocl_fast.plan.warmup import WarmupPlan
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.cache import bytes_needed
 from pocl_fast.teacher.shards import HIDDEN_DTYPES, Entries, HiddenEntries, TopKEntries
@@ -34,6 +35,7 @@ class DiskPlan:
     checkpoint: int | None  # one
     checkpoints: int  # that are there at a time
     best_weights: int | None  # of all stages, at most
+    warmed: int | None  # the warmed-up student, which stays
     student: int | None  # as it is saved
     saved: str | None  # how that is
     peak: int  # all of this at once
@@ -55,6 +57,7 @@ def disk_plan(
     state: float,
     saves: int,
     evaluations: int,
+    warmup: WarmupPlan | None,
     output: Path | None,
 ) -> DiskPlan:
     """The numbers of a run. Models are on the meta device; `state` are the optimizer's bytes a trained weight, `saves`
@@ -62,7 +65,7 @@ def disk_plan(
     place = _existing(output)
     entries = None if teacher is None else entries_of(teacher, arguments)
     cache = None if entries is None else bytes_needed(entries, list({s.fingerprint: s for s in encoded}.values()))
-    checkpoint = best = whole = saved_as = None
+    checkpoint = best = whole = warmed = saved_as = None
     kept = 0 if str(getattr(arguments.save_strategy, "value", arguments.save_strategy)) == "no" else saves
     if arguments.save_total_limit is not None:
         kept = min(kept, arguments.save_total_limit + 1)  # an old one goes once the new one is whole
@@ -75,13 +78,18 @@ def disk_plan(
         best = trained * _most_best(arguments, evaluations, kept)
         whole = words + (saved_bytes(student, whole=arguments.merge_adapters) if adapted else saved)
         saved_as = _how_saved(student, whole=arguments.merge_adapters) if adapted else "whole"
+        if warmup is not None:
+            warmed = words + (saved_bytes(student, whole=True) if adapted else saved)
     peak = (cache or 0) + kept * (checkpoint or 0) + (best or 0) + (whole or 0)
+    if warmup is not None:  # its checkpoints are gone when the training begins
+        peak = (warmed or 0) + max(peak, warmup.checkpoints * (checkpoint or 0))
     return DiskPlan(
         cache=cache,
         cache_entries=None if entries is None else entries.name,
         checkpoint=checkpoint,
         checkpoints=kept,
         best_weights=best,
+        warmed=warmed,
         student=whole,
         saved=saved_as,
         peak=peak,

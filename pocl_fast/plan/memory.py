@@ -64,6 +64,7 @@ class Sizes:
     measures: bool  # the difficulty of the training samples
     scores_teacher: bool  # to measure difficulty
     evaluates_teacher: bool  # on the held-out samples
+    warms_up: bool  # whether the student is fine-tuned before it is measured
     base: int  # bytes of the process before models are loaded; 0 on a GPU
 
     @property
@@ -83,7 +84,9 @@ class Sizes:
 def memory_plan(sizes: Sizes) -> list[StepMemory]:
     """The peak of each step of `distill`, in their order."""
     name = "measure, evaluate" if sizes.measures else "evaluate"
-    found = [StepMemory(name, _measuring(sizes))] if sizes.prompts else []
+    found = [StepMemory("warm up", _warming(sizes))] if sizes.warms_up else []
+    if sizes.prompts:
+        found.append(StepMemory(name, _measuring(sizes)))
     if sizes.teacher is None:
         return found
     if sizes.scores_teacher:
@@ -105,6 +108,36 @@ def _measuring(sizes: Sizes) -> dict[str, int]:
     if scores + sum(copies.values()) > sum(answering.values()):
         return parts | copies | {"scores: hidden states, logits": scores}
     return parts | answering
+
+
+def _warming(sizes: Sizes) -> dict[str, int]:
+    """A step of cross-entropy alone; the teacher is there where the student was cut from it."""
+    parts = _start(sizes) | _of_steps(sizes)
+    if sizes.cut and sizes.teacher is not None:
+        parts["teacher's weights"] = _teacher_weights(sizes)
+    return parts | {"gradients, activations, loss": _step(sizes, teacher_columns=0)}
+
+
+def _of_steps(sizes: Sizes) -> dict[str, int]:
+    """What a training holds between its steps, beside the models."""
+    trained = sum(p.numel() for p in distinct(sizes.student) if p.requires_grad)
+    parts = {"optimizer's state": int(sizes.state * trained)}
+    return parts | ({"freed, not yet given back, at most": GROWTH} if sizes.on_cpu else {})
+
+
+def _step(sizes: Sizes, *, teacher_columns: int) -> int:
+    """Bytes of forward, loss and backward of the largest micro-batch."""
+    peak = training_peak(
+        sizes.student,
+        sum(map(len, sizes.batches.largest)),
+        sum(one.supervised_count for one in sizes.batches.largest),
+        teacher_columns=teacher_columns,
+        device=sizes.precision.device,
+        bf16=sizes.bf16,
+        checkpointing=sizes.checkpointing,
+        accumulates=sizes.accumulates,
+    )
+    return sizes.bytes_of(peak)
 
 
 def _forward(sizes: Sizes, model: Any, tokens: int) -> int:
@@ -138,26 +171,12 @@ def _loading(sizes: Sizes) -> dict[str, int]:
 
 def _training(sizes: Sizes) -> dict[str, int]:
     """The largest of a step, of an evaluation between steps, and of a batch of the teacher's."""
-    trained = sum(p.numel() for p in distinct(sizes.student) if p.requires_grad)
-    parts = _start(sizes)
-    parts["optimizer's state"] = int(sizes.state * trained)
-    parts["teacher's weights"] = _kept_teacher(sizes)
-    if sizes.on_cpu:
-        parts["freed, not yet given back, at most"] = GROWTH
+    parts = _start(sizes) | _of_steps(sizes) | {"teacher's weights": _kept_teacher(sizes)}
     tokens = sum(map(len, sizes.batches.largest))
     supervised = sum(one.supervised_count for one in sizes.batches.largest)
     head = causal_lm(sizes.teacher).get_output_embeddings().weight
-    peak = training_peak(
-        sizes.student,
-        tokens,
-        supervised,
-        teacher_columns=0 if sizes.top_k else len(head),
-        device=sizes.precision.device,
-        bf16=sizes.bf16,
-        checkpointing=sizes.checkpointing,
-        accumulates=sizes.accumulates,
-    )
-    step = sizes.bytes_of(peak) + FP32 * supervised * head.shape[1]  # the teacher's hidden states
+    step = _step(sizes, teacher_columns=0 if sizes.top_k else len(head))
+    step += FP32 * supervised * head.shape[1]  # the teacher's hidden states
     of_teacher = _forward(sizes, sizes.teacher, tokens)
     answering = _answering(sizes) if sizes.evaluates else {}
     if sum(answering.values()) > max(step, of_teacher):

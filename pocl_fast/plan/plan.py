@@ -28,6 +28,7 @@ from pocl_fast.plan.optimizer import ADAM, state_bytes_a_weight
 from pocl_fast.plan.shapes import ModelPlan, empty_model, empty_student, model_plan
 from pocl_fast.plan.step_plan import StepPlan, planned_schedule, step_plan, trial_batches
 from pocl_fast.plan.timing import StepTime, time_plan
+from pocl_fast.plan.warmup import WarmupPlan, warmup_plan
 from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.teacher.loading import WITH_STUDENT
 from pocl_fast.training.arguments import PoclConfig
@@ -51,6 +52,7 @@ class Plan:
     """What a run would take; None for parts that a model or an option is missing for, which `notes` say."""
 
     data: dict[str, DataPlan] = field(default_factory=dict)  # train, dev
+    warmup: WarmupPlan | None = None  # None without one, too
     steps: StepPlan | None = None
     models: dict[str, ModelPlan] = field(default_factory=dict)  # teacher, student
     disk: DiskPlan | None = None
@@ -108,6 +110,7 @@ class _Maker:
         self._data()
         self._answers()
         self._models()
+        self.plan.warmup = warmup_plan(self.context, self.encoded)
         schedule, ordered = planned_schedule(self.arguments, self.encoded, self.context.output)
         batches = trial_batches(schedule, self.encoded)
         steps = step_plan(schedule, self.arguments, self.encoded, batches, ordered=ordered)
@@ -123,6 +126,7 @@ class _Maker:
             state=state,
             saves=max(1, passes),
             evaluations=steps.evaluations if self.context.has_dev else 0,
+            warmup=self.plan.warmup,
             output=self.context.output,
         )
         if self.student is not None:
@@ -130,7 +134,9 @@ class _Maker:
         self._not_counted(times=times)
         if times and self._can_be_timed():
             with contextlib.redirect_stdout(io.StringIO()):  # what a training says of its steps
-                self.plan.times = time_plan(self.context, self.arguments, schedule, steps, batches, self.encoded)
+                self.plan.times = time_plan(
+                    self.context, self.arguments, schedule, steps, batches, self.encoded, self.plan.warmup
+                )
 
     def _data(self) -> None:
         context, data = self.context, self.config.data
@@ -226,6 +232,7 @@ class _Maker:
             measures=measures,
             scores_teacher=measures and bool(teacher_columns(config.difficulty.signals)),
             evaluates_teacher=bool(sets) and context.scores_teacher,
+            warms_up=self.plan.warmup is not None,
             base=psutil.Process().memory_info().rss if context.device.type == "cpu" else 0,
         )
 

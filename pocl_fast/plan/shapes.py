@@ -19,6 +19,7 @@ from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.loading import readable_errors, resolve
 from pocl_fast.models.parameters import as_trainable, num_parameters
 from pocl_fast.options.run import RunConfig
+from pocl_fast.run.directory import warms_up
 from pocl_fast.system.errors import InputError
 
 
@@ -89,6 +90,8 @@ def empty_student(config: RunConfig, teacher: Any) -> tuple[Any, int]:
     if chosen.student_layers is not None:
         model = cut_on_meta(model, chosen.student_layers)
     whole = num_parameters(model)
+    if warms_up(config):
+        model.name_or_path = ""  # its source's, which it is not any more
     adapters = configuration_of(config.adapters)
     if adapters is None:
         return as_trainable(model), whole

@@ -13,6 +13,7 @@ from pocl_fast.plan.plan import MemoryPlan, Plan
 from pocl_fast.plan.shapes import ModelPlan
 from pocl_fast.plan.step_plan import StepPlan
 from pocl_fast.plan.timing import StepTime
+from pocl_fast.plan.warmup import WarmupPlan
 from pocl_fast.system.console import duration, size
 
 WIDTH = 100
@@ -22,6 +23,8 @@ NAME = 44  # characters of the names before values
 def plan_table(plan: Plan) -> str:
     """All parts that the plan has, and its notes."""
     parts = [_data(name, data) for name, data in plan.data.items()]
+    if plan.warmup is not None:
+        parts.append(_warmup(plan.warmup))
     if plan.steps is not None:
         parts.append(_steps(plan.steps))
     if plan.models:
@@ -79,6 +82,17 @@ def _quantiles(data: DataPlan) -> list[str]:
     return [f"  {name:<20}" + "".join(f"{value:>10}" for value in values) for name, values in rows]
 
 
+def _warmup(warmup: WarmupPlan) -> str:
+    pairs = [
+        ("samples", warmup.samples),
+        ("passes", f"{warmup.passes:g}"),
+        ("optimizer steps", warmup.steps),
+        ("tokens in all passes", warmup.tokens),
+        ("learning rate, at its peak", f"{warmup.learning_rate:g}"),
+    ]
+    return "\n".join(["Warm-up (supervised fine-tuning, before the student is measured)", *_pairs(pairs)])
+
+
 def _steps(steps: StepPlan) -> str:
     lines = ["Steps", "  stage     samples    passes       steps   temperature     alpha"]
     for one in steps.stages:
@@ -119,6 +133,8 @@ def _disk(disk: DiskPlan) -> str:
     if disk.checkpoint is not None:
         pairs.append(("checkpoints at a time", f"{disk.checkpoints} of {size(disk.checkpoint)}"))
         pairs.append(("best weights of the stages, at most", size(disk.best_weights or 0)))
+        if disk.warmed is not None:
+            pairs.append(("the warmed-up student", size(disk.warmed)))
         how = "" if disk.saved == "whole" else f" ({disk.saved})"
         pairs.append((f"the student{how}", size(disk.student or 0)))
     pairs.append(("in all, at most", size(disk.peak)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.step_plan import Batches, StepPlan
+from pocl_fast.plan.warmup import WarmupPlan
 from pocl_fast.training.arguments import PoclConfig
 
 WARM = 1  # steps before those that are timed: the first one makes the optimizer's state
@@ -56,6 +57,7 @@ def time_plan(
     steps: StepPlan,
     batches: Batches,
     encoded: Sequence[EncodedSample],
+    warmup: WarmupPlan | None = None,
 ) -> list[StepTime]:
     """The time of each step of `distill`, in their order. Loads both models, and prints what a training says of its
     steps. Raises `InputError` as the steps do."""
@@ -83,6 +85,7 @@ def time_plan(
     if reads_teacher:
         found.append(StepTime("measure the teacher", both * tokens, f"{SCORED} samples"))
     training = _training(trial, batches, steps, tokens)
+    warming = [] if warmup is None else [_warming(trial, batches, steps, warmup)]
     before: list[StepTime] = []
     after: list[StepTime] = []
     if answering:
@@ -90,7 +93,9 @@ def time_plan(
         count = steps.evaluations
         training += [StepTime("evaluate in training", count * once, f"{count} times {once:.1f} s")] if count else []
         before, after = _evaluations(context, sets, answering, of_teacher, scored, both)
-    return [*found, *before, *training, *after]
+    if warming and before:
+        before.append(replace(before[0], step="evaluate warmed up"))
+    return [found[0], *warming, *found[1:], *before, *training, *after]
 
 
 def _evaluations(
@@ -173,6 +178,13 @@ def _training(trial: Trial, batches: Batches, steps: StepPlan, tokens: int) -> l
         StepTime("the teacher's cache", trial.cache * tokens, f"{1 / trial.cache:,.0f} tokens/s"),
         StepTime("train", each * steps.steps, timed),
     ]
+
+
+def _warming(trial: Trial, batches: Batches, steps: StepPlan, warmup: WarmupPlan) -> StepTime:
+    """By the training's steps, which compare with a teacher too."""
+    sizes = [steps.accumulation * sum(map(len, one)) for one in (batches.typical, batches.largest)]
+    each = step_seconds(warmup.tokens / warmup.steps, sizes, (trial.typical, trial.largest))
+    return StepTime("warm up", each * warmup.steps, f"at most: {warmup.steps:,} steps as the training's")
 
 
 def step_seconds(tokens: float, sizes: Sequence[int], seconds: Sequence[float]) -> float:

@@ -55,11 +55,14 @@ def write_report(run: Path, encoder: SampleEncoder | None = None) -> Path:
         version=__version__,
         name=run.name,
         config=(run / "config.yaml").read_text(encoding="utf-8"),
+        kind="Fine-tuning" if "sft" in stamps else "Distillation",
         layers=_layers(run),
+        warmup=warmup_line(stamps),
         results=score_tables(run),
         steps=step_rows(stamps),
-        stages=_stages(run),
+        stages=(stages := _stages(run)),
         stages_note=_stages_note(run),
+        compares=_compares(run, stages),
         training_curve=_picture(training_figure(run)),
         **_difficulty(run),
         **_samples(run, stamps, encoder),
@@ -74,13 +77,26 @@ def summary_table(run: Path) -> str:
     the report's path."""
     stamps = _json(run / "steps.json")
     lines = text_lines(run)
+    lines += [line, ""] if (line := warmup_line(stamps)) else []
     lines.append(f"{'step':<28}{'time':>17}{'peak memory':>17}")
     lines += [f"{row.name:<28}{row.time:>17}{row.memory:>17}" for row in step_rows(stamps)]
-    if "tokens_per_second" in stamps.get("train", {}):
+    trained = stamps.get("train") or stamps.get("sft") or {}
+    if "tokens_per_second" in trained:
         lines.append("")
-        lines.append(f"training speed: {stamps['train']['tokens_per_second']:,.0f} tokens/s")
+        lines.append(f"training speed: {trained['tokens_per_second']:,.0f} tokens/s")
     lines.append(f"report: {run / 'report.html'}")
     return "\n".join(lines)
+
+
+def warmup_line(stamps: dict[str, Any]) -> str:
+    """What a run's warm-up was, in words; empty without one, and before it is done."""
+    known = stamps.get("warmup", {})
+    if not known.get("done"):
+        return ""
+    losses = " to ".join(f"{loss:.3f}" for loss in known["losses"])
+    steps = f"{known['steps']:,} step" + ("" if known["steps"] == 1 else "s")
+    made = f"warm-up: {steps} of supervised fine-tuning on {known['samples']:,} training samples"
+    return f"{made}, whose cross-entropy went from {losses} nats a token" if losses else made
 
 
 def _layers(run: Path) -> str:
@@ -124,7 +140,8 @@ def _draw_losses(axis: Any, steps: list[dict[str, Any]]) -> None:
     places = [r["step"] for r in steps]
     label = "divergence to the teacher, at the stage's temperature"
     axis.plot(places, [r["ce"] for r in steps], color=CE_COLOUR, label="cross-entropy of the references", lw=1.4)
-    axis.plot(places, [r["divergence"] for r in steps], color=DIVERGENCE_COLOUR, label=label, lw=1.4)
+    if any("divergence" in r for r in steps):  # supervised fine-tuning has none
+        axis.plot(places, [r["divergence"] for r in steps], color=DIVERGENCE_COLOUR, label=label, lw=1.4)
     axis.set(xlabel="optimizer step", ylabel="nats a token", title="Training batches")
 
 
@@ -202,6 +219,11 @@ def _stages_note(run: Path) -> str:
     """Which samples the stages have, in words."""
     usual = "Each stage trains on the easiest samples, more of them than the one before"
     return (control_line(recorded_config(run).schedule) or usual) + "."
+
+
+def _compares(run: Path, stages: list[dict[str, Any]]) -> bool:
+    """Whether some step's loss compares the student with a teacher."""
+    return recorded_config(run).rollouts.rollouts != "none" or any(stage["alpha"] < 1 for stage in stages)
 
 
 def _goodness(evaluation: dict[str, Any]) -> tuple[float, float, int]:

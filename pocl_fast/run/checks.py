@@ -18,6 +18,7 @@ from pocl_fast.run.context import RunContext
 from pocl_fast.run.directory import required
 from pocl_fast.run.scored_sets import check_sets
 from pocl_fast.run.train_step import trainer_arguments
+from pocl_fast.run.warmup_step import warmup_arguments
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.pair import Vocabulary, check_top_k
 
@@ -35,6 +36,7 @@ def check(context: RunContext, *, missing: Collection[Part] = ()) -> PoclConfig:
     """
     chosen_signals(context.config.difficulty.signals)
     arguments = trainer_arguments(context)
+    warmup_arguments(context)
     context.check_teacher_device()
     context.check_engine()
     count = len(context.train_file.encoded)

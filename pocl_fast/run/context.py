@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from functools import cached_property
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pocl_fast.answers import vllm
@@ -42,8 +40,9 @@ from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.options.run import RunConfig
 from pocl_fast.records.samples import Sample
 from pocl_fast.run.cut_student import cut_of_run
-from pocl_fast.run.directory import RunDirectory, required
+from pocl_fast.run.directory import WARMED, RunDirectory, required, warms_up
 from pocl_fast.run.scored_sets import ScoredSet, check_sets, same_samples, scored_set
+from pocl_fast.run.teacher_answers import answered
 from pocl_fast.settings.evaluation_sets import NamedSet, evaluations_choose, sets_of
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -77,6 +76,7 @@ class RunContext:
         self.device = choose_device(config.models.device)
         self._teacher_model: Any = None
         self._student: LoadedModel | None = None
+        self._is_warmed = False  # whether that is the warmed-up one
         self._compared: frozenset[str] | None = None  # the samples with which the vocabularies were compared
         self._pair_said = self._same_said = False
         self.reports: dict[str, LengthReport] = {}  # of what was read: --train, or a set by its name
@@ -238,22 +238,13 @@ class RunContext:
         return samples
 
     def _answered_by_teacher(self, samples: SampleSet) -> SampleSet:
-        from pocl_fast.teacher.teacher import teacher_fingerprint
-        from pocl_fast.training.setup import answered_by_teacher
-
         self.check_vocabularies()
         model = self.teacher_model()
         self._check_usable(model, "teacher")
-        options = SimpleNamespace(**asdict(self.config.generation), max_length=self.config.data.max_length)
-        with self.precision.autocast():
-            return answered_by_teacher(
-                samples,
-                model,
-                self.encoder,
-                self.path / "teacher_answers",
-                fingerprint=teacher_fingerprint(model, self.precision.of_teacher),
-                options=options,
-                student_rows=self._student_rows(model).both,
+        rows, precision = self._student_rows(model).both, self.precision
+        with precision.autocast():
+            return answered(
+                samples, model, self.encoder, self.config, self.path, precision=precision.of_teacher, rows=rows
             )
 
     # -- the teacher ------------------------------------------------------------------------------------------------
@@ -312,21 +303,34 @@ class RunContext:
     # -- the student ------------------------------------------------------------------------------------------------
 
     def student(self) -> LoadedModel:
-        """The student before training, in fp32; loaded once and kept until `take_student`."""
-        if self._student is None:
-            self._student = self.ready(self._load_student(), "student")
-        return self._student
+        """The student that is measured and trained, warmed up or not, in fp32; kept until `take_student`."""
+        return self._kept_student(warmed=warms_up(self.config))
 
-    def take_student(self) -> LoadedModel:
-        """The student before training, for its caller to change: the context keeps none."""
-        student, self._student = self.student(), None
+    def given_student(self) -> LoadedModel:
+        """The student as it was given, before any training; kept as `student` is."""
+        return self._kept_student(warmed=False)
+
+    def take_student(self, *, given: bool = False) -> LoadedModel:
+        """The student (or the one that was `given`), for its caller to change: the context keeps none."""
+        student, self._student = self.given_student() if given else self.student(), None
         return student
+
+    def _kept_student(self, *, warmed: bool) -> LoadedModel:
+        if self._student is None or self._is_warmed != warmed:
+            self._student = None  # before the other one takes its memory
+            made = self._load_saved(WARMED) if warmed else self._load_student()
+            self._student, self._is_warmed = self.ready(made, "student"), warmed
+        return self._student
 
     def trained_student(self) -> LoadedModel:
         """The student that the run trained."""
+        return self.ready(self._load_saved("student"), "trained student")
+
+    def _load_saved(self, name: str) -> Any:
         trusted = self.config.models.trust_remote_code
-        model = loading.load_model(str(self.path / "student"), device=self.device, trust_remote_code=trusted)
-        return self.ready(model, "trained student")
+        model = loading.load_model(str(self.path / name), device=self.device, trust_remote_code=trusted)
+        model.name_or_path = ""  # adapters for it are saved with it: the run's folder may be moved
+        return model
 
     def _load_student(self) -> Any:
         from pocl_fast.teacher.loading import WITH_STUDENT

@@ -42,6 +42,8 @@ class Reads:
     but: tuple[str, ...]  # options that do not change the step's result
     files: tuple[str, ...] = ()
     to_remeasure: tuple[str, ...] = ()  # options that only --remeasure reads here
+    set_aside: tuple[str, ...] = ()  # beginnings of the names of --set arguments that it does not read
+    student: bool = False  # whether it is made from the student that is measured, which a warm-up has made
 
     def options(self, config: RunConfig) -> dict[str, Any]:
         """The values of these options, by name; an argument of --set under its own."""
@@ -59,12 +61,17 @@ class Reads:
             values = {name: value for name, value in values.items() if name not in _OF_COMPETENCE}
         if config.data.dev:
             values.pop("held_out", None)
-        values |= {f"--set {name}": value for name, value in others.items() if not name.startswith(_AROUND)}
+        if "warmup" in self.groups and config.warmup.warmup_learning_rate is not None:
+            values.pop("learning_rate")
+        unread = (*_AROUND, *self.set_aside)
+        values |= {f"--set {name}": value for name, value in others.items() if not name.startswith(unread)}
         return {name: value for name, value in values.items() if name not in self.but}
 
 
 LAYERS = "layers"  # no step of its own: the choice of layers that measuring makes for a student, for all steps
+WARMED = "warmup/student"  # the warmed-up student
 STUDENT, STUDENT_ADAPTERS = "student/model.safetensors", "student/adapter_model.safetensors"
+_WARM = "warmed-up student"
 _OF_ADAPTERS = ("lora_alpha", "lora_targets", "merge_adapters")  # which mean nothing without adapters
 _OF_COMPETENCE = ("initial_competence", "full_competence")
 _DEVICES = ("device", "teacher_device")
@@ -76,10 +83,24 @@ _AROUND = (
     "torch_empty_cache_steps", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
     "skip_memory_metrics", "debug",
 )  # fmt: skip
+# and those that a warm-up does without: its learning rate is one cosine, nothing is evaluated or uploaded
+NOT_IN_WARMUP = (
+    "lr_scheduler", "warmup_", "max_steps", "eval_", "metric_for_best_model", "greater_is_better", "hub_",
+    "push_to_hub", "run_name",
+)  # fmt: skip
 _TRAINING = ("loss", "stages", "optimisation", "logging", "trainer", "rollouts", "cache")
+_SPEED = ("generation_batch_size", "generation_batch_tokens", "activation_checkpointing")
+_LOGS = ("logging_steps", "report_to", "save_minutes")
 READS = {
-    "measure": Reads(("models", "data", "generation", "difficulty"), (*_DEVICES, *_TEACHER, *SETS, "signals")),
-    "measure-teacher": Reads(("models", "data"), (*_DEVICES, *SETS)),
+    "warmup": Reads(
+        ("models", "data", "adapters", "warmup", "optimisation", "trainer"),
+        (*_DEVICES, *_TEACHER, *SETS, "merge_adapters", "activation_checkpointing"),
+        set_aside=NOT_IN_WARMUP,
+    ),
+    "measure": Reads(
+        ("models", "data", "generation", "difficulty"), (*_DEVICES, *_TEACHER, *SETS, "signals"), student=True
+    ),
+    "measure-teacher": Reads(("models", "data"), (*_DEVICES, *SETS), student=True),
     "rank": Reads(
         ("difficulty", "schedule"), ("measure_temperature", "measure_seed"), ("difficulty.parquet", TEACHER_SCORES)
     ),
@@ -93,18 +114,25 @@ READS = {
     ),
     "train": Reads(
         ("models", "data", "adapters", "generation", "difficulty", "schedule", *_TRAINING),
-        (
-            *_DEVICES, "test", "generation_batch_size", "generation_batch_tokens", "activation_checkpointing",
-            "logging_steps", "report_to", "save_minutes",
-        ),
+        (*_DEVICES, "test", *_SPEED, *_LOGS),
         ("curriculum.json",),
         (
             "generation_engine", "signals", "measure_temperature", "measure_seed", "rrf_k", "ties", "temperature",
             "alpha",
         ),
+        student=True,
+    ),
+    "sft": Reads(
+        ("models", "data", "adapters", "generation", "stages", "optimisation", "logging", "trainer"),
+        (*_DEVICES, *_TEACHER, *_SPEED, *_LOGS, "test", "data_source", "generation_engine"),
     ),
     "evaluate-before": Reads(
         ("models", "data", "generation", "evaluation"), (*_DEVICES, *_TEACHER, "train", "data_source")
+    ),
+    "evaluate-warmed": Reads(
+        ("models", "data", "generation", "evaluation"),
+        (*_DEVICES, *_TEACHER, "train", "data_source"),
+        student=True,
     ),
     "evaluate-after": Reads(
         ("models", "data", "generation", "evaluation"),
@@ -124,16 +152,25 @@ READS = {
 BUILDS_ON = {"train": ("measure", "rank")}
 # What each step leaves: its result, then what an interrupted one may have begun; "*" stands for each set.
 WRITES = {
+    "warmup": (WARMED, "warmup"),
     "measure": ("difficulty.parquet", "difficulty.parts"),
     "measure-teacher": (TEACHER_SCORES, "teacher_scores.parts"),
     "rank": ("curriculum.json", "difficulty.png"),
     "train": ("student", "checkpoints", "metrics.jsonl"),
+    "sft": ("student", "checkpoints", "metrics.jsonl"),
     "evaluate-before": ("scores/*-before.parquet",),
+    "evaluate-warmed": ("scores/*-warmed.parquet",),
     "evaluate-after": ("scores/*-after.parquet",),
     "evaluate-teacher": ("scores/*-teacher.parquet",),
 }
 # What means nothing once a step is done anew.
-SPOILS = {"measure": ("measure-teacher", "rank"), "train": ("evaluate-after",)}
+SPOILS = {
+    "warmup": ("measure", "evaluate-warmed"),
+    "measure": ("measure-teacher", "rank"),
+    "train": ("evaluate-after",),
+    "sft": ("evaluate-after",),
+}
+_OF_DISTILLING = ("warmup", "measure", "measure-teacher", "rank", "train")
 
 
 def reads_of(step: str, config: RunConfig) -> Reads:
@@ -188,7 +225,19 @@ class RunDirectory:
         options or files."""
         return ranks.from_first(lambda: self._begin(step, config))
 
+    def check_kind(self, step: str) -> None:
+        """Raises `InputError` where the folder holds a fine-tuning and the step is of distilling, or the reverse: both
+        leave a student."""
+        rivals = _OF_DISTILLING if step == "sft" else ("sft",) if step in _OF_DISTILLING else ()
+        if any(rival in self.stamps for rival in rivals):
+            kinds = ("distill", "sft") if step == "sft" else ("sft", "distill")
+            raise InputError(
+                f"{self.path} holds a run of `pocl-fast {kinds[0]}`, whose student this one would replace: give another"
+                f" --output to `pocl-fast {kinds[1]}`"
+            )
+
     def _begin(self, step: str, config: RunConfig) -> bool:
+        self.check_kind(step)
         made_from = self.made_from(step, config)
         stamp = self.stamps.get(step)
         lost = stamp and [name for name in stamp["results"] if not (self.path / name).exists()]
@@ -277,7 +326,15 @@ class RunDirectory:
                 made_from["teacher answers"] = _answers_of(every)
         if step == "evaluate-before" and config.models.layer_choice != "even":  # its student is chosen by samples
             made_from["train data"] = source_of(required(every["train"], "--train")).fingerprint()
+        if reads.student:
+            made_from[_WARM] = self._warmed_student() if warms_up(config) else None
         return made_from | _of_scored_teacher(step, config) | self._files(reads.files, every)
+
+    def _warmed_student(self) -> str:
+        """Identifies the warmed-up student. Raises `InputError` where it is not there yet."""
+        if not (self.path / WARMED).is_dir():
+            raise InputError(f"{self.path / WARMED} is not there: run `pocl-fast measure` first, which warms up")
+        return source_fingerprint(str(self.path / WARMED)).removeprefix(f"{self.path / WARMED} ").strip("()")
 
     def _files(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, str]:
         """The fingerprints of files of this folder. Raises `InputError` for one that is not there yet."""
@@ -296,6 +353,13 @@ class RunDirectory:
 
     def _check_earlier(self, step: str, made_from: dict[str, Any], config: RunConfig) -> None:
         """Raises `InputError` where a step that this one builds on was made from other options or data."""
+        unwarmed = [s for s in ("measure", "train") if s in self.stamps and not self.stamps[s]["made_from"].get(_WARM)]
+        if step == "warmup" and step not in self.stamps and unwarmed and not self.restart:
+            raise InputError(
+                f"{self.path} holds a run without a warm-up: its step {unwarmed[0]!r} was made from the student as it"
+                " was given. Give the same options to go on, another --output for a new run, or --restart to do all"
+                " again from a warmed-up student"
+            )
         for earlier in BUILDS_ON.get(step, ()):
             if earlier not in self.stamps or (earlier == "measure" and not is_measured(config.schedule)):
                 continue
@@ -324,6 +388,11 @@ class RunDirectory:
 
     def _save_stamps(self) -> None:
         write_json(self._stamps_path, self.stamps)
+
+
+def warms_up(config: RunConfig) -> bool:
+    """Whether the student is warmed up before it is measured."""
+    return config.warmup.warmup_epochs is not None or config.warmup.warmup_steps is not None
 
 
 def required(value: Any, option: str) -> Any:

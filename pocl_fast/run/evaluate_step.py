@@ -18,12 +18,12 @@ from pocl_fast.run.scored_sets import ScoredSet
 from pocl_fast.system import ranks
 from pocl_fast.teacher.loading import WITH_STUDENT
 
-When = Literal["before", "after", "teacher"]
+When = Literal["before", "warmed", "after", "teacher"]
 
 
 def evaluate_step(context: RunContext, when: When) -> None:
-    """Scores the student "before" training, as it was given, or "after", or the "teacher" -> evaluation.json,
-    scores/NAME-WHEN.parquet. The teacher is passed over where the options have none to score."""
+    """Scores the student "before" training, as it was given, "warmed" up, or "after", or the "teacher" ->
+    evaluation.json, scores/NAME-WHEN.parquet. The teacher is passed over where the options have none to score."""
     step = f"evaluate-{when}"
     if when == "teacher" and not context.scores_teacher:
         return
@@ -49,7 +49,8 @@ def _models(context: RunContext, when: When, teacher: LoadedModel | None) -> tup
     if when == "teacher":
         assert teacher is not None  # else the step is passed over
         return teacher, None
-    return context.student() if when == "before" else context.trained_student(), teacher
+    load = {"before": context.given_student, "warmed": context.student, "after": context.trained_student}
+    return load[when](), teacher
 
 
 def _engine(context: RunContext, when: When, model: LoadedModel) -> contextlib.AbstractContextManager[Engine]:

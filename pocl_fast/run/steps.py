@@ -1,4 +1,5 @@
-"""The steps of a run in their order: measure, evaluate student and teacher, rank, train, evaluate again, report.
+"""The steps of a run in their order: warm up, measure, evaluate student and teacher, rank, train, evaluate again,
+report; or fine-tune.
 
 Each step reads and writes files in the run directory, so that the same command resumes where an interrupted one
 stopped.
@@ -13,11 +14,13 @@ from pocl_fast.curriculum.stages import is_measured
 from pocl_fast.run.cache_step import cache_step
 from pocl_fast.run.checks import check
 from pocl_fast.run.context import RunContext, Say
-from pocl_fast.run.directory import RunDirectory
+from pocl_fast.run.directory import WARMED, RunDirectory, warms_up
 from pocl_fast.run.evaluate_step import When, evaluate_step
 from pocl_fast.run.measure_step import measure_step
 from pocl_fast.run.rank_step import rank_step
+from pocl_fast.run.sft_step import check_sft, sft_step
 from pocl_fast.run.train_step import train_step
+from pocl_fast.run.warmup_step import warmup_step
 from pocl_fast.settings.configuration import from_options, recorded_config
 from pocl_fast.system import ranks
 
@@ -31,23 +34,45 @@ class Run:
     def distill(self) -> Path:
         """Does every step in order; passes over those that are done. The report's path."""
         self.check()
-        schedule = self.context.config.schedule
-        if is_measured(schedule):
-            self.measure()
+        config = self.context.config
+        if warms_up(config):
+            self.evaluate("before")
+        if is_measured(config.schedule):
+            self.measure()  # which warms up first
         else:
-            self.context.say(f"measure: left out, for --curriculum {schedule.curriculum} does not rank by difficulty")
-        self.evaluate("before")
+            self.warm_up()
+            order = config.schedule.curriculum
+            self.context.say(f"measure: left out, for --curriculum {order} does not rank by difficulty")
+        self.evaluate("warmed" if warms_up(config) else "before")
         self.evaluate("teacher")
         self.rank()
         self.train()
         self.evaluate("after")
         return self._write_report()
 
+    def fine_tune(self) -> Path:
+        """Does every step of a run without a teacher; passes over those that are done. The report's path."""
+        check_sft(self.context)
+        self.evaluate("before")
+        sft_step(self.context)
+        self.evaluate("after")
+        return self._write_report()
+
+    @property
+    def is_warmed_up(self) -> bool:
+        """Whether there is a student that was warmed up."""
+        return warms_up(self.context.config) and (self.path / WARMED).is_dir()
+
     def check(self) -> None:
         """Reads data, tokenizers and schedule, to raise `InputError` for what is wrong with them before any step."""
+        self.context.directory.check_kind("measure")
         check(self.context)
 
+    def warm_up(self) -> None:
+        warmup_step(self.context)
+
     def measure(self) -> None:
+        warmup_step(self.context)
         measure_step(self.context)
 
     def rank(self) -> None:
@@ -57,6 +82,7 @@ class Run:
         cache_step(self.context)
 
     def train(self) -> None:
+        warmup_step(self.context)
         train_step(self.context)
 
     def evaluate(self, when: When) -> None:

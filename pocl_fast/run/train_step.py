@@ -60,25 +60,29 @@ def ranked_samples(context: RunContext) -> Curriculum:
 
 def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclConfig) -> PoclTrainer:
     """The trainer of a run, which owns its student and its teacher."""
+    from pocl_fast.training.given_teacher import uses_of_teacher
     from pocl_fast.training.stage_flow import MetricsFile
     from pocl_fast.training.trainer import PoclTrainer
 
     samples, student = context.train_set, context.take_student().model
-    both = student, context.teacher_model()
+    uses = uses_of_teacher(arguments, curriculum)
+    both = (student, context.teacher_model()) if uses else (student,)
     sizes = [num_parameters(model, adapters=False) for model in both]
-    context.say_pair(*(rows_of(model).lm_head for model in both), *sizes)
+    if uses:
+        context.say_pair(*(rows_of(model).lm_head for model in both), *sizes)
     if resolve(context.student_source).adapter and configuration_of(arguments) is None:
         context.say(
             f"train: the adapters {context.student_source} are merged, and all weights of the student train: give"
             " --lora-rank to train new adapters on it"
         )
+    theirs = f"teacher of {_millions(sizes[1])}" if uses else "alpha 1 in every stage: no teacher is used"
     context.say(
-        f"train: student of {_millions(sizes[0])} parameters, teacher of {_millions(sizes[1])};"
+        f"train: student of {_millions(sizes[0])} parameters, {theirs};"
         f" on {context.device}, matrix products in {context.precision.name}"
     )
     return PoclTrainer(
         student,
-        context.take_cached_teacher(),
+        context.take_cached_teacher() if uses else None,
         arguments,
         samples,
         context.dev_set,
@@ -102,7 +106,8 @@ def trainer_arguments(context: RunContext) -> PoclConfig:
 
 def training_speed(metrics: Path) -> dict[str, float]:
     """How many tokens were trained on, and how many a second."""
-    steps = [record for record in read_metrics(metrics) if "tokens" in record]
+    records = read_metrics(metrics) if metrics.exists() else []  # of a training that logs nothing
+    steps = [record for record in records if "tokens" in record]
     tokens = sum(record["tokens"] for record in steps)
     seconds = sum(record["tokens"] / record["tokens_per_second"] for record in steps)
     return {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}

@@ -1,4 +1,4 @@
-"""A transformers trainer whose loss is the fused distillation loss over packed micro-batches.
+"""A transformers trainer whose loss is the fused distillation loss, or cross-entropy, over packed micro-batches.
 
 Knows how a step is computed and how the student is scored. Does not know stages, nor which samples a step has.
 """
@@ -30,11 +30,12 @@ from pocl_fast.system.memory import FreedMemory, memory_in_use
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.finite_steps import FiniteSteps
 from pocl_fast.training.halving import Halving
-from pocl_fast.training.metrics import LossParts
+from pocl_fast.training.metrics import OF_TEACHER, LossParts
 from pocl_fast.training.micro_batches import MicroBatch
 from pocl_fast.training.saving_trainer import SavingTrainer
 from pocl_fast.training.setup import TrainingParts, sample_set
 
+SUPERVISED = Objective(alpha=1.0)  # cross-entropy alone
 SHOWN_ANSWERS = 3  # of the dev set, after each evaluation
 
 
@@ -47,6 +48,7 @@ class DistillingTrainer(SavingTrainer):
     def __init__(self, made: TrainingParts, args: PoclConfig, optimizers: tuple[Any, Any]) -> None:
         self.encoder, self.samples, self.dev, self.teacher = made.encoder, made.samples, made.dev, made.teacher
         self.precision, self.packed, self._router = made.precision, made.packed, made.router
+        self.distils = made.distils  # whether losses compare the student with the teacher
         self.objective = args.objective()
         self.loss_parts = LossParts()
         self.finite_steps = FiniteSteps(made.samples)
@@ -85,13 +87,11 @@ class DistillingTrainer(SavingTrainer):
         self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective over a micro-batch, divided by the tokens of the whole step."""
-        batch, objective, teacher = inputs.packed.to(self.args.device), self.objective, None
-        if inputs.samples:
+        batch, objective, teacher = inputs.packed.to(self.args.device), SUPERVISED, None
+        if inputs.samples and self.distils:  # a rank without a sample has zeros for its part in the gradient's exchange
+            assert self.teacher is not None  # else it is refused (`needed_teacher`)
             teacher = (self.teacher.live if inputs.live else self.teacher.output)(inputs.samples)
-        if inputs.live:
-            objective = replace(objective, alpha=0.0)
-        if teacher is None:  # no sample was left for this rank, whose part in the gradient's exchange is zeros
-            objective = replace(objective, alpha=1.0)
+            objective = replace(self.objective, alpha=0.0) if inputs.live else self.objective
         outputs: list[LossOutput] = []
 
         def loss(hidden: Tensor, head: LmHead) -> Tensor:
@@ -173,6 +173,8 @@ class DistillingTrainer(SavingTrainer):
     def step_logs(self) -> dict[str, float]:
         """What was measured of the steps since the last call."""
         logs = self.loss_parts.means(self.accelerator.reduce if self.args.world_size > 1 else None)
+        if not self.distils:
+            logs = {name: value for name, value in logs.items() if name not in OF_TEACHER}
         return {**logs, "memory_gib": memory_in_use(self.args.device) / 2**30}
 
     def floating_point_ops(self, inputs: MicroBatch) -> int:  # type: ignore[override]

@@ -17,8 +17,13 @@ DEV_SCORES = {"eval_rouge_l": "dev ROUGE-L", "eval_cross_entropy": "dev CE"}
 LONGEST_PROMPT, LONGEST_ANSWER = 50, 100  # characters that are shown
 
 
-def legend(divergence: str) -> str:
-    """What the parts of a training line mean."""
+def legend(divergence: str | None) -> str:
+    """What the parts of a training line mean; without a divergence, of supervised fine-tuning."""
+    if divergence is None:
+        return (
+            "training lines: loss is the cross-entropy of the response, in nats a token; accuracy is the share of"
+            " tokens that are the student's most likely one; supervised tokens are those of responses"
+        )
     return (
         f"training lines: CE is the cross-entropy of the response and KD the {divergence} between teacher and student,"
         " in nats a token; loss is α · CE + (1 - α) · KD times its factor for the temperature τ (temperature_scaling),"
@@ -41,14 +46,14 @@ def file_counted_line(curriculum: str, steps: int) -> str:
     )
 
 
-def stage_begins_line(schedule: Schedule, stage: int, *, weights: str) -> str:
+def stage_begins_line(schedule: Schedule, stage: int, *, weights: str, distils: bool = True) -> str:
     """The samples and settings of a stage, and the weights that it starts from."""
     begun = schedule.stages[stage]
     grows = "" if schedule.competence is None else "up to "
+    settings = f" τ {begun.temperature:.3g}, α {begun.alpha:.3g}," if distils else ""
     return (
         f"stage {stage + 1}/{len(schedule.stages)} begins: {grows}{_counted(begun.size, 'sample')},"
-        f" {_counted(schedule.planned_steps(stage), 'step')}, τ {begun.temperature:.3g}, α {begun.alpha:.3g}, from"
-        f" {weights}"
+        f" {_counted(schedule.planned_steps(stage), 'step')},{settings} from {weights}"
     )
 
 
@@ -100,11 +105,17 @@ def training_line(place: str, logs: Mapping[str, Any]) -> str:
     """A log record of the steps since the last one; `place` is from `where`."""
     if "ce" not in logs:
         return f"{place} | every step since the last line was skipped"
+    if "divergence" in logs:
+        of_loss = [
+            f"loss {logs['loss']:.3f}, CE {logs['ce']:.3f}, KD {logs['divergence']:.3f}",
+            f"τ {logs['temperature']:.3g}, α {logs['alpha']:.3g}",
+            f"agreement {100 * logs['agreement']:.0f} %",
+        ]
+    else:
+        of_loss = [f"loss {logs['loss']:.3f}", f"accuracy {100 * logs['accuracy']:.0f} %"]
     parts = [
         place,
-        f"loss {logs['loss']:.3f}, CE {logs['ce']:.3f}, KD {logs['divergence']:.3f}",
-        f"τ {logs['temperature']:.3g}, α {logs['alpha']:.3g}",
-        f"agreement {100 * logs['agreement']:.0f} %",
+        *of_loss,
         f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['supervised_tokens_per_second']:,.0f} of them supervised",
         f"{logs['memory_gib']:.2f} GiB",
     ]
@@ -126,18 +137,18 @@ def answer_line(prompt: str, answer: str) -> str:
     return f'    "{_short(prompt, LONGEST_PROMPT)}" -> "{_short(answer, LONGEST_ANSWER)}"'
 
 
-def training_table(schedule: Schedule, state: TrainingState) -> str:
-    """A row for each stage that was begun."""
-    lines = [
-        f"{'stage':>5}{'samples':>9}{'steps':>7}{'τ':>6}{'α':>6}{'loss':>9}{'best dev':>10}{'at step':>9}{'time':>8}"
-    ]
+def training_table(schedule: Schedule, state: TrainingState, *, distils: bool = True) -> str:
+    """A row for each stage that was begun; temperature and alpha are there where a training `distils`."""
+    settings = f"{'τ':>6}{'α':>6}" if distils else ""
+    lines = [f"{'stage':>5}{'samples':>9}{'steps':>7}{settings}{'loss':>9}{'best dev':>10}{'at step':>9}{'time':>8}"]
     for stage in schedule.stages[: state.stage + 1]:
         best = state.best.get(stage.index)
         score, step = ("-", "-") if best is None else (f"{best.score:.2f}", str(best.step))
         loss = f"{state.losses[stage.index]:.3f}" if stage.index in state.losses else "-"
+        settings = f"{stage.temperature:>6.3g}{stage.alpha:>6.3g}" if distils else ""
         lines.append(
-            f"{stage.index + 1:>5}{stage.size:>9}{schedule.steps(stage.index):>7}{stage.temperature:>6.3g}"
-            f"{stage.alpha:>6.3g}{loss:>9}{score:>10}{step:>9}{minutes(state.seconds.get(stage.index, 0.0)):>8}"
+            f"{stage.index + 1:>5}{stage.size:>9}{schedule.steps(stage.index):>7}{settings}"
+            f"{loss:>9}{score:>10}{step:>9}{minutes(state.seconds.get(stage.index, 0.0)):>8}"
         )
     return "\n".join(lines)
 

@@ -20,6 +20,8 @@ from pocl_fast.data.packed import PackedBatch
 from pocl_fast.loss.output import STATS, LossOutput
 from pocl_fast.system.files import read_json_lines, write_text
 
+OF_TEACHER = ("divergence", "teacher_entropy", "agreement")  # of STATS: they mean nothing where there is no teacher
+
 
 class MetricsLog:
     """Writes metrics.jsonl; each record has the number of optimizer steps done."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
-from pocl_fast.answers.answerer import Answerer, SampleAnswerOptions
-from pocl_fast.answers.engine import own_ends
 from pocl_fast.answers.evaluation import unseen_by_rouge
 from pocl_fast.curriculum.pacing import paced
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
@@ -31,32 +29,28 @@ from pocl_fast.inputs import adapters, usable
 from pocl_fast.inputs.left_to_right import check_left_to_right
 from pocl_fast.inputs.positions import check_positions
 from pocl_fast.inputs.trainable import check_trains, make_trainable
-from pocl_fast.inputs.vocabulary import check_special_tokens, configured_rows, rowless_line, rows_of
+from pocl_fast.inputs.vocabulary import check_special_tokens, rowless_line, rows_of
 from pocl_fast.models import loading
 from pocl_fast.models.lm_head import adds_router_loss, causal_lm, check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.parameters import as_trainable
 from pocl_fast.models.precision import Precision
-from pocl_fast.models.probing import is_sharded
-from pocl_fast.records.bad_records import some_lines
+from pocl_fast.models.probing import placeable
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher import loading as teachers
-from pocl_fast.teacher.loading import SPREAD, WITH_STUDENT, cached_teacher, load_teacher, teacher_place
 from pocl_fast.teacher.pair import (
     Place,
     Vocabulary,
     check_apart,
     check_pair,
-    check_same_vocabulary,
     check_tokens,
     places,
 )
-from pocl_fast.teacher.references import teacher_answers
 from pocl_fast.teacher.teacher import Teacher
-from pocl_fast.templates.chat_template import unused_template
 from pocl_fast.training.arguments import PoclConfig, value_of
+from pocl_fast.training.given_teacher import answered_by_teacher, needed_teacher, teacher_of, uses_of_teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +65,19 @@ class TrainingParts:
     precision: Precision
     packed: Rows  # how the student's batches are laid out
     router: bool  # whether the loss of the student's router over experts is added
-    teacher: Teacher
+    teacher: Teacher | None  # None where nothing of the training itself needs one
+    distils: bool  # whether losses compare the student with the teacher; else they are cross-entropy alone
 
 
 def training_parts(
-    student: Any, teacher: Any, args: PoclConfig, training: Any, dev: Any, tokenizer: Any, peft_config: Any
+    student: Any,
+    teacher: Any,
+    args: PoclConfig,
+    training: Any,
+    dev: Any,
+    tokenizer: Any,
+    peft_config: Any,
+    curriculum: Curriculum | None,
 ) -> TrainingParts:
     """Loads what is given by name, reads what is given as a path or as records, and checks that all fits together.
 
@@ -83,8 +85,8 @@ def training_parts(
     "teacher" the teacher answers the training prompts here. Every rank must call. Raises `InputError` for what does not
     fit, before weights of a model given as an object are changed.
     """
+    teacher = needed_teacher(teacher, args, curriculum, _first_says)
     check_apart(student, teacher)
-    check_teacher_argument(teacher, args)
     check_student_argument(student, args)
     precision = teachers.precision_with(teacher, student, args, _first_says)
     peft_config = adapters.configuration_of(args, peft_config)
@@ -109,18 +111,22 @@ def training_parts(
     half = torch.autocast(args.device.type, dtype=torch.float16) if args.fp16 else precision.autocast()
     with half:
         check_head(causal_lm(student), "student")
-    kept = teacher_of(teacher, encoder, args, precision, samples, place, rows.lm_head)
-    answers = args.data_source == "teacher"
-    check_pair(student, kept, tokenizer, samples, place, answers=answers, say=None if said else _first_says)
+    kept, uses = None, uses_of_teacher(args, curriculum)
+    if teacher is not None:
+        kept = teacher_of(teacher, encoder, args, precision, samples, place, rows.lm_head, _first_says)
+        answers = "data_source" in uses
+        check_pair(student, kept, tokenizer, samples, place, answers=answers, say=None if said else _first_says)
     check_lengths(student, kept, args, samples, held_out)
-    if answers:
+    if kept is not None and "data_source" in uses:
         asked: dict[str, Any] = {"fingerprint": kept.fingerprint, "options": args, "student_rows": rows.both}
         samples = answered_by_teacher(samples, kept.model, encoder, folder / "teacher_answers", **asked)
+        kept = kept if len(uses) > 1 else None  # all it was for is done
     make_trainable(student, _first_says, mixes=args.device.type == "cuda" and (args.fp16 or precision.name == "bf16"))
     with half:
         packed = packing_ready(causal_lm(student), _first_says, device=args.device, trains=True)
         router = adds_router_loss(causal_lm(student), _first_says)
-    return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, router, kept)
+    compares = not {"alpha", "rollouts"}.isdisjoint(uses)
+    return TrainingParts(student, tokenizer, encoder, samples, held_out, precision, packed, router, kept, compares)
 
 
 def _first_says(text: str) -> None:
@@ -187,26 +193,6 @@ def student_of(
     return model
 
 
-def check_teacher_argument(teacher: Any, args: PoclConfig) -> None:
-    """Raises `InputError` for a teacher that is none, and for options that only one given by name has."""
-    if isinstance(teacher, type) and issubclass(teacher, Teacher):
-        raise InputError("teacher is the class Teacher, and no Teacher: give Teacher(model, folder), a model or a name")
-    if teacher is None:
-        raise InputError("teacher is missing: give a model, its name, or a Teacher")
-    if isinstance(teacher, (str, os.PathLike)):
-        return
-    made = isinstance(teacher, Teacher)
-    too_late = {"teacher_quantization": args.teacher_quantization != "none"}
-    too_late["teacher_device"] = args.teacher_device != WITH_STUDENT if made else args.teacher_device == SPREAD
-    for name in (name for name, given in too_late.items() if given):
-        raise InputError(
-            f"{name}={getattr(args, name)!r} is for a teacher that is given by name: give teacher its name, or load the"
-            f" model as you want it and leave {name} out"
-        )
-    if not made:
-        usable.check_model(teacher, "teacher", may_be_offloaded=True)
-
-
 def check_evaluations(args: PoclConfig, dev: Any) -> None:
     """Raises `InputError` where options need evaluations and there are none."""
     if args.eval_strategy != "no":
@@ -241,12 +227,14 @@ def check_optimisation(args: PoclConfig) -> None:
         raise InputError(f"lr_scheduler_type {value_of(args.lr_scheduler_type)}: {error}") from error
 
 
-def check_lengths(student: Any, teacher: Teacher, args: PoclConfig, training: SampleSet, dev: SampleSet | None) -> None:
+def check_lengths(
+    student: Any, teacher: Teacher | None, args: PoclConfig, training: SampleSet, dev: SampleSet | None
+) -> None:
     """Raises `InputError` where a sample, or a prompt and its answer, has more tokens than a model has positions."""
     lengths = [len(sample) for sample in training.encoded]
     prompts = [len(sample.prompt_ids) for known in (training, dev) if known for sample in known.encoded]
     check_positions(causal_lm(student), max([*lengths, max(prompts) + args.max_new_tokens]), "student")
-    if teacher.has_body:
+    if teacher is not None and teacher.has_body:
         check_positions(causal_lm(teacher.model), max(lengths), "teacher")
 
 
@@ -254,60 +242,6 @@ def sharded_later(args: PoclConfig) -> bool:
     """Whether the student goes to the GPUs in parts."""
     by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
     return bool(args.fsdp) or by_launcher or args.deepspeed is not None
-
-
-def teacher_of(
-    teacher: Any,
-    encoder: SampleEncoder,
-    args: PoclConfig,
-    precision: Precision,
-    samples: SampleSet,
-    place: Place,
-    student_rows: int,
-) -> Teacher:
-    """The teacher with its cache in the output folder. `student_rows` are those of the student's lm_head."""
-    if isinstance(teacher, Teacher):
-        return teacher
-    folder, by_name = Path(str(args.output_dir)), isinstance(teacher, (str, os.PathLike))
-    if by_name:
-        trust, name = args.trust_remote_code, os.fspath(teacher)
-        theirs = loading.load_tokenizer(name, trust_remote_code=trust)
-        check_same_vocabulary(encoder.tokenizer, theirs, samples, place, _first_says)
-        if line := unused_template(encoder.chat, args.template, theirs, args.chat_template):
-            _first_says(line)
-        configured = Vocabulary("teacher", configured_rows(name, trust_remote_code=trust))
-        # here, for a quantised teacher runs when it is made
-        check_tokens(samples, configured, encoder.tokenizer, place)
-        teacher = load_teacher(
-            name,
-            folder / "teacher",
-            precision=precision,
-            quantization=args.teacher_quantization,  # type: ignore[arg-type]  # checked by PoclConfig
-            where=args.teacher_device,
-            probe_samples=samples.encoded,
-            trust_remote_code=trust,
-            say=_first_says,
-        )
-    elif placeable(teacher):
-        teacher = teacher.to(teacher_place(args.teacher_device, args.device))
-    check_left_to_right(teacher, "teacher")
-    return cached_teacher(
-        teacher,
-        folder / "teacher_cache",
-        args,
-        precision=precision,
-        device=args.device,
-        keep_body=args.rollouts != "none",
-        owned=by_name,
-        student_rows=student_rows,
-        say=_first_says,
-    )
-
-
-def placeable(model: Any) -> bool:
-    """Whether a model may be moved to another device: it is not spread, quantised or sharded."""
-    chosen = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-    return not chosen and not is_sharded(model)
 
 
 def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str, *, scored: bool = False) -> SampleSet:
@@ -321,42 +255,6 @@ def sample_set(data: Any, encoder: SampleEncoder, args: PoclConfig, name: str, *
         if scored and (line := unseen_by_rouge(made, args.rouge_tokenizer, name)):  # type: ignore[arg-type]
             print(line)
     return made
-
-
-def answered_by_teacher(
-    samples: SampleSet,
-    teacher: Any,
-    encoder: SampleEncoder,
-    folder: Path,
-    *,
-    fingerprint: str,
-    options: SampleAnswerOptions,
-    student_rows: int,
-) -> SampleSet:
-    """The samples with the teacher's greedy answers as their references, generated once and kept in `folder`.
-
-    Answers have tokens alone for which the student has one of its `student_rows`. The student learns to end where its
-    teacher ends, and from then on `encoder` ends answers there too. Where answers are empty the end token alone is
-    learnt, which a line counts. `fingerprint` identifies the teacher. Every rank must call.
-    """
-    encoder.stop_also_at(own_ends(teacher))
-    ask = Answerer.of(teacher, encoder, options, temperature=0.0, rows=student_rows)
-    encoded = teacher_answers(samples.encoded, folder, ask, teacher=fingerprint, say=say)
-    texts = encoder.answer_texts([[id_ for id_ in one.response_ids if id_ != encoder.end_id] for one in encoded])
-    answers = {one.index: text for one, text in zip(encoded, texts, strict=True)}
-    empty = [index for index, text in answers.items() if not text]
-    if empty and ranks.is_first():
-        found = [samples.samples[index] for index in empty]
-        where = some_lines([sample.line for sample in found], found[0].unit)
-        say(
-            f"the teacher's answer to {len(empty)} of {len(answers)} prompts is empty ({where}):"
-            " there the student learns to say nothing. Look at the teacher's chat template, or"
-            " train on the data's own answers (data_source=data)"
-        )
-    known = [
-        replace(s, references=(answers[s.index],), answer=None) if s.index in answers else s for s in samples.samples
-    ]
-    return SampleSet(known, encoded)
 
 
 def schedule_of(args: PoclConfig, curriculum: Curriculum, encoded: Sequence[EncodedSample]) -> Schedule:

@@ -31,6 +31,7 @@ class StagedTrainer(Protocol):
 
     args: PoclConfig
     progress: TrainingState
+    distils: bool  # whether losses compare the student with a teacher
 
     @property
     def scoring(self) -> bool:
@@ -77,7 +78,7 @@ class StageFlow(TrainerCallback):
         self.saved = self.since = time.monotonic()
         total = self.trainer.planned().total_steps
         state.max_steps = min(args.max_steps, total) if args.max_steps > 0 else total
-        self._say(lines.legend(args.divergence))
+        self._say(lines.legend(args.divergence if self.trainer.distils else None))
         if state.is_world_process_zero:
             self.bar = progress_bar(state.max_steps, "train", "steps", done=state.global_step)
 
@@ -142,7 +143,7 @@ class StageFlow(TrainerCallback):
         control.should_evaluate = control.should_save = control.should_log = False
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._say(lines.training_table(self.trainer.planned(), self.trainer.progress))
+        self._say(lines.training_table(self.trainer.planned(), self.trainer.progress, distils=self.trainer.distils))
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -163,7 +164,11 @@ class StageFlow(TrainerCallback):
         """Says that the running stage begins from these weights; the training has `max_steps` from here on."""
         if self.bar is not None:
             self.bar.total = max_steps
-        self._say(lines.stage_begins_line(self.trainer.planned(), self.trainer.progress.stage, weights=weights))
+        trainer = self.trainer
+        begins = lines.stage_begins_line(
+            trainer.planned(), trainer.progress.stage, weights=weights, distils=trainer.distils
+        )
+        self._say(begins)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}

@@ -1,4 +1,5 @@
-"""`PoclTrainer`: a transformers Trainer that distils a teacher into a student along the curriculum's stages.
+"""`PoclTrainer`: a transformers Trainer that distils a teacher into a student along the curriculum's stages, or
+fine-tunes the student on the references alone.
 
 Knows the stages. Does not know how a step's loss is computed, how difficulty is measured, what is printed, or what a
 run directory holds besides.
@@ -25,6 +26,7 @@ from pocl_fast.curriculum import measured
 from pocl_fast.curriculum.pacing import counts_are_the_files
 from pocl_fast.curriculum.schedule import Place, Schedule
 from pocl_fast.curriculum.stages import Curriculum, check_unmeasured, control_line, is_measured, unmeasured_curriculum
+from pocl_fast.models.probing import placeable
 from pocl_fast.system import ranks
 from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, Interrupted
@@ -32,13 +34,13 @@ from pocl_fast.system.stop_signals import StopSignals
 from pocl_fast.training import checkpoints, lines
 from pocl_fast.training.arguments import PoclConfig, check_arguments
 from pocl_fast.training.distilling_trainer import DistillingTrainer
+from pocl_fast.training.given_teacher import measures, open_cache
 from pocl_fast.training.micro_batches import MicroBatch, MicroBatches, Numbers
 from pocl_fast.training.rollouts import Policy, Rollouts
 from pocl_fast.training.setup import (
     check_evaluations,
     check_optimisation,
     learning_rate_factor,
-    placeable,
     schedule_of,
     training_parts,
 )
@@ -52,6 +54,8 @@ class PoclTrainer(DistillingTrainer):
     Args:
         model: the student: a transformers causal language model, or its name (hub id, folder, GGUF file).
         teacher: a `Teacher`, a transformers model, or its name. Frozen; its hidden states are kept in `output_dir`.
+            None for supervised fine-tuning: alpha 1 in every stage, and nothing else that reads a teacher. One that
+            nothing needs is not loaded.
         args: `PoclConfig`.
         train_dataset: what `--train` may name (a file, a folder, hf:ORG/NAME:SPLIT), records of one of its forms (a
             list of dicts, a `datasets.Dataset`), or a `SampleSet`.
@@ -93,8 +97,9 @@ class PoclTrainer(DistillingTrainer):
         if args.save_only_model and args.save_strategy != "no" and ranks.is_first():
             say("save_only_model: a training that is stopped cannot go on from its checkpoints")
         check_optimisation(args)
-        made = training_parts(model, teacher, args, train_dataset, eval_dataset, processing_class, peft_config)
-        if args.remeasure or (curriculum is None and is_measured(args)):
+        data = train_dataset, eval_dataset
+        made = training_parts(model, teacher, args, *data, processing_class, peft_config, curriculum)
+        if measures(args, curriculum):
             measured.check_measurable(made.student, made.teacher, args, args.device)
         self._curriculum = curriculum
         self.schedule: Schedule | None = None
@@ -164,6 +169,7 @@ class PoclTrainer(DistillingTrainer):
     def _generate(
         self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], seed: int
     ) -> Sequence[Sequence[int]]:
+        assert self.teacher is not None  # else rollouts are refused
         with self.whole_student() as model:
             rows = self.teacher.rows.both
             return Answerer.of(model, self.encoder, self.args, temperature=1.0, rows=rows)(prompts, sample_ids, seed)
@@ -294,7 +300,7 @@ class PoclTrainer(DistillingTrainer):
         """After an optimizer step: counts it; at the end of a pass releases the teacher's layers once every sample is
         in the cache."""
         self.count_step()
-        if place.ends_epoch:
+        if place.ends_epoch and self.teacher is not None:
             self.teacher.release_body_if_cached(self.samples.encoded)
 
     # -- what a person sees -----------------------------------------------------------------------------------------
@@ -302,8 +308,9 @@ class PoclTrainer(DistillingTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds to each record where it was made, and to the training loss what the kernel measured on the way."""
         if self.is_in_train and self.progress.stage >= 0 and ("loss" in logs or "eval_cross_entropy" in logs):
-            logs |= {"stage": self.progress.stage, "temperature": self.objective.temperature}  # type: ignore[dict-item]
-            logs |= {"alpha": self.objective.alpha}  # type: ignore[dict-item]
+            logs["stage"] = self.progress.stage
+            if self.distils:
+                logs |= {"temperature": self.objective.temperature, "alpha": self.objective.alpha}  # type: ignore[dict-item]
         if "loss" in logs:
             logs |= self.step_logs()
             logs |= {} if self.rollouts is None else self.rollouts.logs()
@@ -338,8 +345,7 @@ class PoclTrainer(DistillingTrainer):
         self._restore(found)
         if found is not None and ranks.is_first():
             say(lines.resumption_line(found, checkpoints.step_of(found), schedule.total_steps))
-        self.teacher.cache.reserve(self.samples.encoded)
-        with self.teacher.cache, self._signals:
+        with open_cache(self.teacher, self.samples.encoded if self.distils else ()), self._signals:
             result = super().train(None if found is None else str(found), *args, **kwargs)
             if self._signals.received:
                 raise Interrupted(self._signals.received)
@@ -367,7 +373,8 @@ class PoclTrainer(DistillingTrainer):
 
     def before_saving(self) -> None:
         """Writes what the teacher's cache has in memory: a training that resumes then computes in the same batches."""
-        self.teacher.cache.flush()
+        if self.teacher is not None:
+            self.teacher.cache.flush()
 
     def write_state(self, checkpoint: Path) -> None:
         """Adds the training's state."""

@@ -12,10 +12,23 @@ from tiny_options import reaches
 from tiny_training import before_each_batch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from pocl_fast.training.metrics import read_metrics
 from pocl_fast.training.rollouts import Rollouts
 from pocl_fast.training.trainer import PoclTrainer
 
 # -- the plan of a training --------------------------------------------------------------------------------------------
+
+
+@reaches("warmup_epochs", "warmup_steps", "warmup_learning_rate")
+def test_the_student_is_warmed_up_as_it_is_told(changed, run_of):
+    rate, steps = changed.pop("warmup_learning_rate"), {}
+    for name, value in changed.items():  # one of the two; 6 samples are 3 steps of 2
+        run = run_of(name, batch_size=2, warmup_learning_rate=rate, logging_steps=1.0, **{name: value})
+        run.measure()
+        records = read_metrics(run.path / "warmup" / "metrics.jsonl")
+        steps[name] = records[-1]["step"]
+        assert max(record["learning_rate"] for record in records) == pytest.approx(rate)
+    assert steps == {"warmup_epochs": 2 * 3, "warmup_steps": 3}
 
 
 @reaches("epochs_per_stage")

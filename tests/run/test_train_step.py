@@ -37,3 +37,15 @@ def test_a_restarted_training_takes_the_old_students_scores_away(copied):
     assert run("train", output, *select(options(inputs, learning_rate=0.01), "train"), "--restart") == 0
     assert sorted(scores_of(output)) == ["before", "teacher"]
     assert not (output / "scores" / "dev-after.parquet").exists()
+
+
+def test_with_alpha_1_everywhere_the_teacher_is_not_run(finished, tmp_path, capsys):
+    inputs, output = finished[0], tmp_path / "out"
+    words = options(inputs, stages=1, alpha=(1.0,), eval_seeds=(1,), max_new_tokens=2)
+    assert run("distill", output, *words) == 0
+    said = capsys.readouterr().out
+    assert "alpha 1 in every stage: no teacher is used" in said
+    assert "KD" not in said
+    assert not (output / "teacher_cache").exists()
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "divergence between student and" not in page

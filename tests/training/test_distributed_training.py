@@ -83,7 +83,7 @@ def joined():
 def train_on_rank(folder, options, stop_at=None, stopped_rank=0):
     """The whole weights on this rank after training; None where a signal, got before step `stop_at`, stopped it."""
     with joined():
-        trainer = trainer_of(folder, curriculum=curriculum(), per_device_train_batch_size=2, **options)
+        trainer = trainer_of(folder, **({"curriculum": curriculum(), "per_device_train_batch_size": 2} | options))
         enter = trainer._enter
 
         def signalled(place):
@@ -126,6 +126,13 @@ def test_two_ranks_train_the_adapters_of_one_process(two_ranks, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     student = train(one, curriculum=curriculum(), **lora)
     assert_the_same(two_ranks(train_on_rank, two, lora), two, (weights_of(student), logged(one)))
+
+
+def test_two_ranks_fine_tune_without_a_teacher_as_one_process_does(two_ranks, tmp_path):
+    supervised = SETTING | {"supervised": True, "curriculum": curriculum_of(22, stages=1, alphas=[1.0])}
+    one, two = tmp_path / "one", tmp_path / "two"
+    student = train(one, **supervised)
+    assert_the_same(two_ranks(train_on_rank, two, supervised), two, (weights_of(student), logged(one)))
 
 
 def test_accumulation_over_ranks_weighs_every_token_alike(two_ranks, tmp_path):

@@ -142,3 +142,21 @@ def test_nan_is_the_worst_evaluation(evaluations, best, greater_is_better):
     for step, (score, cross_entropy) in enumerate(evaluations, start=1):
         state.evaluated(score, step, cross_entropy, greater_is_better=greater_is_better)
     assert state.best[0].step == best
+
+
+def test_without_a_teacher_nothing_is_said_of_one(schedule):
+    of_teacher = ("divergence", "agreement", "temperature", "alpha")
+    logs = {name: value for name, value in LOGS.items() if name not in of_teacher} | {"accuracy": 0.254}
+    said = "here | loss 2.274 | accuracy 25 % | 1,234 tokens/s, 321 of them supervised | 1.25 GiB"
+    assert lines.training_line("here", logs) == said
+    begins = lines.stage_begins_line(schedule, 1, weights="the student as it was given", distils=False)
+    assert begins == "stage 2/2 begins: 8 samples, 4 steps, from the student as it was given"
+    state = TrainingState(stage=1, losses={0: 2.5, 1: 2.0})
+    header, *rows = lines.training_table(schedule, state, distils=False).splitlines()
+    assert header.split() == ["stage", "samples", "steps", "loss", "best", "dev", "at", "step", "time"]
+    assert [row.split() for row in rows] == [
+        ["1", "4", "2", "2.500", "-", "-", "0:00"],
+        ["2", "8", "4", "2.000", "-", "-", "0:00"],
+    ]
+    assert "KD" not in lines.legend(None)
+    assert "cross-entropy" in lines.legend(None)

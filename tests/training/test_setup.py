@@ -21,7 +21,7 @@ from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models import loading
 from pocl_fast.system.errors import InputError
-from pocl_fast.training import setup
+from pocl_fast.training import given_teacher
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.metrics import read_metrics
 from pocl_fast.training.trainer import PoclTrainer
@@ -233,9 +233,9 @@ def answered(monkeypatch, folder, answers, said):
         return [tokenizer(texts[tuple(prompt)]).input_ids for prompt in prompts]
 
     monkeypatch.setattr("pocl_fast.answers.engine.TorchEngine.generate", generate)
-    monkeypatch.setattr(setup, "say", said.append)
+    monkeypatch.setattr(given_teacher, "say", said.append)
     options = SimpleNamespace(max_new_tokens=8, max_length=96, generation_batch_size=4, generation_batch_tokens=4096)
-    return setup.answered_by_teacher(
+    return given_teacher.answered_by_teacher(
         samples, tiny_model(), SampleEncoder(tokenizer), folder, fingerprint="t", options=options, student_rows=259
     )
 
