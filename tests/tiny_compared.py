@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_fast.options.run import RunConfig
-from pocl_fast.run.directory import READS
+from pocl_fast.run_directory.step_inputs import READS
 from pocl_fast.settings.configuration import from_options, to_yaml
 
 SEEDS = (10, 20)

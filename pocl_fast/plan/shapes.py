@@ -19,7 +19,7 @@ from pocl_fast.inputs.vocabulary import rows_of
 from pocl_fast.models.loading import readable_errors, resolve
 from pocl_fast.models.parameters import as_trainable, num_parameters
 from pocl_fast.options.run import RunConfig
-from pocl_fast.run.directory import warms_up
+from pocl_fast.run_directory.step_inputs import warms_up
 from pocl_fast.system.errors import InputError
 
 

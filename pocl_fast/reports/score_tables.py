@@ -16,11 +16,6 @@ import pyarrow.parquet as pq
 
 # key -> heading, in the order of columns
 MOMENTS = {"before": "before", "warmed": "warmed up", "after": "after", "teacher": "teacher"}
-    "before": "before",
-    "warmed": "warmed up",
-    "after": "after",
-    "teacher": "teacher",
-}  # key -> heading, in the order of columns
 ALWAYS = ("before", "after")  # whose columns are there before they have scores
 SHOWN = 4  # answers that got better, and as many that got worse
 # name -> key, form of a value; an interval has the key and form of the value

@@ -15,11 +15,12 @@ from pocl_fast.curriculum.stages import stages_over
 from pocl_fast.inputs.vocabulary import configured_layers, configured_parameters, configured_rows
 from pocl_fast.models import loading
 from pocl_fast.run.context import RunContext
-from pocl_fast.run.directory import required
 from pocl_fast.run.scored_sets import check_sets
 from pocl_fast.run.train_step import trainer_arguments
 from pocl_fast.run.warmup_step import warmup_arguments
+from pocl_fast.run_directory.directory import required
 from pocl_fast.system.errors import InputError
+from pocl_fast.teacher.loading import SPREAD, teacher_place
 from pocl_fast.teacher.pair import Vocabulary, check_top_k
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def check(context: RunContext, *, missing: Collection[Part] = ()) -> PoclConfig:
     chosen_signals(context.config.difficulty.signals)
     arguments = trainer_arguments(context)
     warmup_arguments(context)
-    context.check_teacher_device()
+    _check_teacher_device(context)
     context.check_engine()
     count = len(context.train_file.encoded)
     if "dev" not in missing:
@@ -91,3 +92,9 @@ def check_teacher_reads_sets(context: RunContext) -> None:
         check_sets(context.evaluation_sets, Vocabulary("teacher", rows), context.tokenizer)
     except InputError as error:
         raise InputError(f"{error}, or leave the teacher's scores out (--no-score-teacher)") from error
+
+
+def _check_teacher_device(context: RunContext) -> None:
+    """Raises `InputError` where the teacher is to lie on a device that is not there."""
+    if (where := context.config.models.teacher_device) != SPREAD:
+        teacher_place(where, context.device)

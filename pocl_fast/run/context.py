@@ -40,9 +40,10 @@ from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.options.run import RunConfig
 from pocl_fast.records.samples import Sample
 from pocl_fast.run.cut_student import cut_of_run
-from pocl_fast.run.directory import WARMED, RunDirectory, required, warms_up
 from pocl_fast.run.scored_sets import ScoredSet, check_sets, same_samples, scored_set
 from pocl_fast.run.teacher_answers import answered
+from pocl_fast.run_directory.directory import RunDirectory, required
+from pocl_fast.run_directory.step_inputs import WARMED, warms_up
 from pocl_fast.settings.evaluation_sets import NamedSet, evaluations_choose, sets_of
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -378,13 +379,6 @@ class RunContext:
     def _say_of(self, whose: str) -> Say:
         """Prints lines about one of the run's models, which name it."""
         return lambda text: self.say(f"{whose}: {text}")
-
-    def check_teacher_device(self) -> None:
-        """Raises `InputError` where the teacher is to lie on a device that is not there."""
-        from pocl_fast.teacher.loading import SPREAD, teacher_place
-
-        if (where := self.config.models.teacher_device) != SPREAD:
-            teacher_place(where, self.device)
 
     def check_engine(self) -> bool:
         """Whether vLLM answers. Raises `InputError` where it is asked for and cannot."""

@@ -18,7 +18,8 @@ from pocl_fast.data.stream import SampleStream
 from pocl_fast.models.precision import Precision
 from pocl_fast.options.run import RunConfig
 from pocl_fast.records.sources import source_of
-from pocl_fast.run.directory import LAYERS, RunDirectory, required
+from pocl_fast.run_directory.directory import RunDirectory, required
+from pocl_fast.run_directory.step_inputs import LAYERS
 
 
 class Loads(Protocol):

@@ -13,8 +13,8 @@ from pocl_fast.answers.sample_scores import Asked, SampleScores, Scores, read_sc
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.run.checks import check_teacher_reads_sets
 from pocl_fast.run.context import RunContext
-from pocl_fast.run.evaluation_file import EVALUATION, content_of, record
 from pocl_fast.run.scored_sets import ScoredSet
+from pocl_fast.run_directory.evaluation_file import EVALUATION, content_of, record
 from pocl_fast.system import ranks
 from pocl_fast.teacher.loading import WITH_STUDENT
 

@@ -14,8 +14,8 @@ from pocl_fast.inputs.adapters import check_merges
 from pocl_fast.inputs.saved_adapters import is_adapted
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.measure_step import length_facts
-from pocl_fast.run.saved_student import save_student
 from pocl_fast.run.train_step import training_speed
+from pocl_fast.run_directory.saved_student import save_student
 from pocl_fast.system import ranks
 from pocl_fast.training.checkpoints import checkpoints
 from pocl_fast.training.metrics import read_metrics

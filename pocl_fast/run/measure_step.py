@@ -17,7 +17,7 @@ from pocl_fast.data.stream import SampleStream
 from pocl_fast.inspection.lengths import count_lengths
 from pocl_fast.records.sources import source_of
 from pocl_fast.run.context import RunContext
-from pocl_fast.run.directory import required
+from pocl_fast.run_directory.directory import required
 from pocl_fast.system import ranks
 
 Pieces = Callable[[], tuple[Iterable[Sequence[Row]], int]]  # the training samples in pieces, and how many they are

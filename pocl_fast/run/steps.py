@@ -14,13 +14,14 @@ from pocl_fast.curriculum.stages import is_measured
 from pocl_fast.run.cache_step import cache_step
 from pocl_fast.run.checks import check
 from pocl_fast.run.context import RunContext, Say
-from pocl_fast.run.directory import WARMED, RunDirectory, warms_up
 from pocl_fast.run.evaluate_step import When, evaluate_step
 from pocl_fast.run.measure_step import measure_step
 from pocl_fast.run.rank_step import rank_step
 from pocl_fast.run.sft_step import check_sft, sft_step
 from pocl_fast.run.train_step import train_step
 from pocl_fast.run.warmup_step import warmup_step
+from pocl_fast.run_directory.directory import RunDirectory
+from pocl_fast.run_directory.step_inputs import WARMED, warms_up
 from pocl_fast.settings.configuration import from_options, recorded_config
 from pocl_fast.system import ranks
 

@@ -14,7 +14,7 @@ from pocl_fast.models.loading import resolve
 from pocl_fast.models.parameters import num_parameters
 from pocl_fast.run.context import RunContext
 from pocl_fast.run.measure_step import length_facts
-from pocl_fast.run.saved_student import save_student
+from pocl_fast.run_directory.saved_student import save_student
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.checkpoints import checkpoints

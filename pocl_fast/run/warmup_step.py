@@ -12,8 +12,8 @@ from pocl_fast.options.answers import DifficultyOptions
 from pocl_fast.options.run import RunConfig
 from pocl_fast.options.training import LossOptions, RolloutOptions, ScheduleOptions, StageOptions
 from pocl_fast.run.context import RunContext
-from pocl_fast.run.directory import NOT_IN_WARMUP, WARMED, warms_up
 from pocl_fast.run.fine_tuning import fine_tune, remove_checkpoints
+from pocl_fast.run_directory.step_inputs import NOT_IN_WARMUP, WARMED, warms_up
 from pocl_fast.system.errors import InputError
 
 if TYPE_CHECKING:

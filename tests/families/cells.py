@@ -53,7 +53,7 @@ from pocl_fast.loss.objective import Objective
 from pocl_fast.models.packed_forward import supervised_logits
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.records.samples import samples_from
-from pocl_fast.run.saved_student import save_student
+from pocl_fast.run_directory.saved_student import save_student
 from pocl_fast.teacher.teacher import Teacher
 from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.trainer import PoclTrainer

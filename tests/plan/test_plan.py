@@ -127,7 +127,7 @@ def test_a_run_is_read_with_its_options_and_left_as_it_is(kept, capsys):
 
 
 def test_a_run_in_use_can_be_looked_at(kept, capsys):
-    from pocl_fast.run.directory import RunDirectory
+    from pocl_fast.run_directory.directory import RunDirectory
 
     before = (kept / "config.yaml").read_bytes()
     held = RunDirectory(kept)

@@ -10,7 +10,7 @@ from tiny_run import make_inputs, options, refusal, run, select
 from pocl_fast.curriculum.stages import Curriculum
 from pocl_fast.models import loading
 from pocl_fast.run.context import RunContext
-from pocl_fast.run.directory import RunDirectory
+from pocl_fast.run_directory.directory import RunDirectory
 from pocl_fast.settings.configuration import from_options, recorded_config
 
 

@@ -7,7 +7,7 @@ from tiny import arithmetic, tiny_tokenizer
 from pocl_fast.data.encoding import SampleEncoder
 from pocl_fast.data.sample_set import read_set
 from pocl_fast.options.data import DataOptions
-from pocl_fast.run.evaluation_file import content_of, record, without
+from pocl_fast.run_directory.evaluation_file import content_of, record, without
 
 
 def found(scores, content="x"):

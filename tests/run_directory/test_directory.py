@@ -5,7 +5,8 @@ from tiny_options import CHANGED
 from tiny_run import make_inputs
 
 from pocl_fast.options.run import RunConfig
-from pocl_fast.run.directory import READS, RunDirectory
+from pocl_fast.run_directory.directory import RunDirectory
+from pocl_fast.run_directory.step_inputs import READS
 from pocl_fast.settings.configuration import from_options
 
 # options that change no result, by the steps that read their group
@@ -60,7 +61,7 @@ def test_options_of_measuring_count_in_a_training_that_measures_again(remeasure)
 
 
 def test_an_argument_that_was_set_before_is_named_when_it_changes(tmp_path):
-    from pocl_fast.run.directory import _changes
+    from pocl_fast.run_directory.directory import _changes
 
     assert _changes({"--set optim": "sgd", "seed": 1}, {"seed": 1}) == "--set optim: was sgd, now None"
     directory = RunDirectory(tmp_path / "out")
