@@ -63,7 +63,7 @@ class _Bar(tqdm):
     def show_again(self, every: float) -> None:
         """Shows the bar where it was not shown for so many seconds, unless it is closed or still to begin."""
         with self.get_lock():
-            due = time.monotonic() - self._shown >= 0.75 * every and self._time() >= self.start_t + self.delay
+            due = time.monotonic() - self._shown >= 0.75 * every and self.format_dict["elapsed"] >= (self.delay or 0)
             if due and not self._over.is_set():
                 self.refresh(nolock=True)
 
