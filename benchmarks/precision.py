@@ -31,7 +31,7 @@ from pocl_fast.loss import cpp
 from pocl_fast.loss.lm_head_products import HeadProducts, bf16_way, weight_grad_
 from pocl_fast.models.frozen import freeze_linears
 from pocl_fast.models.product_speed import CpuProducts, Shapes, decide, measure_speeds
-from pocl_fast.system.fp32_products import fp32_products
+from pocl_fast.system.fp32_products import fp32_products, rounds_to_bf16
 
 Product = Callable[[], object]
 HEAD_ROWS = 256  # at most, of a product with an lm_head: the loss multiplies chunks of them
@@ -144,7 +144,9 @@ def main() -> None:
         "rows": rows,
         "note": [
             f"Chosen in {seconds:.2f} s. Its time over the least, all rows and products: {said}.",
-            "trained: fp32 weights in torch's modes; layers: weights that do not train; head: a bf16 lm_head.",
+            "trained: fp32 weights in torch's modes, of which bf16 (oneDNN's) rounds"
+            f" {'to bf16' if rounds_to_bf16() else 'nothing'} here; layers: weights that do not train; head: a bf16"
+            " lm_head.",
         ],
     }
     save({"machine": facts, "tables": [table]}, "precision.json")

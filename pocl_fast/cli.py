@@ -235,7 +235,9 @@ def _run(name: str, arguments: list[str]) -> None:
     options = config.flat()
     if name == "demo":
         from pocl_fast.run.demo import demo_options
+        from pocl_fast.system.console import show_in_logs_every
 
+        show_in_logs_every(5)
         options = demo_options()
     command.work(open_run(given.output, options, restart=getattr(given, "restart", False)))
     if joined:

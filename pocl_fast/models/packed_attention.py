@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_fast.models.placement import input_device
-from pocl_fast.models.precision import exact_products
+from pocl_fast.models.precision import exact_backward, exact_products
 from pocl_fast.models.probing import say_once
 
 # as transformers' `attn_implementation`
@@ -337,7 +337,9 @@ def packed_by_sample(
             sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0]
             for (q, k, v), mask in zip(samples, masks, strict=True)
         ]
-    return torch.cat(outputs, dim=1), None
+    output = torch.cat(outputs, dim=1)
+    exact_backward(output, query, key, value)
+    return output, None
 
 
 @functools.cache

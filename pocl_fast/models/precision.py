@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pocl_fast.loss.lm_head_products import set_bf16_way
 from pocl_fast.models.product_speed import CpuProducts, Shapes, decide, describe, measure_speeds
@@ -133,3 +134,25 @@ def exact_products() -> contextlib.AbstractContextManager[None]:
     times what MKL takes.
     """
     return fp32_products("ieee")
+
+
+def exact_backward(output: Tensor, *inputs: Tensor) -> None:
+    """The same for the way back from `output` [...] to `inputs`: from when the gradient of `output` is known until that
+    of an input is. The gradient of a sample of 63 tokens takes 0.5 ms so, and 1.9 ms in oneDNN's mode (a Zen 4)."""
+    if not output.requires_grad or output.device.type != "cpu":
+        return
+    before: list[str] = []
+
+    def leave() -> None:
+        if before:
+            set_fp32_products(before.pop())
+
+    def enter(_: Tensor) -> None:
+        if not before:
+            before.append(set_fp32_products("ieee"))
+            torch.autograd.Variable._execution_engine.queue_callback(leave)  # where no input's gradient is asked for
+
+    output.register_hook(enter)
+    for one in inputs:
+        if one.requires_grad:
+            one.register_hook(lambda _: leave())

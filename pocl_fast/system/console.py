@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -20,10 +21,18 @@ Item = TypeVar("Item")
 Report: TypeAlias = Callable[[int], object]  # called with how many more units of work are done
 _ON_A_TERMINAL = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit}{timing}{postfix}"
 _IN_A_LOG = "{desc}: {n_fmt} of {total_fmt}{unit}{timing}{postfix}"
+ON_A_TERMINAL, IN_A_LOG = 1.0, 15.0  # seconds after which a bar is shown again, whether or not more is done
+_in_a_log = [IN_A_LOG]
+
+
+def show_in_logs_every(seconds: float) -> None:
+    """Bars in a log file write a line so often, for the rest of the process; a run that is watched writes more."""
+    _in_a_log[0] = seconds
 
 
 def progress_bar(total: int, what: str, unit: str, *, done: int = 0, delay: float = 0) -> tqdm:
-    """A bar with speed, elapsed time and time left: redrawn in place on a terminal, a line every 15 s in a log file.
+    """A bar with speed, elapsed time and time left: redrawn in place on a terminal, a line every 15 s in a log file,
+    while work is done that has no units of its own too.
 
     `unit` is a plural ("steps"). `done` units were done by an earlier process; the speed does not count them. What ends
     within `delay` seconds shows nothing.
@@ -32,11 +41,35 @@ def progress_bar(total: int, what: str, unit: str, *, done: int = 0, delay: floa
     shared["delay"] = delay
     if sys.stderr.isatty():
         return _Bar(bar_format=_ON_A_TERMINAL, dynamic_ncols=True, mininterval=0.5, **shared)
-    return _LogBar(bar_format=_IN_A_LOG, file=_LogLines(), mininterval=15, maxinterval=60, **shared)
+    often = _in_a_log[0]
+    return _LogBar(bar_format=_IN_A_LOG, file=_LogLines(), mininterval=often, maxinterval=60, every=often, **shared)
 
 
 class _Bar(tqdm):
-    """tqdm with `{timing}` in its format: what is known of speed and times, and nothing of what is not."""
+    """tqdm with `{timing}` in its format: what is known of speed and times, and nothing of what is not. It is shown
+    again after `every` seconds without a sign of life."""
+
+    _shown = 0.0  # when, by the monotonic clock
+
+    def __init__(self, *args: Any, every: float = ON_A_TERMINAL, **settings: Any) -> None:
+        self._over = threading.Event()
+        super().__init__(*args, **settings)
+        threading.Thread(target=_keep_showing, args=(weakref.ref(self), self._over, every), daemon=True).start()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        self._shown = time.monotonic()
+        super().display(msg, pos)
+
+    def show_again(self, every: float) -> None:
+        """Shows the bar where it was not shown for so many seconds, unless it is closed or still to begin."""
+        with self.get_lock():
+            due = time.monotonic() - self._shown >= 0.75 * every and self.format_dict["elapsed"] >= (self.delay or 0)
+            if due and not self._over.is_set():
+                self.refresh(nolock=True)
+
+    def close(self) -> None:
+        self._over.set()
+        super().close()
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -49,17 +82,30 @@ class _LogBar(_Bar):
 
     _said: tuple[Any, ...] = ()
 
+    def show_again(self, every: float) -> None:
+        said, self._said = self._said, ()
+        super().show_again(every)
+        self._said = self._said or said
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if (now := (self.n, self.postfix, msg)) != self._said:
             self._said = now
             super().display(msg, pos)
 
 
+def _keep_showing(bar: weakref.ref[_Bar], over: threading.Event, every: float) -> None:
+    while not over.wait(every / 4):
+        if (shown := bar()) is None:
+            return
+        shown.show_again(every)
+        del shown
+
+
 def _timing(bar: dict[str, Any]) -> str:
     """The end of a bar's line, as in ", 3.6 s/step, 1:12 elapsed, 0:40 left"; `bar` is tqdm's `format_dict`."""
     done = bar["n"] - bar["initial"]
     if done <= 0 or bar["elapsed"] <= 0:
-        return ""
+        return f", {minutes(bar['elapsed'])} elapsed" if bar["elapsed"] >= 1 else ""
     rate = bar["rate"] or done / bar["elapsed"]
     parts = [speed(rate, bar["unit"].strip()), f"{minutes(bar['elapsed'])} elapsed"]
     if bar["n"] < bar["total"]:

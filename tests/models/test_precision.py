@@ -7,7 +7,7 @@ from ranks import gloo
 from pocl_fast.loss import cpp
 from pocl_fast.loss.lm_head_products import cpp_products, set_bf16_way
 from pocl_fast.models import precision
-from pocl_fast.models.precision import PRECISION_FILE, Precision, choose_precision, exact_products
+from pocl_fast.models.precision import PRECISION_FILE, Precision, choose_precision, exact_backward, exact_products
 from pocl_fast.models.product_speed import Shapes, Speeds
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
@@ -45,6 +45,35 @@ def test_attentions_products_are_exact_within_their_block_and_the_mode_comes_bac
     try:
         with exact_products():
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        choose_precision("fp32", torch.device("cpu"))
+
+
+def test_attentions_products_are_exact_on_the_way_back_too_and_the_mode_comes_back():
+    choose_precision("bf16", torch.device("cpu"))
+    inside = []
+
+    def attention(q, k):
+        taken = [x.view_as(x) for x in (q, k)]
+        product = taken[0] @ taken[1]
+        product.register_hook(lambda _: inside.append(torch.backends.mkldnn.matmul.fp32_precision))
+        output = product * 3
+        exact_backward(output, *taken)
+        return output
+
+    try:
+        for needs in ((True, True), (True, False), (False, True)):
+            tensors = [torch.randn(4, 4, requires_grad=need) for need in needs]
+            output = attention(*tensors)
+            output.sum().backward()
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        assert inside == ["ieee"] * 3
+        leaf, other = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+        product = leaf @ other
+        output = product * 3
+        exact_backward(output, leaf, other)
+        torch.autograd.grad(output.sum(), product)  # which ends before an input has a gradient
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         choose_precision("fp32", torch.device("cpu"))

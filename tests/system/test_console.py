@@ -78,6 +78,37 @@ def test_a_log_files_last_line_is_there_once_also_where_time_has_passed_since(mo
     assert stderr.getvalue().splitlines()[-1].startswith("train: 2 of 2 steps")
 
 
+def waited_for(stream, lines):
+    """What is in a stream as soon as it has so many lines, or after 10 s."""
+    end = time.monotonic() + 10
+    while len(states(stream)) < lines and time.monotonic() < end:
+        time.sleep(0.01)
+    return states(stream)
+
+
+def test_a_bar_shows_that_time_passes_while_no_unit_is_done(monkeypatch, clock):
+    stderr = stderr_of(io.StringIO, monkeypatch)
+    monkeypatch.setattr("pocl_fast.system.console._in_a_log", [0.05])
+    with progress_bar(4, "train", "steps") as bar:
+        clock[0] += 5
+        assert waited_for(stderr, 3)[1:3] == ["train: 0 of 4 steps, 0:05 elapsed"] * 2
+        bar.update(1)
+        assert waited_for(stderr, 5)[-1].startswith("train: 1 of 4 steps, 5.0 s/step, 0:05 elapsed")
+    count = len(states(stderr))
+    time.sleep(0.2)
+    assert len(states(stderr)) == count  # closed
+
+
+def test_a_bar_that_is_to_be_shown_late_is_not_shown_before(monkeypatch, clock):
+    stderr = stderr_of(io.StringIO, monkeypatch)
+    monkeypatch.setattr("pocl_fast.system.console._in_a_log", [0.02])
+    with progress_bar(4, "train", "steps", delay=3):
+        time.sleep(0.2)
+        assert states(stderr) == []
+        clock[0] += 4
+        assert waited_for(stderr, 1)[0] == "train: 0 of 4 steps, 0:04 elapsed"
+
+
 @ON_BOTH
 def test_what_an_earlier_process_did_does_not_count_as_speed(monkeypatch, clock, kind):
     stderr = stderr_of(kind, monkeypatch)
