@@ -107,7 +107,15 @@ COMMANDS: dict[str, Command] = {
         step=FineTuning,
         unread=(
             *("teacher", "student", "teacher_quantization", "teacher_device", "data_source"),
-            *("within_stage", "epochs_per_stage", "fresh_optimizer", "fresh_learning_rate", "remeasure"),
+            *(
+                "within_stage",
+                "epochs_per_stage",
+                "stage_length",
+                "fresh_optimizer",
+                "fresh_learning_rate",
+                "remeasure",
+            ),
+            "score_teacher",
         ),
     ),
     "measure": Command(

@@ -31,6 +31,7 @@ class Run:
 
     def __init__(self, context: RunContext) -> None:
         self.context, self.path = context, context.path
+        self._is_warm = False  # whether this process has looked after the warm-up
 
     def distill(self) -> Path:
         """Does every step in order; passes over those that are done. The report's path."""
@@ -70,10 +71,13 @@ class Run:
         check(self.context)
 
     def warm_up(self) -> None:
-        warmup_step(self.context)
+        """Warms the student up, where the options ask for it and it was not done yet."""
+        if not self._is_warm:
+            warmup_step(self.context)
+        self._is_warm = True
 
     def measure(self) -> None:
-        warmup_step(self.context)
+        self.warm_up()
         measure_step(self.context)
 
     def rank(self) -> None:
@@ -83,7 +87,7 @@ class Run:
         cache_step(self.context)
 
     def train(self) -> None:
-        warmup_step(self.context)
+        self.warm_up()
         train_step(self.context)
 
     def evaluate(self, when: When) -> None:

@@ -83,7 +83,7 @@ def test_report_and_closing_table_show_the_warm_up(warmed, inputs, capsys):
     capsys.readouterr()
     assert run("distill", warmed, *of_a_run(inputs)) == 0
     said = capsys.readouterr().out
-    assert "warmup: already done" in said
+    assert said.count("warmup: already done") == 1
     [header] = [line for line in said.splitlines() if line.startswith("held-out samples")]
     assert header.split()[2:] == ["before", "warmed", "up", "after"]
     assert "warm-up: 12 steps of supervised fine-tuning on 24 training samples" in said
