@@ -157,7 +157,7 @@ def tie_lines(ranked: Ranked) -> list[str]:
         return lines
     starts = np.flatnonzero(np.append(True, rises != 0))
     sizes = np.diff(np.append(starts, len(rises) + 1))
-    cuts = np.array([stage.size for stage in ranked.curriculum.stages[:-1]])
+    cuts = np.array([stage.size for stage in ranked.curriculum.stages if stage.size < N], dtype=np.int64)
     cut_groups = np.unique(np.searchsorted(starts, cuts[rises[cuts - 1] == 0], side="right") - 1)
     lines.append(
         f"{sizes[sizes > 1].sum():,} of {N:,} samples share their fused score with others and follow the file's order"

@@ -18,7 +18,8 @@ EPOCHS = 3
 # cross-entropy alone, over all samples in one stage
 FIXED: dict[str, Any] = {
     "teacher": None, "teacher_quantization": "none", "teacher_device": "student", "data_source": "data",
-    "curriculum": "none", "pacing": "baby-steps", "stages": 1, "temperature": [1.0], "alpha": [1.0], "rollouts": "none", "remeasure": False,
+    "curriculum": "none", "pacing": "baby-steps", "stages": 1, "temperature": [1.0], "alpha": [1.0],
+    "rollouts": "none", "remeasure": False,
     "warmup_epochs": None, "warmup_steps": None, "warmup_learning_rate": None,
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ def test_batches_by_tokens_are_an_estimate_until_the_order_is_known(inputs, kept
     steps = max(record["step"] for record in read_metrics(kept / "metrics.jsonl"))
     before, after = planned(capsys, *by_tokens(inputs)), planned(capsys, "--output", kept)
     assert not before["steps"]["exact"]
-    assert before["steps"]["steps"] == pytest.approx(steps, rel=0.1)
+    assert before["steps"]["steps"] == pytest.approx(steps, abs=2)
     assert after["steps"]["exact"]
     assert after["steps"]["steps"] == steps
     assert before["steps"]["largest_batch_tokens"] <= 170
@@ -222,7 +222,8 @@ def test_what_is_not_measured_is_not_planned(inputs, capsys):
     assert "measure the teacher" not in steps
     assert "evaluate before" in steps
     rows = [[one["step"] for one in made["memory"]["steps"]] for made in (pocl, plan)]
-    assert [row[:2] for row in rows] == [["measure, evaluate", "measure the teacher"], ["evaluate", "load the teacher"]]
+    assert [row[0] for row in rows] == ["measure, evaluate", "evaluate"]
+    assert ["measure the teacher" in row for row in rows] == [True, False]
 
 
 @pytest.mark.parametrize("pace", [("--pacing", "competence"), ("--stage-length", "equal"), ("--curriculum", "none")])

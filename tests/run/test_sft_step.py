@@ -10,7 +10,7 @@ import torch
 import yaml
 from ranks import gloo
 from safetensors.torch import load_file
-from tiny_run import make_inputs, options, read_json, refusal, run, select, weights
+from tiny_run import make_inputs, options, read_json, refusal, run, scores_of, select, weights
 from tiny_training import before_each_batch, encoded_samples, transformers_loss
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +43,7 @@ def test_the_model_learns_the_references(inputs, tuned):
         for folder in (inputs / "teacher", tuned / "student")
     )
     assert sum(after) < 0.8 * sum(before)
-    scores = read_json(tuned / "evaluation.json")
+    scores = scores_of(tuned)
     assert scores["after"]["cross_entropy"] < scores["before"]["cross_entropy"]
 
 
@@ -51,8 +51,8 @@ def test_it_leaves_a_run_without_anything_of_a_teacher(tuned):
     assert list(read_json(tuned / "steps.json")) == ["evaluate-before", "sft", "evaluate-after"]
     left = {path.name for path in tuned.iterdir() if not path.name.startswith(".")}
     assert left == {
-        "answers-after.jsonl", "answers-before.jsonl", "checkpoints", "config.yaml", "evaluation.json",
-        "metrics.jsonl", "report.html", "steps.json", "student",
+        "checkpoints", "config.yaml", "evaluation.json", "metrics.jsonl", "report.html", "scores", "steps.json",
+        "student",
     }  # fmt: skip
     page = (tuned / "report.html").read_text(encoding="utf-8")
     assert "Fine-tuning report" in page

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import make_inputs, options, read_json, refusal, run, select, weights
+from tiny_run import make_inputs, options, read_json, refusal, run, scores_of, select, weights
 from tiny_training import before_each_batch, encoded_samples, transformers_loss
 from transformers import AutoModelForCausalLM
 
@@ -73,10 +73,10 @@ def test_the_warm_up_is_a_step_with_files_and_a_stamp_of_its_own(warmed):
 
 
 def test_the_student_is_scored_as_given_warmed_up_and_trained(warmed):
-    known = read_json(warmed / "evaluation.json")
-    assert set(known) == {"before", "warmed", "after"}
+    known = scores_of(warmed)
+    assert set(known) == {"before", "warmed", "after", "teacher"}
     assert known["warmed"]["cross_entropy"] < known["before"]["cross_entropy"]
-    assert (warmed / "answers-warmed.jsonl").is_file()
+    assert (warmed / "scores" / "dev-warmed.parquet").is_file()
 
 
 def test_report_and_closing_table_show_the_warm_up(warmed, inputs, capsys):
@@ -84,8 +84,7 @@ def test_report_and_closing_table_show_the_warm_up(warmed, inputs, capsys):
     assert run("distill", warmed, *of_a_run(inputs)) == 0
     said = capsys.readouterr().out
     assert said.count("warmup: already done") == 1
-    [header] = [line for line in said.splitlines() if line.startswith("held-out samples")]
-    assert header.split()[2:] == ["before", "warmed", "up", "after"]
+    assert "before        warmed up            after          teacher" in said
     assert "warm-up: 12 steps of supervised fine-tuning on 24 training samples" in said
     page = (warmed / "report.html").read_text(encoding="utf-8")
     assert "warmed up" in page
