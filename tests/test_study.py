@@ -1,0 +1,107 @@
+"""benchmarks/study.py with tiny models: it goes on where it was stopped, trains equally long, reports what is done."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import make_inputs, read_json
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+MODULES = ("study", "study_cells", "study_training", "study_report", "table_form")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The scripts as modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        made = {name: importlib.import_module(name) for name in MODULES}
+        yield made
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def study(scripts, tmp_path_factory):
+    """A folder with a study's setup, and what its trainings begin from."""
+    folder = tmp_path_factory.mktemp("study")
+    inputs = make_inputs(folder / "inputs")
+    data = folder / "data"
+    data.mkdir()
+    shutil.copy(inputs / "train.jsonl", data / "dolly_500.jsonl")
+    shutil.copy(inputs / "dev.jsonl", data / "sni_3_6.jsonl")
+    setup = scripts["study"].Setup(str(data), str(inputs / "teacher"), 16, 8, 2, 2.5, 4, 1e-3, 60, 40)
+    scripts["study"].check_setup(folder / "out", setup)
+    scripts["study_training"].prepare_all(str(folder / "out"))
+    return folder / "out", setup
+
+
+def wanted(scripts, *names):
+    """Trainings of these methods with two seeds."""
+    cells = scripts["study"].cells(["main", "parts", "pacing"], [1, 2], None)
+    return [(method, seed) for method, seed in cells if method.name in names]
+
+
+def results(output):
+    return {path: read_json(path) for path in sorted(output.rglob("result.json"))}
+
+
+def test_a_study_that_was_stopped_goes_on_and_keeps_what_was_computed(scripts, study):
+    output, setup = study
+    names = ("forward_kl, pocl", "forward_kl, none", "sft", "without growing subsets", "competence, random order")
+    cells = wanted(scripts, *names)
+    assert len(cells) == 10
+    scripts["study"].work(output, setup, cells[:3], 0)
+    first = {path: path.stat().st_mtime_ns for path in results(output)}
+    assert len(first) == 3
+    scripts["study"].work(output, setup, cells, 0)
+    made = results(output)
+    assert len(made) == 10
+    assert all(path.stat().st_mtime_ns == time for path, time in first.items())
+    assert {(one["method"], one["steps"]) for one in made.values()} == {
+        (name, 10) for name in names
+    }  # 1 + 2 + 3 + 4 of 16 samples, whatever the method
+    again = next(iter(first))
+    before = made[again]["scores"]
+    again.unlink()
+    scripts["study"].work(output, setup, cells, 0)
+    assert results(output)[again]["scores"] == before  # the seed decides
+
+    trained = scripts["study_report"].read_study(output)
+    text = scripts["study_report"].tables_of(trained)
+    assert text.count("in-domain") == text.count("sni_3_6") > 0
+    assert "Optimizer steps: 10; seeds: 2." in text
+    assert "without growing subsets" in text
+
+
+def test_a_folder_of_another_study_is_refused(scripts, study):
+    output, setup = study
+    other = scripts["study"].Setup(**(vars(setup) | {"passes": 5.0}))
+    with pytest.raises(SystemExit, match=r"holds another study \(passes: was 2.5, now 5.0\): give another --output"):
+        scripts["study"].check_setup(output, other)
+
+
+def test_the_report_of_a_study_without_results_says_what_to_run(scripts, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study_report.py", str(tmp_path)])
+    (tmp_path / "settings.json").write_text(json.dumps({}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="holds no training that is done"):
+        scripts["study_report"].main()
+
+
+def test_the_tables_take_their_place_in_a_page_and_nothing_else_moves(scripts, study, tmp_path, monkeypatch):
+    report, page = scripts["study_report"], tmp_path / "page.md"
+    page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["study_report.py", str(study[0]), "--page", str(page)])
+    report.main()
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"above\n{report.BEGIN}\n")
+    assert text.endswith(f"{report.END}\nbelow\n")
+    assert "old" not in text
+
+
+def test_holms_p_values_are_those_of_an_example(scripts):
+    """Holm 1979: the smallest times their number, each at least the one before."""
+    assert scripts["study_report"].holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
