@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with dolly_500.jsonl and sni_3_6.jsonl")
     parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", help="only methods whose name has one of these words")
+    parser.add_argument("--methods", nargs="+", help="only methods whose name begins so")
     parser.add_argument("--train-samples", type=int, default=256)
     parser.add_argument("--budget-samples", type=int, default=64, help="of the part `budgets`")
     parser.add_argument("--teacher", default="bundled")
@@ -120,7 +120,7 @@ def cells(parts: list[str], seeds: list[int], words: list[str] | None) -> list[t
     """The trainings, seed by seed, so that a study that is stopped has whole seeds of what comes first."""
     methods = [method for part in parts for method in PARTS[part]()]
     if words:
-        methods = [method for method in methods if any(word in method.name for word in words)]
+        methods = [method for method in methods if any(method.name.startswith(word) for word in words)]
     return [(method, seed) for part in parts for seed in seeds for method in methods if in_part(method, part)]
 
 

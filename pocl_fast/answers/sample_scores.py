@@ -15,27 +15,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pocl_fast.answers.intervals import bootstrap_interval
 from pocl_fast.system.errors import InputError
 
 Interval: TypeAlias = tuple[float, float]
-SCHEMA = pa.schema(
-    [
-        ("line", pa.int64()),
-        ("prompt", pa.string()),
-        ("references", pa.list_(pa.string())),
-        ("answers", pa.list_(pa.string())),
-        ("rouge_l", pa.list_(pa.float64())),
-        ("exact_match", pa.list_(pa.bool_())),
-        ("cross_entropy", pa.float64()),
-        ("tokens", pa.int64()),
-        ("mean_kl", pa.float64()),
-    ]
-)
-
 
 _MOST_NATS = 700.0  # whose exponential is a float64
 
@@ -119,7 +103,10 @@ class Asked:
 
 
 def write_scores(path: Path, asked: Sequence[Asked], scores: SampleScores) -> None:
-    """Writes a row a sample (Parquet, `SCHEMA`) under a temporary name, then renames."""
+    """Writes a row a sample (Parquet) under a temporary name, then renames."""
+    import pyarrow as pa  # which a trainer does without
+    import pyarrow.parquet as pq
+
     kl = scores.mean_kl
     columns = {
         "line": [one.line for one in asked],
@@ -135,12 +122,15 @@ def write_scores(path: Path, asked: Sequence[Asked], scores: SampleScores) -> No
     seeds = {"seeds": json.dumps(list(scores.seeds))}
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, schema=SCHEMA.with_metadata(seeds)), partial)
+    pq.write_table(pa.table(columns, schema=_schema().with_metadata(seeds)), partial)
     os.replace(partial, path)
 
 
 def read_scores(path: Path) -> SampleScores:
     """The scores that `write_scores` wrote. Raises `InputError` for another file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path)
         seeds = tuple(json.loads(table.schema.metadata[b"seeds"]))
@@ -156,3 +146,21 @@ def read_scores(path: Path) -> SampleScores:
         )
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no table of scores ({error}): delete it to have it made again") from error
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("line", pa.int64()),
+            ("prompt", pa.string()),
+            ("references", pa.list_(pa.string())),
+            ("answers", pa.list_(pa.string())),
+            ("rouge_l", pa.list_(pa.float64())),
+            ("exact_match", pa.list_(pa.bool_())),
+            ("cross_entropy", pa.float64()),
+            ("tokens", pa.int64()),
+            ("mean_kl", pa.float64()),
+        ]
+    )

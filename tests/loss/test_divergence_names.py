@@ -5,11 +5,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from pocl_fast import _C, options
+from pocl_fast import _C
 from pocl_fast.loss.objective import DIVERGENCES
 from pocl_fast.loss.output import STATS
 from pocl_fast.loss.reference import Rows
 from pocl_fast.loss.row_operator import NUM_STATS
+from pocl_fast.options import training as options
 
 
 def test_the_cpp_kernels_know_the_same_divergences_and_write_as_many_stats():

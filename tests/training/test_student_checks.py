@@ -14,8 +14,8 @@ from pocl_fast.training.metrics import read_metrics
 ONE_STAGE = {"dev": False, "epochs_per_stage": 1, "logging_steps": 1}
 
 
-def trained(folder, student, teacher=None, **options):
-    curriculum = curriculum_of(4, stages=1, temperatures=[1.0], alphas=[1.0])
+def trained(folder, student, teacher=None, *, alpha=1.0, **options):
+    curriculum = curriculum_of(4, stages=1, temperatures=[1.0], alphas=[alpha])
     trainer = trainer_of(
         folder, curriculum=curriculum, student=student, teacher=teacher or teacher_model(), **ONE_STAGE, **options
     )
@@ -76,15 +76,15 @@ def test_a_student_that_shares_weights_with_its_teacher_is_refused(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model()
     with pytest.raises(InputError, match=r"share 20 of the student's 20 weights.*copy\.deepcopy"):
-        trained(tmp_path / "same", model, model)
+        trained(tmp_path / "same", model, model, alpha=0.5)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="share 24 of the student's 24 weights"):
-        trained(tmp_path / "adapters", adapted, model)
+        trained(tmp_path / "adapters", adapted, model, alpha=0.5)
     other = tiny_model(seed=1)
     other.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data  # one storage, two parameters
     with pytest.raises(InputError, match="share 1 of the student's 20 weights"):
-        trained(tmp_path / "storage", other, model)
-    trained(tmp_path / "copy", copy.deepcopy(model), model)
+        trained(tmp_path / "storage", other, model, alpha=0.5)
+    trained(tmp_path / "copy", copy.deepcopy(model), model, alpha=0.5)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
