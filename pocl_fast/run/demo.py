@@ -16,10 +16,12 @@ def bundled_data(split: str) -> Path:
 
 
 def demo_options() -> dict[str, Any]:
-    """SmolLM2-135M-Instruct distilled into six of its layers, one epoch a stage."""
+    """SmolLM2-135M-Instruct distilled into six of its layers, which learn the references first."""
     return {
         "teacher": BUNDLED,
         "student_layers": 6,
+        "layer_choice": "importance",
+        "warmup_epochs": 1,  # the cut student answers gibberish, whose difficulty would be the order of the file
         "train": bundled_data("train"),
         "dev": bundled_data("dev"),
         "max_length": 160,
@@ -27,6 +29,12 @@ def demo_options() -> dict[str, Any]:
         "long_prompts": "skip",
         "max_new_tokens": 32,
         "generation_batch_size": 128,
+        "pacing": "competence",
+        "fresh_optimizer": False,
+        "fresh_learning_rate": False,
+        "stage_weights": "last",
+        "temperature": [1.0, 1.0],
+        "alpha": [0.3, 0.3],
         "epochs_per_stage": 1,
         "batch_size": 16,
         "learning_rate": 7e-4,  # two and a half passes in all, where the paper makes twenty: larger steps
