@@ -52,7 +52,7 @@ class Setup:
     def options(self, seed: int) -> dict[str, Any]:
         """Options of every training."""
         return {
-            "precision": "fp32", "seed": seed, "per_device_train_batch_size": self.batch_size,
+            "device": "cpu", "precision": "fp32", "seed": seed, "per_device_train_batch_size": self.batch_size,
             "learning_rate": self.learning_rate, "max_length": self.max_length,
             "max_prompt_length": self.max_prompt_length, "long_prompts": "skip", "max_new_tokens": GENERATED,
             "generation_batch_size": 128, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
@@ -71,8 +71,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", help="only methods whose name has one of these words")
-    parser.add_argument("--train-samples", type=int, default=256)
-    parser.add_argument("--budget-samples", type=int, default=64, help="of the part `budgets`")
+    parser.add_argument("--train-samples", type=int, default=160)
+    parser.add_argument("--budget-samples", type=int, default=48, help="of the part `budgets`")
     parser.add_argument("--teacher", default="bundled")
     parser.add_argument("--student-layers", type=int, default=6)
     parser.add_argument("--passes", type=float, default=2.5, help="over all samples")
@@ -104,6 +104,8 @@ def main() -> None:
 
 def check_setup(output: Path, setup: Setup) -> None:
     """Records the setup in the folder. Raises SystemExit where it holds a study of another one."""
+    if setup.passes % PASSES_OF_ONE:
+        raise SystemExit(f"--passes {setup.passes:g}: four stages of n passes each are {PASSES_OF_ONE:g} n over all")
     path, now = output / SETTINGS, asdict(setup)
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
