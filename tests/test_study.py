@@ -112,7 +112,7 @@ def test_trainings_that_the_study_compares_differ_and_each_is_trained_once(scrip
 
 def test_passes_that_no_number_of_passes_a_stage_makes_are_refused(scripts, study, tmp_path):
     other = scripts["study"].Setup(**(vars(study[1]) | {"passes": 3.0}))
-    with pytest.raises(SystemExit, match="--passes 3: four stages of n passes each are 2.5 n over all"):
+    with pytest.raises(SystemExit, match=r"--passes 3: four stages of n passes each are 2\.5 n over all"):
         scripts["study"].check_setup(tmp_path, other)
 
 
