@@ -7,7 +7,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,8 @@ from pocl_fast.system.files import write_json, write_text
 from pocl_fast.teacher.loading import cached_teacher, load_teacher
 
 CPU = torch.device("cpu")
-SNI_SAMPLES = 100
+MOST_HELD_OUT = 120  # samples of a set; 8 s to score
+HELD_OUT_LENGTHS = {"max_length": 160, "max_prompt_length": 112}  # half of sni_3_6 has no longer prompts
 
 
 def read_setup(output: Path) -> Setup:
@@ -46,7 +46,7 @@ def read_setup(output: Path) -> Setup:
 
 
 def write_data(output: Path, setup: Setup) -> None:
-    """The study's own files: train.jsonl, and a file for each held-out set, evenly out of what is given."""
+    """The study's own files: train.jsonl, and a file for each held-out set."""
     folder = output / "prepared" / "data"
     folder.mkdir(parents=True, exist_ok=True)
     if setup.data is None:
@@ -58,7 +58,7 @@ def write_data(output: Path, setup: Setup) -> None:
         train = [line for i, line in enumerate(dolly) if i not in held]
         sets = {
             "in-domain": [dolly[i] for i in sorted(held)],
-            "sni_3_6": short_ones(lines_of(Path(setup.data) / "sni_3_6.jsonl"), SNI_SAMPLES),
+            "sni_3_6": lines_of(Path(setup.data) / "sni_3_6.jsonl"),
         }
     write_text(folder / "train.jsonl", "".join(train))
     for name, lines in sets.items():
@@ -67,12 +67,6 @@ def write_data(output: Path, setup: Setup) -> None:
 
 def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines(keepends=True)
-
-
-def short_ones(lines: Sequence[str], count: int) -> list[str]:
-    """`count` of the lines whose prompt is short enough for the study's limits, evenly over the file."""
-    short = [line for line in lines if len(line) < 600]
-    return [short[i] for i in np.linspace(0, len(short) - 1, min(count, len(short))).astype(int)]
 
 
 def prepare_all(folder: str) -> None:
@@ -112,14 +106,15 @@ class Data:
         self.options = PoclConfig(output_dir=str(output), **setup.options(seed=0))
         self.output = output
         self.encoder = encoder_of(self.tokenizer, self.options, output, print)
-        every = self._read(folder / "train.jsonl")
+        every = self._read(folder / "train.jsonl", self.options)
         self.train = evenly(every, setup.train_samples)
         self.few = evenly(self.train, setup.budget_samples)
         held_out = sorted(path for path in folder.glob("*.jsonl") if path.stem != "train")
-        self.sets = {path.stem: self._read(path) for path in held_out}
+        longer = PoclConfig(output_dir=str(output), **setup.options(seed=0) | HELD_OUT_LENGTHS)
+        self.sets = {path.stem: evenly(self._read(path, longer), MOST_HELD_OUT) for path in held_out}
 
-    def _read(self, path: Path) -> SampleSet:
-        return read_set(str(path), self.encoder, self.options, str(path))[0]
+    def _read(self, path: Path, options: PoclConfig) -> SampleSet:
+        return read_set(str(path), self.encoder, options, str(path))[0]
 
     def own_encoder(self) -> SampleEncoder:
         """One for a single training: where a student learns its teacher's answers, its answers end at the teacher's

@@ -141,6 +141,27 @@ def test_the_tables_take_their_place_in_a_page_and_nothing_else_moves(scripts, s
     assert "old" not in text
 
 
+def test_the_random_order_of_the_main_part_is_the_curriculum_without_its_order(scripts):
+    report = scripts["study_report"]
+
+    def trained(method, part, score):
+        table = {"rouge_l": np.full(8, score), "cross_entropy": np.full(8, score), "tokens": np.full(8, 3)}
+        return report.Trained(method, part, 1, 10, 1.0, {"in-domain": table})
+
+    made = [trained("forward_kl, pocl", "main", 2.0), trained("without growing subsets", "parts", 3.0)]
+    made.append(trained(scripts["study_cells"].WITHOUT_ORDER, "main", 4.0))
+    rows = [line for line in report.tables_of(made).splitlines() if "| without " in line]
+    assert len(rows) == 4  # two scores of each
+    assert sum("without the order | 4.0 (one seed)" in row and "+2.0" in row for row in rows) == 1
+
+
+def test_prompts_are_scored_that_are_longer_than_those_trained_on(scripts, study):
+    output, setup = study
+    data = scripts["study_training"].Data(output, scripts["study"].Setup(**(vars(setup) | {"max_prompt_length": 25})))
+    longest = {name: max(len(one.prompt_ids) for one in made.encoded) for name, made in data.sets.items()}
+    assert max(len(one.prompt_ids) for one in data.train.encoded) <= 25 < min(longest.values())
+
+
 def test_holms_p_values_are_those_of_an_example(scripts):
     """Holm 1979: the smallest times their number, each at least the one before."""
     assert scripts["study_report"].holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
