@@ -28,6 +28,8 @@ NONE: dict[str, Any] = {
     "curriculum": "none", "temperature": [1.0], "alpha": [0.3], "fresh_optimizer": False, "fresh_learning_rate": False,
 }  # fmt: skip
 ONE_COSINE = {"fresh_optimizer": False, "fresh_learning_rate": False}
+TEACHER_GENERATES = 48  # tokens of an answer to learn; more do not fit beside the longest prompts
+WITHOUT_ORDER = "forward_kl, random order"
 STEADY = {"temperature": [1.0, 1.0], "alpha": [0.3, 0.3]}  # neither a rising temperature nor a falling alpha
 
 
@@ -40,6 +42,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     teacher: bool = True
     passes: float | None = None  # over all samples, where a part gives them
+    whole: bool = False  # all samples from the first step, in stages of the same settings and lengths
 
 
 def main_part() -> list[Method]:
@@ -50,15 +53,15 @@ def main_part() -> list[Method]:
         made.append(Method(f"{name}, random order", "main", PAPER | objective | {"curriculum": "random"}))
         made.append(Method(f"{name}, none", "main", NONE | objective))
     made.append(Method("sft", "main", NONE | {"alpha": [1.0]}, teacher=False))
-    made.append(Method("sequence-level KD", "main", NONE | {"alpha": [1.0], "data_source": "teacher"}, teacher=False))
+    answers = {"data_source": "teacher", "max_new_tokens": TEACHER_GENERATES}
+    made.append(Method("sequence-level KD", "main", NONE | {"alpha": [1.0]} | answers))
     return made
 
 
 def parts_part() -> list[Method]:
-    """The paper's curriculum with each of its parts switched off alone; forward KL."""
+    """The paper's curriculum with each of its parts switched off alone; forward KL. Without the order it is a method of
+    the main part: see `WITHOUT_ORDER`."""
     off: dict[str, dict[str, Any]] = {
-        "the order": {"curriculum": "random"},
-        "growing subsets": {"pacing": "competence", "initial_competence": 1.0},  # all from the start, in its stages
         "rising temperature": {"temperature": [1.0, 1.0]},
         "falling alpha": {"alpha": [0.3, 0.3]},
         "fresh optimizer": {"fresh_optimizer": False},
@@ -66,7 +69,8 @@ def parts_part() -> list[Method]:
         "fresh optimizer and restarted cosine": ONE_COSINE,
         "all but order and growing subsets": ONE_COSINE | STEADY,
     }
-    return [Method(f"without {name}", "parts", PAPER | changed) for name, changed in off.items()]
+    whole = Method("without growing subsets", "parts", PAPER, whole=True)
+    return [whole, *(Method(f"without {name}", "parts", PAPER | changed) for name, changed in off.items())]
 
 
 def pacing_part() -> list[Method]:

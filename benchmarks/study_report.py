@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from study_cells import WITHOUT_ORDER
 from table_form import markdown
 
 from pocl_fast.answers.intervals import mean_interval, paired_bootstrap
@@ -125,6 +126,7 @@ def tables_of(trained: Sequence[Trained]) -> str:
         compared(groups, baselines, "Distillation against fine-tuning", "No curriculum on either side."),
     ]
     if "parts" in parts:
+        groups |= {"without the order": groups[WITHOUT_ORDER]} if WITHOUT_ORDER in groups else {}
         off = [(name, reference) for name in groups if name.startswith("without ")]
         made.append(compared(groups, off, "Each part of the curriculum switched off alone", "Forward KL."))
     if "pacing" in parts:

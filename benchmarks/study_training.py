@@ -7,7 +7,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from study import HELD_OUT_OF_DOLLY, RESULT, SETTINGS, Setup
+from study import GENERATED, HELD_OUT_OF_DOLLY, RESULT, SETTINGS, Setup
 from study_cells import Method
 
 from pocl_fast import PoclConfig, PoclTrainer
@@ -24,10 +23,12 @@ from pocl_fast.answers.engine import TorchEngine
 from pocl_fast.answers.evaluation import answer_all, references_of
 from pocl_fast.answers.likelihood import cross_entropy
 from pocl_fast.answers.rouge import rouge_l
+from pocl_fast.curriculum.competence import Competence
+from pocl_fast.curriculum.schedule import Schedule
 from pocl_fast.curriculum.scores import read_scores
 from pocl_fast.curriculum.signals import chosen_signals
 from pocl_fast.curriculum.stages import Curriculum, is_measured, make_curriculum, unmeasured_curriculum
-from pocl_fast.data.encoding import encoder_of
+from pocl_fast.data.encoding import SampleEncoder, encoder_of
 from pocl_fast.data.sample_set import SampleSet, read_set
 from pocl_fast.models.loading import load_model, load_tokenizer
 from pocl_fast.models.precision import choose_precision
@@ -36,7 +37,8 @@ from pocl_fast.system.files import write_json, write_text
 from pocl_fast.teacher.loading import cached_teacher, load_teacher
 
 CPU = torch.device("cpu")
-SNI_SAMPLES = 100
+MOST_HELD_OUT = 120  # samples of a set; 8 s to score
+HELD_OUT_LENGTHS = {"max_length": 160, "max_prompt_length": 112}  # half of sni_3_6 has no longer prompts
 
 
 def read_setup(output: Path) -> Setup:
@@ -44,7 +46,7 @@ def read_setup(output: Path) -> Setup:
 
 
 def write_data(output: Path, setup: Setup) -> None:
-    """The study's own files: train.jsonl, and a file for each held-out set, evenly out of what is given."""
+    """The study's own files: train.jsonl, and a file for each held-out set."""
     folder = output / "prepared" / "data"
     folder.mkdir(parents=True, exist_ok=True)
     if setup.data is None:
@@ -56,7 +58,7 @@ def write_data(output: Path, setup: Setup) -> None:
         train = [line for i, line in enumerate(dolly) if i not in held]
         sets = {
             "in-domain": [dolly[i] for i in sorted(held)],
-            "sni_3_6": short_ones(lines_of(Path(setup.data) / "sni_3_6.jsonl"), SNI_SAMPLES),
+            "sni_3_6": lines_of(Path(setup.data) / "sni_3_6.jsonl"),
         }
     write_text(folder / "train.jsonl", "".join(train))
     for name, lines in sets.items():
@@ -67,26 +69,22 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines(keepends=True)
 
 
-def short_ones(lines: Sequence[str], count: int) -> list[str]:
-    """`count` of the lines whose prompt is short enough for the study's limits, evenly over the file."""
-    short = [line for line in lines if len(line) < 600]
-    return [short[i] for i in np.linspace(0, len(short) - 1, min(count, len(short))).astype(int)]
-
-
 def prepare_all(folder: str) -> None:
     """The student, cut and fine-tuned for one pass; its difficulty; the teacher's cache."""
     output = Path(folder)
     setup, prepared = read_setup(output), output / "prepared"
     write_data(output, setup)
     data = Data(output, setup)
-    if not (prepared / "student" / "config.json").exists():
+    if not (prepared / "student").exists():
         options = setup.options(seed=0) | {"alpha": [1.0], "temperature": [1.0], "curriculum": "none", "stages": 1}
         options |= {"epochs_per_stage": 1, "student_layers": setup.student_layers, "layer_choice": "importance"}
         arguments = PoclConfig(output_dir=str(prepared / "warm-up"), **options)
         trainer = PoclTrainer(setup.teacher, None, arguments, data.train, None, data.encoder)
         trainer.train()
-        trainer.save_model(str(prepared / "student"))
-        data.tokenizer.save_pretrained(prepared / "student")
+        unfinished = prepared / "student.part"  # a stop while weights are written leaves no student
+        trainer.save_model(str(unfinished))
+        data.tokenizer.save_pretrained(unfinished)
+        unfinished.rename(prepared / "student")
     teacher = data.teacher(prepared / "teacher_cache")
     teacher.fill(data.train.encoded)
     arguments = PoclConfig(output_dir=str(prepared / "difficulty"), **setup.options(seed=0))
@@ -106,15 +104,24 @@ class Data:
         self.setup, folder = setup, output / "prepared" / "data"
         self.tokenizer = load_tokenizer(setup.teacher)
         self.options = PoclConfig(output_dir=str(output), **setup.options(seed=0))
+        self.output = output
         self.encoder = encoder_of(self.tokenizer, self.options, output, print)
-        every = self._read(folder / "train.jsonl")
+        every = self._read(folder / "train.jsonl", self.options)
         self.train = evenly(every, setup.train_samples)
         self.few = evenly(self.train, setup.budget_samples)
         held_out = sorted(path for path in folder.glob("*.jsonl") if path.stem != "train")
-        self.sets = {path.stem: self._read(path) for path in held_out}
+        longer = PoclConfig(output_dir=str(output), **setup.options(seed=0) | HELD_OUT_LENGTHS)
+        self.sets = {path.stem: evenly(self._read(path, longer), MOST_HELD_OUT) for path in held_out}
 
-    def _read(self, path: Path) -> SampleSet:
-        return read_set(str(path), self.encoder, self.options, str(path))[0]
+    def _read(self, path: Path, options: PoclConfig) -> SampleSet:
+        return read_set(str(path), self.encoder, options, str(path))[0]
+
+    def own_encoder(self) -> SampleEncoder:
+        """One for a single training: where a student learns its teacher's answers, its answers end at the teacher's
+        stop tokens from then on, and those of other methods do not."""
+        made = encoder_of(self.tokenizer, self.options, self.output, print)
+        made.has_seen((), self.encoder.longest_prompt)
+        return made
 
     def teacher(self, cache: Path) -> Any:
         precision = choose_precision("fp32", CPU)
@@ -123,6 +130,12 @@ class Data:
             model, cache, self.options, precision=precision, device=CPU, keep_body=True, owned=True,
             student_rows=len(self.tokenizer),
         )  # fmt: skip
+
+
+def all_from_the_start(schedule: Schedule) -> Schedule:
+    """Stages of the same settings and lengths, whose steps draw from all samples, as evenly as shuffled passes do."""
+    steps = [schedule.planned_steps(stage.index) for stage in schedule.stages]
+    return replace(schedule, stage_steps=steps, competence=Competence(initial=1.0))
 
 
 def evenly(samples: SampleSet, count: int) -> SampleSet:
@@ -139,7 +152,10 @@ class Bench:
         self.locks: list[Any] = []
         cache = output / "prepared" / f"teacher_cache-{number}"  # a cache has one writer at a time
         if not cache.exists():
-            shutil.copytree(output / "prepared" / "teacher_cache", cache)
+            unfinished = cache.with_suffix(".part")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was stopped
+            shutil.copytree(output / "prepared" / "teacher_cache", unfinished)
+            unfinished.rename(cache)
         self.teacher = self.data.teacher(cache)
         self.scores = read_scores(
             output / "prepared/difficulty/difficulty.parquet", chosen_signals("rouge_l,cross_entropy")
@@ -164,7 +180,9 @@ class Bench:
         curriculum = self._curriculum(arguments, train)
         student = student_of(self.output / "prepared" / "student")
         teacher = self.teacher if method.teacher else None
-        trainer = PoclTrainer(student, teacher, arguments, train, None, self.data.encoder, curriculum=curriculum)
+        trainer = PoclTrainer(student, teacher, arguments, train, None, self.data.own_encoder(), curriculum=curriculum)
+        if method.whole:
+            trainer.schedule = all_from_the_start(trainer.planned())
         trainer.train()
         scored = {name: self._score(trainer, held_out) for name, held_out in self.data.sets.items()}
         for name, table in scored.items():
@@ -193,9 +211,9 @@ class Bench:
         """Greedy ROUGE-L (percent) and cross-entropy (nats a token) of each sample."""
         trainer.model.eval()
         references = [references_of(held_out.samples[one.index], one, self.data.encoder) for one in held_out.encoded]
-        engine = TorchEngine.of(trainer.model, self.data.encoder, trainer.args)
+        engine = TorchEngine.of(trainer.model, trainer.encoder, trainer.args)
         answers = answer_all(
-            engine, held_out.encoded, self.data.encoder, max_new_tokens=trainer.args.max_new_tokens, temperature=0.0,
+            engine, held_out.encoded, trainer.encoder, max_new_tokens=GENERATED, temperature=0.0,
             seed=0, references=references,
         )  # fmt: skip
         return {

@@ -6,8 +6,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_run import make_inputs, read_json
+
+from pocl_fast.curriculum.schedule import BatchSize, Schedule
+from pocl_fast.curriculum.stages import baby_steps
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 MODULES = ("study", "study_cells", "study_training", "study_report", "table_form")
@@ -51,15 +55,16 @@ def results(output):
 
 def test_a_study_that_was_stopped_goes_on_and_keeps_what_was_computed(scripts, study):
     output, setup = study
-    names = ("forward_kl, pocl", "forward_kl, none", "sft", "without growing subsets", "competence, random order")
+    names = ("forward_kl, pocl", "forward_kl, none", "sft", "sequence-level KD", "without growing subsets",
+             "competence, random order")  # fmt: skip
     cells = wanted(scripts, *names)
-    assert len(cells) == 10
+    assert len(cells) == 12
     scripts["study"].work(output, setup, cells[:3], 0)
     first = {path: path.stat().st_mtime_ns for path in results(output)}
     assert len(first) == 3
     scripts["study"].work(output, setup, cells, 0)
     made = results(output)
-    assert len(made) == 10
+    assert len(made) == 12
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
     assert {(one["method"], one["steps"]) for one in made.values()} == {
         (name, 10) for name in names
@@ -75,6 +80,40 @@ def test_a_study_that_was_stopped_goes_on_and_keeps_what_was_computed(scripts, s
     assert text.count("in-domain") == text.count("sni_3_6") > 0
     assert "Optimizer steps: 10; seeds: 2." in text
     assert "without growing subsets" in text
+
+
+def test_the_answers_of_a_teacher_move_no_end_of_another_method(scripts, study):
+    output, setup = study
+    data = scripts["study_training"].Data(output, setup)
+    before = data.encoder.end_ids
+    data.own_encoder().stop_also_at({5})
+    assert data.encoder.end_ids == before
+    assert data.own_encoder().end_ids == before
+    assert data.own_encoder().longest_prompt == data.encoder.longest_prompt > 0
+
+
+def test_without_growing_subsets_stages_are_as_long_and_draw_from_all_samples_evenly(scripts):
+    curriculum = baby_steps(np.arange(16), np.zeros(16), stages=4)
+    growing = Schedule(curriculum, dict.fromkeys(range(16), 10), BatchSize(4), epochs=1)
+    whole = scripts["study_training"].all_from_the_start(growing)
+    assert [whole.steps(stage) for stage in range(4)] == [growing.steps(stage) for stage in range(4)] == [1, 2, 3, 4]
+    drawn = [index for step in range(10) for index in whole.batch(step, 0)]
+    assert {*np.bincount(drawn, minlength=16)} == {2, 3}
+    assert [whole.setting(whole.place(step)) for step in range(10)] == [
+        growing.setting(growing.place(step)) for step in range(10)
+    ]
+
+
+def test_trainings_that_the_study_compares_differ_and_each_is_trained_once(scripts):
+    cells = scripts["study"].cells([*scripts["study_cells"].PARTS], [1], None)
+    made = [(json.dumps(dict(one.options), sort_keys=True), one.passes, one.whole, one.teacher) for one, _ in cells]
+    assert len({*made}) == len(made)
+
+
+def test_passes_that_no_number_of_passes_a_stage_makes_are_refused(scripts, study, tmp_path):
+    other = scripts["study"].Setup(**(vars(study[1]) | {"passes": 3.0}))
+    with pytest.raises(SystemExit, match=r"--passes 3: four stages of n passes each are 2\.5 n over all"):
+        scripts["study"].check_setup(tmp_path, other)
 
 
 def test_a_folder_of_another_study_is_refused(scripts, study):
@@ -100,6 +139,27 @@ def test_the_tables_take_their_place_in_a_page_and_nothing_else_moves(scripts, s
     assert text.startswith(f"above\n{report.BEGIN}\n")
     assert text.endswith(f"{report.END}\nbelow\n")
     assert "old" not in text
+
+
+def test_the_random_order_of_the_main_part_is_the_curriculum_without_its_order(scripts):
+    report = scripts["study_report"]
+
+    def trained(method, part, score):
+        table = {"rouge_l": np.full(8, score), "cross_entropy": np.full(8, score), "tokens": np.full(8, 3)}
+        return report.Trained(method, part, 1, 10, 1.0, {"in-domain": table})
+
+    made = [trained("forward_kl, pocl", "main", 2.0), trained("without growing subsets", "parts", 3.0)]
+    made.append(trained(scripts["study_cells"].WITHOUT_ORDER, "main", 4.0))
+    rows = [line for line in report.tables_of(made).splitlines() if "| without " in line]
+    assert len(rows) == 4  # two scores of each
+    assert sum("without the order | 4.0 (one seed)" in row and "+2.0" in row for row in rows) == 1
+
+
+def test_prompts_are_scored_that_are_longer_than_those_trained_on(scripts, study):
+    output, setup = study
+    data = scripts["study_training"].Data(output, scripts["study"].Setup(**(vars(setup) | {"max_prompt_length": 25})))
+    longest = {name: max(len(one.prompt_ids) for one in made.encoded) for name, made in data.sets.items()}
+    assert max(len(one.prompt_ids) for one in data.train.encoded) <= 25 < min(longest.values())
 
 
 def test_holms_p_values_are_those_of_an_example(scripts):

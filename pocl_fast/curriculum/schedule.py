@@ -141,8 +141,9 @@ class Schedule:
         self.ended[stage] = steps
 
     def reorder(self, stage: int, order: np.ndarray) -> None:
-        """From this stage on the samples are ranked by `order`, easiest first."""
-        self._orders[stage] = order
+        """From this stage on the samples are ranked by `order`, easiest first; others than the curriculum's in it are
+        passed over."""
+        self._orders[stage] = order[np.isin(order, self.curriculum.order)]
         self._boundaries.clear()
         self._shuffled.clear()
 

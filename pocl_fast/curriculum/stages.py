@@ -209,9 +209,10 @@ def check_unmeasured(
     listed = set(given.order.tolist())
     made = unmeasured_curriculum([one for one in samples if one.index in listed], settings, seed=seed)
     if len(made.stages) != len(given.stages) or not np.array_equal(made.order, given.order):
+        shuffled = f" (shuffled by seed {seed})" if settings.curriculum == "random" else ""
         raise InputError(
-            f"curriculum={settings.curriculum!r} makes {len(made.stages)} stages over an order of its own, and another"
-            " curriculum is given beside it: give one of the two"
+            f"curriculum={settings.curriculum!r} makes {len(made.stages)} stages over an order of its own{shuffled},"
+            " and another curriculum is given beside it: give one of the two"
         )
 
 

@@ -46,7 +46,7 @@ def fine_tune(
     metrics = folder / "metrics.jsonl"
     callbacks = [MetricsFile(metrics)]
     samples = context.train_set
-    arguments.precision = context.precision.name  # the run's choice, not one for this folder
+    arguments.computed_in = context.precision
     trainer = PoclTrainer(student, None, arguments, samples, dev, context.encoder, callbacks=callbacks)
     if is_adapted(trainer.model):
         check_merges(trainer.model, merging)

@@ -80,6 +80,7 @@ def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclCon
         f"train: student of {_millions(sizes[0])} parameters, {theirs};"
         f" on {context.device}, matrix products in {context.precision.name}"
     )
+    arguments.computed_in = context.precision
     return PoclTrainer(
         student,
         context.take_cached_teacher() if uses else None,

@@ -53,10 +53,11 @@ def teacher_place(where: str, student: torch.device) -> torch.device:
 
 
 def precision_with(teacher: Any, student: Any, args: Any, say: Callable[[str], object]) -> Precision:
-    """How a training's products are computed: as those of a `Teacher` that was made for the same run; as its output
-    folder says; or chosen now (see `choose_precision`), for the student, which may be a name. `args` are a trainer's.
+    """How a training's products are computed: as its run has chosen, or those of a `Teacher` that was made for the same
+    run; as its output folder says; or chosen now (see `choose_precision`), for the student, which may be a name. `args`
+    are a trainer's.
     """
-    made = teacher.computed_in if isinstance(teacher, Teacher) else None
+    made = teacher.computed_in if isinstance(teacher, Teacher) else args.computed_in
     if made is not None and made.device.type == args.device.type == "cpu":
         made.set_modes()
         return made

@@ -22,6 +22,7 @@ from pocl_fast.cutting.layer_choice import check_choice
 from pocl_fast.inputs.adapters import check_options
 from pocl_fast.loss.objective import Objective
 from pocl_fast.models.placement import choose_device
+from pocl_fast.models.precision import Precision
 from pocl_fast.options.answers import DifficultyOptions, EvaluationOptions, GenerationOptions
 from pocl_fast.options.data import AdapterOptions, DataOptions, ModelOptions
 from pocl_fast.options.declaring import option_name
@@ -121,6 +122,7 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self.computed_in: Precision | None = None  # where a run has chosen it; else the trainer does
         self._check_options()
         check_report_to(self.report_to)
         defaults = {argument.name: argument.default for argument in fields(self)}

@@ -121,6 +121,13 @@ def test_a_new_order_holds_from_its_stage_on():
     assert sorted(i for part in samples(plan, 0) for i in part) == [4, 5, 6, 7]
 
 
+def test_a_new_order_of_more_samples_brings_in_none_that_the_curriculum_lacks():
+    plan = schedule(count=8, stages=2, epochs=1)
+    plan.reorder(0, np.arange(12)[::-1])
+    assert plan.subset(1).tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert sorted(i for part in samples(plan, 0) for i in part) == [4, 5, 6, 7]
+
+
 def test_temperature_and_alpha_stay_within_a_stage_or_move_to_the_next_ones():
     curriculum = curriculum_of(8, stages=2, temperatures=[1, 2], alphas=[0.4, 0])
     made = {"lengths": dict.fromkeys(range(8), 5), "size": BatchSize(4), "epochs": 4}

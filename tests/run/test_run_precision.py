@@ -6,7 +6,7 @@ from tiny_run import make_inputs, options, read_json, run, select
 
 from pocl_fast.models import precision, product_speed
 from pocl_fast.models.precision import PRECISION_FILE, choose_precision
-from pocl_fast.models.product_speed import Speeds
+from pocl_fast.models.product_speed import CpuProducts, Speeds
 from pocl_fast.training import trainer
 
 needs_bf16 = pytest.mark.skipif(
@@ -49,6 +49,33 @@ def test_a_run_goes_on_in_what_its_first_step_chose(timing, tmp_path, capsys, mo
     assert (output / PRECISION_FILE).read_bytes() == kept
     assert [one.precision.name for one in made] == [first]
     assert "auto" in (output / "config.yaml").read_text()
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    ("command", "given", "trainings"),
+    [
+        ("sft", {"teacher": None, "student_layers": None, "epochs_per_stage": None}, 1),
+        ("distill", {"warmup_epochs": 1, "alpha": (1, 1)}, 2),  # neither reads a teacher
+    ],
+)
+def test_a_training_without_a_teacher_multiplies_as_its_run_chose(
+    timing, tmp_path, capsys, monkeypatch, command, given, trainings
+):
+    inputs, output = make_inputs(tmp_path, train=8, dev=2), tmp_path / "run"
+    words = options(inputs, precision="auto", **given)
+    words += ["--model", str(inputs / "teacher")] if command == "sft" else []
+    made = []
+    parts = trainer.training_parts
+    monkeypatch.setattr(trainer, "training_parts", lambda *given: made.append(parts(*given)) or made[-1])
+    timing("fp32")
+    both = {"fp32": 100.0, "bf16": 200.0}  # of layers that do not train alone
+    found = Speeds({"ieee": 200.0, "bf16": 100.0}, both, both, rounds=True)
+    monkeypatch.setattr(precision, "measure_speeds", lambda _: found)
+    assert run(command, output, *words) == 0
+    assert capsys.readouterr().out.count("precision: ") == 1
+    assert [one.precision.chosen for one in made] == [CpuProducts("ieee", "bf16", "bf16")] * trainings
+    assert list(output.rglob(PRECISION_FILE)) == [output / PRECISION_FILE]
 
 
 @needs_bf16

@@ -38,6 +38,12 @@ def test_a_curriculum_in_another_order_than_its_name_says_is_refused(tmp_path, k
     assert trainer_of(tmp_path, curriculum=own, **MANY, kind=kind).planned().total_steps == 12
 
 
+def test_a_random_order_of_another_seed_is_refused_by_that_seed(tmp_path):
+    other = trainer_of(tmp_path, **MANY, kind="random", seed=4).planned().curriculum
+    with pytest.raises(InputError, match=r"an order of its own \(shuffled by seed 5\), and another curriculum"):
+        trainer_of(tmp_path, curriculum=other, **MANY, kind="random", seed=5).planned()
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("pace", PACES, ids=str)
 def test_the_cosine_is_one_over_all_stages_or_anew_in_each(tmp_path, pace, fresh):
