@@ -48,6 +48,7 @@ def fine_tune(
     samples = context.train_set
     arguments.precision = context.precision.name  # the run's choice, not one for this folder
     trainer = PoclTrainer(student, None, arguments, samples, dev, context.encoder, callbacks=callbacks)
+    context.precision.set_modes()  # of the run, which has timed more than a name says
     if is_adapted(trainer.model):
         check_merges(trainer.model, merging)
     trainer.train(resume_from_checkpoint=True)

@@ -80,7 +80,8 @@ def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclCon
         f"train: student of {_millions(sizes[0])} parameters, {theirs};"
         f" on {context.device}, matrix products in {context.precision.name}"
     )
-    return PoclTrainer(
+    arguments.precision = context.precision.name  # the run's choice, not one for the folder of checkpoints
+    trainer = PoclTrainer(
         student,
         context.take_cached_teacher() if uses else None,
         arguments,
@@ -90,6 +91,8 @@ def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclCon
         curriculum=curriculum,
         callbacks=[MetricsFile(context.path / "metrics.jsonl")],
     )
+    context.precision.set_modes()  # which has timed more than a name says
+    return trainer
 
 
 def trainer_arguments(context: RunContext) -> PoclConfig:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_run import make_inputs, options, read_json, run, select
+from tiny_training import before_each_batch
 
 from pocl_fast.models import precision, product_speed
 from pocl_fast.models.precision import PRECISION_FILE, choose_precision
@@ -49,6 +50,34 @@ def test_a_run_goes_on_in_what_its_first_step_chose(timing, tmp_path, capsys, mo
     assert (output / PRECISION_FILE).read_bytes() == kept
     assert [one.precision.name for one in made] == [first]
     assert "auto" in (output / "config.yaml").read_text()
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    ("command", "words", "batches"),
+    [
+        ("sft", {"student_layers": None}, 6),
+        ("distill", {"alpha": (1, 1), "stages": 1}, 2),
+        ("measure", {"warmup_epochs": 1}, 2),
+    ],
+    ids=["sft", "distill without divergence", "warm-up"],
+)
+def test_a_training_without_a_teacher_multiplies_in_the_mode_that_the_run_chose(
+    timing, tmp_path, capsys, monkeypatch, command, words, batches
+):
+    found = Speeds({"ieee": 200.0, "bf16": 100.0}, {"fp32": 100.0, "bf16": 200.0}, {"fp32": 2, "bf16": 1}, rounds=False)
+    timing("bf16")
+    monkeypatch.setattr(precision, "measure_speeds", lambda _: found)
+    modes = []
+    before_each_batch(monkeypatch, lambda *_: modes.append(torch.backends.mkldnn.matmul.fp32_precision))
+    inputs, output = make_inputs(tmp_path, train=8, dev=2), tmp_path / "run"
+    given = options(inputs, precision="auto", eval_seeds=(1,), **words)
+    given = given if command == "distill" else select(given, command)
+    assert run(command, output, *given, *(("--model", str(inputs / "teacher")) if command == "sft" else ())) == 0
+    assert modes == ["ieee"] * batches
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # for what comes after it
+    assert capsys.readouterr().out.count("precision: ") == 1
+    assert [path.parent for path in output.rglob(PRECISION_FILE)] == [output]
 
 
 @needs_bf16
