@@ -73,6 +73,7 @@ class ComparedRun:
     config: Mapping[str, Any]  # every option, as config.yaml has it
     made_from: Mapping[str, Any]  # what its steps but the evaluation were made from; empty where that is not recorded
     evaluated: Mapping[str, Any]  # options that make scores comparable
+    teacher: str | None  # that mean KL is to: what it was identified by; None where no teacher was compared with
     sets: Mapping[str, SetScores]  # by fingerprint
     steps: int | None  # of the optimizer, those of a warm-up too; None where metrics.jsonl is missing
     seconds: float | None  # that training took, with a warm-up
@@ -120,6 +121,7 @@ def read_run(path: Path) -> ComparedRun:
         config=config,
         made_from=made_from,
         evaluated=evaluated,
+        teacher=after.get("teacher", made_from.get("teacher", config.get("teacher"))),
         sets=sets,
         steps=sum(steps) if logs["metrics.jsonl"] else None,
         seconds=sum(seconds) if seconds else None,
