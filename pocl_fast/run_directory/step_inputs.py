@@ -88,7 +88,7 @@ READS = {
     "rank-unmeasured": Reads(  # rank, where the order is that of the samples themselves
         ("models", "data", "generation", "schedule", "optimisation"),
         (
-            *_DEVICES, *_TEACHER, "precision", "student_layers", "dev", "test", "generation_batch_size",
+            *_DEVICES, *_TEACHER, "precision", "student_layers", "layer_choice", *SETS, "generation_batch_size",
             "generation_batch_tokens", "generation_engine", "rouge_tokenizer", "rrf_k", "ties",
             *(option_name(f) for f in fields(OptimisationOptions) if f.name != "seed"),
         ),
