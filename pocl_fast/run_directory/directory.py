@@ -187,7 +187,8 @@ class RunDirectory:
             if name == "data_source" and value == "teacher":
                 made_from["teacher answers"] = _answers_of(every)
         if step == "evaluate-before" and config.models.layer_choice != "even":  # its student is chosen by samples
-            made_from["train data"] = source_of(required(every["train"], "--train")).fingerprint()
+            option = f"--train (for --layer-choice {config.models.layer_choice})"
+            made_from["train data"] = source_of(required(every["train"], option)).fingerprint()
         if step == "warmup" and config.data.data_source == "teacher":  # which its answers are as long as
             made_from["max_new_tokens"] = config.generation.max_new_tokens
         if reads.student:

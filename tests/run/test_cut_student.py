@@ -112,6 +112,11 @@ def test_layers_chosen_by_other_samples_are_another_run(inputs, measures, tmp_pa
     assert len(measures) == 2
 
 
+def test_an_evaluation_of_chosen_layers_needs_the_training_samples(inputs, tmp_path, capsys):
+    said = refusal(capsys, "evaluate", tmp_path / "out", *words_of(inputs, "evaluate", train=None))
+    assert "--train (for --layer-choice importance) is missing" in said
+
+
 def test_a_choice_without_student_layers_is_refused_before_data_is_read(inputs, tmp_path, capsys):
     for command in ("distill", "plan", "measure"):
         words = words_of(inputs, command, student_layers=None, student=inputs / "teacher", train="nowhere.jsonl")
