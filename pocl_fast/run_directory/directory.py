@@ -24,7 +24,6 @@ from pocl_fast.run_directory.evaluation_file import EVALUATION, without
 from pocl_fast.run_directory.step_inputs import (
     BUILDS_ON,
     OF_DISTILLING,
-    SPOILS,
     STUDENT,
     STUDENT_ADAPTERS,
     WARM,
@@ -32,6 +31,7 @@ from pocl_fast.run_directory.step_inputs import (
     WRITES,
     reads_of,
     results_of,
+    spoiled_by,
     warms_up,
 )
 from pocl_fast.settings.configuration import to_yaml
@@ -118,7 +118,7 @@ class RunDirectory:
                 return False
         self._check_earlier(step, made_from, config)
         if stamp is None:
-            self._clear(step)
+            self._clear(step, config)
         if made_from.get(WARM, "") is None:  # a warm-up that the options no longer ask for
             self._remove("evaluate-warmed")
             self._remove("warmup")
@@ -241,10 +241,10 @@ class RunDirectory:
                     f" or do that step again first: `pocl-fast {earlier} --restart` with the new options"
                 )
 
-    def _clear(self, step: str) -> None:
+    def _clear(self, step: str, config: RunConfig) -> None:
         """Removes what an earlier try at the step left, and what was made of it."""
-        for spoiled in SPOILS.get(step, ()):
-            self._clear(spoiled)
+        for spoiled in spoiled_by(step, config):
+            self._clear(spoiled, config)
         self._remove(step)
 
     def _remove(self, step: str) -> None:

@@ -162,6 +162,11 @@ def reads_of(step: str, config: RunConfig) -> Reads:
     return reads if config.schedule.curriculum == "random" else replace(reads, but=(*reads.but, "seed"))
 
 
+def spoiled_by(step: str, config: RunConfig) -> list[str]:
+    """The steps that mean nothing once this one is done anew. An order that is not measured stays."""
+    return [one for one in SPOILS.get(step, ()) if one != "rank" or is_measured(config.schedule)]
+
+
 def results_of(step: str, config: RunConfig) -> list[str]:
     """The files and folders without which a step is not done."""
     result = WRITES[step][0]

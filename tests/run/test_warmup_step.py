@@ -201,6 +201,15 @@ def test_an_order_that_is_not_measured_stays_when_its_warm_up_is_taken_away(inpu
     assert (tmp_path / "out" / "curriculum.json").is_file()
 
 
+def test_an_order_that_is_not_measured_may_be_made_before_the_warm_up(inputs, tmp_path):
+    words = [*options(inputs, eval_seeds=(1,), max_new_tokens=2), "--curriculum", "random"]
+    assert run("rank", tmp_path / "out", *select(words, "rank"), "--curriculum", "random") == 0
+    order = (tmp_path / "out" / "curriculum.json").read_bytes()
+    assert run("train", tmp_path / "out", *select(words, "train"), "--warmup-steps", "2") == 0
+    assert (tmp_path / "out" / "curriculum.json").read_bytes() == order
+    assert (tmp_path / "out" / "warmup" / "student").is_dir()
+
+
 def test_answers_of_a_teacher_of_another_length_are_another_warm_up(inputs, tmp_path, capsys):
     output, words = tmp_path / "out", [*select(of_a_run(inputs), "measure"), "--data-source", "teacher"]
     assert run("measure", output, *words) == 0
