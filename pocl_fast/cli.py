@@ -259,6 +259,7 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
 
     output = _value_of(arguments, "--output") if command.reads_options else None
     base = recorded_config(output) if output else RunConfig()
+    recorded = base
     if name == "sft":
         base = fine_tuning.begun(base)
     if hasattr(command.step, "config") and (yaml_file := _value_of(arguments, "--config")):
@@ -270,7 +271,7 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunC
     given: Any = tyro.cli(read, prog=f"pocl-fast {name}", description=command.help, args=_with_one_of_each(arguments))
     options = {option: value for group in groups for option, value in vars(getattr(given, group)).items()}
     config = from_options(options, base)
-    return given, fine_tuning.completed(config, given.model, given.epochs) if name == "sft" else config
+    return given, fine_tuning.completed(config, given.model, given.epochs, recorded) if name == "sft" else config
 
 
 def _command_line_group(group: Any, unread: Sequence[str] = ()) -> type:

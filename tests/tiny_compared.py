@@ -119,7 +119,7 @@ def _stamps(config: RunConfig, data: str, seconds: float) -> dict[str, Any]:
         made_from = {name: value for name, value in reads.options(config).items() if name not in ("train", "dev")}
         if step in ("measure", "train"):
             made_from["train data"] = data
-        if "teacher" in made_from:
+        if made_from.get("teacher") is not None:
             made_from["teacher"] = f"{config.models.teacher} (0123456789abcdef)"
         if step == "train":  # the order of one seed is not that of another
             made_from["curriculum.json"] = f"{config.optimisation.seed:064}"

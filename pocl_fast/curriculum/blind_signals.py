@@ -114,8 +114,8 @@ def _advice(known: SignalScores, one: Weighted, left: list[Weighted]) -> str:
     if one.signal.name == "rouge_l" and score == 0:
         return (
             ": the student answers nothing right yet (or ROUGE-L does not see the script of the references: see"
-            " --rouge-tokenizer). Warm it up on the references first (--warmup-epochs 1), take a larger student, or"
-            f" {instead}"
+            " --rouge-tokenizer). Warm it up on the references first, or for longer (--warmup-epochs), take a larger"
+            f" student, or {instead}"
         )
     if one.signal.name == "rouge_l" and score == 1:
         return f": the student answers these right already. Give samples that are harder for it, or {instead}"

@@ -232,7 +232,10 @@ def stages_over(order: np.ndarray, score: np.ndarray, settings: StageSettings) -
 
 
 def control_line(settings: StageSettings) -> str:
-    """What a training beside "pocl" differs in; empty for "pocl" with the paper's pacing."""
+    """What a training beside "pocl" differs in; empty for "pocl" with the paper's pacing, and for "none" in place of
+    one stage, which is the same."""
+    if settings.curriculum == "none" and settings.stages == 1:
+        return ""
     stages = f"the {settings.stages} stages of pocl"
     said = {
         "none": f"all samples from the start, for as many steps as {stages} have",

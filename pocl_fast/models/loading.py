@@ -215,13 +215,16 @@ def merged(adapted: Any) -> Any:
         end.get_base_layer() if hasattr(end, "get_base_layer") else end
         for end in (inner.get_input_embeddings(), inner.get_output_embeddings())
     )
+    says_tied = getattr(inner.config, "tie_word_embeddings", False)
     if head is not None and words.weight is head.weight:
         words.weight = nn.Parameter(words.weight.detach().clone())  # for merging adds to a weight in place
     model = adapted.merge_and_unload(safe_merge=True)
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or torch.equal(words.weight, head.weight):
+        if says_tied:  # which peft takes away, for it finds two weights
+            model.config.tie_word_embeddings = True
         model.tie_weights()
-    elif getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    elif says_tied or getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     return model

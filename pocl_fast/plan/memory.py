@@ -65,6 +65,7 @@ class Sizes:
     scores_teacher: bool  # to measure difficulty
     evaluates_teacher: bool  # on the held-out samples
     warms_up: bool  # whether the student is fine-tuned before it is measured
+    distils: bool  # whether the training uses a teacher; else its loss is cross-entropy alone
     base: int  # bytes of the process before models are loaded; 0 on a GPU
 
     @property
@@ -84,15 +85,17 @@ class Sizes:
 def memory_plan(sizes: Sizes) -> list[StepMemory]:
     """The peak of each step of `distill`, in their order."""
     name = "measure, evaluate" if sizes.measures else "evaluate"
-    found = [StepMemory("warm up", _warming(sizes))] if sizes.warms_up else []
+    found = [StepMemory("warm up", _supervised(sizes, evaluates=False))] if sizes.warms_up else []
     if sizes.prompts:
         found.append(StepMemory(name, _measuring(sizes)))
+    if sizes.teacher is not None and sizes.scores_teacher:
+        found.append(StepMemory("measure the teacher", _scoring(sizes)))
+    if sizes.teacher is not None and sizes.evaluates_teacher:
+        found.append(StepMemory("evaluate with the teacher", _comparing(sizes)))
+    if not sizes.distils:
+        return [*found, StepMemory("train", _supervised(sizes, evaluates=sizes.evaluates))]
     if sizes.teacher is None:
         return found
-    if sizes.scores_teacher:
-        found.append(StepMemory("measure the teacher", _scoring(sizes)))
-    if sizes.evaluates_teacher:
-        found.append(StepMemory("evaluate with the teacher", _comparing(sizes)))
     return [*found, StepMemory("load the teacher", _loading(sizes)), StepMemory("train", _training(sizes))]
 
 
@@ -110,12 +113,16 @@ def _measuring(sizes: Sizes) -> dict[str, int]:
     return parts | answering
 
 
-def _warming(sizes: Sizes) -> dict[str, int]:
-    """A step of cross-entropy alone; the teacher is there where the student was cut from it."""
+def _supervised(sizes: Sizes, *, evaluates: bool) -> dict[str, int]:
+    """A step of cross-entropy alone, or an evaluation between two; the teacher is there where the student was cut from
+    it."""
     parts = _start(sizes) | _of_steps(sizes)
     if sizes.cut and sizes.teacher is not None:
         parts["teacher's weights"] = _teacher_weights(sizes)
-    return parts | {"gradients, activations, loss": _step(sizes, teacher_columns=0)}
+    step, answering = _step(sizes, teacher_columns=0), _answering(sizes) if evaluates else {}
+    if sum(answering.values()) > step:
+        return parts | {f"evaluation: {name}": size for name, size in answering.items()}
+    return parts | {"gradients, activations, loss": step}
 
 
 def _of_steps(sizes: Sizes) -> dict[str, int]:

@@ -32,6 +32,7 @@ from pocl_fast.plan.warmup import WarmupPlan, warmup_plan
 from pocl_fast.system.errors import InputError, first_line
 from pocl_fast.teacher.loading import WITH_STUDENT
 from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.training.given_teacher import uses_of_teacher
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,14 @@ class _Maker:
         self.plan.warmup = warmup_plan(self.context, self.encoded)
         schedule, ordered = planned_schedule(self.arguments, self.encoded, self.context.output)
         batches = trial_batches(schedule, self.encoded)
+        distils = bool(uses_of_teacher(self.arguments, schedule.curriculum))
         steps = step_plan(schedule, self.arguments, self.encoded, batches, ordered=ordered)
         self.plan.steps = steps
         state = self._optimizer_state()
         passes = steps.evaluations if self.context.has_dev else int(sum(one.passes for one in steps.stages))
         self.plan.disk = disk_plan(
             self.student,
-            self.teacher,
+            self.teacher if distils else None,
             self.encoded,
             self.arguments,
             tokenizer=self.context.tokenizer,
@@ -130,9 +132,9 @@ class _Maker:
             output=self.context.output,
         )
         if self.student is not None:
-            self._memory(self._sizes(batches, state))
+            self._memory(self._sizes(batches, state, distils=distils))
         self._not_counted(times=times)
-        if times and self._can_be_timed():
+        if times and self._can_be_timed(distils=distils):
             with contextlib.redirect_stdout(io.StringIO()):  # what a training says of its steps
                 self.plan.times = time_plan(
                     self.context, self.arguments, schedule, steps, batches, self.encoded, self.plan.warmup
@@ -206,7 +208,7 @@ class _Maker:
             if model is not None:
                 check_positions(model, most, whose)
 
-    def _sizes(self, batches: Any, state: float) -> Sizes:
+    def _sizes(self, batches: Any, state: float, *, distils: bool) -> Sizes:
         config, context = self.config, self.context
         chosen, generation = config.models, config.generation
         here = chosen.teacher_device == WITH_STUDENT and self.teacher is not None
@@ -233,6 +235,7 @@ class _Maker:
             scores_teacher=measures and bool(teacher_columns(config.difficulty.signals)),
             evaluates_teacher=bool(sets) and context.scores_teacher,
             warms_up=self.plan.warmup is not None,
+            distils=distils,
             base=psutil.Process().memory_info().rss if context.device.type == "cpu" else 0,
         )
 
@@ -255,8 +258,8 @@ class _Maker:
         if times and rollouts != "none":
             self._note(f"--rollouts {rollouts}: the time of the student's own answers in training is not counted")
 
-    def _can_be_timed(self) -> bool:
-        if self.context.has_student and self.context.has_teacher:
+    def _can_be_timed(self, *, distils: bool) -> bool:
+        if self.context.has_student and (self.context.has_teacher or not distils):
             return True
         self._note("--time needs --teacher, and --student or --student-layers")
         return False

@@ -25,6 +25,7 @@ from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.step_plan import Batches, StepPlan
 from pocl_fast.plan.warmup import WarmupPlan
 from pocl_fast.training.arguments import PoclConfig
+from pocl_fast.training.given_teacher import uses_of_teacher
 
 WARM = 1  # steps before those that are timed: the first one makes the optimizer's state
 TIMED = 2  # of each batch
@@ -47,7 +48,7 @@ class Trial:
     loading: float
     typical: float  # an optimizer step of typical micro-batches
     largest: float
-    cache: float  # of the teacher, a token
+    cache: float | None  # of the teacher, a token; None where the training uses none
 
 
 def time_plan(
@@ -174,10 +175,10 @@ def _training(trial: Trial, batches: Batches, steps: StepPlan, tokens: int) -> l
     each = step_seconds(steps.tokens_a_step, sizes, (trial.typical, trial.largest))
     small, large = sizes
     timed = f"steps of {small:,} and {large:,} tokens in {trial.typical:.2f} and {trial.largest:.2f} s"
-    return [
-        StepTime("the teacher's cache", trial.cache * tokens, f"{1 / trial.cache:,.0f} tokens/s"),
-        StepTime("train", each * steps.steps, timed),
-    ]
+    train = StepTime("train", each * steps.steps, timed)
+    if trial.cache is None:
+        return [train]
+    return [StepTime("the teacher's cache", trial.cache * tokens, f"{1 / trial.cache:,.0f} tokens/s"), train]
 
 
 def _warming(trial: Trial, batches: Batches, steps: StepPlan, warmup: WarmupPlan) -> StepTime:
@@ -229,7 +230,7 @@ def _trial(context: PlanContext, arguments: PoclConfig, batches: Batches, schedu
 
     samples = list({one.index: one for one in (*batches.typical, *batches.largest)}.values())
     index = np.array([one.index for one in samples])
-    stage = Stage(0, len(index), arguments.temperature[0], arguments.alpha[0])
+    stage = Stage(0, len(index), arguments.temperature[0], min(one.alpha for one in schedule.stages))
     trial = _TrialSchedule(
         Curriculum(index, np.zeros(len(index)), (stage,)), schedule.lengths, schedule.size, stage_steps=WARM + 2 * TIMED
     )
@@ -237,11 +238,13 @@ def _trial(context: PlanContext, arguments: PoclConfig, batches: Batches, schedu
     trial.batches = [typical] * (WARM + TIMED) + [largest] * TIMED
     start = time.perf_counter()
     student, known, clock = context.take_student().model, SampleSet(context.train_file.samples, samples), _Clock()
-    made = context.take_cached_teacher(), _quiet(arguments), known, None, context.encoder
+    teacher = context.take_cached_teacher() if uses_of_teacher(arguments, schedule.curriculum) else None
+    made = teacher, _quiet(arguments, context.precision.name), known, None, context.encoder
     trainer = PoclTrainer(student, *made, curriculum=trial.curriculum, callbacks=[clock])
     loading = time.perf_counter() - start
+    context.precision.set_modes()
     with context.precision.autocast():
-        cache = _seconds_of_cache(trainer.teacher, batches, samples)
+        cache = None if teacher is None else _seconds_of_cache(teacher, batches, samples)
     trainer.schedule = trial
     trainer.train()
     seconds = clock.seconds
@@ -257,11 +260,11 @@ def _seconds_of_cache(teacher: Any, batches: Batches, samples: Sequence[EncodedS
     return (time.perf_counter() - start) / sum(map(len, others or [first]))
 
 
-def _quiet(arguments: PoclConfig) -> PoclConfig:
+def _quiet(arguments: PoclConfig, precision: str) -> PoclConfig:
     """The arguments of a training that saves, evaluates and reports nothing, and has no answers of its own."""
     made = copy.copy(arguments)
     changes: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "patience": None, "rollouts": "none"}
-    changes |= {"max_steps": -1, "stage_weights": "last", "remeasure": False, "report_to": []}
+    changes |= {"precision": precision, "max_steps": -1, "stage_weights": "last", "remeasure": False, "report_to": []}
     for name, value in changes.items():
         setattr(made, name, value)
     return made

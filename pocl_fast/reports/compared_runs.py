@@ -73,6 +73,7 @@ class ComparedRun:
     config: Mapping[str, Any]  # every option, as config.yaml has it
     made_from: Mapping[str, Any]  # what its steps but the evaluation were made from; empty where that is not recorded
     evaluated: Mapping[str, Any]  # options that make scores comparable
+    teacher: str | None  # that mean KL is to: what it was identified by; None where no teacher was compared with
     sets: Mapping[str, SetScores]  # by fingerprint
     steps: int | None  # of the optimizer, those of a warm-up too; None where metrics.jsonl is missing
     seconds: float | None  # that training took, with a warm-up
@@ -112,7 +113,7 @@ def read_run(path: Path) -> ComparedRun:
     evaluated = {name: after.get(name, config.get(name)) for name in _ALIKE}
     evaluated["eval_seeds"] = next(iter(results.values()))["scores"]["after"]["seeds"]
     logs = {name: _log(path / name) for name in sorted(set(_TRAINING.values()))}
-    steps = [max((r["step"] for r in log if isinstance(r.get("step"), int)), default=0) for log in logs.values()]
+    steps = [_steps(stamps, name, log) for name, log in logs.items()]
     seconds = [stamps[step]["seconds"] for step in _TRAINING if "seconds" in stamps.get(step, {})]
     return ComparedRun(
         path=path,
@@ -120,11 +121,20 @@ def read_run(path: Path) -> ComparedRun:
         config=config,
         made_from=made_from,
         evaluated=evaluated,
+        teacher=after.get("teacher", made_from.get("teacher", config.get("teacher"))),
         sets=sets,
         steps=sum(steps) if logs["metrics.jsonl"] else None,
         seconds=sum(seconds) if seconds else None,
         records=logs["metrics.jsonl"],
     )
+
+
+def _steps(stamps: Mapping[str, Any], name: str, log: Sequence[Mapping[str, Any]]) -> int:
+    """The optimizer steps of a training: as its stamp has them, for it may have logged none, or the last logged one."""
+    for step, of in _TRAINING.items():
+        if of == name and "steps" in stamps.get(step, {}):
+            return int(stamps[step]["steps"])
+    return max((r["step"] for r in log if isinstance(r.get("step"), int)), default=0)
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def _of_metrics(methods: Sequence[Method], fingerprint: str) -> list[str]:
 
 
 def _of_teachers(runs: Sequence[ComparedRun]) -> list[str]:
-    teachers = {str(run.made_from.get("teacher", run.config.get("teacher"))) for run in runs}
+    teachers = {run.teacher for run in runs if run.teacher is not None}
     if len(teachers) < 2:
         return []
     return [f"The runs have {len(teachers)} teachers: mean KL is to each run's own."]

@@ -176,7 +176,7 @@ def stage_rows(ranked: Ranked) -> list[StageRow]:
     rows = []
     for stage, new in zip(ranked.curriculum.stages, ranked.new_samples(), strict=True):
         here = ranked.stage_of == stage.index
-        means = [f"{_mean(scores[here]):.3f}" for scores in ranked.known.scores]
+        means = [_mean(scores[here]) for scores in ranked.known.scores]
         rows.append(StageRow(stage.index + 1, stage.size, len(new), stage.temperature, stage.alpha, means))
     return rows
 
@@ -276,9 +276,10 @@ def _cut(ranked: Ranked, score: float) -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
-def _mean(scores: np.ndarray) -> float:
+def _mean(scores: np.ndarray) -> str:
+    """The mean of the known scores; a dash where there are none, as of a stage that adds no samples."""
     known = scores[~np.isnan(scores)]
-    return float(known.mean()) if len(known) else float("nan")
+    return f"{known.mean():.3f}" if len(known) else "-"
 
 
 def _patch(stage: int) -> Any:

@@ -218,6 +218,8 @@ def _stages(run: Path) -> list[dict[str, Any]]:
 def _stages_note(run: Path) -> str:
     """Which samples the stages have, in words."""
     usual = "Each stage trains on the easiest samples, more of them than the one before"
+    if recorded_config(run).schedule.stages == 1:
+        usual = "The one stage trains on all samples"
     return (control_line(recorded_config(run).schedule) or usual) + "."
 
 

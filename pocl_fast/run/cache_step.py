@@ -7,6 +7,7 @@ from pocl_fast.run.context import RunContext
 
 def cache_step(context: RunContext) -> None:
     """Computes what the teacher's cache lacks of the training samples -> teacher_cache/."""
+    context.directory.check_kind("train")
     encoded = context.train_set.encoded
     context.check_vocabularies()
     context.directory.record(context.config)

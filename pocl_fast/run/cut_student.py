@@ -60,7 +60,7 @@ def _samples(run: Loads) -> Sequence[EncodedSample]:
     whether all of it is read or not."""
     data = run.config.data
     source = source_of(required(data.train, f"--train (for --layer-choice {run.config.models.layer_choice})"))
-    holds_out = data.dev is None and data.held_out is not None
+    holds_out = not data.dev and data.held_out is not None
     if run.train_file_is_loaded or holds_out or not source.is_large():
         known = run.train_file.encoded
         return known[: 2 * SAMPLES] if source.is_large() else known

@@ -24,7 +24,6 @@ from pocl_fast.run_directory.evaluation_file import EVALUATION, without
 from pocl_fast.run_directory.step_inputs import (
     BUILDS_ON,
     OF_DISTILLING,
-    SPOILS,
     STUDENT,
     STUDENT_ADAPTERS,
     WARM,
@@ -32,6 +31,7 @@ from pocl_fast.run_directory.step_inputs import (
     WRITES,
     reads_of,
     results_of,
+    spoiled_by,
     warms_up,
 )
 from pocl_fast.settings.configuration import to_yaml
@@ -118,7 +118,10 @@ class RunDirectory:
                 return False
         self._check_earlier(step, made_from, config)
         if stamp is None:
-            self._clear(step)
+            self._clear(step, config)
+        if made_from.get(WARM, "") is None:  # a warm-up that the options no longer ask for
+            self._remove("evaluate-warmed")
+            self._remove("warmup")
         self.record(config)
         seconds, peak = (stamp["seconds"], stamp["peak_bytes"]) if stamp else (0.0, 0)
         stamp = {"done": False, "made_from": made_from, "seconds": seconds, "peak_bytes": peak}
@@ -136,8 +139,8 @@ class RunDirectory:
         on the first rank alone."""
         evaluated, first = self.stamps[step]["made_from"], sets_of(config)[0]
         read = evaluated[f"{first.name} data"] if first.role == "dev" else None
-        if "train" in self.stamps:
-            read = self.stamps["train"]["made_from"].get("dev data")
+        for trained in (known for name, known in self.stamps.items() if name in ("train", "sft")):
+            read = trained["made_from"].get("dev data")
         return evaluations_choose(config) and evaluated[f"{one.name} data"] == read
 
     @contextlib.contextmanager
@@ -184,7 +187,10 @@ class RunDirectory:
             if name == "data_source" and value == "teacher":
                 made_from["teacher answers"] = _answers_of(every)
         if step == "evaluate-before" and config.models.layer_choice != "even":  # its student is chosen by samples
-            made_from["train data"] = source_of(required(every["train"], "--train")).fingerprint()
+            option = f"--train (for --layer-choice {config.models.layer_choice})"
+            made_from["train data"] = source_of(required(every["train"], option)).fingerprint()
+        if step == "warmup" and config.data.data_source == "teacher":  # which its answers are as long as
+            made_from["max_new_tokens"] = config.generation.max_new_tokens
         if reads.student:
             made_from[WARM] = self._warmed_student() if warms_up(config) else None
         return made_from | _of_scored_teacher(step, config) | self._files(reads.files, every)
@@ -219,6 +225,11 @@ class RunDirectory:
                 " was given. Give the same options to go on, another --output for a new run, or --restart to do all"
                 " again from a warmed-up student"
             )
+        if made_from.get(WARM, "") is None and "warmup" in self.stamps and not self.restart:
+            raise InputError(
+                f"{self.path} holds a run with a warm-up, and these options have none. Give the same options to go on,"
+                " another --output for a new run, or --restart to go on from the student as it was given"
+            )
         for earlier in BUILDS_ON.get(step, ()):
             if earlier not in self.stamps or (earlier == "measure" and not is_measured(config.schedule)):
                 continue
@@ -230,10 +241,14 @@ class RunDirectory:
                     f" or do that step again first: `pocl-fast {earlier} --restart` with the new options"
                 )
 
-    def _clear(self, step: str) -> None:
+    def _clear(self, step: str, config: RunConfig) -> None:
         """Removes what an earlier try at the step left, and what was made of it."""
-        for spoiled in SPOILS.get(step, ()):
-            self._clear(spoiled)
+        for spoiled in spoiled_by(step, config):
+            self._clear(spoiled, config)
+        self._remove(step)
+
+    def _remove(self, step: str) -> None:
+        """Removes a step's stamp and what it left."""
         self.stamps.pop(step, None)
         if (results := self.path / EVALUATION).exists() and step.startswith("evaluate-"):
             write_json(

@@ -88,7 +88,7 @@ READS = {
     "rank-unmeasured": Reads(  # rank, where the order is that of the samples themselves
         ("models", "data", "generation", "schedule", "optimisation"),
         (
-            *_DEVICES, *_TEACHER, "precision", "student_layers", "dev", "test", "generation_batch_size",
+            *_DEVICES, *_TEACHER, "precision", "student_layers", "layer_choice", *SETS, "generation_batch_size",
             "generation_batch_tokens", "generation_engine", "rouge_tokenizer", "rrf_k", "ties",
             *(option_name(f) for f in fields(OptimisationOptions) if f.name != "seed"),
         ),
@@ -160,6 +160,11 @@ def reads_of(step: str, config: RunConfig) -> Reads:
         return READS[step]
     reads = READS["rank-unmeasured"]
     return reads if config.schedule.curriculum == "random" else replace(reads, but=(*reads.but, "seed"))
+
+
+def spoiled_by(step: str, config: RunConfig) -> list[str]:
+    """The steps that mean nothing once this one is done anew. An order that is not measured stays."""
+    return [one for one in SPOILS.get(step, ()) if one != "rank" or is_measured(config.schedule)]
 
 
 def results_of(step: str, config: RunConfig) -> list[str]:

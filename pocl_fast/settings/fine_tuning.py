@@ -5,6 +5,7 @@ Knows options. Does not know how a model is fine-tuned.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pocl_fast.options.declaring import Count
@@ -22,6 +23,7 @@ FIXED: dict[str, Any] = {
     "rollouts": "none", "remeasure": False,
     "warmup_epochs": None, "warmup_steps": None, "warmup_learning_rate": None,
 }  # fmt: skip
+_TEACHER = ("teacher", "teacher_quantization", "teacher_device")
 
 
 def begun(recorded: RunConfig) -> RunConfig:
@@ -31,19 +33,20 @@ def begun(recorded: RunConfig) -> RunConfig:
     return from_options({"epochs_per_stage": EPOCHS})
 
 
-def completed(config: RunConfig, model: str | None, epochs: int | None) -> RunConfig:
-    """The options with what the command fixes, and its own ones in their places.
+def completed(config: RunConfig, model: str | None, epochs: int | None, recorded: RunConfig | None = None) -> RunConfig:
+    """The options with what the command fixes, and its own ones in their places. A teacher that a run of this command
+    has `recorded`, for its evaluations compare with it, stays.
 
     Raises `InputError` where no model is named, and for options of distilling that a YAML file or the folder's run has.
     """
     values, defaults = config.flat(), RunConfig().flat()
-    if wrong := [name for name, fixed in FIXED.items() if values[name] not in (fixed, defaults[name])]:
+    given = FIXED | _scored_teacher((recorded or RunConfig()).flat())
+    if wrong := [name for name, fixed in given.items() if values[name] not in (fixed, defaults[name])]:
         what = ", ".join(f"{name} {values[name]!r}" for name in wrong)
         raise InputError(
             f"`pocl-fast sft` fine-tunes without a teacher, and has no {what}: leave that out of the YAML file, or give"
             " another --output than that of a run of `pocl-fast distill`"
         )
-    given = dict(FIXED)
     if model is not None:
         given["student"] = model
     elif values["student"] is None:
@@ -54,3 +57,10 @@ def completed(config: RunConfig, model: str | None, epochs: int | None) -> RunCo
         except ValueError as error:
             raise InputError(f"--epochs {error}") from error
     return from_options(given, config)
+
+
+def _scored_teacher(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the teacher that a fine-tuning is evaluated with; nothing of a run of another kind."""
+    if any(recorded[name] != fixed for name, fixed in FIXED.items() if name not in _TEACHER):
+        return {}
+    return {name: recorded[name] for name in _TEACHER}

@@ -29,8 +29,8 @@ def test_answers_that_are_nearly_all_wrong_ask_for_a_warm_up_a_larger_student_or
     assert (reason, names) == ("tied", ("rouge_l",))
     assert text == (
         "rouge_l: 1,069 of 1,080 samples have one score, 0: the student answers nothing right yet (or ROUGE-L does not"
-        " see the script of the references: see --rouge-tokenizer). Warm it up on the references first (--warmup-epochs"
-        " 1), take a larger student, or leave it out: --signals cross_entropy=2"
+        " see the script of the references: see --rouge-tokenizer). Warm it up on the references first, or for"
+        " longer (--warmup-epochs), take a larger student, or leave it out: --signals cross_entropy=2"
     )
 
 

@@ -143,6 +143,7 @@ def test_length_is_by_supervised_tokens_then_all_tokens_then_the_file_s_order():
 
 def test_a_line_says_what_a_control_is():
     assert control_line(Settings()) == ""
+    assert control_line(Settings("none", stages=1)) == ""  # which is what pocl does in one stage
     assert control_line(Settings("none")) == (
         "curriculum none: all samples from the start, for as many steps as the 4 stages of pocl have; temperature 1 and"
         " alpha 0.3 throughout (temperature and alpha: the first value given)"

@@ -259,6 +259,9 @@ def test_a_saved_student_is_the_trained_one_by_peft_by_us_and_merged(tmp_path, k
     trainer.save_model(str(tmp_path / "merged"))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(plain), want, rtol=0, atol=1e-5)
+    for one in (plain, load_model(str(tmp_path / "student"))):
+        is_tied = one.get_input_embeddings().weight is one.get_output_embeddings().weight
+        assert is_tied == ("tied" not in kind and "lm_head" not in kind)  # where adapters made no difference
 
 
 def test_adapters_of_a_model_that_has_a_name_are_saved_alone_and_name_it(tmp_path, monkeypatch):

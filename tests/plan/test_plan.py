@@ -61,6 +61,16 @@ def test_batches_by_tokens_are_an_estimate_until_the_order_is_known(inputs, kept
     assert before["steps"]["largest_batch_tokens"] <= 170
 
 
+@pytest.mark.parametrize("words", [(), ("--rollouts", "gkd"), ("--alpha", 1, 0.5)], ids=["none", "rollouts", "alpha"])
+def test_a_training_without_divergence_has_no_teachers_cache(inputs, capsys, words):
+    given = [*options(inputs, stages=2, eval_seeds=(1,), max_new_tokens=2), "--alpha", 1, 1, *words, "--time"]
+    plan = planned(capsys, *given)
+    times, memory = ([one["step"] for one in part] for part in (plan["times"], plan["memory"]["steps"]))
+    assert [("the teacher's cache" in times), ("load the teacher" in memory)] == [bool(words)] * 2
+    assert (plan["disk"]["cache"] is not None) == bool(words)
+    assert times.count("train") == memory.count("train") == 1
+
+
 def test_steps_that_do_not_depend_on_the_order_are_exact(inputs, capsys):
     assert planned(capsys, *by_tokens(inputs), "--curriculum", "none")["steps"]["exact"]
     plan = planned(capsys, *by_tokens(inputs), "--steps-per-stage", 3)["steps"]

@@ -43,6 +43,13 @@ def test_a_warm_up_is_a_part_of_the_budget(tmp_path):
     assert run.curve("rouge_l").steps.max() == 20
 
 
+def test_a_warm_up_that_logged_nothing_counts_by_its_stamp(tmp_path):
+    folder = make_run(tmp_path / "run", steps=20)
+    stamps = json.loads((folder / "steps.json").read_text())
+    (folder / "steps.json").write_text(json.dumps({"warmup": {"steps": 9, "made_from": {}}} | stamps))
+    assert read_run(folder).steps == 29
+
+
 def test_a_run_without_logs_has_no_curves_and_no_steps(tmp_path):
     run = read_run(make_run(tmp_path / "run", steps=None))
     assert run.steps is None

@@ -245,6 +245,11 @@ def test_several_teachers_are_said(made):
     assert note(comparison, "2 teachers: mean KL is to each run's own")
 
 
+def test_a_run_without_a_teacher_is_no_second_teacher(made):
+    notes = compare_runs([made("a"), made("b", seed=2), made("c", teacher=None)], ["A", "A", "C"], resamples=FEW).notes
+    assert not [note for note in notes if "teachers" in note]
+
+
 def test_one_sample_alone_has_means_and_nothing_else(made):
     sets = {"dev": make_scores(1)}
     [dev] = compare_runs([made("a", sets=sets), made("b", sets=sets, stages=2)], resamples=FEW).sets

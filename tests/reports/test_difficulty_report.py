@@ -63,6 +63,13 @@ def test_the_table_has_the_means_of_what_each_stage_brings_in():
     assert lines[6] == "rank correlation of rouge_l and cross_entropy: 1.00 (1: they rank the samples alike)"
 
 
+def test_a_stage_that_adds_no_samples_has_no_means():
+    made = ranked(scores=[np.array([1.0, 0.5]), np.array([1.0, 2.0])], stages=2)
+    stages = tuple(replace(stage, size=2) for stage in made.curriculum.stages)
+    rows = stage_rows(replace(made, curriculum=replace(made.curriculum, stages=stages)))
+    assert [(row.new, row.means) for row in rows] == [(2, ["0.750", "1.500"]), (0, ["-", "-"])]
+
+
 def test_a_long_name_of_a_signal_keeps_its_end_and_the_columns_aligned():
     made = ranked("cross_entropy_gap,teacher_cross_entropy")
     long = replace(made.known.signals[0].signal, name="a.package.of.many.modules:a_function")

@@ -78,6 +78,18 @@ def test_a_run_from_a_large_file_measures_its_first_samples_whether_it_is_stream
     assert streamed == whole
 
 
+def test_held_out_samples_choose_no_layers_of_a_run_that_streams_its_file(inputs, measures, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", 1)
+    words = from_words(inputs, dev={}, held_out=1)
+    run = open_run(tmp_path / "out", words)
+    run.context.student()
+    [used] = measures
+    [held_out] = {one.index for one in run.context.dev_set.encoded}
+    every = {one.index for one in run.context.train_set.encoded}
+    assert every == set(range(16)) - {held_out}
+    assert set(used) < every
+
+
 def from_words(inputs, **changed):
     return {
         "teacher": str(inputs / "teacher"), "student_layers": 2, "layer_choice": "importance",
@@ -98,6 +110,11 @@ def test_layers_chosen_by_other_samples_are_another_run(inputs, measures, tmp_pa
     assert "layer_choice: was importance, now even" in said
     assert run("measure", output, *words_of(inputs, "measure", train=other)) == 0
     assert len(measures) == 2
+
+
+def test_an_evaluation_of_chosen_layers_needs_the_training_samples(inputs, tmp_path, capsys):
+    said = refusal(capsys, "evaluate", tmp_path / "out", *words_of(inputs, "evaluate", train=None))
+    assert "--train (for --layer-choice importance) is missing" in said
 
 
 def test_a_choice_without_student_layers_is_refused_before_data_is_read(inputs, tmp_path, capsys):

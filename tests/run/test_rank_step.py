@@ -51,6 +51,13 @@ def steps_of(output):
     return max(record["step"] for record in read_metrics(output / "metrics.jsonl"))
 
 
+def test_an_order_that_is_not_measured_is_the_same_for_other_layers_of_the_student(finished, tmp_path, capsys):
+    words = select(options(finished[0], curriculum="random", student_layers=2), "rank")
+    assert run("rank", tmp_path / "out", *words) == 0
+    assert run("rank", tmp_path / "out", *words, "--layer-choice", "importance") == 0
+    assert "rank: already done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["random", "length"])
 def test_an_order_that_is_not_measured_can_be_the_first_step_of_a_run(finished, tmp_path, capsys, kind):
     inputs, _ = finished

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_run import make_inputs, options, read_json, run, select
+from tiny_training import before_each_batch
 
 from pocl_fast.models import precision, product_speed
 from pocl_fast.models.precision import PRECISION_FILE, choose_precision
@@ -72,7 +73,10 @@ def test_a_training_without_a_teacher_multiplies_as_its_run_chose(
     both = {"fp32": 100.0, "bf16": 200.0}  # of layers that do not train alone
     found = Speeds({"ieee": 200.0, "bf16": 100.0}, both, both, rounds=True)
     monkeypatch.setattr(precision, "measure_speeds", lambda _: found)
+    modes = []
+    before_each_batch(monkeypatch, lambda *_: modes.append(torch.backends.mkldnn.matmul.fp32_precision))
     assert run(command, output, *words) == 0
+    assert set(modes) == {"ieee"}
     assert capsys.readouterr().out.count("precision: ") == 1
     assert [one.precision.chosen for one in made] == [CpuProducts("ieee", "bf16", "bf16")] * trainings
     assert list(output.rglob(PRECISION_FILE)) == [output / PRECISION_FILE]

@@ -1,6 +1,7 @@
 """`pocl-fast sft`: a model is fine-tuned on the references in a run directory without a teacher."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 import yaml
 from ranks import gloo
 from safetensors.torch import load_file
+from tiny import arithmetic, write_jsonl
 from tiny_run import make_inputs, options, read_json, refusal, run, scores_of, select, weights
 from tiny_training import before_each_batch, encoded_samples, transformers_loss
 from transformers import AutoModelForCausalLM
@@ -99,6 +101,38 @@ def test_other_commands_read_its_folder(tuned, capsys):
     for command in ("evaluate", "report", "inspect"):
         assert run(command, tuned) == 0, command
     assert "trained on     the answer" in capsys.readouterr().out
+
+
+def test_its_evaluation_may_compare_with_a_teacher_and_it_still_goes_on(inputs, tuned, tmp_path, capsys):
+    output = shutil.copytree(tuned, tmp_path / "copy")
+    assert run("evaluate", output, "--teacher", str(inputs / "teacher"), "--restart") == 0
+    scores = scores_of(output)
+    assert set(scores) == {"before", "after", "teacher"}
+    assert abs(scores["before"]["mean_kl"]) < 1e-6 < scores["after"]["mean_kl"]
+    capsys.readouterr()
+    assert run("sft", output, *of_a_run(inputs)) == 0
+    assert capsys.readouterr().out.count("already done") == 3
+    shutil.rmtree(output / "student")
+    assert run("sft", output) == 0
+    assert weights(output) == weights(tuned)
+    written = tmp_path / "other.yaml"
+    written.write_text(yaml.safe_dump({"teacher": "another"}))
+    assert "has no teacher 'another'" in refusal(capsys, "sft", output, "--config", str(written))
+
+
+def test_a_dev_set_that_is_added_later_is_not_called_the_one_that_chose(inputs, tuned, tmp_path):
+    output = shutil.copytree(tuned, tmp_path / "copy")
+    write_jsonl(tmp_path / "later.jsonl", arithmetic(3, start=200))
+    sets = f"later={tmp_path / 'later.jsonl'}", f"dev={inputs / 'dev.jsonl'}"
+    assert run("evaluate", output, "--dev", *sets, "--restart") == 0
+    known = read_json(output / "evaluation.json")["sets"]
+    assert {name: one["chooses_weights"] for name, one in known.items()} == {"later": False, "dev": True}
+
+
+def test_a_teachers_cache_is_not_for_its_folder(inputs, tuned, tmp_path, capsys):
+    said = refusal(capsys, "cache", tuned, "--teacher", str(inputs / "teacher"))
+    assert "holds a run of `pocl-fast sft`" in said
+    assert recorded_config(tuned).models.teacher is None
 
 
 def test_what_was_fine_tuned_is_a_teacher(inputs, tuned, tmp_path):

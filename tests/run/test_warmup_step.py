@@ -177,6 +177,51 @@ def test_a_run_that_was_made_without_a_warm_up_is_not_warmed_up_later(inputs, tm
     assert (output / "warmup" / "student").is_dir()
 
 
+def test_a_warm_up_that_is_taken_away_leaves_nothing(inputs, warmed, tmp_path, capsys):
+    output, words = shutil.copytree(warmed, tmp_path / "copy"), [*of_a_run(inputs)[: -len(WARM)], "--stages", "2"]
+    without = [*words, "--warmup-epochs", "None", "--warmup-learning-rate", "None"]
+    assert "warmed-up student: was" in refusal(capsys, "distill", output, *without)
+    (output / "difficulty.parquet").unlink()  # so that nothing says what it was measured by
+    assert "holds a run with a warm-up, and these options have none" in refusal(capsys, "distill", output, *without)
+    assert (output / "warmup" / "student").is_dir()
+    assert run("distill", output, *without, "--restart") == 0
+    assert not (output / "warmup").exists()
+    assert not list((output / "scores").glob("*-warmed.parquet"))
+    assert {"warmup", "evaluate-warmed"}.isdisjoint(read_json(output / "steps.json"))
+    assert set(scores_of(output)) == {"before", "after", "teacher"}
+    assert run("distill", tmp_path / "new", *words) == 0
+    assert weights(output) == weights(tmp_path / "new")
+
+
+def test_an_order_that_is_not_measured_stays_when_its_warm_up_is_taken_away(inputs, tmp_path):
+    words = [*options(inputs, eval_seeds=(1,), max_new_tokens=2), "--curriculum", "none"]
+    assert run("distill", tmp_path / "out", *words, "--warmup-steps", "2") == 0
+    assert run("distill", tmp_path / "out", *words, "--warmup-steps", "None", "--restart") == 0
+    assert not (tmp_path / "out" / "warmup").exists()
+    assert (tmp_path / "out" / "curriculum.json").is_file()
+
+
+def test_an_order_that_is_not_measured_may_be_made_before_the_warm_up(inputs, tmp_path):
+    words = [*options(inputs, eval_seeds=(1,), max_new_tokens=2), "--curriculum", "random"]
+    assert run("rank", tmp_path / "out", *select(words, "rank"), "--curriculum", "random") == 0
+    order = (tmp_path / "out" / "curriculum.json").read_bytes()
+    assert run("train", tmp_path / "out", *select(words, "train"), "--warmup-steps", "2") == 0
+    assert (tmp_path / "out" / "curriculum.json").read_bytes() == order
+    assert (tmp_path / "out" / "warmup" / "student").is_dir()
+
+
+def test_answers_of_a_teacher_of_another_length_are_another_warm_up(inputs, tmp_path, capsys):
+    output, words = tmp_path / "out", [*select(of_a_run(inputs), "measure"), "--data-source", "teacher"]
+    assert run("measure", output, *words) == 0
+    said = refusal(capsys, "measure", output, *words, "--max-new-tokens", "3")
+    assert "its step 'warmup' was made with other input (max_new_tokens: was 2, now 3)" in said
+
+
+def test_a_warm_up_is_not_called_a_control(inputs, tmp_path, capsys):
+    assert run("measure", tmp_path / "out", *select(of_a_run(inputs), "measure")) == 0
+    assert "curriculum none" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [(("--warmup-epochs", "3"), "warmup_epochs: was 2, now 3"), (("--seed", "1"), "seed: was 42, now 1")],
