@@ -135,7 +135,7 @@ def tables_of(trained: Sequence[Trained]) -> str:
     for budget in sorted((part for part in parts if part.endswith(" passes")), key=lambda part: float(part.split()[0])):
         pairs = [(f"{kind}, {budget}", f"none, {budget}") for kind in ("pocl", "one cosine", "competence")]
         made.append(compared(groups, pairs, f"{budget[0].upper()}{budget[1:]} over the samples", "Forward KL."))
-    return "\n".join(table for table in made if table)
+    return "\n\n".join(table for table in made if table)
 
 
 def main() -> None:
