@@ -141,7 +141,7 @@ def _cell(scores: Mapping[str, Any] | None, key: str, form: str) -> str:
 
 def _interval(scores: Mapping[str, Any] | None, key: str, form: str) -> str:
     interval = scores and scores[f"{key}_interval"]
-    return " to ".join(form.format(bound) for bound in interval) if interval else "-"
+    return " to ".join(form.format(round(bound, 9) + 0.0) for bound in interval) if interval else "-"
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[Any, ...]:
