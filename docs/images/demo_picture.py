@@ -24,19 +24,20 @@ def main(run: Path) -> None:
 
     figure = Figure(figsize=(12.5, 3.6), layout="constrained")
     plan, loss, score = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
-    plan.set(title="What is trained: the easiest samples first", ylabel="samples in the stage", ylim=(0, 1350))
+    plan.set(title="What is trained: the easiest samples first", ylabel="samples in the stage", ylim=(0, 1.3 * stages[-1]["size"]))
     for stage, begin, end in zip(stages, begins, ends, strict=True):
         plan.fill_between([begin, end], stage["size"], color=BLUE, alpha=0.25 + 0.15 * stage["index"], lw=0)
         settings = f"stage {stage['index'] + 1}\ntemperature {stage['temperature']:g}\nCE × {stage['alpha']:g}"
-        plan.text((begin + end) / 2, stage["size"] + 25, settings, ha="center", va="bottom", fontsize=7.5, color=GREY)
+        plan.text((begin + end) / 2, 1.02 * stage["size"], settings, ha="center", va="bottom", fontsize=7.5, color=GREY)
     loss.set(title="Loss of the student", ylabel="nats a token")
     for name, label, colour in (("ce", "cross-entropy (CE)", BLUE), ("divergence", "divergence from teacher", RED)):
         loss.plot([r["step"] for r in losses], [r[name] for r in losses], color=colour, lw=1.6, label=label)
     loss.legend(frameon=False)
-    score.set(title="Answers to 120 held-out prompts", ylabel="ROUGE-L, greedy answers", ylim=(0, 25))
+    score.set(title="Answers to 120 held-out prompts", ylabel="ROUGE-L, greedy answers")
     steps, scores = [r["step"] for r in evaluations], [r["eval_rouge_l"] for r in evaluations]
     [scored] = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["sets"].values()
     before = scored["scores"]["before"]["rouge_l"]  # sampled answers
+    score.set(ylim=(0, 1.15 * max(scores)))
     score.plot([0, *steps], [before, *scores], "o-", color=GREEN, lw=1.6)
     plan.set_xlim(-14, None)
     for axis in (plan, loss, score):
