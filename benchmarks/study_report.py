@@ -23,6 +23,7 @@ from study_cells import WITHOUT_ORDER
 from table_form import markdown
 
 from pocl_fast.answers.intervals import mean_interval, paired_bootstrap
+from pocl_fast.reports.comparison import holm
 from pocl_fast.system.files import write_text
 
 BEGIN, END = "<!-- tables: made by benchmarks/study_report.py -->", "<!-- end of the tables -->"
@@ -81,16 +82,6 @@ def difference(ours: Sequence[Trained], theirs: Sequence[Trained], name: str, me
     sides = [np.stack([one.tables[name][metric] for one in runs]) for runs in (ours, theirs)]
     weights = ours[0].tables[name]["tokens"] if metric == "cross_entropy" else None
     return tuple(paired_bootstrap(*sides, weights=weights))
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values."""
-    order = np.argsort(values)
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, at in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[at]))
-        adjusted[at] = largest
-    return adjusted
 
 
 def compared(groups: dict[str, list[Trained]], pairs: Sequence[tuple[str, str]], title: str, claim: str) -> str:

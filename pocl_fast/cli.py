@@ -226,10 +226,7 @@ def _run(name: str, arguments: list[str]) -> None:
     given, config = _parse(name, command, arguments)
     if name in HOLD_OUT and not config.data.dev and config.data.held_out is None:
         config = from_options({"held_out": HELD_OUT}, config)
-    from pocl_fast.curriculum.stages import is_measured
-
-    starts_there = name == "rank" and not is_measured(config.schedule)
-    if name in NEED_A_RUN and not starts_there and not (given.output / "config.yaml").is_file():
+    if name in NEED_A_RUN and not _may_be_first(name, config) and not (given.output / "config.yaml").is_file():
         raise InputError(f"--output {given.output} holds no run yet; start one with `pocl-fast distill` or `measure`")
     if command.reads_options:
         _quiet_libraries()
@@ -250,6 +247,13 @@ def _run(name: str, arguments: list[str]) -> None:
     command.work(open_run(given.output, options, restart=getattr(given, "restart", False)))
     if joined:
         ranks.stop()
+
+
+def _may_be_first(name: str, config: RunConfig) -> bool:
+    """Whether a step that needs a run begins one here: `rank` does, of an order that nothing is measured for."""
+    from pocl_fast.curriculum.stages import is_measured
+
+    return name == "rank" and not is_measured(config.schedule)
 
 
 def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunConfig]:

@@ -102,6 +102,11 @@ class Asked:
     references: Sequence[str]
 
 
+def score_file(run: Path, name: str, when: str) -> Path:
+    """Where a run keeps the scores on each sample of a set: of the student at a moment, or of the teacher."""
+    return run / "scores" / f"{name}-{when}.parquet"
+
+
 def write_scores(path: Path, asked: Sequence[Asked], scores: SampleScores) -> None:
     """Writes a row a sample (Parquet) under a temporary name, then renames."""
     import pyarrow as pa  # which a trainer does without

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from pocl_fast.answers.sample_scores import score_file
 from pocl_fast.options.run import RunConfig
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import near_paths, read_json_lines
@@ -177,7 +178,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 
 def _set_scores(path: Path, name: str, one: dict[str, Any]) -> SetScores:
-    table_path = path / "scores" / f"{name}-after.parquet"
+    table_path = score_file(path, name, "after")
     try:
         table = pq.read_table(table_path)
     except (OSError, pa.ArrowException) as error:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from pocl_fast.answers.sample_scores import score_file
+
 # key -> heading, in the order of columns
 MOMENTS = {"before": "before", "warmed": "warmed up", "after": "after", "teacher": "teacher"}
 ALWAYS = ("before", "after")  # whose columns are there before they have scores
@@ -86,7 +88,7 @@ def changed_answers(run: Path) -> list[ChangedAnswers]:
     """The most improved and the most worsened answers of each set, where it was scored before and after training."""
     found = []
     for name in _sets(run):
-        paths = [run / "scores" / f"{name}-{when}.parquet" for when in ALWAYS]
+        paths = [score_file(run, name, when) for when in ALWAYS]
         if not all(path.exists() for path in paths):
             continue
         before, after = (pq.read_table(path).to_pylist() for path in paths)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Literal
 
 from pocl_fast.answers import evaluation
 from pocl_fast.answers.engine import Engine, TorchEngine
 from pocl_fast.answers.likelihood import LoadedModel
-from pocl_fast.answers.sample_scores import Asked, SampleScores, Scores, read_scores, write_scores
+from pocl_fast.answers.sample_scores import Asked, SampleScores, Scores, read_scores, score_file, write_scores
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.run.checks import check_teacher_reads_sets
 from pocl_fast.run.context import RunContext
@@ -99,11 +98,6 @@ def _record(context: RunContext, when: When, summaries: list[Scores]) -> list[bo
         }
     record(context.path, when, found)
     return chooses
-
-
-def score_file(run: Path, name: str, when: str) -> Path:
-    """The file of the scores on each sample of a set."""
-    return run / "scores" / f"{name}-{when}.parquet"
 
 
 def asked_of(data: SampleSet) -> list[Asked]:
