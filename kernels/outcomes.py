@@ -11,7 +11,7 @@ import triton.language as tl
 from pocl_fast.kernels.divergence import FORWARD_KL, outcome
 
 LOG2E64 = tl.constexpr(1.4426950408889634)
-LEAST_MASS = tl.constexpr(2.0**-23)  # of a teacher's rest: below it is the rounding of K fp32 log-probabilities
+LEAST_MASS = tl.constexpr(2.0**-20)  # of a teacher's rest: below it is the rounding of K fp32 log-probabilities
 
 
 @triton.jit

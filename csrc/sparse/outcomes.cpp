@@ -43,7 +43,7 @@ double sum_of_powers(const Softmax& s, const double* values, const double* expon
     return factor == 2 && sum != 0 ? sum * std::exp(2 * s.largest) : sum;
 }
 
-constexpr double kLeastMass = 0x1p-23;  // of a teacher's rest: below it is the rounding of K fp32 log-probabilities
+constexpr double kLeastMass = 0x1p-20;  // of a teacher's rest: below it is the rounding of K fp32 log-probabilities
 
 /// log of the weight at temperature `tau` of n entries that share `mass` evenly: log(n (mass/n)^(1/tau)).
 double log_shared(double mass, std::int64_t n, double tau) {

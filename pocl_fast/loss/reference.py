@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pocl_fast.loss.arguments import Settings, Tokens
 
-LEAST_MASS = 2.0**-23  # of a teacher's rest: below it is the rounding of K fp32 log-probabilities
+LEAST_MASS = 2.0**-20  # of a teacher's rest: below it is the rounding of K fp32 log-probabilities
 
 
 class Rows(NamedTuple):
