@@ -2,10 +2,10 @@
 
 The choice is made as a run makes it, in a fraction of a second on cropped matrices. Then the whole matrices of a model
 (SmolLM2-135M's by default) are multiplied in every way that a run has, forward, by the data and by the weight, at
-several numbers of rows: fp32 tensors in each mode of torch, layers that do not train in each precision, and a bf16
-lm_head of the linear loss. All ways run in this process, in turns; the least processor time of a thread counts, so that
-other programs on the machine do not. Ends with an error where a chosen way took more than 1.05 times the fastest, all
-products and rows of a part together.
+several numbers of rows: fp32 tensors in each mode of torch and rounded to bf16, layers that do not train in each
+precision, and a bf16 lm_head of the linear loss. All ways run in this process, in turns; the least processor time of a
+thread counts, so that other programs on the machine do not. Ends with an error where a chosen way took more than 1.05
+times the fastest, all products and rows of a part together.
 
     python benchmarks/precision.py [--hidden 576] [--intermediate 1536] [--vocabulary 49152] [--rows 64,256,1024]
         [--repeats 5]
@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line sets it
 
@@ -30,7 +30,7 @@ from torch import nn
 from pocl_fast.loss import cpp
 from pocl_fast.loss.lm_head_products import HeadProducts, bf16_way, weight_grad_
 from pocl_fast.models.frozen import freeze_linears
-from pocl_fast.models.product_speed import CpuProducts, Shapes, decide, measure_speeds
+from pocl_fast.models.product_speed import CpuProducts, Shapes, Trained, decide, measure_speeds
 from pocl_fast.system.fp32_products import fp32_products, rounds_to_bf16
 
 Product = Callable[[], object]
@@ -53,19 +53,16 @@ def least(ways: dict[str, Product], repeats: int) -> dict[str, float]:
 def trained(rows: int, K: int, N: int) -> dict[str, dict[str, Product]]:
     """A layer of weights that train: by product, then by way."""
     x, weight, grad = torch.randn(rows, K), torch.randn(N, K), torch.randn(rows, N)
-    products: dict[str, Product] = {
-        "forward": partial(nn.functional.linear, x, weight),
-        "by data": partial(torch.mm, grad, weight),
-        "by weight": partial(torch.mm, grad.t(), x),
-    }
+    products = {"forward": (x, weight.t()), "by data": (grad, weight), "by weight": (grad.t(), x)}
 
-    def within(mode: str, product: Product) -> None:
-        with fp32_products(mode):
-            product()
+    def multiply(way: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        if way == "rounded":
+            torch.mm(a.bfloat16(), b.bfloat16()).float()
+            return
+        with fp32_products(way):
+            torch.mm(a, b)
 
-    return {
-        name: {mode: partial(within, mode, product) for mode in ("ieee", "bf16")} for name, product in products.items()
-    }
+    return {name: {way: partial(multiply, way, *pair) for way in get_args(Trained)} for name, pair in products.items()}
 
 
 def layers(rows: int, K: int, N: int) -> dict[str, dict[str, Product]]:
@@ -145,8 +142,8 @@ def main() -> None:
         "note": [
             f"Chosen in {seconds:.2f} s. Its time over the least, all rows and products: {said}.",
             "trained: fp32 weights in torch's modes, of which bf16 (oneDNN's) rounds"
-            f" {'to bf16' if rounds_to_bf16() else 'nothing'} here; layers: weights that do not train; head: a bf16"
-            " lm_head.",
+            f" {'to bf16' if rounds_to_bf16() else 'nothing'} here, or rounded as"
+            " they go in; layers: weights that do not train; head: a bf16 lm_head, or one that trains rounded.",
         ],
     }
     save({"machine": facts, "tables": [table]}, "precision.json")

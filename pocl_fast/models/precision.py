@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocl_fast.loss.lm_head_products import set_bf16_way
 from pocl_fast.models.product_speed import CpuProducts, Shapes, decide, describe, measure_speeds
+from pocl_fast.models.rounded import rounded_linears
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json
@@ -40,6 +41,26 @@ class Precision:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.name == "bf16")
 
     @property
+    def rounds_layers(self) -> bool:
+        """Whether layers that train on a CPU multiply in bf16 by rounding (rounded.py): as was chosen by timing, or
+        where bf16 was asked for, the processor has it, and no mode of oneDNN uses it."""
+        if self.device.type != "cpu":
+            return False
+        if self.chosen is not None:
+            return self.chosen.trained == "rounded"
+        return self.name == "bf16" and _has_bf16() and not rounds_to_bf16()
+
+    @contextlib.contextmanager
+    def training(self, model: nn.Module) -> Iterator[None]:
+        """The context of a model's forward and backward where it trains on a CPU; nothing elsewhere."""
+        with rounded_linears(model) if self.rounds_layers else contextlib.nullcontext():
+            yield
+
+    def of_trained_head(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of the linear loss within `training`: autocast, which to it is rounding, nothing else."""
+        return torch.autocast("cpu", dtype=torch.bfloat16) if self.rounds_layers else contextlib.nullcontext()
+
+    @property
     def frozen_dtype(self) -> torch.dtype:
         """The dtype in which a CPU multiplies the layers of a model that does not train (see `freeze_linears`): bf16
         where that was chosen and the processor multiplies it."""
@@ -55,7 +76,7 @@ class Precision:
     def set_modes(self) -> None:
         """Sets for the process how a CPU multiplies, where that was chosen by timing."""
         if self.chosen is not None:
-            set_fp32_products(self.chosen.trained)
+            set_fp32_products(self.chosen.mode)
             set_bf16_way(self.chosen.head)
 
 
@@ -69,12 +90,13 @@ def choose_precision(
 ) -> Precision:
     """Resolves "auto" and, on a CPU, sets oneDNN's mode for the process. Every rank must call.
 
-    On a CPU "bf16" lets oneDNN round the inputs of fp32 matrix products to bf16 where the CPU multiplies these faster;
-    sums and results, so also logits, stay fp32. Where it does not, products are exact fp32 and up to 2x faster than
-    MKL's on AMD processors, so that "fp32" is the same mode.
+    On a CPU "bf16" lets oneDNN round the inputs of fp32 matrix products to bf16 where it has a mode for that (AMX);
+    sums and results, so also logits, stay fp32. Elsewhere that mode's products are exact fp32 and up to 2x faster than
+    MKL's on AMD processors, so that "fp32" is the same mode; and layers that train are rounded (`rounds_layers`).
 
-    "auto" on a CPU that multiplies bf16 times both for a model of `shapes` and takes the faster; `say` gets a line. The
-    choice is kept in `folder` and taken from there the next time. Raises `InputError` where that file holds none.
+    "auto" on a CPU that multiplies bf16 times each way for a model of `shapes` and takes the fastest; `say` gets a
+    line. The choice is kept in `folder` and taken from there the next time. Raises `InputError` where that file holds
+    none.
     """
     if device.type == "cuda":
         if precision == "auto":

@@ -19,6 +19,7 @@ from pocl_fast.system.fp32_products import faster, fp32_products, least_seconds,
 
 Name = Literal["fp32", "bf16"]
 Mode = Literal["ieee", "bf16"]  # torch's names: MKL's exact products, and oneDNN's, which may round their inputs
+Trained = Literal["ieee", "bf16", "rounded"]  # weights that train: in a mode, or rounded by us (rounded.py)
 ROWS, HEAD_ROWS = 256, 64  # of a product; at 1,024 rows the speeds are within 10 % of these
 FLOP = 150_000_000  # of a product at most, so that a round of all of them takes about 40 ms at 80 GFLOP/s
 BUDGET = 0.25  # seconds
@@ -54,23 +55,27 @@ class Shapes:
 
 @dataclass(frozen=True)
 class CpuProducts:
-    """How a CPU multiplies: in which mode fp32 tensors, in what precision layers that do not train, and how bf16
-    lm_heads in the linear loss."""
+    """How a CPU multiplies: weights that train, layers that do not, and bf16 lm_heads in the linear loss."""
 
-    trained: Mode
+    trained: Trained
     layers: Name
     head: Bf16Way
 
     @property
     def name(self) -> Name:
         """Whether anything is rounded to bf16 that was fp32."""
-        rounded = self.layers == "bf16" or (self.trained == "bf16" and rounds_to_bf16())
-        return "bf16" if rounded else "fp32"
+        by_mode = self.trained == "bf16" and rounds_to_bf16()
+        return "bf16" if self.layers == "bf16" or self.trained == "rounded" or by_mode else "fp32"
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of fp32 products: where layers are rounded, oneDNN's for what else there is."""
+        return "bf16" if self.trained == "rounded" else self.trained
 
     @classmethod
     def from_json(cls, record: Any) -> CpuProducts:
         """Raises ValueError for what `asdict` has not made."""
-        fields = {"trained": get_args(Mode), "layers": get_args(Name), "head": get_args(Bf16Way)}
+        fields = {"trained": get_args(Trained), "layers": get_args(Name), "head": get_args(Bf16Way)}
         if not isinstance(record, dict) or any(record.get(name) not in known for name, known in fields.items()):
             raise ValueError(f"{record!r}")
         return cls(*(record[name] for name in fields))
@@ -80,17 +85,19 @@ class CpuProducts:
 class Speeds:
     """GFLOP/s of one core in each way to multiply, by what is multiplied."""
 
-    trained: dict[Mode, float]
+    trained: dict[Trained, float]
     layers: dict[Name, float]
     head: dict[Bf16Way, float]
     rounds: bool  # whether mode "bf16" rounds here
 
 
 def decide(speeds: Speeds) -> CpuProducts:
-    """The faster way for each; the exact one where both are within 5 %. Where no mode rounds, oneDNN's is the usual
-    one."""
+    """The fastest way for each; the exact one where that is within 5 % of it, and a mode rather than rounding. Where no
+    mode rounds, oneDNN's is the usual one."""
+    modes = {mode: speeds.trained[mode] for mode in get_args(Mode)}
+    mode = _faster(modes, "ieee" if speeds.rounds else "bf16")
     return CpuProducts(
-        trained=_faster(speeds.trained, "ieee" if speeds.rounds else "bf16"),
+        trained=_faster({mode: modes[mode], "rounded": speeds.trained["rounded"]}, mode),
         layers=_faster(speeds.layers, "fp32"),
         head=_faster(speeds.head, "fp32"),
     )
@@ -99,24 +106,19 @@ def decide(speeds: Speeds) -> CpuProducts:
 def describe(chosen: CpuProducts, speeds: Speeds) -> str:
     """The choice and its reason, in a line."""
     layers = _compared(speeds.layers, chosen.layers)
-    if speeds.rounds:
-        trained = f"{_PRECISION[chosen.trained]}: {_compared(speeds.trained, chosen.trained, _PRECISION)}"
-    else:
-        trained = (
-            f"fp32 either way, by {_LIBRARY[chosen.trained]}: {_compared(speeds.trained, chosen.trained, _LIBRARY)}"
-        )
+    names = _NAMES | ({"bf16": "bf16 by oneDNN's mode"} if speeds.rounds else {})
+    trained = f"{names[chosen.trained]}: {_compared(speeds.trained, chosen.trained, names)}"
     return (
         f"precision: {chosen.layers} for layers that do not train: their products run at {layers}; for weights that"
         f" train {trained}"
     )
 
 
-_PRECISION = {"ieee": "fp32", "bf16": "bf16"}
-_LIBRARY = {"ieee": "torch's default library", "bf16": "oneDNN"}
+_NAMES = {"ieee": "fp32 by torch's default library", "bf16": "fp32 by oneDNN", "rounded": "bf16"}
 
 
 def _compared(speeds: dict[Any, float], chosen: str, names: dict[str, str] | None = None) -> str:
-    others = [f"{(names or {}).get(way, way)}'s at {speed:.0f}" for way, speed in speeds.items() if way != chosen]
+    others = [f"{(names or {}).get(way, way)} at {speed:.0f}" for way, speed in speeds.items() if way != chosen]
     return ", ".join([f"{speeds[chosen]:.0f} GFLOP/s a core here", *others])
 
 
@@ -135,6 +137,7 @@ def measure_speeds(shapes: Shapes) -> Speeds:
     return Speeds(**speeds, rounds=rounds_to_bf16())  # type: ignore[arg-type]
 
 
+Product = tuple[torch.Tensor, torch.Tensor]
 Ways = tuple[dict[Any, Callable[[], object]], float]  # and the floating-point operations of one
 
 
@@ -149,22 +152,26 @@ def _filled(*shape: int) -> torch.Tensor:
 
 
 def _trained(shapes: Shapes) -> Ways:
-    """A layer's and the lm_head's products, forward and backward, as torch computes them."""
-    products: list[Callable[[], object]] = []
+    """A layer's and the lm_head's products, forward and backward: as torch computes them in each mode, and rounded with
+    all that this takes."""
+    products: list[Product] = []
     flop = 0.0
     for rows, columns in ((ROWS, shapes.intermediate), (HEAD_ROWS, shapes.vocabulary)):
         K, N = _cropped(rows, shapes.hidden, columns)
         x, weight, grad = _filled(rows, K), _filled(N, K), _filled(rows, N)
-        products += [partial(nn.functional.linear, x, weight), partial(torch.mm, grad, weight)]
-        products.append(partial(torch.mm, grad.t(), x))
+        products += [(x, weight.t()), (grad, weight), (grad.t(), x)]
         flop += 3 * 2 * rows * K * N
 
-    def multiply(mode: Mode) -> None:
-        with fp32_products(mode):
-            for product in products:
-                product()
+    def multiply(way: Trained) -> None:
+        if way == "rounded":
+            for a, b in products:
+                torch.mm(a.bfloat16(), b.bfloat16()).float()
+            return
+        with fp32_products(way):
+            for a, b in products:
+                torch.mm(a, b)
 
-    return {mode: partial(multiply, mode) for mode in get_args(Mode)}, flop
+    return {way: partial(multiply, way) for way in get_args(Trained)}, flop
 
 
 def _layers(shapes: Shapes) -> Ways:

@@ -21,6 +21,7 @@ from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, Stage, is_measured
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
+from pocl_fast.models.precision import Precision
 from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.step_plan import Batches, StepPlan
 from pocl_fast.plan.warmup import WarmupPlan
@@ -239,7 +240,7 @@ def _trial(context: PlanContext, arguments: PoclConfig, batches: Batches, schedu
     start = time.perf_counter()
     student, known, clock = context.take_student().model, SampleSet(context.train_file.samples, samples), _Clock()
     teacher = context.take_cached_teacher() if uses_of_teacher(arguments, schedule.curriculum) else None
-    made = teacher, _quiet(arguments, context.precision.name), known, None, context.encoder
+    made = teacher, _quiet(arguments, context.precision), known, None, context.encoder
     trainer = PoclTrainer(student, *made, curriculum=trial.curriculum, callbacks=[clock])
     loading = time.perf_counter() - start
     context.precision.set_modes()
@@ -260,11 +261,12 @@ def _seconds_of_cache(teacher: Any, batches: Batches, samples: Sequence[EncodedS
     return (time.perf_counter() - start) / sum(map(len, others or [first]))
 
 
-def _quiet(arguments: PoclConfig, precision: str) -> PoclConfig:
+def _quiet(arguments: PoclConfig, precision: Precision) -> PoclConfig:
     """The arguments of a training that saves, evaluates and reports nothing, and has no answers of its own."""
     made = copy.copy(arguments)
     changes: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "patience": None, "rollouts": "none"}
-    changes |= {"precision": precision, "max_steps": -1, "stage_weights": "last", "remeasure": False, "report_to": []}
+    changes |= {"precision": precision.name, "computed_in": precision, "max_steps": -1, "stage_weights": "last"}
+    changes |= {"remeasure": False, "report_to": []}
     for name, value in changes.items():
         setattr(made, name, value)
     return made

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.output import LossOutput
-from pocl_fast.models.lm_head import LmHead, loss_within_forward
+from pocl_fast.models.lm_head import LmHead, causal_lm, loss_within_forward, tied_rows_alone
 from pocl_fast.models.parameters import num_parameters
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system.errors import InputError
@@ -95,8 +95,8 @@ class DistillingTrainer(SavingTrainer):
         outputs: list[LossOutput] = []
 
         def loss(hidden: Tensor, head: LmHead) -> Tensor:
-            outputs.append(
-                linear_distillation_loss(
+            with self.precision.of_trained_head():
+                output = linear_distillation_loss(
                     hidden,
                     head.weight,
                     teacher,
@@ -107,7 +107,7 @@ class DistillingTrainer(SavingTrainer):
                     logit_scale=head.logit_scale,
                     logit_softcap=head.logit_softcap,
                 )
-            )
+            outputs.append(output)
             return outputs[0].loss
 
         router = 0.0
@@ -126,15 +126,20 @@ class DistillingTrainer(SavingTrainer):
         """Forward and backward of a micro-batch; in pieces from where it does not fit into memory."""
         if not inputs.samples and self.args.world_size == 1 and not self.is_deepspeed_enabled:
             return torch.zeros((), device=self.args.device)
-        step: Any = super().training_step
+        whole: Any = super().training_step
+        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
         number = next(i for i, batch in enumerate(self._step_batches) if batch is inputs)
+
+        def step(piece: MicroBatch) -> Tensor:
+            with self.precision.training(model), tied_rows_alone(causal_lm(model)) if alone else nullcontext():
+                return whole(model, piece, num_items_in_batch)  # type: ignore[no-any-return]
 
         def clear() -> None:
             model.zero_grad()
             self.loss_parts.drop(inputs.samples)
 
         return self._halving.run(
-            lambda piece: step(model, piece, num_items_in_batch),
+            step,
             inputs,
             self._step_batches[:number],
             clear,

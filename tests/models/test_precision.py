@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from precise import relative_error
 from ranks import gloo
 
 from pocl_fast.loss import cpp
 from pocl_fast.loss.lm_head_products import cpp_products, set_bf16_way
 from pocl_fast.models import precision
 from pocl_fast.models.precision import PRECISION_FILE, Precision, choose_precision, exact_backward, exact_products
-from pocl_fast.models.product_speed import Shapes, Speeds
+from pocl_fast.models.product_speed import CpuProducts, Shapes, Speeds
 from pocl_fast.system import ranks
 from pocl_fast.system.errors import InputError
 
@@ -38,6 +39,29 @@ def test_a_frozen_model_computes_in_bf16_only_where_that_was_chosen_and_is_in_th
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
         assert Precision("bf16", cpu).frozen_dtype == (torch.bfloat16 if supported else torch.float32)
     assert Precision("fp32", cpu).frozen_dtype == Precision("bf16", torch.device("cuda")).frozen_dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode_rounds", [False, True])
+def test_bf16_that_is_asked_for_rounds_layers_that_train_where_no_mode_does(monkeypatch, mode_rounds):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(precision, "rounds_to_bf16", lambda: mode_rounds)
+    for supported in (True, False):
+        monkeypatch.setattr(precision, "_has_bf16", lambda answer=supported: answer)
+        assert Precision("bf16", cpu).rounds_layers == (supported and not mode_rounds)
+    assert not Precision("fp32", cpu).rounds_layers
+    assert not Precision("bf16", torch.device("cuda")).rounds_layers
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_model_trains_with_rounded_products_where_that_was_chosen(rounds):
+    chosen = Precision("bf16", torch.device("cpu"), CpuProducts("rounded" if rounds else "ieee", "bf16", "bf16"))
+    layer, x = torch.nn.Linear(64, 32, bias=False), torch.randn(8, 64)
+    want = x.double() @ layer.weight.double().t()
+    with chosen.training(layer), chosen.of_trained_head():
+        error = relative_error(layer(x), want)
+        assert torch.is_autocast_enabled("cpu") == rounds
+    assert (error > 1e-4) == rounds
+    assert relative_error(layer(x), want) < 1e-6
 
 
 def test_attentions_products_are_exact_within_their_block_and_the_mode_comes_back():
@@ -97,7 +121,7 @@ def timing(monkeypatch, modes_as_before):
 
     def says(faster):
         both = {"fp32": 100.0, "bf16": 200.0 if faster == "bf16" else 50.0}
-        found = Speeds({"ieee": 100.0, "bf16": 100.0}, both, both, rounds=False)
+        found = Speeds({"ieee": 100.0, "bf16": 100.0, "rounded": both["bf16"]}, both, both, rounds=False)
         monkeypatch.setattr(precision, "measure_speeds", lambda shapes: made.append(shapes) or found)
         return made
 
@@ -111,6 +135,7 @@ def test_auto_on_a_cpu_takes_what_is_faster_and_says_so(timing, faster):
     chosen = choose_precision("auto", torch.device("cpu"), say=said.append)
     assert chosen.name == faster
     assert chosen.frozen_dtype == (torch.bfloat16 if faster == "bf16" else torch.float32)
+    assert chosen.rounds_layers == (faster == "bf16")
     [line] = said
     assert line.startswith(f"precision: {faster} for layers that do not train")
     weight = torch.zeros(4, 2, dtype=torch.bfloat16)
@@ -159,7 +184,7 @@ def _opposite_choices(folder):
     """Each rank's timing says something else."""
     faster = ("bf16", "fp32")[ranks.rank()]
     both = {"fp32": 100.0, "bf16": 200.0 if faster == "bf16" else 50.0}
-    found = Speeds({"ieee": 100.0, "bf16": 100.0}, both, both, rounds=False)
+    found = Speeds({"ieee": 100.0, "bf16": 100.0, "rounded": both["bf16"]}, both, both, rounds=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "measure_speeds", lambda _: found)
         patch.setattr(precision, "_has_bf16", lambda: True)

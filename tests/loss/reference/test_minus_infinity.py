@@ -339,8 +339,8 @@ def test_the_linear_loss_knows_minus_infinity_too(divergence, kind):
 @pytest.mark.pairwise("backend", "divergence")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_rest_that_is_the_rounding_of_its_log_probabilities_is_none(backend, divergence):
-    """A teacher filtered by top-p whose k best are all that it has: as if it were given whole. Of 4,096 rows some add up
-    to 2^-22 less than 1 by rounding alone."""
+    """A teacher filtered by top-p whose k best are all that it has: as if it were given whole. Of 4,096 rows some
+    add up to 2^-22 less than 1 by rounding alone."""
     rows = 4 if backend == "triton" else 4096
     student, teacher = logits(rows, 97), torch.full((rows, 97), -INF)
     teacher[:, :6] = logits(rows, 6)
