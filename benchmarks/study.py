@@ -52,11 +52,12 @@ class Setup:
     learning_rate: float
     max_length: int
     max_prompt_length: int
+    precision: str = "fp32"
 
     def options(self, seed: int) -> dict[str, Any]:
         """Options of every training."""
         return {
-            "device": "cpu", "precision": "fp32", "seed": seed, "per_device_train_batch_size": self.batch_size,
+            "device": "cpu", "precision": self.precision, "seed": seed, "per_device_train_batch_size": self.batch_size,
             "learning_rate": self.learning_rate, "max_length": self.max_length,
             "max_prompt_length": self.max_prompt_length, "long_prompts": "skip", "max_new_tokens": GENERATED,
             "generation_batch_size": 128, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--passes", type=float, default=2.5, help="over all samples")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=7e-4)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of every training")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--list", action="store_true", help="print the trainings and what is done of them")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -90,7 +92,7 @@ def main() -> None:
     setup = Setup(
         None if given.data is None else str(given.data.resolve()), given.teacher, given.train_samples,
         given.budget_samples,
-        given.student_layers, given.passes, given.batch_size, given.learning_rate, *limits,
+        given.student_layers, given.passes, given.batch_size, given.learning_rate, *limits, given.precision,
     )  # fmt: skip
     check_setup(given.output, setup)
     wanted = cells(given.parts, given.seeds, given.methods)
@@ -106,13 +108,18 @@ def main() -> None:
     run_workers(given.output, given.processes, wanted)
 
 
+def read_setup(output: Path) -> Setup:
+    """The setup of a folder."""
+    return Setup(**json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+
+
 def check_setup(output: Path, setup: Setup) -> None:
     """Records the setup in the folder. Raises SystemExit where it holds a study of another one."""
     if setup.passes % PASSES_OF_ONE:
         raise SystemExit(f"--passes {setup.passes:g}: four stages of n passes each are {PASSES_OF_ONE:g} n over all")
     path, now = output / SETTINGS, asdict(setup)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = asdict(read_setup(output))
         if changed := [
             f"{name}: was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]
         ]:

@@ -30,6 +30,7 @@ NONE: dict[str, Any] = {
 ONE_COSINE = {"fresh_optimizer": False, "fresh_learning_rate": False}
 TEACHER_GENERATES = 48  # tokens of an answer to learn; more do not fit beside the longest prompts
 WITHOUT_ORDER = "forward_kl, random order"
+EARLY_END = {"pacing": "competence", "initial_competence": 0.4, "full_competence": 0.3}  # shares of samples, of steps
 STEADY = {"temperature": [1.0, 1.0], "alpha": [0.3, 0.3]}  # neither a rising temperature nor a falling alpha
 
 
@@ -80,6 +81,8 @@ def pacing_part() -> list[Method]:
         "baby steps": {},
         "baby steps, equal stages": {"stage_length": "equal"},
         "competence": {"pacing": "competence"},
+        "competence, early end": EARLY_END,
+        "competence, early end, random order": EARLY_END | {"curriculum": "random"},
         "competence, random order": {"pacing": "competence", "curriculum": "random"},
         "competence, hard first": {"pacing": "competence", "curriculum": "reverse"},
         "competence, short first": {"pacing": "competence", "curriculum": "length"},
@@ -90,9 +93,9 @@ def pacing_part() -> list[Method]:
 
 
 def budget_part(passes: Sequence[float] = (2.5, 5, 20)) -> list[Method]:
-    """The paper's curriculum, none, and the steadier ones, at other numbers of passes; forward KL."""
-    steady = PAPER | ONE_COSINE | STEADY | {"ties": "average"}
-    kinds = {"pocl": PAPER, "none": NONE, "one cosine": steady, "competence": steady | {"pacing": "competence"}}
+    """The paper's curriculum, none, and competence that ends early, at other numbers of passes; forward KL."""
+    early_end = PAPER | ONE_COSINE | STEADY | {"ties": "average"} | EARLY_END
+    kinds = {"pocl": PAPER, "none": NONE, "competence, early end": early_end}
     return [
         Method(f"{name}, {count:g} passes", f"{count:g} passes", options, passes=count)
         for count in passes

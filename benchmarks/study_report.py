@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from study import read_setup
 from study_cells import WITHOUT_ORDER
 from table_form import markdown
 
@@ -121,10 +122,13 @@ def tables_of(trained: Sequence[Trained]) -> str:
         off = [(name, reference) for name in groups if name.startswith("without ")]
         made.append(compared(groups, off, "Each part of the curriculum switched off alone", "Forward KL."))
     if "pacing" in parts:
-        others = sorted({(one.method, "forward_kl, none") for one in trained if one.part == "pacing"})
+        pacings = sorted({one.method for one in trained if one.part == "pacing"})
+        others = [(name, "forward_kl, none") for name in pacings]
         made.append(compared(groups, others, "Other pacings against none", "Forward KL, one cosine over all."))
+        shuffled = [(name, f"{name}, random order") for name in pacings]
+        made.append(compared(groups, shuffled, "What the order gives to a pacing", "Forward KL, one cosine over all."))
     for budget in sorted((part for part in parts if part.endswith(" passes")), key=lambda part: float(part.split()[0])):
-        pairs = [(f"{kind}, {budget}", f"none, {budget}") for kind in ("pocl", "one cosine", "competence")]
+        pairs = [(f"{kind}, {budget}", f"none, {budget}") for kind in ("pocl", "competence, early end")]
         made.append(compared(groups, pairs, f"{budget[0].upper()}{budget[1:]} over the samples", "Forward KL."))
     return "\n\n".join(table for table in made if table)
 
@@ -139,9 +143,10 @@ def main() -> None:
         trained = read_study(folder)
         if not trained:
             raise SystemExit(f"{folder} holds no training that is done: run benchmarks/study.py first")
-        setup = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        samples = f"{setup['train_samples']} samples of {'dolly_500' if setup['data'] else 'the demo'}"
-        text += f"## {samples[0].upper()}{samples[1:]}\n\n{len(trained)} trainings.\n\n{tables_of(trained)}\n"
+        setup = read_setup(folder)
+        source = "dolly_500" if setup.data else "the demo"
+        text += f"## {setup.train_samples} samples of {source}\n\n"
+        text += f"{len(trained)} trainings in {setup.precision}.\n\n{tables_of(trained)}\n"
     if given.page is None:
         print(text)
         return

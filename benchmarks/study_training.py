@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import sys
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from study import GENERATED, HELD_OUT_OF_DOLLY, RESULT, SETTINGS, Setup
+from study import GENERATED, HELD_OUT_OF_DOLLY, RESULT, Setup, read_setup
 from study_cells import Method
 
 from pocl_fast import PoclConfig, PoclTrainer
@@ -39,10 +38,6 @@ from pocl_fast.teacher.loading import cached_teacher, load_teacher
 CPU = torch.device("cpu")
 MOST_HELD_OUT = 120  # samples of a set; 8 s to score
 HELD_OUT_LENGTHS = {"max_length": 160, "max_prompt_length": 112}  # half of sni_3_6 has no longer prompts
-
-
-def read_setup(output: Path) -> Setup:
-    return Setup(**json.loads((output / SETTINGS).read_text(encoding="utf-8")))
 
 
 def write_data(output: Path, setup: Setup) -> None:
@@ -124,7 +119,7 @@ class Data:
         return made
 
     def teacher(self, cache: Path) -> Any:
-        precision = choose_precision("fp32", CPU)
+        precision = choose_precision(self.setup.precision, CPU)
         model = load_teacher(self.setup.teacher, cache, precision=precision)
         return cached_teacher(
             model, cache, self.options, precision=precision, device=CPU, keep_body=True, owned=True,
