@@ -196,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminate = signal.signal(signal.SIGTERM, _terminate)
     try:
         _run(arguments[0], arguments[1:])
+        sys.stdout.flush()
     except InputError as error:
         _complain(f"pocl-fast {arguments[0]}: {error}")
         return 2
@@ -208,6 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"\n{stop}; run the same command to resume", file=sys.stderr)
         return 128 + stop.signal_number
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's last flush would fail too
+        if COMMANDS[arguments[0]].opens_run:
+            print("\nstopped, for nothing reads what is printed; run the same command to resume", file=sys.stderr)
+        return 128 + signal.SIGPIPE
     finally:
         signal.signal(signal.SIGTERM, terminate)
     return 0

@@ -2,8 +2,10 @@
 
 import fcntl
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -285,3 +287,17 @@ def test_a_command_prints_no_line_of_a_library_that_it_imports(inputs):
     said = subprocess.run(words, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout)["steps"]["steps"] == 5
     assert said.stderr == ""
+
+
+@pytest.mark.parametrize(("command", "says"), [("plan", None), ("distill", "run the same command to resume")])
+def test_a_command_ends_quietly_once_nothing_reads_its_output(inputs, tmp_path, command, says):
+    """As under `| head -1`; only what can be resumed says so."""
+    given = options(inputs, output=tmp_path / "run")
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "pocl_fast.cli", command, *given]
+    ended = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert ended.returncode == 128 + signal.SIGPIPE
+    assert "BrokenPipe" not in ended.stderr
+    assert ended.stderr == "" if says is None else says in ended.stderr
