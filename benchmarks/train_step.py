@@ -48,7 +48,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps an epoch")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="as pocl-fast's option, for every side"
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="as pocl-fast's option; the other sides' is oneDNN's mode, which without AMX rounds nothing",
     )
     parser.add_argument("--sides", nargs="+", choices=(*SIDES, "trl-distillation"))
     parser.add_argument("--on-policy", action="store_true")

@@ -11,7 +11,8 @@ import triton.language as tl
 from pocl_fast.kernels.divergence import FORWARD_KL, outcome
 
 LOG2E64 = tl.constexpr(1.4426950408889634)
-LEAST_MASS = tl.constexpr(2.0**-20)  # of a teacher's rest: below it is the rounding of K fp32 log-probabilities
+# of a teacher's rest: below it is the rounding of fp32 log-probabilities; of a list in which some are −inf
+LEAST_MASS, LEAST_OF_FILTERED = tl.constexpr(2.0**-23), tl.constexpr(2.0**-20)
 
 
 @triton.jit
@@ -42,11 +43,11 @@ def exists(inside, rest_inside):
 
 
 @triton.jit
-def rest_log_weight(listed_mass, others, tau):
+def rest_log_weight(listed_mass, others, is_filtered, tau):
     """Whether `others` entries have a weight at temperature tau, among which the mass that is not listed is spread
     evenly; and its log: others · (mass / others)^(1 / tau)."""
     mass = 1.0 - listed_mass
-    none = (mass < LEAST_MASS) | (others <= 0)
+    none = (mass < tl.where(is_filtered, LEAST_OF_FILTERED, LEAST_MASS)) | (others <= 0)
     log_n = natural_log(tl.maximum(others, 1))
     return none == 0, log_n + (tl.log(tl.where(none, 1.0, mass)) - log_n) / tau
 

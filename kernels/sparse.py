@@ -166,7 +166,7 @@ def _sparse_rows_kernel(
     tl.device_assert((listed_mass > MOST) == 0, "the teacher's log-probabilities have a mass above 1")
     y = tl.where(listed_mass > MOST, float("nan"), y)
     others = V - tl.sum(present.to(tl.int32), 0)
-    rest_in_p, y_rest = rest_log_weight(listed_mass, others, tau64)
+    rest_in_p, y_rest = rest_log_weight(listed_mass, others, others > V - K, tau64)
     D, teacher_entropy, g, g_rest = compare(
         x, y, inside, present, rest, y_rest, has_rest & BUCKET, rest_in_p & BUCKET, share, FAMILY
     )

@@ -43,11 +43,12 @@ double sum_of_powers(const Softmax& s, const double* values, const double* expon
     return factor == 2 && sum != 0 ? sum * std::exp(2 * s.largest) : sum;
 }
 
-constexpr double kLeastMass = 0x1p-20;  // of a teacher's rest: below it is the rounding of K fp32 log-probabilities
+constexpr double kLeastMass = 0x1p-23;  // of a teacher's rest: below it is the rounding of K fp32 log-probabilities
+constexpr double kLeastOfFiltered = 0x1p-20;  // where some of them are -inf
 
-/// log of the weight at temperature `tau` of n entries that share `mass` evenly: log(n (mass/n)^(1/tau)).
-double log_shared(double mass, std::int64_t n, double tau) {
-    if (n <= 0 || mass < kLeastMass) return kNone;
+/// log of the weight at temperature `tau` of n entries that share `mass` evenly: log(n (mass/n)^(1/tau)); none below `least`.
+double log_shared(double mass, std::int64_t n, double least, double tau) {
+    if (n <= 0 || mass < least) return kNone;
     const double log_n = std::log(static_cast<double>(n));
     return log_n + (std::log(mass) - log_n) / tau;
 }
@@ -162,7 +163,8 @@ Softmax sum_teacher(const SparseTask& task, const float* log_probs, double tau, 
     }
     const Softmax listed = softmax(at.log_p, K, at.p);
     at.log_p[K] = kNone;
-    if (task.tail == Tail::bucket) at.log_p[K] = log_shared(1 - sum_of_powers(listed, at.log_p, at.p, K, tau), others, tau);
+    const double least = others > task.student.columns - K ? kLeastOfFiltered : kLeastMass;
+    if (task.tail == Tail::bucket) at.log_p[K] = log_shared(1 - sum_of_powers(listed, at.log_p, at.p, K, tau), others, least, tau);
     return listed;
 }
 

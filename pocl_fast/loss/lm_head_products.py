@@ -103,18 +103,34 @@ def bf16_way(way: Bf16Way | None) -> Iterator[None]:
 
 def bf16_ways(n: int, V: int, H: int) -> dict[Bf16Way, Callable[[], None]]:
     """The products of a chunk of n rows in each way that this CPU has, to be timed; fp32 is the first."""
-    weight = torch.linspace(-1, 1, V * H).view(V, H).bfloat16()
-    hidden, grad = torch.linspace(-1, 1, n * H).view(n, H).bfloat16(), torch.linspace(-1, 1, n * V).view(n, V)
-    out, total, head = torch.empty(n, V), torch.empty(V, H), HeadProducts(weight, None, torch.bfloat16)
+    products = _products(torch.linspace(-1, 1, V * H).view(V, H).bfloat16(), n, torch.bfloat16)
 
     def multiply(way: Bf16Way) -> None:
         with bf16_way(way):
-            head.logits(hidden, out)
-            head.hidden_grad(grad, torch.float32)
-            weight_grad_(total, grad, hidden, torch.bfloat16, add=False)
+            products()
 
     ways: tuple[Bf16Way, ...] = ("fp32", "bf16") if row_operator.backend_module("cpp").has_products() else ("fp32",)
     return {way: functools.partial(multiply, way) for way in ways}
+
+
+def trained_head(n: int, V: int, H: int) -> Callable[[], None]:
+    """The products of a chunk of n rows with an fp32 lm_head where layers that train are rounded, to be timed."""
+    weight = torch.linspace(-1, 1, V * H).view(V, H)
+    return _products(weight, n, torch.float32 if cpp_products(torch.bfloat16, weight) is None else torch.bfloat16)
+
+
+def _products(weight: Tensor, n: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward, by the data and by the weight, of n rows."""
+    V, H = weight.shape
+    hidden, grad = torch.linspace(-1, 1, n * H).view(n, H).to(weight.dtype), torch.linspace(-1, 1, n * V).view(n, V)
+    out, total, head = torch.empty(n, V), torch.empty(V, H), HeadProducts(weight, None, dtype)
+
+    def multiply() -> None:
+        head.logits(hidden, out)
+        head.hidden_grad(grad, torch.float32)
+        weight_grad_(total, grad, hidden, dtype, add=False)
+
+    return multiply
 
 
 @functools.cache

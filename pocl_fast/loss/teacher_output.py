@@ -55,8 +55,9 @@ class TopKTeacher:
     as probabilities or logits are: a CPU raises ValueError, on a GPU the token's loss is NaN.
 
     tail "bucket" compares K + 1 outcomes, the last of which is all the rest: at a temperature other than 1 the
-    teacher's rest is taken as spread evenly, and where it is below 2^-20, the rounding of fp32 log-probabilities, it is
-    0. "renormalise" compares the K entries alone, both sides normalised over them.
+    teacher's rest is taken as spread evenly, and where it is the rounding of fp32 log-probabilities (below 2^-23, or
+    2^-20 where an entry is absent; so they must be as exact as log_softmax makes them) it is 0. "renormalise" compares
+    the K entries alone, both sides normalised over them.
     """
 
     log_probs: Tensor

@@ -129,9 +129,9 @@ def loss_within_forward(
 
 
 @contextlib.contextmanager
-def tied_rows_alone(model: Any) -> Iterator[None]:
-    """Within it a tied embedding on the CPU gives a gradient of its batch's rows alone, which is added to the lm_head's
-    whole one: torch's own, of the whole vocabulary too, takes a tenth of a step of a small model.
+def sparse_tied_embedding(model: Any) -> Iterator[None]:
+    """Within it a tied embedding's gradient on the CPU is sparse: the batch's rows alone are added to the lm_head's
+    gradient. torch's own, of the whole vocabulary, takes a tenth of a step of a small model in bf16.
 
     Call backward within it too, of a loss in which the lm_head has a part: without one `.grad` would be sparse. Models
     that are not tied are left as they are. `model` is a plain one of transformers, whole on one rank.
@@ -139,7 +139,7 @@ def tied_rows_alone(model: Any) -> Iterator[None]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = isinstance(embedding, nn.Embedding) and getattr(head, "weight", None) is embedding.weight
     changes = tied and embedding.weight.device.type == "cpu" and embedding.max_norm is None
-    changes = changes and not embedding.scale_grad_by_freq and not embedding.sparse
+    changes = changes and not embedding.scale_grad_by_freq and not embedding.sparse and _looks_up(embedding)
     if changes:
         embedding.sparse = True
     try:
@@ -147,6 +147,12 @@ def tied_rows_alone(model: Any) -> Iterator[None]:
     finally:
         if changes:
             embedding.sparse = False
+
+
+def _looks_up(embedding: nn.Embedding) -> bool:
+    """Whether an embedding looks its weight up as it is: as torch does, or transformers, which scales what it finds."""
+    kind = type(embedding)
+    return kind.forward is nn.Embedding.forward or kind.__module__.startswith("transformers.")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""The precision of matrix products on a device, fp32 or bf16: by autocast, oneDNN's mode or frozen layers.
+"""The precision of matrix products on a device, fp32 or bf16: by autocast, oneDNN's mode, frozen or rounded layers.
 
-Knows where a choice that was made by timing is kept. Does not know models.
+Knows where a choice that was made by timing is kept. Of models it knows that they have linear layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pocl_fast.loss.lm_head_products import set_bf16_way
+from pocl_fast.loss.lm_head_products import cpp_products, set_bf16_way
 from pocl_fast.models.product_speed import CpuProducts, Shapes, decide, describe, measure_speeds
 from pocl_fast.models.rounded import rounded_linears
 from pocl_fast.system import ranks
@@ -42,13 +42,13 @@ class Precision:
 
     @property
     def rounds_layers(self) -> bool:
-        """Whether layers that train on a CPU multiply in bf16 by rounding (rounded.py): as was chosen by timing, or
-        where bf16 was asked for, the processor has it, and no mode of oneDNN uses it."""
+        """Whether linear layers that train on a CPU multiply in bf16 by rounding (rounded.py): as was chosen by timing,
+        or where bf16 was asked for, the processor multiplies it, and no mode of oneDNN does."""
         if self.device.type != "cpu":
             return False
         if self.chosen is not None:
-            return self.chosen.trained == "rounded"
-        return self.name == "bf16" and _has_bf16() and not rounds_to_bf16()
+            return self.chosen.trained == "rounded" and _has_bf16()
+        return self.name == "bf16" and _multiplies_bf16() and not rounds_to_bf16()
 
     @contextlib.contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
@@ -56,9 +56,11 @@ class Precision:
         with rounded_linears(model) if self.rounds_layers else contextlib.nullcontext():
             yield
 
-    def of_trained_head(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of the linear loss within `training`: autocast, which to it is rounding, nothing else."""
-        return torch.autocast("cpu", dtype=torch.bfloat16) if self.rounds_layers else contextlib.nullcontext()
+    def head_products(self, weight: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """The context of the linear loss within `training`: autocast, by which it rounds the inputs of the lm_head's
+        products, where the backend has such products and they are faster."""
+        rounds = self.rounds_layers and cpp_products(torch.bfloat16, weight) is not None
+        return torch.autocast("cpu", dtype=torch.bfloat16) if rounds else contextlib.nullcontext()
 
     @property
     def frozen_dtype(self) -> torch.dtype:
@@ -70,8 +72,16 @@ class Precision:
     @property
     def of_teacher(self) -> str:
         """Identifies the precision of a teacher's outputs."""
-        mixed = self.chosen is not None and self.chosen.layers != self.name
-        return f"{self.name}, layers in fp32" if mixed else self.name
+        if self.chosen is None or self.chosen.layers == "bf16":
+            return self.name
+        return "bf16, layers in fp32" if self.chosen.mode == "bf16" and rounds_to_bf16() else "fp32"
+
+    @property
+    def of_training(self) -> str:
+        """In what the weights that train are multiplied: "fp32" or "bf16"."""
+        if self.chosen is None and self.device.type == "cpu" and self.name == "bf16":
+            return "bf16" if self.rounds_layers or rounds_to_bf16() else "fp32"
+        return self.name if self.chosen is None else self.chosen.of_training
 
     def set_modes(self) -> None:
         """Sets for the process how a CPU multiplies, where that was chosen by timing."""
@@ -115,6 +125,11 @@ def choose_precision(
     return Precision("bf16" if precision == "bf16" else "fp32", device)
 
 
+def _multiplies_bf16() -> bool:
+    """Whether the processor has instructions for it; oneDNN takes bf16 of others too, and converts."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def _has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -131,7 +146,8 @@ def _kept_choice(folder: Path | None, shapes: Shapes) -> tuple[CpuProducts | Non
     if path is not None and kept:
         chosen = _read(path)
         said = (
-            f"precision: {chosen.layers} for layers that do not train, which an earlier step chose ({PRECISION_FILE})"
+            f"precision: {chosen.layers} for layers that do not train and {chosen.of_training} for weights that do,"
+            f" which an earlier step chose ({PRECISION_FILE})"
         )
         return chosen, said
     speeds = measure_speeds(shapes)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from pocl_fast.loss.lm_head_products import Bf16Way, bf16_ways
+from pocl_fast.loss.lm_head_products import Bf16Way, bf16_ways, trained_head
 from pocl_fast.models.frozen import freeze_linears
 from pocl_fast.system.fp32_products import faster, fp32_products, least_seconds, rounds_to_bf16
 
@@ -64,8 +64,13 @@ class CpuProducts:
     @property
     def name(self) -> Name:
         """Whether anything is rounded to bf16 that was fp32."""
+        return "bf16" if "bf16" in (self.layers, self.of_training) else "fp32"
+
+    @property
+    def of_training(self) -> Name:
+        """In what weights that train are multiplied."""
         by_mode = self.trained == "bf16" and rounds_to_bf16()
-        return "bf16" if self.layers == "bf16" or self.trained == "rounded" or by_mode else "fp32"
+        return "bf16" if self.trained == "rounded" or by_mode else "fp32"
 
     @property
     def mode(self) -> Mode:
@@ -92,8 +97,8 @@ class Speeds:
 
 
 def decide(speeds: Speeds) -> CpuProducts:
-    """The fastest way for each; the exact one where that is within 5 % of it, and a mode rather than rounding. Where no
-    mode rounds, oneDNN's is the usual one."""
+    """The fastest way for each, the exact one where that is within 5 % of it. For weights that train first the faster
+    mode (oneDNN's is the usual one where no mode rounds), then rounding where it is faster than that."""
     modes = {mode: speeds.trained[mode] for mode in get_args(Mode)}
     mode = _faster(modes, "ieee" if speeds.rounds else "bf16")
     return CpuProducts(
@@ -114,7 +119,7 @@ def describe(chosen: CpuProducts, speeds: Speeds) -> str:
     )
 
 
-_NAMES = {"ieee": "fp32 by torch's default library", "bf16": "fp32 by oneDNN", "rounded": "bf16"}
+_NAMES = {"ieee": "fp32 by torch's default library", "bf16": "fp32 by oneDNN", "rounded": "bf16 by rounding layers"}
 
 
 def _compared(speeds: dict[Any, float], chosen: str, names: dict[str, str] | None = None) -> str:
@@ -137,7 +142,7 @@ def measure_speeds(shapes: Shapes) -> Speeds:
     return Speeds(**speeds, rounds=rounds_to_bf16())  # type: ignore[arg-type]
 
 
-Product = tuple[torch.Tensor, torch.Tensor]
+Factors = tuple[torch.Tensor, torch.Tensor]
 Ways = tuple[dict[Any, Callable[[], object]], float]  # and the floating-point operations of one
 
 
@@ -152,24 +157,23 @@ def _filled(*shape: int) -> torch.Tensor:
 
 
 def _trained(shapes: Shapes) -> Ways:
-    """A layer's and the lm_head's products, forward and backward: as torch computes them in each mode, and rounded with
-    all that this takes."""
-    products: list[Product] = []
+    """A layer's and the lm_head's products, forward and backward: as torch computes them in each mode, and rounded as
+    layers and the linear loss do it."""
+    pairs: list[Factors] = []
     flop = 0.0
     for rows, columns in ((ROWS, shapes.intermediate), (HEAD_ROWS, shapes.vocabulary)):
         K, N = _cropped(rows, shapes.hidden, columns)
         x, weight, grad = _filled(rows, K), _filled(N, K), _filled(rows, N)
-        products += [(x, weight.t()), (grad, weight), (grad.t(), x)]
+        pairs += [(x, weight.t()), (grad, weight), (grad.t(), x)]
         flop += 3 * 2 * rows * K * N
+    head = trained_head(HEAD_ROWS, N, K)
 
     def multiply(way: Trained) -> None:
-        if way == "rounded":
-            for a, b in products:
-                torch.mm(a.bfloat16(), b.bfloat16()).float()
-            return
-        with fp32_products(way):
-            for a, b in products:
-                torch.mm(a, b)
+        with fp32_products("bf16" if way == "rounded" else way):
+            for a, b in pairs[:3] if way == "rounded" else pairs:
+                torch.mm(a.bfloat16(), b.bfloat16()).float() if way == "rounded" else torch.mm(a, b)
+            if way == "rounded":
+                head()
 
     return {way: partial(multiply, way) for way in get_args(Trained)}, flop
 

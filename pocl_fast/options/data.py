@@ -59,11 +59,11 @@ class ModelOptions:
     """Where the teacher lies: "student", on the student's device; "spread", over GPUs, main memory and disk as far as
     each has room; or a device (cuda:1, cpu)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of matrix products. bf16 is autocast on a GPU. On a CPU the layers' products are bf16: by oneDNN's
-    mode where it has one (AMX), else rounded as they go in; attention stays fp32. Weights, optimizer and loss are fp32
-    either way. "auto" is bf16 on a GPU that has it. On a CPU that has it, all ways are timed for half a second and
-    the fastest is taken, fp32 where bf16 gains less than a twentieth; the choice is kept in precision.json for all
-    steps."""
+    """Precision of matrix products. bf16 is autocast on a GPU. On a CPU the products of linear layers and of the
+    lm_head are bf16: oneDNN rounds them where it has a mode for it (AMX), else pocl-fast does, layer by layer. Weights,
+    optimizer, attention and softmax are fp32 there. "auto" is bf16 on a GPU that has it. On a CPU that has it, all ways
+    are timed for a quarter of a second and the fastest is taken, fp32 where bf16 gains less than a twentieth; the
+    choice is kept in precision.json for all steps."""
     device: str = "auto"
     """Where to run: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1"."""
     trust_remote_code: bool = False

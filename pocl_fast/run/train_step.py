@@ -78,7 +78,7 @@ def make_trainer(context: RunContext, curriculum: Curriculum, arguments: PoclCon
     theirs = f"teacher of {_millions(sizes[1])}" if uses else "alpha 1 in every stage: no teacher is used"
     context.say(
         f"train: student of {_millions(sizes[0])} parameters, {theirs};"
-        f" on {context.device}, matrix products in {context.precision.name}"
+        f" on {context.device}, products of weights that train in {context.precision.of_training}"
     )
     arguments.computed_in = context.precision
     return PoclTrainer(

@@ -22,7 +22,7 @@ from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.output import LossOutput
-from pocl_fast.models.lm_head import LmHead, causal_lm, loss_within_forward, tied_rows_alone
+from pocl_fast.models.lm_head import LmHead, causal_lm, loss_within_forward, sparse_tied_embedding
 from pocl_fast.models.parameters import num_parameters
 from pocl_fast.models.unsharded import unsharded
 from pocl_fast.system.errors import InputError
@@ -95,7 +95,7 @@ class DistillingTrainer(SavingTrainer):
         outputs: list[LossOutput] = []
 
         def loss(hidden: Tensor, head: LmHead) -> Tensor:
-            with self.precision.of_trained_head():
+            with self.precision.head_products(head.weight):
                 output = linear_distillation_loss(
                     hidden,
                     head.weight,
@@ -124,14 +124,15 @@ class DistillingTrainer(SavingTrainer):
         self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward of a micro-batch; in pieces from where it does not fit into memory."""
-        if not inputs.samples and self.args.world_size == 1 and not self.is_deepspeed_enabled:
+        one_process = self.args.world_size == 1 and not self.is_deepspeed_enabled
+        if not inputs.samples and one_process:
             return torch.zeros((), device=self.args.device)
         whole: Any = super().training_step
-        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
         number = next(i for i, batch in enumerate(self._step_batches) if batch is inputs)
 
         def step(piece: MicroBatch) -> Tensor:
-            with self.precision.training(model), tied_rows_alone(causal_lm(model)) if alone else nullcontext():
+            sparse = sparse_tied_embedding(causal_lm(model)) if one_process else nullcontext()
+            with self.precision.training(model), sparse:
                 return whole(model, piece, num_items_in_batch)  # type: ignore[no-any-return]
 
         def clear() -> None:

@@ -6,7 +6,9 @@ from precise import relative_error
 from ranks import gloo
 
 from pocl_fast.loss import cpp
+from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.lm_head_products import cpp_products, set_bf16_way
+from pocl_fast.loss.objective import Objective
 from pocl_fast.models import precision
 from pocl_fast.models.precision import PRECISION_FILE, Precision, choose_precision, exact_backward, exact_products
 from pocl_fast.models.product_speed import CpuProducts, Shapes, Speeds
@@ -46,8 +48,12 @@ def test_bf16_that_is_asked_for_rounds_layers_that_train_where_no_mode_does(monk
     cpu = torch.device("cpu")
     monkeypatch.setattr(precision, "rounds_to_bf16", lambda: mode_rounds)
     for supported in (True, False):
-        monkeypatch.setattr(precision, "_has_bf16", lambda answer=supported: answer)
-        assert Precision("bf16", cpu).rounds_layers == (supported and not mode_rounds)
+        monkeypatch.setattr(precision, "_multiplies_bf16", lambda answer=supported: answer)
+        asked = Precision("bf16", cpu)
+        assert asked.rounds_layers == (supported and not mode_rounds)
+        assert asked.of_training == ("bf16" if supported or mode_rounds else "fp32")
+    monkeypatch.setattr(precision, "_has_bf16", lambda: False)
+    assert not Precision("bf16", cpu, CpuProducts("rounded", "bf16", "bf16")).rounds_layers  # chosen on another one
     assert not Precision("fp32", cpu).rounds_layers
     assert not Precision("bf16", torch.device("cuda")).rounds_layers
 
@@ -57,11 +63,37 @@ def test_a_model_trains_with_rounded_products_where_that_was_chosen(rounds):
     chosen = Precision("bf16", torch.device("cpu"), CpuProducts("rounded" if rounds else "ieee", "bf16", "bf16"))
     layer, x = torch.nn.Linear(64, 32, bias=False), torch.randn(8, 64)
     want = x.double() @ layer.weight.double().t()
-    with chosen.training(layer), chosen.of_trained_head():
+    with chosen.training(layer), chosen.head_products(layer.weight):
         error = relative_error(layer(x), want)
-        assert torch.is_autocast_enabled("cpu") == rounds
+        assert torch.is_autocast_enabled("cpu") == (rounds and cpp.has_products())
     assert (error > 1e-4) == rounds
     assert relative_error(layer(x), want) < 1e-6
+
+
+@pytest.mark.parametrize("way", ["fp32", "bf16"])
+def test_an_lm_head_is_rounded_only_where_its_products_are_faster_so(modes_as_before, way):
+    """Else its hidden states alone would be, and nothing be gained."""
+    chosen = Precision("bf16", torch.device("cpu"), CpuProducts("rounded", "bf16", way))
+    chosen.set_modes()
+    hidden, weight = torch.randn(16, 64), torch.randn(500, 64)
+    labels = torch.arange(16)
+    want = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().t(), labels)
+    with chosen.head_products(weight):
+        loss = linear_distillation_loss(hidden, weight, None, labels, Objective(alpha=1.0)).loss
+    rounded = way == "bf16" and cpp.has_products()
+    assert (relative_error(loss, want) > 1e-6) == rounded
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name"),
+    [
+        (CpuProducts("rounded", "fp32", "fp32"), "fp32"),
+        (CpuProducts("rounded", "bf16", "fp32"), "bf16"),
+        (CpuProducts("ieee", "bf16", "fp32"), "bf16"),
+    ],
+)
+def test_a_teachers_outputs_are_named_by_what_computes_them(chosen, name):
+    assert Precision(chosen.name, torch.device("cpu"), chosen).of_teacher == name
 
 
 def test_attentions_products_are_exact_within_their_block_and_the_mode_comes_back():
@@ -151,7 +183,10 @@ def test_a_choice_is_kept_and_taken_again_where_timing_would_now_say_the_opposit
     assert resumed == began
     assert (resumed.name, resumed.of_teacher) == (first, first)
     assert len(timed) == 1
-    assert said == [f"precision: {first} for layers that do not train, which an earlier step chose ({PRECISION_FILE})"]
+    assert said == [
+        f"precision: {first} for layers that do not train and {first} for weights that do, which an earlier step chose"
+        f" ({PRECISION_FILE})"
+    ]
 
 
 def test_what_is_asked_for_is_not_timed_whatever_was_kept(timing, tmp_path):

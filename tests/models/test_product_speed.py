@@ -66,12 +66,12 @@ def test_the_line_gives_the_choice_and_all_speeds():
     assert describe(decide(slow), slow) == (
         "precision: fp32 for layers that do not train: their products run at 245 GFLOP/s a core here, bf16 at 161;"
         " for weights that train fp32 by torch's default library: 245 GFLOP/s a core here, fp32 by oneDNN at 230,"
-        " bf16 at 140"
+        " bf16 by rounding layers at 140"
     )
     fast = speeds(mkl=245, onednn=900, rounded=800, fp32=250, bf16=950, rounds=True)
     assert (
         "for weights that train bf16 by oneDNN's mode: 900 GFLOP/s a core here, fp32 by torch's default library at 245,"
-        " bf16 at 800"
+        " bf16 by rounding layers at 800"
     ) in describe(decide(fast), fast)
 
 

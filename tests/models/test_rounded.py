@@ -100,3 +100,14 @@ def test_layers_keep_no_rounded_copy_of_what_they_share():
     with rounded_linears(layers), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         sum(layer(x) for layer in layers).sum()
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), *(layer.weight.data_ptr() for layer in layers)}
+
+
+def test_a_layer_that_does_not_train_keeps_no_input():
+    """Most layers under adapters; what it was given may then be changed in place, as torch allows."""
+    layer, x = nn.Linear(64, 32, bias=False).requires_grad_(False), torch.randn(8, 64, requires_grad=True)
+    given = x * 1
+    with rounded_linears(layer):
+        y = layer(given)
+        given.zero_()
+        y.sum().backward()
+    assert relative_error(x.grad, layer.weight.double().sum(0).expand(8, 64)) <= 2 * BF16

@@ -340,14 +340,36 @@ def test_the_linear_loss_knows_minus_infinity_too(divergence, kind):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_rest_that_is_the_rounding_of_its_log_probabilities_is_none(backend, divergence):
     """A teacher filtered by top-p whose k best are all that it has: as if it were given whole. Of 4,096 rows some
-    add up to 2^-22 less than 1 by rounding alone."""
+    miss 1 by more than 2^-23 by rounding alone."""
     rows = 4 if backend == "triton" else 4096
     student, teacher = logits(rows, 97), torch.full((rows, 97), -INF)
     teacher[:, :6] = logits(rows, 6)
     log_probs, indices = torch.log_softmax(teacher, -1).topk(12)
+    assert rows == 4 or (1 - log_probs.double().exp().sum(-1)).max() > 2**-23
     listed = TopKTeacher(log_probs, indices)
     objective, labels = Objective(divergence), torch.arange(rows) % 97
     options = {"reduction": "none", "backend": backend}
     got = distillation_loss(student, listed, labels, objective, **options).per_token["divergence"]
     want = distillation_loss(student, teacher, labels, objective, **(options | {"backend": "reference"}))
     torch.testing.assert_close(got, want.per_token["divergence"].to(got.dtype), rtol=2e-5, atol=6e-6)
+
+
+@pytest.mark.parametrize(("absent", "rest", "counts"), [(0, 2.0**-21, True), (3, 2.0**-21, False), (3, 2.0**-18, True)])
+def test_a_small_rest_of_a_list_without_minus_infinity_is_real(backend, absent, rest, counts):
+    """At temperature 2 a rest of 2^-21, spread over 1,000 entries, has two percent of the teacher."""
+    student = logits(1, 1005)
+    log_probs = torch.full((1, 5 + absent), -INF)
+    log_probs[0, :5] = torch.tensor([1 - rest - 2.0**-6, 2.0**-7, 2.0**-8, 2.0**-9, 2.0**-9]).double().log().float()
+    teacher = TopKTeacher(log_probs, torch.arange(5 + absent)[None])
+    exact = 1 - float(log_probs.double().exp().sum())
+    assert exact == pytest.approx(rest, rel=0.2)
+    objective, labels = Objective("forward_kl", temperature=2.0), torch.tensor([0])
+    got = distillation_loss(student, teacher, labels, objective, reduction="none", backend=backend)
+    q = torch.log_softmax(student.double() / 2, -1)[0]
+    weights = log_probs[0, :5].double().exp().sqrt()
+    rest_weight, q_rest = 1000 * (exact / 1000) ** 0.5, q[5:].exp().sum()
+    p = torch.cat([weights, torch.tensor([rest_weight if counts else 0.0])])
+    p = p / p.sum()
+    outcomes = torch.cat([q[:5], q_rest.log()[None]])
+    want = torch.special.xlogy(p, p).sum() - (p * outcomes).sum()
+    assert got.per_token["divergence"].item() == pytest.approx(want.item(), rel=1e-4)
