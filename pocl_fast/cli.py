@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pocl_fast.options.commands import DemoOutput, FineTuning, Inspection, Output, Plan, Step
 from pocl_fast.options.declaring import option_name
+from pocl_fast.options.presets import PRESETS
 from pocl_fast.options.run import RunConfig
 from pocl_fast.options.training import OptimisationOptions
 from pocl_fast.reports.compare_command import Compared, compare
@@ -264,12 +265,14 @@ def _may_be_first(name: str, config: RunConfig) -> bool:
 
 def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Any, RunConfig]:
     """What was given to the command, and all options of the run: the defaults, over them what the run recorded, then
-    the YAML file, then the command line."""
+    the preset, the YAML file, and the command line."""
     import tyro
 
     output = _value_of(arguments, "--output") if command.reads_options else None
     base = recorded_config(output) if output else RunConfig()
     recorded = base
+    if hasattr(command.step, "preset") and (preset := PRESETS.get(str(_value_of(arguments, "--preset")))):
+        base = from_options(preset, base)
     if name == "sft":
         base = fine_tuning.begun(base)
     if hasattr(command.step, "config") and (yaml_file := _value_of(arguments, "--config")):

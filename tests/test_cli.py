@@ -19,6 +19,7 @@ from tokenizers import AddedToken
 from pocl_fast import __version__
 from pocl_fast.cli import COMMANDS, main
 from pocl_fast.options.declaring import flag
+from pocl_fast.options.presets import PRESETS
 from pocl_fast.options.run import RunConfig
 from pocl_fast.settings.configuration import from_options
 
@@ -252,6 +253,21 @@ def test_a_step_before_its_time_names_the_step_that_is_missing(inputs, tmp_path,
     (output / "difficulty.parquet").unlink()
     said = refusal(capsys, "rank", output)
     assert f"difficulty.parquet is not there: run `pocl-fast measure --output {output}` first" in said
+
+
+def test_a_preset_takes_the_place_of_the_defaults_and_options_win_over_it(inputs, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        "pocl_fast.run.steps.open_run", lambda output, given, restart: seen.append(given) or Stub(output)
+    )
+    (tmp_path / "more.yaml").write_text("rrf_k: 30")
+    given = options(inputs, preset="paper", alpha=0.5, config=tmp_path / "more.yaml")
+    assert run("distill", tmp_path / "out", *given) == 0
+    wanted = PRESETS["paper"] | {"alpha": [0.5], "rrf_k": 30.0, "max_length": 96, "max_prompt_length": 80}
+    wanted |= {"epochs_per_stage": 1, "per_device_train_batch_size": 4}  # of `options`
+    wanted["batch_size"] = wanted.pop("per_device_train_batch_size")
+    assert {name: value for name, value in seen[0].items() if name in wanted} == wanted
+    assert "paper" in refusal(capsys, "distill", tmp_path / "other", *options(inputs, preset="pape"))
 
 
 def test_the_demo_runs_the_bundled_teacher_on_the_bundled_samples(tmp_path, monkeypatch):

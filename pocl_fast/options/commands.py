@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Output:
 class Step(Output):
     """Where the run lives, and where its options come from."""
 
+    preset: Literal["paper"] | None = None
+    """A published recipe, instead of the defaults: "paper" is that of POCL's code. Other options win over it."""
     config: Path | None = None
     """A YAML file with any options of a run (same names); options on the command line win over it."""
     restart: bool = False
@@ -33,6 +36,8 @@ class Plan:
 
     output: Path | None = None
     """The run directory to be: what it holds is read, nothing is written there."""
+    preset: Literal["paper"] | None = None
+    """A published recipe, instead of the defaults: "paper" is that of POCL's code. Other options win over it."""
     config: Path | None = None
     """A YAML file with any options of a run (same names); options on the command line win over it."""
     json: bool = False

@@ -30,6 +30,8 @@ def demo_options() -> dict[str, Any]:
         "max_new_tokens": 32,
         "generation_batch_size": 128,
         "pacing": "competence",
+        "initial_competence": 0.4,
+        "full_competence": 0.3,
         "fresh_optimizer": False,
         "fresh_learning_rate": False,
         "stage_weights": "last",

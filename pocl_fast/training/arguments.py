@@ -26,6 +26,7 @@ from pocl_fast.models.precision import Precision
 from pocl_fast.options.answers import DifficultyOptions, EvaluationOptions, GenerationOptions
 from pocl_fast.options.data import AdapterOptions, DataOptions, ModelOptions
 from pocl_fast.options.declaring import option_name
+from pocl_fast.options.presets import PRESETS
 from pocl_fast.options.run import RunConfig
 from pocl_fast.options.training import (
     CacheOptions,
@@ -278,18 +279,10 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
         weights by ROUGE-L of the one before, temperature 1, 1.33, 1.67, 2 and alpha 0.3, 0.2, 0.1, 0, τ² on the
         divergences that the code scales, jsd's beta 0.1, of samples with equal scores the earlier one first.
         """
-        if name != "paper":
-            raise ValueError(f"no preset {name!r}; there is paper")
-        recipe: dict[str, Any] = {
-            "stages": 4, "epochs_per_stage": 8, "temperature": [1.0, 1.33, 1.67, 2.0], "alpha": [0.3, 0.2, 0.1, 0.0],
-            "temperature_scaling": PAPER, "beta": 0.1, "learning_rate": 1e-4, "weight_decay": 0.01, "warmup_steps": 0,
-            "max_grad_norm": 1.0, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 16,
-            "gradient_accumulation_steps": 1, "max_length": 512, "max_prompt_length": 256, "stage_weights": "best",
-            "fresh_optimizer": True, "fresh_learning_rate": True, "curriculum": "pocl", "pacing": "baby-steps",
-            "stage_length": "passes", "within_stage": "constant", "signals": "rouge_l,cross_entropy", "rrf_k": 60.0,
-            "ties": "first",
-        }  # fmt: skip
-        return cls(output_dir=output_dir, **(recipe | changes))
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}; there is {', '.join(PRESETS)}")
+        of_transformers = {"warmup_steps": 0, "lr_scheduler_type": "cosine"}
+        return cls(output_dir=output_dir, **(PRESETS[name] | of_transformers | changes))
 
 
 TRAINER_GROUPS: tuple[type, ...] = PoclConfig.__bases__[:-1]  # those of pocl_fast.options
