@@ -21,7 +21,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 # the paper's recipe but for its number of passes, which the study gives
 PAPER: dict[str, Any] = {
-    "curriculum": "pocl", "stages": 4, "temperature": [1.0, 1.33, 1.67, 2.0], "alpha": [0.3, 0.2, 0.1, 0.0],
+    "curriculum": "pocl", "pacing": "baby-steps", "stages": 4,
+    "temperature": [1.0, 1.33, 1.67, 2.0], "alpha": [0.3, 0.2, 0.1, 0.0],
     "fresh_optimizer": True, "fresh_learning_rate": True, "stage_weights": "last", "ties": "first",
 }  # fmt: skip
 NONE: dict[str, Any] = {

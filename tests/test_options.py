@@ -42,13 +42,15 @@ def test_yaml_holds_every_option_and_reads_back_as_the_same_configuration(tmp_pa
     assert config.optimisation.learning_rate == 5e-5
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_the_papers_but_for_pacing_temperature_alpha_and_restarts():
     config = RunConfig()
     training, schedule, data = config.optimisation, config.schedule, config.data
     assert config.stages.epochs_per_stage == 8
     assert (training.per_device_train_batch_size, training.learning_rate) == (16, 1e-4)
     assert (training.weight_decay, training.max_grad_norm) == (0.01, 1.0)
-    assert (schedule.stages, schedule.rrf_k, schedule.temperature, schedule.alpha) == (4, 60.0, [1, 2], [0.3, 0])
+    assert (schedule.stages, schedule.rrf_k, schedule.temperature, schedule.alpha) == (4, 60.0, [1, 1], [0.3, 0.3])
+    assert (schedule.pacing, schedule.initial_competence, schedule.full_competence) == ("auto", 0.4, 0.3)
+    assert (config.stages.fresh_optimizer, config.stages.fresh_learning_rate) == (False, False)
     assert (data.max_length, data.max_prompt_length) == (512, 256)
     assert config.evaluation.eval_seeds == [10, 20, 30, 40, 50]
 
@@ -143,7 +145,7 @@ def test_the_command_line_wins_over_yaml_over_what_was_recorded_over_the_default
     output, mine = tmp_path / "out", tmp_path / "mine.yaml"
     given = options(inputs, generation_batch_size=8, max_new_tokens=4)
     assert run("measure", output, *given[: given.index("--epochs-per-stage")], "--device", "cpu") == 0
-    mine.write_text("stages: 3\nrrf_k: 20\nbatch-size: 5\n")
+    mine.write_text("stages: 3\nrrf_k: 20\nbatch-size: 5\npacing: baby-steps\n")
     assert run("rank", output, "--config", str(mine), "--stages", "2") == 0
     config = recorded_config(output)
     assert config.schedule.stages == 2  # command line

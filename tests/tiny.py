@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,6 +34,13 @@ def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     if chat:
         fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+# the paper's stages, which many tests count steps and weights of
+PAPERS_STAGES: dict[str, Any] = {
+    "pacing": "baby-steps", "temperature": [1.0, 2.0], "alpha": [0.3, 0.0],
+    "fresh_optimizer": True, "fresh_learning_rate": True,
+}  # fmt: skip
 
 
 def tiny_model(

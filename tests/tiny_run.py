@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny import arithmetic, save_tiny, write_jsonl
+from tiny import PAPERS_STAGES, arithmetic, save_tiny, write_jsonl
 
 from pocl_fast.cli import main
 
@@ -37,12 +37,17 @@ def options(inputs: Path, **changed: Any) -> list[str]:
         "eval_seeds": (10, 20),
         "device": "cpu",
         "precision": "fp32",
-    } | changed
+    }
+    if "preset" not in changed:
+        given |= PAPERS_STAGES
     words: list[str] = []
-    for name, value in given.items():
-        if value is not None:
-            values = value if isinstance(value, tuple) else (value,)
-            words += ["--" + name.replace("_", "-"), *map(str, values)]
+    for name, value in (given | changed).items():
+        said = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{said}" if value else f"--no-{said}")
+        elif value is not None:
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            words += [f"--{said}", *map(str, values)]
     return words
 
 
@@ -59,7 +64,7 @@ def select(words: list[str], command: str) -> list[str]:
     kept: list[str] = []
     keep = False
     for word in words:
-        keep = word in known if word.startswith("--") else keep
+        keep = word.replace("--no-", "--") in known if word.startswith("--") else keep
         kept += [word] if keep else []
     return kept
 

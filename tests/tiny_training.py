@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny import arithmetic, tiny_model, tiny_tokenizer
+from tiny import PAPERS_STAGES, arithmetic, tiny_model, tiny_tokenizer
 
 from pocl_fast.curriculum.stages import Curriculum, baby_steps
 from pocl_fast.data.encoded import EncodedSample
@@ -67,7 +67,7 @@ def trainer_of(
     settings = {
         "per_device_train_batch_size": 4, "epochs_per_stage": 1, "max_new_tokens": 2, "precision": "fp32",
         "use_cpu": True, "max_length": 96, "max_prompt_length": 80,
-    }  # fmt: skip
+    } | PAPERS_STAGES  # fmt: skip
     if supervised:
         settings["alpha"] = [1.0, 1.0]
     elif teacher is None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from pocl_fast.curriculum.competence import Competence
 from pocl_fast.curriculum.schedule import BatchSize, Schedule
-from pocl_fast.curriculum.stages import Curriculum, StageSettings, is_measured, stage_sizes
+from pocl_fast.curriculum.stages import Curriculum, StageSettings, is_measured, paces_by_competence, stage_sizes
 
 
 class PaceSettings(StageSettings, Protocol):
@@ -53,12 +53,20 @@ def paced(
         within_stage=settings.within_stage,
         reorders=reorders,
     )
-    by_competence = settings.pacing == "competence"
+    competence = Competence(settings.initial_competence, settings.full_competence)
     return replace(
-        made,
-        stage_steps=_steps(made, settings),
-        competence=Competence(settings.initial_competence, settings.full_competence) if by_competence else None,
+        made, stage_steps=_steps(made, settings), competence=competence if paces_by_competence(settings) else None
     )
+
+
+Pacing = Literal["auto", "baby-steps", "competence"]
+
+
+def settled_pacing(pacing: Pacing, *, remeasure: bool, given: bool = False) -> Pacing:
+    """The pacing, and what "auto" is: stages that are ranked anew, or a curriculum that is `given`, are baby steps."""
+    if pacing != "auto":
+        return pacing
+    return "baby-steps" if remeasure or given else "competence"
 
 
 def counts_are_the_files(size: BatchSize, settings: PaceSettings) -> bool:
@@ -74,7 +82,7 @@ def _steps(made: Schedule, settings: PaceSettings) -> tuple[int, ...] | None:
         return evenly(sum(_steps_of_pocl(made, settings)), count)
     if settings.steps_per_stage is not None:
         return (settings.steps_per_stage,) * count
-    if settings.stage_length == "equal" or settings.pacing == "competence":
+    if settings.stage_length == "equal" or paces_by_competence(settings):
         return evenly(sum(_steps_of_pocl(made, settings)), count)
     if settings.curriculum != "pocl" and made.size.tokens is not None:
         return tuple(_steps_of_pocl(made, settings))
@@ -87,7 +95,7 @@ def _steps_of_pocl(made: Schedule, settings: PaceSettings) -> Sequence[int]:
     if is_measured(settings):
         order = made.curriculum.order[:: -1 if settings.curriculum == "reverse" else 1]
     stages = made.stages
-    if settings.curriculum == "none" or settings.pacing == "competence":  # stages of another number or of other sizes
+    if settings.curriculum == "none" or paces_by_competence(settings):  # stages of another number or of other sizes
         count = settings.stages if settings.curriculum == "none" else len(stages)
         sizes = stage_sizes(len(order), min(count, len(order)))
         stages = tuple(replace(made.stages[-1], index=i, size=size) for i, size in enumerate(sizes))

@@ -216,6 +216,12 @@ def check_unmeasured(
         )
 
 
+def paces_by_competence(settings: StageSettings) -> bool:
+    """Whether harder samples come in with every step. Where "auto" means something else, whoever knows that has settled
+    it."""
+    return settings.pacing != "baby-steps" and settings.curriculum != "none"
+
+
 def stages_over(order: np.ndarray, score: np.ndarray, settings: StageSettings) -> Curriculum:
     """The stages over samples in this order, easiest first. Raises `InputError` for settings that do not fit them."""
     named: dict[str, Any] = {"temperatures": settings.temperature, "alphas": settings.alpha, "stages": settings.stages}
@@ -223,7 +229,7 @@ def stages_over(order: np.ndarray, score: np.ndarray, settings: StageSettings) -
         if settings.curriculum == "none":
             plain = no_curriculum(len(order), temperature=settings.temperature[0], alpha=settings.alpha[0])
             return replace(plain, order=order)
-        if settings.pacing == "competence":
+        if paces_by_competence(settings):
             competence = Competence(settings.initial_competence, settings.full_competence)
             return competent_stages(order, score, competence, **named)
         return baby_steps(order, score, **named)
@@ -249,7 +255,7 @@ def control_line(settings: StageSettings) -> str:
         first = [name for name, values in both.items() if len(set(values)) > 1]
         parts.append(" and ".join(f"{name} {values[0]:g}" for name, values in both.items()) + " throughout")
         parts[-1] += f" ({' and '.join(first)}: the first value given)" if first else ""
-    if settings.pacing == "competence":
+    if paces_by_competence(settings):
         parts.append(
             f"pacing competence: the easiest {100 * settings.initial_competence:g} % at first, growing to all of them"
             f" after {100 * settings.full_competence:g} % of the steps; stages of equally many steps"

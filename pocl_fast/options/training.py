@@ -19,21 +19,22 @@ class ScheduleOptions:
     "reverse": hard to easy; "length": the shortest responses first. "pocl" and "reverse" alone measure difficulty."""
     stages: Count = 4
     """Number of stages; stage i trains on the easiest i/n of the samples."""
-    pacing: Literal["baby-steps", "competence"] = "baby-steps"
-    """How harder samples come in: "baby-steps": with each stage; "competence": with each step, as a share of the
-    samples that grows with the square root of the steps (arXiv 1903.09848); stages then have equally many steps."""
-    initial_competence: Annotated[float, Range(above=0, at_most=1)] = 0.1
+    pacing: Literal["auto", "baby-steps", "competence"] = "auto"
+    """How harder samples come in: "competence": with each step, as a share of the samples that grows with the square
+    root of the steps (arXiv 1903.09848); stages then have equally many steps. "baby-steps" (the paper's): with each
+    stage. "auto": baby steps with `remeasure`, and where a trainer is given a curriculum; else competence."""
+    initial_competence: Annotated[float, Range(above=0, at_most=1)] = 0.4
     """pacing competence: the share of the samples, easiest first, that the first step may draw."""
-    full_competence: Annotated[float, Range(above=0, at_most=1)] = 0.6
+    full_competence: Annotated[float, Range(above=0, at_most=1)] = 0.3
     """pacing competence: the share of all steps after which every sample may be drawn; of four baby steps it is 0.6."""
     rrf_k: Positive = 60.0
     """The constant k of reciprocal rank fusion."""
     ties: Literal["average", "first"] = "average"
     """Ranks of samples with the same score by a signal: "average": all have the mean of their ranks; "first": the
     earlier one in the file ranks first (the paper's code)."""
-    temperature: Annotated[list[float], NotEmpty()] = field(default_factory=lambda: [1.0, 2.0])
+    temperature: Annotated[list[float], NotEmpty()] = field(default_factory=lambda: [1.0, 1.0])
     """First and last stage's temperature, linear between; or one value for each stage."""
-    alpha: Annotated[list[float], NotEmpty()] = field(default_factory=lambda: [0.3, 0.0])
+    alpha: Annotated[list[float], NotEmpty()] = field(default_factory=lambda: [0.3, 0.3])
     """First and last stage's weight of cross-entropy in alpha·CE + (1 - alpha)·KD; or one value for each stage."""
 
 
@@ -68,9 +69,9 @@ class StageOptions:
     patience: Count | None = None
     """End a stage when so many evaluations in a row (one a pass) brought no better ROUGE-L, nor the same with a lower
     cross-entropy."""
-    fresh_optimizer: bool = True
+    fresh_optimizer: bool = False
     """Start each stage with a fresh optimizer state."""
-    fresh_learning_rate: bool = True
+    fresh_learning_rate: bool = False
     """Start the schedule of the learning rate anew in each stage; otherwise one schedule goes over all stages."""
     stage_weights: Literal["auto", "best", "last"] = "auto"
     """Weights that a stage starts from: those of the previous stage with the best dev ROUGE-L ("best"), or its last
@@ -81,7 +82,7 @@ class StageOptions:
 
 @dataclass
 class OptimisationOptions:
-    """The optimisation, as in the paper: a fresh AdamW and a cosine to zero in each stage."""
+    """The optimisation: AdamW and a cosine to zero."""
 
     per_device_train_batch_size: Count = field(default=16, metadata={"aliases": ["--batch_size", "--batch-size"]})
     """Samples of a batch on each device."""

@@ -18,7 +18,7 @@ from pocl_fast.models.precision import PRECISION_FILE
 from pocl_fast.options.run import RunConfig
 from pocl_fast.run.checks import Part, check
 from pocl_fast.run.context import RunContext, Say
-from pocl_fast.settings.configuration import from_options
+from pocl_fast.settings.configuration import from_options, settled
 from pocl_fast.system.errors import InputError
 from pocl_fast.templates.template_date import DATE_FILE
 
@@ -35,7 +35,7 @@ class PlanContext(RunContext):
         """Raises `InputError` as `RunContext` does. Nothing is measured for a plan: a student has the even layers."""
         check_choice(config.models)
         self.output, self.layer_choice = output, config.models.layer_choice
-        config = from_options({"layer_choice": "even"}, config)
+        config = settled(from_options({"layer_choice": "even"}, config))
         directory: Any = SimpleNamespace(path=folder)
         super().__init__(directory, config, say)
         for name in (DATE_FILE, PRECISION_FILE):  # the day on which the run was begun, and what it chose

@@ -22,7 +22,7 @@ from pocl_fast.run.train_step import train_step
 from pocl_fast.run.warmup_step import warmup_step
 from pocl_fast.run_directory.directory import RunDirectory
 from pocl_fast.run_directory.step_inputs import WARMED, warms_up
-from pocl_fast.settings.configuration import from_options, recorded_config
+from pocl_fast.settings.configuration import from_options, recorded_config, settled
 from pocl_fast.system import ranks
 
 
@@ -106,4 +106,4 @@ class Run:
 def open_run(output: Path, options: dict[str, Any], *, restart: bool = False, say: Say = print) -> Run:
     """The run in a folder, with `options` over what it recorded; see `RunDirectory` for `restart`."""
     directory = RunDirectory(output, restart=restart)
-    return Run(RunContext(directory, from_options(options, recorded_config(output)), say))
+    return Run(RunContext(directory, settled(from_options(options, recorded_config(output))), say))

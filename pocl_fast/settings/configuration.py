@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pocl_fast.curriculum.pacing import settled_pacing
 from pocl_fast.options.declaring import flag, option_name
 from pocl_fast.options.run import RunConfig
 from pocl_fast.records.forms import check_names
@@ -52,6 +53,12 @@ def from_options(options: Mapping[str, Any], base: RunConfig | None = None, *, w
     except ValueError as error:
         raise InputError(f"{where}--dev and --test: {error}") from error
     return made
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The configuration of a run, with what "auto" is for its pacing."""
+    pacing = settled_pacing(config.schedule.pacing, remeasure=config.stages.remeasure)
+    return replace(config, schedule=replace(config.schedule, pacing=pacing))
 
 
 def _by_field(options: Mapping[str, Any], base: RunConfig, where: str) -> dict[str, Any]:

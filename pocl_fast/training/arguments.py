@@ -174,13 +174,11 @@ class PoclConfig(  # type: ignore[misc]  # two options are narrower than transfo
             raise InputError(f"log_level {self.log_level!r} is none that transformers knows") from error
         if (optim := value_of(self.optim)).startswith("schedule_free"):
             raise InputError(f"optim={optim!r} has no state of its own stages: take adamw_torch_fused")
-        if self.pacing == "competence" and self.curriculum == "none":
-            raise InputError('curriculum="none" has all samples from the start: give pacing="baby-steps"')
         if self.remeasure and (not is_measured(self) or self.pacing == "competence"):
-            instead = "" if is_measured(self) else f" (curriculum={self.curriculum!r} does not measure it)"
-            raise InputError(
-                f"remeasure ranks the samples of each baby step by their difficulty{instead}: leave it out"
-            )
+            instead = f"curriculum={self.curriculum!r} does not measure it: leave it out"
+            if is_measured(self):
+                instead = 'give pacing="baby-steps", or leave it out'
+            raise InputError(f"remeasure ranks the samples of each baby step by their difficulty: {instead}")
         if self.remeasure and self.dataloader_num_workers:
             raise InputError("remeasure changes the order, and workers have the old one: dataloader_num_workers=0")
         if self.deepspeed and self.on_nonfinite == "skip":

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback
 from pocl_fast.answers.answerer import Answerer, AnswerLimits
 from pocl_fast.answers.likelihood import LoadedModel
 from pocl_fast.curriculum import measured
-from pocl_fast.curriculum.pacing import counts_are_the_files
+from pocl_fast.curriculum.pacing import counts_are_the_files, settled_pacing
 from pocl_fast.curriculum.schedule import Place, Schedule
 from pocl_fast.curriculum.stages import Curriculum, check_unmeasured, control_line, is_measured, unmeasured_curriculum
 from pocl_fast.models.probing import placeable
@@ -93,6 +93,7 @@ class PoclTrainer(DistillingTrainer):
             args._n_gpu = 1
         if eval_dataset is None and args.eval_strategy == "epoch":
             args.eval_strategy = "no"  # type: ignore[assignment]  # the default, which needs one
+        args.pacing = settled_pacing(args.pacing, remeasure=args.remeasure, given=curriculum is not None)
         check_evaluations(args, eval_dataset)
         if args.save_only_model and args.save_strategy != "no" and ranks.is_first():
             say("save_only_model: a training that is stopped cannot go on from its checkpoints")
@@ -144,8 +145,7 @@ class PoclTrainer(DistillingTrainer):
             say(line)
         if not is_measured(args):
             return unmeasured_curriculum(self.samples.encoded, args, seed=args.seed)
-        made_from = measured.measured_from(self.model, self.teacher, self.samples.encoded, args)
-        return self._measured(self.folder, made_from)
+        return self._measured(self.folder, measured.measured_from(self.model, self.teacher, self.samples.encoded, args))
 
     def _measured(self, folder: Path, made_from: str | None = None) -> Curriculum:
         """The curriculum by the difficulty for the student as it is."""

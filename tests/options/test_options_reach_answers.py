@@ -110,7 +110,7 @@ def test_answers_are_scored_by_the_tokenizers_words(changed, run_of, trainer_wit
 @reaches("signals", "stages", "rrf_k", "temperature", "alpha")
 def test_samples_are_ranked_by_the_signals_into_the_stages(changed, run_of):
     lengths, loss = np.array([5, 1, 4, 2, 3, 6]), np.array([1.0, 4.0, 2.0, 9.0, 3.0, 8.0])
-    run = run_of(**changed)
+    run = run_of(pacing="baby-steps", **changed)
     texts = [""] * 6
     table = {"index": range(6), "rouge_l": [0.0] * 6, "cross_entropy": loss, "answer_length": lengths}
     columns = table | {"prompt": texts, "reference": texts, "answer": texts}

@@ -147,8 +147,8 @@ def test_a_training_goes_on_over_its_stages_as_it_is_told(changed, trainer_with,
     before_each_batch(monkeypatch, look)
     trainer = trainer_with(changed, stages=2, save_strategy="no")
     trainer.train()
-    assert states == [set(), {1}, {2}]  # the second stage has the first's state
-    assert rates == pytest.approx([1e-4, 0.75e-4, 0.25e-4])  # one cosine over three steps
+    assert states == [set(), set(), {1}]  # the second stage has none of the first's state
+    assert rates == pytest.approx([1e-4, 1e-4, 0.5e-4])  # a cosine over one step, and one over two
     assert norms == [0.5] * 3
     assert len(layers) == 3 * 2 * 2  # batches, layers, and each of them again in backward
     assert not list((tmp_path / "out").glob("*best*"))  # no stage starts from the best weights of another

@@ -149,7 +149,7 @@ def test_a_run_in_use_can_be_looked_at(kept, capsys):
 def test_options_of_a_yaml_file_are_read_and_the_command_line_wins(inputs, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     data = f"train: {inputs / 'train.jsonl'}\ndev: {inputs / 'dev.jsonl'}\n"
-    file.write_text(f"{data}teacher: {inputs / 'teacher'}\nstages: 3\nbatch_size: 2\n")
+    file.write_text(f"{data}teacher: {inputs / 'teacher'}\nstages: 3\npacing: baby-steps\nbatch_size: 2\n")
     limits = ("--max-length", 96, "--max-prompt-length", 80)
     plan = planned(capsys, "--config", file, *limits, "--batch-size", 4, "--epochs-per-stage", 1)
     assert [one["samples"] for one in plan["steps"]["stages"]] == [8, 16, 24]

@@ -22,7 +22,7 @@ def timing(monkeypatch):
 
     def says(faster):
         both = {"fp32": 100.0, "bf16": 200.0 if faster == "bf16" else 50.0}
-        found = Speeds({"ieee": 100.0, "bf16": 100.0}, both, both, rounds=False)
+        found = Speeds({"ieee": 100.0, "bf16": 100.0, "rounded": both["bf16"]}, both, both, rounds=False)
         monkeypatch.setattr(precision, "measure_speeds", lambda _: found)
 
     yield says
@@ -46,7 +46,7 @@ def test_a_run_goes_on_in_what_its_first_step_chose(timing, tmp_path, capsys, mo
     assert run("distill", output, *words) == 0
     said = capsys.readouterr().out
     assert said.count("precision: ") == 1
-    assert f"precision: {first} for layers that do not train, which an earlier step chose" in said
+    assert f"precision: {first} for layers that do not train and {first} for weights that do, which an earlier" in said
     assert (output / PRECISION_FILE).read_bytes() == kept
     assert [one.precision.name for one in made] == [first]
     assert "auto" in (output / "config.yaml").read_text()
@@ -65,17 +65,17 @@ def test_a_training_without_a_teacher_multiplies_as_its_run_chose(
 ):
     inputs, output = make_inputs(tmp_path, train=8, dev=2), tmp_path / "run"
     words = options(inputs, precision="auto", **given)
-    words += ["--model", str(inputs / "teacher")] if command == "sft" else []
+    named = ["--model", str(inputs / "teacher")] if command == "sft" else []
     made = []
     parts = trainer.training_parts
     monkeypatch.setattr(trainer, "training_parts", lambda *given: made.append(parts(*given)) or made[-1])
     timing("fp32")
     both = {"fp32": 100.0, "bf16": 200.0}  # of layers that do not train alone
-    found = Speeds({"ieee": 200.0, "bf16": 100.0}, both, both, rounds=True)
+    found = Speeds({"ieee": 200.0, "bf16": 100.0, "rounded": 50.0}, both, both, rounds=True)
     monkeypatch.setattr(precision, "measure_speeds", lambda _: found)
     modes = []
     before_each_batch(monkeypatch, lambda *_: modes.append(torch.backends.mkldnn.matmul.fp32_precision))
-    assert run(command, output, *words) == 0
+    assert run(command, output, *select(words, command), *named) == 0
     assert set(modes) == {"ieee"}
     assert capsys.readouterr().out.count("precision: ") == 1
     assert [one.precision.chosen for one in made] == [CpuProducts("ieee", "bf16", "bf16")] * trainings
@@ -105,4 +105,7 @@ def test_a_plan_takes_what_a_run_chose_and_keeps_no_choice_of_its_own(timing, tm
     timing("fp32")
     capsys.readouterr()
     assert run("plan", output, *select(words, "plan")) == 0
-    assert "precision: bf16 for layers that do not train, which an earlier" in capsys.readouterr().out
+    assert (
+        "precision: bf16 for layers that do not train and bf16 for weights that do, which an earlier"
+        in capsys.readouterr().out
+    )

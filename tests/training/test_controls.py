@@ -7,6 +7,7 @@ import math
 import pytest
 from tiny_training import before_each_batch, curriculum_of, same_bits, train, trainer_of, weights_of
 
+from pocl_fast.curriculum.competence import Competence
 from pocl_fast.system.errors import InputError
 from pocl_fast.training.setup import learning_rate_factor
 
@@ -97,7 +98,6 @@ def test_a_control_by_tokens_says_that_its_steps_are_counted_over_the_file(tmp_p
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "none", "pacing": "competence"}, 'give pacing="baby-steps"'),
         ({"kind": "random", "remeasure": True}, "'random' does not measure it"),
         ({"kind": "none", "remeasure": True}, "'none' does not measure it"),
         ({"pacing": "competence", "remeasure": True}, "of each baby step"),
@@ -106,3 +106,22 @@ def test_a_control_by_tokens_says_that_its_steps_are_counted_over_the_file(tmp_p
 def test_options_that_contradict_a_control_are_refused(tmp_path, given, message):
     with pytest.raises(InputError, match=message):
         trainer_of(tmp_path, count=8, **given)
+
+
+def test_a_curriculum_of_none_has_no_pacing(tmp_path):
+    plans = [
+        trainer_of(tmp_path / pacing, **MANY, kind="none", pacing=pacing).planned() for pacing in ("auto", "competence")
+    ]
+    plain = trainer_of(tmp_path / "plain", **MANY, kind="none").planned()
+    for plan in plans:
+        assert plan.total_steps == plain.total_steps
+        assert all(plan.batch(step, 0) == plain.batch(step, 0) for step in range(plan.total_steps))
+
+
+def test_auto_pacing_is_competence_but_along_a_given_curriculum_or_where_difficulty_is_measured_again(tmp_path):
+    own = trainer_of(tmp_path / "own", **MANY, kind="random", pacing="auto").planned()
+    given = trainer_of(tmp_path / "given", curriculum=curriculum_of(8, stages=2), pacing="auto").planned()
+    again = trainer_of(tmp_path / "again", count=8, pacing="auto", remeasure=True).planned()
+    assert own.competence == Competence(initial=0.4, full=0.3)
+    assert given.competence is None
+    assert again.competence is None

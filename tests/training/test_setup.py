@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import arithmetic, save_tiny, tiny_model, tiny_tokenizer
+from tiny import PAPERS_STAGES, arithmetic, save_tiny, tiny_model, tiny_tokenizer
 from tiny_training import curriculum_of, encoded_samples, same_bits, teacher_model, trainer_of, weights_of
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +26,7 @@ from pocl_fast.training.arguments import PoclConfig
 from pocl_fast.training.metrics import read_metrics
 from pocl_fast.training.trainer import PoclTrainer
 
-FOUR = {"per_device_train_batch_size": 4, "use_cpu": True, "precision": "fp32", "max_new_tokens": 2}
+FOUR = PAPERS_STAGES | {"per_device_train_batch_size": 4, "use_cpu": True, "precision": "fp32", "max_new_tokens": 2}
 
 
 def metrics(folder, name):
