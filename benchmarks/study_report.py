@@ -145,7 +145,8 @@ def main() -> None:
             raise SystemExit(f"{folder} holds no training that is done: run benchmarks/study.py first")
         setup = read_setup(folder)
         source = "dolly_500" if setup.data else "the demo"
-        text += f"## {setup.train_samples} samples of {source}\n\n"
+        of_budgets = all(one.part.endswith(" passes") for one in trained)
+        text += f"## {setup.budget_samples if of_budgets else setup.train_samples} samples of {source}\n\n"
         text += f"{len(trained)} trainings in {setup.precision}.\n\n{tables_of(trained)}\n"
     if given.page is None:
         print(text)
