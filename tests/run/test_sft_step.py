@@ -11,7 +11,7 @@ import torch
 import yaml
 from ranks import gloo
 from safetensors.torch import load_file
-from tiny import arithmetic, write_jsonl
+from tiny import PAPERS_STAGES, arithmetic, write_jsonl
 from tiny_run import make_inputs, options, read_json, refusal, run, scores_of, select, weights
 from tiny_training import before_each_batch, encoded_samples, transformers_loss
 from transformers import AutoModelForCausalLM
@@ -28,6 +28,7 @@ def inputs(tmp_path_factory):
 
 def of_a_run(inputs, **changed):
     given = {"teacher": None, "student_layers": None, "epochs_per_stage": None, "eval_seeds": (1,), "max_new_tokens": 2}
+    given |= dict.fromkeys(PAPERS_STAGES)  # which it does not have
     return [*options(inputs, **(given | {"learning_rate": 3e-3} | changed)), "--model", str(inputs / "teacher")]
 
 

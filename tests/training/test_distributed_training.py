@@ -106,9 +106,9 @@ def assert_the_same(ranks_weights, folder, alone):
     for ours in ranks_weights:
         assert ours.keys() == weights.keys()
         for name, value in weights.items():
-            torch.testing.assert_close(
-                ours[name], value, rtol=0, atol=3e-5
-            )  # AdamW steps by the sign of gradients that are rounding alone
+            # AdamW steps by the sign of gradients that are rounding alone, and one process adds a tied embedding's in
+            # another order; a step is 1e-4 at most
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=6e-5)
     assert [r["step"] for r in logged(folder)] == [r["step"] for r in records]
     for ours, record in zip(logged(folder), records, strict=True):
         assert ours == pytest.approx(record, rel=2e-5)
