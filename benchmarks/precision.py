@@ -30,7 +30,7 @@ from torch import nn
 from pocl_fast.loss import cpp
 from pocl_fast.loss.lm_head_products import HeadProducts, bf16_way, weight_grad_
 from pocl_fast.models.frozen import freeze_linears
-from pocl_fast.models.product_speed import CpuProducts, Shapes, Trained, decide, measure_speeds
+from pocl_fast.models.product_speed import CpuProducts, Mode, Shapes, decide, measure_speeds
 from pocl_fast.system.fp32_products import fp32_products, rounds_to_bf16
 
 Product = Callable[[], object]
@@ -52,17 +52,53 @@ def least(ways: dict[str, Product], repeats: int) -> dict[str, float]:
 
 def trained(rows: int, K: int, N: int) -> dict[str, dict[str, Product]]:
     """A layer of weights that train: by product, then by way."""
+    pairs = factors(rows, K, N)
+    return {name: by_mode(*pair) | {"rounded": partial(rounded, *pair)} for name, pair in pairs.items()}
+
+
+def trained_lm_head(rows: int, K: int, N: int) -> dict[str, dict[str, Product]]:
+    """An lm_head that trains; the linear loss rounds its products where the C++ backend has them."""
+    ways = {name: by_mode(*pair) for name, pair in factors(rows, K, N).items()}
+    for name, product in loss_products(torch.randn(N, K), rows).items():
+        ways[name]["rounded"] = partial(in_bf16_way, "bf16", product) if cpp.has_products() else ways[name]["bf16"]
+    return ways
+
+
+def factors(rows: int, K: int, N: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     x, weight, grad = torch.randn(rows, K), torch.randn(N, K), torch.randn(rows, N)
-    products = {"forward": (x, weight.t()), "by data": (grad, weight), "by weight": (grad.t(), x)}
+    return {"forward": (x, weight.t()), "by data": (grad, weight), "by weight": (grad.t(), x)}
 
-    def multiply(way: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        if way == "rounded":
-            torch.mm(a.bfloat16(), b.bfloat16()).float()
-            return
-        with fp32_products(way):
-            torch.mm(a, b)
 
-    return {name: {way: partial(multiply, way, *pair) for way in get_args(Trained)} for name, pair in products.items()}
+def by_mode(a: torch.Tensor, b: torch.Tensor) -> dict[str, Product]:
+    """An fp32 product in each mode of torch."""
+    return {mode: partial(in_mode, mode, a, b) for mode in get_args(Mode)}
+
+
+def in_mode(mode: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    with fp32_products(mode):
+        torch.mm(a, b)
+
+
+def rounded(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.mm(a.bfloat16(), b.bfloat16()).float()
+
+
+def in_bf16_way(way: Any, product: Product) -> None:
+    with bf16_way(way):
+        product()
+
+
+def loss_products(weight: torch.Tensor, rows: int) -> dict[str, Product]:
+    """The linear loss's products with an lm_head [V, H], rounded to bf16."""
+    N, K = weight.shape
+    hidden, grad = torch.randn(rows, K).to(weight.dtype), torch.randn(rows, N)
+    out, total = torch.empty(rows, N), torch.empty(N, K)
+    made = HeadProducts(weight, None, torch.bfloat16)
+    return {
+        "forward": lambda: made.logits(hidden, out),
+        "by data": lambda: made.hidden_grad(grad, torch.float32),
+        "by weight": lambda: weight_grad_(total, grad, hidden, torch.bfloat16, add=False),
+    }
 
 
 def layers(rows: int, K: int, N: int) -> dict[str, dict[str, Product]]:
@@ -77,28 +113,16 @@ def layers(rows: int, K: int, N: int) -> dict[str, dict[str, Product]]:
 
 def head(rows: int, K: int, N: int) -> dict[str, dict[str, Product]]:
     """A bf16 lm_head in the linear loss."""
-    weight, hidden = torch.randn(N, K).bfloat16(), torch.randn(rows, K).bfloat16()
-    grad, out, total = torch.randn(rows, N), torch.empty(rows, N), torch.empty(N, K)
-    made = HeadProducts(weight, None, torch.bfloat16)
-    products: dict[str, Product] = {
-        "forward": lambda: made.logits(hidden, out),
-        "by data": lambda: made.hidden_grad(grad, torch.float32),
-        "by weight": lambda: weight_grad_(total, grad, hidden, torch.bfloat16, add=False),
-    }
-
-    def within(way: Any, product: Product) -> None:
-        with bf16_way(way):
-            product()
-
     ways = ("fp32", "bf16") if cpp.has_products() else ("fp32",)
-    return {name: {way: partial(within, way, product) for way in ways} for name, product in products.items()}
+    made = loss_products(torch.randn(N, K).bfloat16(), rows)
+    return {name: {way: partial(in_bf16_way, way, product) for way in ways} for name, product in made.items()}
 
 
 def measured(options: argparse.Namespace, chosen: CpuProducts) -> tuple[list[list[Any]], dict[str, dict[str, float]]]:
     """The table's rows, and each part's seconds by way, summed."""
     hidden, inner, vocabulary = options.hidden, options.intermediate, options.vocabulary
     shapes = {"layer": (hidden, inner), "lm_head": (hidden, vocabulary)}
-    parts = [("trained", "layer", trained), ("trained", "lm_head", trained)]
+    parts = [("trained", "layer", trained), ("trained", "lm_head", trained_lm_head)]
     parts += [("layers", "layer", layers), ("head", "lm_head", head)]
     table, sums = [], {name: {} for name in ("trained", "layers", "head")}
     for part, shape, make in parts:
@@ -142,8 +166,8 @@ def main() -> None:
         "note": [
             f"Chosen in {seconds:.2f} s. Its time over the least, all rows and products: {said}.",
             "trained: fp32 weights in torch's modes, of which bf16 (oneDNN's) rounds"
-            f" {'to bf16' if rounds_to_bf16() else 'nothing'} here, or rounded as"
-            " they go in; layers: weights that do not train; head: a bf16 lm_head, or one that trains rounded.",
+            f" {'to bf16' if rounds_to_bf16() else 'nothing'} here, or rounded"
+            " before the product; layers: weights that do not train; head: a bf16 lm_head.",
         ],
     }
     save({"machine": facts, "tables": [table]}, "precision.json")

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pocl_fast.options.presets import PRESETS
+
 # name -> the divergence; "gkd" is what GKD trains on: half of its batches are the student's own answers
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "forward_kl": {"divergence": "forward_kl"},
@@ -19,12 +21,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "skew_reverse_kl": {"divergence": "skew_reverse_kl"},
     "gkd": {"divergence": "jsd", "beta": 0.5, "rollouts": "gkd"},
 }
-# the paper's recipe but for its number of passes, which the study gives
-PAPER: dict[str, Any] = {
-    "curriculum": "pocl", "pacing": "baby-steps", "stages": 4,
-    "temperature": [1.0, 1.33, 1.67, 2.0], "alpha": [0.3, 0.2, 0.1, 0.0],
-    "fresh_optimizer": True, "fresh_learning_rate": True, "stage_weights": "last", "ties": "first",
-}  # fmt: skip
+# of the paper's recipe its curriculum; nothing is evaluated on the way
+OF_CURRICULUM = (
+    "curriculum",
+    "pacing",
+    "stages",
+    "temperature",
+    "alpha",
+    "fresh_optimizer",
+    "fresh_learning_rate",
+    "ties",
+)
+PAPER: dict[str, Any] = {name: PRESETS["paper"][name] for name in OF_CURRICULUM} | {"stage_weights": "last"}
 NONE: dict[str, Any] = {
     "curriculum": "none", "temperature": [1.0], "alpha": [0.3], "fresh_optimizer": False, "fresh_learning_rate": False,
 }  # fmt: skip

@@ -130,7 +130,7 @@ class Data:
 def all_from_the_start(schedule: Schedule) -> Schedule:
     """Stages of the same settings and lengths, whose steps draw from all samples, as evenly as shuffled passes do."""
     steps = [schedule.planned_steps(stage.index) for stage in schedule.stages]
-    return replace(schedule, stage_steps=steps, competence=Competence(initial=1.0))
+    return replace(schedule, stage_steps=steps, competence=Competence(initial=1.0, full=1.0))
 
 
 def evenly(samples: SampleSet, count: int) -> SampleSet:

@@ -20,8 +20,8 @@ STREAM = 1 << 62  # of random numbers, apart from those that shuffle passes
 class Competence:
     """c(t) = min(1, √(t (1 - c₀²) / T + c₀²)), the share of the samples that may be drawn at step t."""
 
-    initial: float = 0.1  # c₀
-    full: float = 0.6  # T as a share of all steps
+    initial: float  # c₀
+    full: float  # T as a share of all steps
 
     def share(self, done: float) -> float:
         """c where a share `done` of all steps is done."""

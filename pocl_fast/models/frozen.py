@@ -37,17 +37,20 @@ def freeze_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> list
     frozen: list[nn.Module] = []
     if not torch.backends.mkldnn.is_available():
         return frozen
-    for module in model.modules():
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            continue
-        if (
-            "forward" not in vars(module)
-            and module.weight.device.type == "cpu"
-            and module.weight.dtype == torch.float32
-        ):
-            module.forward = _packed(module, dtype)  # type: ignore[method-assign, assignment]
-            frozen.append(module)
+    for module in plain_linears(model):
+        module.forward = _packed(module, dtype)  # type: ignore[method-assign, assignment]
+        frozen.append(module)
     return frozen
+
+
+def plain_linears(model: nn.Module) -> Iterator[nn.Linear]:
+    """The model's fp32 `nn.Linear` layers on the CPU that have no forward of their own, as subclasses and frozen,
+    quantised or rounded layers do."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            weight = module.weight
+            if "forward" not in vars(module) and weight.device.type == "cpu" and weight.dtype == torch.float32:
+                yield module
 
 
 def drop_weights(frozen: Iterable[nn.Module]) -> None:

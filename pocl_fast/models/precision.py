@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,11 +50,9 @@ class Precision:
             return self.chosen.trained == "rounded" and _has_bf16()
         return self.name == "bf16" and _multiplies_bf16() and not rounds_to_bf16()
 
-    @contextlib.contextmanager
-    def training(self, model: nn.Module) -> Iterator[None]:
+    def training(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """The context of a model's forward and backward where it trains on a CPU; nothing elsewhere."""
-        with rounded_linears(model) if self.rounds_layers else contextlib.nullcontext():
-            yield
+        return rounded_linears(model) if self.rounds_layers else contextlib.nullcontext()
 
     def head_products(self, weight: Tensor) -> contextlib.AbstractContextManager[Any]:
         """The context of the linear loss within `training`: autocast, by which it rounds the inputs of the lm_head's

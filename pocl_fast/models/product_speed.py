@@ -168,14 +168,18 @@ def _trained(shapes: Shapes) -> Ways:
         flop += 3 * 2 * rows * K * N
     head = trained_head(HEAD_ROWS, N, K)
 
-    def multiply(way: Trained) -> None:
-        with fp32_products("bf16" if way == "rounded" else way):
-            for a, b in pairs[:3] if way == "rounded" else pairs:
-                torch.mm(a.bfloat16(), b.bfloat16()).float() if way == "rounded" else torch.mm(a, b)
-            if way == "rounded":
-                head()
+    def multiply(mode: Mode) -> None:
+        with fp32_products(mode):
+            for a, b in pairs:
+                torch.mm(a, b)
 
-    return {way: partial(multiply, way) for way in get_args(Trained)}, flop
+    def rounded() -> None:
+        with fp32_products("bf16"):
+            for a, b in pairs[:3]:  # the layer's
+                torch.mm(a.bfloat16(), b.bfloat16()).float()
+            head()
+
+    return {mode: partial(multiply, mode) for mode in get_args(Mode)} | {"rounded": rounded}, flop
 
 
 def _layers(shapes: Shapes) -> Ways:

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocl_fast.models.frozen import plain_linears
+
 
 @contextlib.contextmanager
 def rounded_linears(model: nn.Module) -> Iterator[None]:
-    """Within it the model's plain fp32 `nn.Linear` layers on the CPU multiply in bf16, forward and on the way back:
-    call backward within it too. Layers with a forward of their own (frozen, quantised) stay as they are, and so do
-    those whose weights lie on several ranks."""
-    changed = [module for module in model.modules() if _is_plain(module)]
+    """Within it the model's `plain_linears` multiply in bf16, forward and on the way back: call backward within it too.
+    Layers whose weights lie on several ranks stay as they are."""
+    changed = [module for module in plain_linears(model) if _is_whole(module.weight)]
     for module in changed:
-        module.forward = partial(_forward, module)  # type: ignore[method-assign, arg-type]
+        module.forward = partial(_forward, module)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -30,12 +31,8 @@ def rounded_linears(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _is_plain(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        return False
-    weight = module.weight
-    whole = type(weight) is nn.Parameter and not hasattr(weight, "ds_id")
-    return whole and weight.device.type == "cpu" and weight.dtype == torch.float32
+def _is_whole(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and not hasattr(weight, "ds_id")  # FSDP's are DTensors, DeepSpeed's have an id
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:  # [..., K] -> [..., N]

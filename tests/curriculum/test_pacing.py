@@ -167,8 +167,8 @@ def test_competence_grows_as_published():
     assert Competence(0.01, 1).allowed(0, 5) == 1
 
 
-def draws(samples=60, steps=50, budget=4, weights=None, seed=3, **competence):
-    return Draws(Competence(**competence), weights or [1] * samples, budget, steps=steps, seed=seed)
+def draws(samples=60, steps=50, budget=4, weights=None, seed=3, initial=0.1, full=0.6):
+    return Draws(Competence(initial, full), weights or [1] * samples, budget, steps=steps, seed=seed)
 
 
 @given(st.integers(1, 80), st.integers(1, 60), st.integers(1, 20), st.floats(0.01, 1), st.floats(0.05, 1))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from memory import peak_of
+from precise import relative_error
 from ranks import Ranks, gloo
 from torch import Tensor
 from vocabulary_parts import Problem, shards_of, some_problem, step_of_a_part
@@ -44,11 +45,6 @@ def assert_parts_match(
             assert gradient.dtype == problem.hidden.dtype
             error = (gradient.double() - whole[own]).norm()
             assert error <= tolerance * whole.norm() + least
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    distance, size = (got.double() - want).norm().item(), want.norm().item()
-    return distance / size if distance > 1e-14 else 0.0
 
 
 def the_ranks(request, cuts) -> Ranks:

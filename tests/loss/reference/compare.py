@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from precise import relative_error
 from torch import Tensor
 
 from pocl_fast.loss.dense import distillation_loss
@@ -17,14 +18,6 @@ from pocl_fast.loss.reference import transformed
 # log-ratios, about 1e-6, of which reverse KL's gradient keeps only the differences: small ones where one token holds
 # nearly all of q
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-
-
-def relative_error(got: Tensor, want: Tensor, unit: float = 0.0) -> float:
-    """|got - want| / |want| in norm. A distance below 1e-14, or below rounding each element to a multiple of `unit`
-    (fp16's smallest number), is none: the reference's own 0 is that inexact."""
-    got, want = got.detach().double(), want.detach().double()
-    distance = (got - want).norm() - 0.5 * unit * want.numel() ** 0.5
-    return 0.0 if distance <= 1e-14 else float(distance / want.norm())
 
 
 def in_float64(value: Any) -> Any:
