@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pocl_fast.models.gguf_file import load_gguf
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.placement import Placement
 from pocl_fast.models.probing import DEVICE_ERRORS
 from pocl_fast.system import hub_reach
-from pocl_fast.system.console import in_place_of_tqdm, say
+from pocl_fast.system.console import say
 from pocl_fast.system.errors import InputError, OtherRankFailed, first_line
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -165,7 +166,8 @@ def load_model(
         kwargs |= placement.arguments()
     with readable_errors(source, "model"):
         if not where.is_plain:
-            model = _load_gguf(where, dtype) if where.gguf_file else _load_merged(where, dtype, trust_remote_code)
+            file = where.gguf_file
+            model = load_gguf(where.path, file, dtype) if file else _load_merged(where, dtype, trust_remote_code)
             model.name_or_path = ""  # transformers would find another model there
             if quantization == "none":
                 return (model.to(device) if placement is None else placement.dispatch(model)).eval()
@@ -245,26 +247,6 @@ def _merge_injected(model: Any, source: str) -> Any:
     model.name_or_path = ""
     del model.peft_config
     say(f"the adapters of {source} are merged into their model: plain weights")
-    return model
-
-
-def _load_gguf(where: ModelSource, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
-    from transformers import __version__ as version
-
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # before transformers 5.20 or so GGUF weights were always dequantised
-        return AutoModelForCausalLM.from_pretrained(where.path, gguf_file=where.gguf_file, dtype=dtype)
-    with in_place_of_tqdm(modeling_gguf_pytorch_utils, "converting the GGUF file", "tensors"):
-        model = AutoModelForCausalLM.from_pretrained(
-            where.path, gguf_file=where.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-        )
-    model.hf_quantizer = None  # type: ignore[assignment]  # plain weights now, saved and trained as such
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    if getattr(model, "is_quantized", False):
-        raise InputError(f"transformers {version} did not dequantise {where.gguf_file}")
     return model
 
 

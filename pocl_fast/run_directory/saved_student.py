@@ -13,7 +13,7 @@ from typing import Any
 
 from pocl_fast.cutting.layer_choice import RECORD as LAYERS
 from pocl_fast.inputs.saved_adapters import is_adapted, save_adapted
-from pocl_fast.models.unsharded import unsharded
+from pocl_fast.models.parameters import unsharded
 from pocl_fast.system import ranks
 
 

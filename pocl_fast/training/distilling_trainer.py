@@ -23,8 +23,7 @@ from pocl_fast.loss.linear import linear_distillation_loss
 from pocl_fast.loss.objective import Objective
 from pocl_fast.loss.output import LossOutput
 from pocl_fast.models.lm_head import LmHead, causal_lm, loss_within_forward, sparse_tied_embedding
-from pocl_fast.models.parameters import num_parameters
-from pocl_fast.models.unsharded import unsharded
+from pocl_fast.models.parameters import num_parameters, unsharded
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.memory import FreedMemory, memory_in_use
 from pocl_fast.training.arguments import PoclConfig

@@ -197,6 +197,64 @@ def test_a_gguf_files_tensors_have_no_bar_of_transformers(tmp_path, monkeypatch,
     assert modeling_gguf_pytorch_utils.tqdm is theirs
 
 
+def test_a_gguf_file_is_taken_apart_once_and_loads_as_transformers_does(tmp_path, monkeypatch):
+    import gguf
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    dequantised = GgufConfig(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", quantization_config=dequantised)
+    calls = {"GGUFReader": 0, "get_tensor_name_map": 0}
+    for name in calls:
+        monkeypatch.setattr(gguf, name, counted(calls, name, getattr(gguf, name)))
+    before = vars(gguf).copy()
+    ours = load_model(str(tmp_path / "tiny.gguf"))
+    assert calls == {"GGUFReader": 1, "get_tensor_name_map": 1}
+    assert vars(gguf) == before
+    assert weights_fingerprint(ours) == weights_fingerprint(theirs)
+    write_tiny_gguf(tmp_path / "tiny.gguf", seed=1)  # another file under the same name
+    assert weights_fingerprint(load_model(str(tmp_path / "tiny.gguf"))) != weights_fingerprint(theirs)
+
+
+def counted(calls, name, function):
+    def call(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def write_tiny_gguf(path, seed=0):
+    """A Llama of two layers with random weights, in fp32."""
+    import gguf
+
+    generator = torch.Generator().manual_seed(seed)
+    hidden, rows, tokens = 32, 64, [f"t{i}" for i in range(40)]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(rows)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,), "output": (len(tokens), hidden)}
+    for i in range(2):
+        shapes |= {f"blk.{i}.{name}": (hidden, hidden) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {f"blk.{i}.{name}": (hidden,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{i}.{name}": (rows, hidden) for name in ("ffn_gate", "ffn_up")}
+        shapes[f"blk.{i}.ffn_down"] = (hidden, rows)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=generator).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def test_a_moved_gguf_file_is_found_by_its_path(tmp_path):
     where = resolve("bundled")
     shutil.copy(f"{where.path}/{where.gguf_file}", tmp_path / "mine.gguf")

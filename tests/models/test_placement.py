@@ -139,7 +139,7 @@ def test_what_a_loss_is_given_lies_on_the_device_asked_for(tmp_path):
 
 @pytest.mark.parametrize("spread", ["auto", "sequential", {"": "cpu"}])
 def test_a_gguf_model_is_placed_once_it_is_read(spread, monkeypatch):
-    monkeypatch.setattr("pocl_fast.models.loading._load_gguf", lambda where, dtype: tiny_model())
+    monkeypatch.setattr("pocl_fast.models.loading.load_gguf", lambda folder, name, dtype: tiny_model())
     model = load_model("bundled", placement=Placement(spread, max_memory={"cpu": "1GiB"}))
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_a_gguf_model_is_placed_once_it_is_read(spread, monkeypatch):
 
 
 def test_a_gguf_model_too_large_for_the_memory_given_goes_on_from_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("pocl_fast.models.loading._load_gguf", lambda where, dtype: tiny_model(layers=4))
+    monkeypatch.setattr("pocl_fast.models.loading.load_gguf", lambda folder, name, dtype: tiny_model(layers=4))
     most = {"cpu": 90_000}  # bytes: the embedding and some of the layers' 20 KB each
     model = load_model("bundled", placement=Placement("sequential", most, tmp_path / "parts"))
     assert 0 < on_meta(model) < len(list(model.parameters()))

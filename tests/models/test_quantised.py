@@ -123,7 +123,7 @@ def test_no_more_logits_are_kept_than_so_many_tokens(tmp_path, source, monkeypat
 
 
 def test_a_gguf_models_weights_are_read_once(tmp_path, loads, monkeypatch):
-    monkeypatch.setattr("pocl_fast.models.loading._load_gguf", lambda where, dtype: tiny_model(hidden=64))
+    monkeypatch.setattr("pocl_fast.models.loading.load_gguf", lambda folder, name, dtype: tiny_model(hidden=64))
     said = []
     model = load_quantised("bundled", "8bit", tmp_path / "kept", probe_samples=samples(), say=said.append)
     assert [how for _, how in loads] == ["none", "8bit", "none"]

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model
 
 from pocl_fast.models.probing import found_of
-from pocl_fast.models.unsharded import unsharded
+from pocl_fast.models.parameters import unsharded
 from pocl_fast.system.errors import InputError
 
 

@@ -121,7 +121,7 @@ def no_model(*_, **__):
 
 
 def test_no_model_is_loaded_and_no_run_begun(inputs, tmp_path, capsys, monkeypatch):
-    for name in ("load_model", "_load_gguf", "_load_merged"):
+    for name in ("load_model", "load_gguf", "_load_merged"):
         monkeypatch.setattr(loading, name, no_model)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
     monkeypatch.chdir(tmp_path)
