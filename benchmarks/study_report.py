@@ -102,7 +102,9 @@ def compared(groups: dict[str, list[Trained]], pairs: Sequence[tuple[str, str]],
                      f"{mean:+{form}} [{low:+{form}}, {high:+{form}}]", f"{p:.3f}", verdict])  # fmt: skip
     columns = ["held out", "", "method", "", "against", "", "difference [95 %]", "p", ""]
     steps = sorted({one.steps for pair in pairs for method in pair for one in groups[method]})
-    note = f"Optimizer steps: {', '.join(map(str, steps))}; seeds: {len(groups[pairs[0][0]])}."
+    seeds = sorted({len(groups[method]) for pair in pairs for method in pair})
+    many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+    note = f"Optimizer steps: {', '.join(map(str, steps))}; seeds a method: {many}."
     return markdown({"title": title, "claim": claim, "columns": columns, "rows": rows, "note": note}, 3)
 
 

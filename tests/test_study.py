@@ -78,7 +78,7 @@ def test_a_study_that_was_stopped_goes_on_and_keeps_what_was_computed(scripts, s
     trained = scripts["study_report"].read_study(output)
     text = scripts["study_report"].tables_of(trained)
     assert text.count("in-domain") == text.count("sni_3_6") > 0
-    assert "Optimizer steps: 10; seeds: 2." in text
+    assert "Optimizer steps: 10; seeds a method: 2." in text
     assert "without growing subsets" in text
 
 
