@@ -25,6 +25,7 @@ from pocl_fast.models.placement import input_device
 
 TOKENS_A_BATCH = 4096  # of a packed batch
 ROWS_OF_LOGITS = 256  # at a time
+KEPT_BYTES = 1 << 28  # most of a model's hidden states that are kept
 
 TokenValues: TypeAlias = Mapping[str, torch.Tensor]  # `LossOutput.per_token`: name -> [N]
 
@@ -40,12 +41,54 @@ TEACHER_COLUMNS: dict[str, Callable[[TokenValues, TokenValues], torch.Tensor]] =
 }
 
 
+class KeptStates:
+    """The final hidden states of one model at the supervised positions of samples, kept for the next time that they
+    are scored: up to `KEPT_BYTES`, of those that came first."""
+
+    def __init__(self) -> None:
+        self._states: dict[bytes, torch.Tensor] = {}  # by a sample's fingerprint; on the CPU
+        self._device = torch.device("cpu")  # where the model made them
+        self._bytes = 0
+
+    def has(self, samples: Sequence[EncodedSample]) -> bool:
+        """Whether those of all samples are kept."""
+        return all(sample.fingerprint in self._states for sample in samples)
+
+    def read(self, samples: Sequence[EncodedSample]) -> torch.Tensor:
+        """[N, H], in the order of the samples."""
+        return torch.cat([self._states[sample.fingerprint] for sample in samples]).to(self._device)
+
+    def keep(self, samples: Sequence[EncodedSample], states: torch.Tensor) -> None:
+        """Keeps the [N, H] states of the samples, where there is room for them."""
+        if states.nbytes <= KEPT_BYTES - self._bytes:
+            self._bytes += states.nbytes
+            self._device = states.device
+            parts = states.cpu().split([sample.supervised_count for sample in samples])
+            self._states |= zip((sample.fingerprint for sample in samples), parts, strict=True)
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A causal language model and whether packed batches hold for it."""
+    """A causal language model and whether packed batches hold for it; `kept` is for one that does not change and is
+    scored on the same samples more than once."""
 
     model: Any
     packed: Rows | bool
+    kept: KeptStates | None = None
+
+    def hidden(self, samples: Sequence[EncodedSample], batch: PackedBatch) -> torch.Tensor:
+        """[N, H] final hidden states at the supervised positions of a batch, which is packed of the samples."""
+        if self.kept is not None and self.kept.has(samples):
+            return self.kept.read(samples)
+        states = supervised_hidden(decoder_of(self.model), batch.to(input_device(self.model)), packed=self.packed)
+        if self.kept is not None:
+            self.kept.keep(samples, states)
+        return states
+
+    def frozen(self, samples: Sequence[EncodedSample]) -> contextlib.AbstractContextManager[None]:
+        """The context in which the samples are scored: the linear layers that this takes are frozen."""
+        lm_head_alone = self.kept is not None and self.kept.has(samples)
+        return frozen_linears(self.model.get_output_embeddings() if lm_head_alone else self.model)
 
 
 def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: Rows | bool) -> np.ndarray:
@@ -65,24 +108,23 @@ def response_scores(
     device = next(student.model.parameters()).device
     names = (*STUDENT_COLUMNS, *(TEACHER_COLUMNS if teacher else ()))
     means = {name: np.empty(len(samples)) for name in names}
-    frozen_teacher = frozen_linears(teacher.model) if teacher else contextlib.nullcontext()
-    with frozen_linears(student.model), frozen_teacher:
+    with student.frozen(samples), teacher.frozen(samples) if teacher else contextlib.nullcontext():
         for group in token_budget_batches([len(sample) for sample in samples], max_tokens=TOKENS_A_BATCH):
-            batch = pack([samples[i] for i in group]).to(device)
-            for name, values in zip(names, _token_scores(student, teacher, batch), strict=True):
+            some = [samples[i] for i in group]
+            batch = pack(some).to(device)
+            for name, values in zip(names, _token_scores(student, teacher, some, batch), strict=True):
                 means[name][group] = [part.double().mean().item() for part in values.cpu().split(batch.counts)]
     return means
 
 
-def _token_scores(student: LoadedModel, teacher: LoadedModel | None, batch: PackedBatch) -> list[torch.Tensor]:
-    """[N] each, in the order of the columns: their values at the supervised positions of a batch. A few rows of logits
-    are in memory at a time."""
+def _token_scores(
+    student: LoadedModel, teacher: LoadedModel | None, samples: Sequence[EncodedSample], batch: PackedBatch
+) -> list[torch.Tensor]:
+    """[N] each, in the order of the columns: their values at the supervised positions of a batch of the samples. A few
+    rows of logits are in memory at a time."""
     sides = [student] if teacher is None else [student, teacher]
     heads = [(lm_head(side.model), side.model.get_output_embeddings()) for side in sides]
-    hidden = [
-        supervised_hidden(decoder_of(side.model), batch.to(input_device(side.model)), packed=side.packed)
-        for side in sides
-    ]
+    hidden = [side.hidden(samples, batch) for side in sides]
     pieces = []
     for start in range(0, len(batch.labels), ROWS_OF_LOGITS):
         rows = slice(start, start + ROWS_OF_LOGITS)

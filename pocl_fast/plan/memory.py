@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pocl_fast.answers.decoding import CPU_STEP_ROWS, generation_batches
-from pocl_fast.answers.likelihood import ROWS_OF_LOGITS, TOKENS_A_BATCH
+from pocl_fast.answers.likelihood import KEPT_BYTES, ROWS_OF_LOGITS, TOKENS_A_BATCH
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.packed_forward import decoder_of
@@ -64,6 +64,7 @@ class Sizes:
     measures: bool  # the difficulty of the training samples
     scores_teacher: bool  # to measure difficulty
     evaluates_teacher: bool  # on the held-out samples
+    kept_states: int  # bytes of its hidden states there, which are kept
     warms_up: bool  # whether the student is fine-tuned before it is measured
     distils: bool  # whether the training uses a teacher; else its loss is cross-entropy alone
     base: int  # bytes of the process before models are loaded; 0 on a GPU
@@ -80,6 +81,12 @@ class Sizes:
     def bf16(self) -> bool:
         """Whether autocast rounds, which it does on a GPU alone."""
         return not self.on_cpu and self.precision.name == "bf16"
+
+
+def kept_bytes(sets: Sequence[Sequence[EncodedSample]], teacher: Any) -> int:
+    """Bytes of the teacher's hidden states that evaluations keep of their sets."""
+    tokens = sum(one.supervised_count for of_set in sets for one in of_set)
+    return min(KEPT_BYTES, FP32 * tokens * int(teacher.get_output_embeddings().weight.shape[-1]))
 
 
 def memory_plan(sizes: Sizes) -> list[StepMemory]:
@@ -198,6 +205,8 @@ def _training(sizes: Sizes) -> dict[str, int]:
 
 def _start(sizes: Sizes) -> dict[str, int]:
     started = {"process with data": sizes.base} if sizes.base else {}
+    if sizes.kept_states and sizes.on_cpu:
+        started["teacher's states of held-out samples"] = sizes.kept_states
     return {**started, "student's weights": FP32 * num_parameters(sizes.student)}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from pocl_fast.answers.decoding import answering_work
-from pocl_fast.answers.likelihood import response_scores
+from pocl_fast.answers.likelihood import KeptStates, response_scores
 from pocl_fast.curriculum.schedule import Schedule
 from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, Stage, is_measured
@@ -71,12 +71,14 @@ def time_plan(
     of_teacher: list[_Answering] = []
     with context.precision.autocast(), context.engine(student.model) as engine:
         train = _Answering(context, engine, [one.prompt_ids for one in encoded]) if measures else None
-        scored = _seconds_a_token(lambda some: response_scores(student, some), encoded)
+        scored = again = _seconds_a_token(lambda some: response_scores(student, some), encoded)
         answering = [_Answering(context, engine, [one.prompt_ids for one in of_set]) for of_set in sets]
         reads_teacher = measures and bool(teacher_columns(context.config.difficulty.signals))
         if reads_teacher or (sets and context.scores_teacher):
             teacher = context.scoring_teacher()
             both = _seconds_a_token(lambda some: response_scores(student, some, teacher), encoded)
+            keeping = replace(teacher, kept=KeptStates())  # by the second time that is timed
+            again = _seconds_a_token(lambda some: response_scores(student, some, keeping), encoded)
     if sets and context.scores_teacher:
         with context.precision.autocast(), context.engine(teacher.model) as engine:
             of_teacher = [_Answering(context, engine, [one.prompt_ids for one in of_set]) for of_set in sets]
@@ -94,9 +96,9 @@ def time_plan(
         once = answering[0].seconds + scored * sum(map(len, sets[0]))
         count = steps.evaluations
         training += [StepTime("evaluate in training", count * once, f"{count} times {once:.1f} s")] if count else []
-        before, after = _evaluations(context, sets, answering, of_teacher, scored, both)
+        before, after = _evaluations(context, sets, answering, of_teacher, scored, first=both, again=again)
     if warming and before:
-        before.append(replace(before[0], step="evaluate warmed up"))
+        before.append(replace(after[0], step="evaluate warmed up"))
     return [found[0], *warming, *found[1:], *before, *training, *after]
 
 
@@ -106,21 +108,21 @@ def _evaluations(
     student: Sequence[_Answering],
     teacher: Sequence[_Answering],
     scored: float,
-    both: float,
+    *,
+    first: float,
+    again: float,
 ) -> tuple[list[StepTime], list[StepTime]]:
     """The final evaluations before training, the teacher's too, and that after it. Seconds a token: `scored` of the
-    student alone, `both` with the teacher."""
+    student alone, the `first` time with the teacher, and `again` with what is kept of it."""
     seeds = len(context.config.evaluation.eval_seeds)
     tokens = sum(len(one) for of_set in sets for one in of_set)
-    compared = both if context.scores_teacher else scored
-    final = seeds * sum(one.seconds for one in student) + compared * tokens
-    before, after = (
-        StepTime(f"evaluate {when}", final, f"{seeds} seeds; {student[0].timed}") for when in ("before", "after")
-    )
+    answers = seeds * sum(one.seconds for one in student)
+    timed, compares = f"{seeds} seeds; {student[0].timed}", context.scores_teacher
+    before = StepTime("evaluate before", answers + (first if compares else scored) * tokens, timed)
+    after = StepTime("evaluate after", answers + (again if compares else scored) * tokens, timed)
     if not teacher:
         return [before], [after]
-    alone = max(0.0, both - scored) * tokens
-    of_teacher = seeds * sum(one.seconds for one in teacher) + alone
+    of_teacher = seeds * sum(one.seconds for one in teacher) + max(0.0, again - scored) * tokens
     return [before, StepTime("evaluate the teacher", of_teacher, f"{seeds} seeds; {teacher[0].timed}")], [after]
 
 

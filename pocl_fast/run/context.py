@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_fast.answers import vllm
 from pocl_fast.answers.engine import Engine, configured_ends
-from pocl_fast.answers.likelihood import LoadedModel
+from pocl_fast.answers.likelihood import KeptStates, LoadedModel
 from pocl_fast.cutting.layer_choice import check_choice
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.encoding import SampleEncoder, encoder_of
@@ -76,6 +76,7 @@ class RunContext:
         self.path = directory.path
         self.device = choose_device(config.models.device)
         self._teacher_model: Any = None
+        self.teacher_states = KeptStates()  # of the evaluation sets, which are scored several times
         self._student: LoadedModel | None = None
         self._is_warmed = False  # whether that is the warmed-up one
         self._compared: frozenset[str] | None = None  # the samples with which the vocabularies were compared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Literal
 
 from pocl_fast.answers import evaluation
@@ -33,7 +34,7 @@ def evaluate_step(context: RunContext, when: When) -> None:
     if context.train_file_is_loaded:
         context.say_same_samples()
     with context.directory.timed(step):
-        teacher = context.scoring_teacher() if context.scores_teacher else None
+        teacher = replace(context.scoring_teacher(), kept=context.teacher_states) if context.scores_teacher else None
         model, compared = _models(context, when, teacher)
         with context.precision.autocast(), _engine(context, when, model) as engine:
             found = [_scored(context, when, one, engine, model, compared) for one in sets]

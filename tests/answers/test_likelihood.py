@@ -1,12 +1,14 @@
 """Cross-entropies and divergences of responses against those of transformers' own logits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
 from tiny_training import encoded_samples, student_model, teacher_model, transformers_loss
 
-from pocl_fast.answers.likelihood import LoadedModel, cross_entropy, response_scores
+from pocl_fast.answers.likelihood import KeptStates, LoadedModel, cross_entropy, response_scores
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -49,3 +51,62 @@ def test_the_teacher_s_scores_are_those_of_its_logits(tmp_path, monkeypatch, pac
         with torch.no_grad():
             q, p = (model(ids).logits[0, rows].double().log_softmax(-1) for model in (tiny_model(), plain))
         assert mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
+def forwards_of(model):
+    """Counts the forwards of a model's decoder, in a list of one number."""
+    count = [0]
+    model.model.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    return count
+
+
+def test_a_teacher_whose_states_are_kept_is_run_once_for_each_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("pocl_fast.answers.likelihood.TOKENS_A_BATCH", 100)  # several batches
+    _, encoded = encoded_samples(7)
+    student, teacher = LoadedModel(student_model(), True), LoadedModel(teacher_model(), True)
+    keeping = LoadedModel(teacher.model, True, KeptStates())
+    want = response_scores(student, encoded, teacher)
+    forwards = forwards_of(teacher.model)
+    first = response_scores(student, encoded, keeping)
+    once = forwards[0]
+    assert once > 1
+    other = LoadedModel(tiny_model(seed=5), False)  # another student, in other batches
+    again = [response_scores(student, encoded, keeping), response_scores(other, encoded[::-1], keeping)]
+    alone = response_scores(keeping, encoded)
+    assert forwards[0] == once
+    for name in want:
+        assert first[name].tolist() == again[0][name].tolist() == want[name].tolist()
+    assert again[1]["teacher_cross_entropy"][::-1] == pytest.approx(want["teacher_cross_entropy"], rel=1e-6)
+    assert alone["cross_entropy"] == pytest.approx(want["teacher_cross_entropy"], rel=1e-6)
+
+
+def test_states_without_room_are_computed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("pocl_fast.answers.likelihood.TOKENS_A_BATCH", 100)
+    _, encoded = encoded_samples(7)
+    student, teacher = LoadedModel(student_model(), True), teacher_model()
+    want = response_scores(student, encoded, LoadedModel(teacher, True))
+    hidden = 4 * teacher.config.hidden_size
+    monkeypatch.setattr(
+        "pocl_fast.answers.likelihood.KEPT_BYTES", hidden * sum(s.supervised_count for s in encoded) // 2
+    )
+    forwards, keeping = forwards_of(teacher), LoadedModel(teacher, True, KeptStates())
+    counts = []
+    for _ in range(2):
+        found = response_scores(student, encoded, keeping)
+        assert all(found[name].tolist() == want[name].tolist() for name in want)
+        counts.append(forwards[0])
+    assert 0 < counts[1] - counts[0] < counts[0]
+
+
+def test_samples_that_differ_in_one_token_or_in_what_is_supervised_are_kept_apart():
+    _, (one, *_) = encoded_samples(1)
+    others = [
+        replace(one, response_ids=(*one.response_ids[:-1], 7)),
+        replace(one, supervised=((len(one) - 2, len(one)),)),
+    ]
+    teacher, keeping = teacher_model(), KeptStates()
+    student = LoadedModel(student_model(), True)
+    for sample in (one, *others):
+        want = response_scores(student, [sample], LoadedModel(teacher, True))
+        found = response_scores(student, [sample], LoadedModel(teacher, True, keeping))
+        assert found["mean_kl"].tolist() == want["mean_kl"].tolist()

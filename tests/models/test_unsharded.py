@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from pocl_fast.models.probing import found_of
 from pocl_fast.models.parameters import unsharded
+from pocl_fast.models.probing import found_of
 from pocl_fast.system.errors import InputError
 
 

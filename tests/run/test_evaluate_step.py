@@ -9,6 +9,7 @@ from tiny import arithmetic, save_tiny, tiny_tokenizer, write_jsonl
 from tiny_run import make_inputs, options, read_json, refusal, run, score_rows, scores_of, select, weights
 
 from pocl_fast.answers import evaluation
+from pocl_fast.answers.likelihood import KeptStates
 from pocl_fast.system import ranks
 
 BRIEF = {"stages": 1, "eval_seeds": 10, "learning_rate": 1e-2}
@@ -70,6 +71,19 @@ def test_other_sets_change_nothing_of_the_student(several, inputs, tmp_path):
     assert run("distill", tmp_path / "alone", *with_sets(inputs, dev=inputs / "dev.jsonl", test=None)) == 0
     assert weights(tmp_path / "alone") == weights(several)
     assert scores_of(tmp_path / "alone")["after"] == scores_of(several, "main")["after"]
+
+
+def test_what_evaluations_keep_of_the_teacher_is_used_and_changes_no_score(several, inputs, tmp_path, monkeypatch):
+    reads = []
+    read = KeptStates.read
+    monkeypatch.setattr(KeptStates, "read", lambda kept, samples: reads.append(len(samples)) or read(kept, samples))
+    assert run("distill", tmp_path / "keeps", *with_sets(inputs)) == 0
+    assert sum(reads) == 2 * (4 + 2 + 3)  # evaluate-teacher and evaluate-after
+    monkeypatch.setattr("pocl_fast.answers.likelihood.KEPT_BYTES", 0)
+    assert run("distill", tmp_path / "keeps-none", *with_sets(inputs)) == 0
+    assert sum(reads) == 2 * (4 + 2 + 3)
+    for output in (several, tmp_path / "keeps"):
+        assert read_json(output / "evaluation.json") == read_json(tmp_path / "keeps-none" / "evaluation.json")
 
 
 def test_a_test_that_is_the_dev_file_is_said_to_be_none_and_so_are_samples_that_are_trained_on(
