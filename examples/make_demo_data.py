@@ -26,7 +26,7 @@ from pocl_fast.models.precision import choose_precision
 from pocl_fast.records.samples import Sample
 from pocl_fast.system.console import progress_bar
 
-TRAIN, DEV = 540, 120
+TRAIN, DEV = 448, 120
 MAX_NEW_TOKENS, FEWEST_WORDS, MOST_WORDS = 40, 1, 28
 
 THINGS = (

@@ -120,4 +120,4 @@ def test_the_demo_finds_its_samples_in_the_wheel(fresh, tmp_path):
         "from pocl_fast.run.demo import bundled_data\n"
         "print(sum(1 for split in ('train', 'dev') for _ in open(bundled_data(split))))"
     )
-    assert int(of(fresh, "python", "-c", code, cwd=tmp_path)) == 660
+    assert int(of(fresh, "python", "-c", code, cwd=tmp_path)) == 568

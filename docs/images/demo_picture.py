@@ -25,7 +25,7 @@ def main(run: Path) -> None:
     figure = Figure(figsize=(12.5, 3.6), layout="constrained")
     plan, loss, score = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
     plan.set(title="What is trained: the easiest samples first", ylabel="samples in the stage")
-    plan.set(ylim=(0, 1.3 * stages[-1]["size"]))
+    plan.set(xlim=(0, ends[-1]), ylim=(0, 1.3 * stages[-1]["size"]))
     for stage, begin, end in zip(stages, begins, ends, strict=True):
         plan.fill_between([begin, end], stage["size"], color=BLUE, alpha=0.25 + 0.15 * stage["index"], lw=0)
         settings = f"stage {stage['index'] + 1}\ntemperature {stage['temperature']:g}\nCE × {stage['alpha']:g}"
