@@ -69,13 +69,14 @@ def mean_of(one: Trained, name: str, metric: str) -> float:
     return float(np.average(table[metric], weights=weights))
 
 
-def cell(runs: Sequence[Trained], name: str, metric: str) -> str:
-    """The mean over the training seeds, and its 95 % interval."""
+def cell(runs: Sequence[Trained], name: str, metric: str, usual: int) -> str:
+    """The mean over the training seeds, and its 95 % interval; how many they are where they are not `usual`."""
     form = METRICS[metric][1]
     mean, low, high = mean_interval([mean_of(one, name, metric) for one in runs])
     if len(runs) == 1:
         return f"{mean:{form}} (one seed)"
-    return f"{mean:{form}} ± {(high - low) / 2:{form}}"
+    many = "" if len(runs) == usual else f" ({len(runs)} seeds)"
+    return f"{mean:{form}} ± {(high - low) / 2:{form}}{many}"
 
 
 def difference(ours: Sequence[Trained], theirs: Sequence[Trained], name: str, metric: str) -> tuple[Any, ...]:
@@ -94,17 +95,16 @@ def compared(groups: dict[str, list[Trained]], pairs: Sequence[tuple[str, str]],
     tests = [(a, b, name, metric) for name in names for metric in METRICS for a, b in pairs]
     found = [difference(groups[a], groups[b], name, metric) for a, b, name, metric in tests]
     adjusted = holm([one[3] for one in found])
-    rows = []
+    seeds, rows = sorted({len(groups[method]) for pair in pairs for method in pair}), []
     for (a, b, name, metric), (mean, low, high, _), p in zip(tests, found, adjusted, strict=True):
         label, form, sign = METRICS[metric]
         verdict = "" if p >= 0.05 else ("better" if sign * mean > 0 else "worse")
-        rows.append([name, label, a, cell(groups[a], name, metric), b, cell(groups[b], name, metric),
+        rows.append([name, label, a, cell(groups[a], name, metric, seeds[0]), b,
+                     cell(groups[b], name, metric, seeds[0]),
                      f"{mean:+{form}} [{low:+{form}}, {high:+{form}}]", f"{p:.3f}", verdict])  # fmt: skip
     columns = ["held out", "", "method", "", "against", "", "difference [95 %]", "p", ""]
     steps = sorted({one.steps for pair in pairs for method in pair for one in groups[method]})
-    seeds = sorted({len(groups[method]) for pair in pairs for method in pair})
-    many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
-    note = f"Optimizer steps: {', '.join(map(str, steps))}; seeds a method: {many}."
+    note = f"Optimizer steps: {', '.join(map(str, steps))}; seeds a method: {' or '.join(map(str, seeds))}."
     return markdown({"title": title, "claim": claim, "columns": columns, "rows": rows, "note": note}, 3)
 
 
@@ -149,7 +149,7 @@ def main() -> None:
         source = "dolly_500" if setup.data else "the demo"
         of_budgets = all(one.part.endswith(" passes") for one in trained)
         text += f"## {setup.budget_samples if of_budgets else setup.train_samples} samples of {source}\n\n"
-        text += f"{len(trained)} trainings in {setup.precision}.\n\n{tables_of(trained)}\n"
+        text += f"{len(trained)} trainings in {setup.precision}.\n\n{tables_of(trained)}\n\n"
     if given.page is None:
         print(text)
         return
@@ -157,7 +157,7 @@ def main() -> None:
     if BEGIN not in page or END not in page:
         raise SystemExit(f"{given.page} lacks the marks {BEGIN!r} and {END!r}")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
-    write_text(given.page, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    write_text(given.page, f"{before}{BEGIN}\n\n{text.rstrip()}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

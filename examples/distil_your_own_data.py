@@ -5,7 +5,7 @@
 Without files it writes two small ones, so that you see the format. You will see the command that it runs, what that
 command prints, the files that it leaves in runs/your-own-data, and three held-out prompts with the student's answers.
 Run it again: it finds all steps done. The teacher is the bundled SmolLM2-135M, the student six of its 30 layers; your
-own are `--teacher NAME --student NAME`. Two minutes on two cores. So few samples teach little: `make demo` has 540.
+own are `--teacher NAME --student NAME`. Two minutes on two cores. So few samples teach little: `make demo` has 448.
 """
 
 from __future__ import annotations

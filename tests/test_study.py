@@ -80,6 +80,11 @@ def test_a_study_that_was_stopped_goes_on_and_keeps_what_was_computed(scripts, s
     assert text.count("in-domain") == text.count("sni_3_6") > 0
     assert "Optimizer steps: 10; seeds a method: 2." in text
     assert "without growing subsets" in text
+    fewer = [one for one in trained if (one.method, one.seed) != ("forward_kl, none", 2)]
+    table = scripts["study_report"].tables_of(fewer).split("\n\n### ")[0]
+    assert "seeds a method: 1 or 2." in table
+    [row] = [line for line in table.splitlines() if line.startswith("| in-domain | CE |")]
+    assert row.count("(one seed)") == row.count("(2 seeds)") == 1
 
 
 def test_the_answers_of_a_teacher_move_no_end_of_another_method(scripts, study):

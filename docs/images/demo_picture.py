@@ -36,11 +36,8 @@ def main(run: Path) -> None:
     loss.legend(frameon=False)
     score.set(title="Answers to 120 held-out prompts", ylabel="ROUGE-L, greedy answers")
     steps, scores = [r["step"] for r in evaluations], [r["eval_rouge_l"] for r in evaluations]
-    [scored] = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["sets"].values()
-    before = scored["scores"]["before"]["rouge_l"]  # sampled answers
-    score.set(ylim=(0, 1.15 * max(scores)))
-    score.plot([0, *steps], [before, *scores], "o-", color=GREEN, lw=1.6)
-    plan.set_xlim(-14, None)
+    score.set(xlim=(0, 1.03 * ends[-1]), ylim=(0, 1.15 * max(scores)))
+    score.plot(steps, scores, "o-", color=GREEN, lw=1.6)
     for axis in (plan, loss, score):
         axis.set_xlabel("optimizer step")
         axis.spines[["top", "right"]].set_visible(False)

@@ -21,11 +21,12 @@ from pocl_fast.loss.objective import Objective
 from pocl_fast.models.frozen import frozen_linears
 from pocl_fast.models.lm_head import LmHead, lm_head
 from pocl_fast.models.packed_forward import decoder_of, supervised_hidden
-from pocl_fast.models.placement import input_device
+from pocl_fast.models.placement import input_device, output_device
+from pocl_fast.system import console
 
 TOKENS_A_BATCH = 4096  # of a packed batch
 ROWS_OF_LOGITS = 256  # at a time
-KEPT_BYTES = 1 << 28  # most of a model's hidden states that are kept
+KEPT_BYTES = 1 << 28  # at most so many of a model's hidden states are kept
 
 TokenValues: TypeAlias = Mapping[str, torch.Tensor]  # `LossOutput.per_token`: name -> [N]
 
@@ -42,29 +43,40 @@ TEACHER_COLUMNS: dict[str, Callable[[TokenValues, TokenValues], torch.Tensor]] =
 
 
 class KeptStates:
-    """The final hidden states of one model at the supervised positions of samples, kept for the next time that they
-    are scored: up to `KEPT_BYTES`, of those that came first."""
+    """The final hidden states of one model at the supervised positions of samples, kept in main memory for the next
+    time that they are scored, as long as there is room in `KEPT_BYTES`."""
 
     def __init__(self) -> None:
-        self._states: dict[bytes, torch.Tensor] = {}  # by a sample's fingerprint; on the CPU
-        self._device = torch.device("cpu")  # where the model made them
+        self._states: dict[bytes, torch.Tensor] = {}  # by a sample's fingerprint
         self._bytes = 0
+        self._refused: set[bytes] = set()
+        self._said = False
 
     def has(self, samples: Sequence[EncodedSample]) -> bool:
         """Whether those of all samples are kept."""
         return all(sample.fingerprint in self._states for sample in samples)
 
     def read(self, samples: Sequence[EncodedSample]) -> torch.Tensor:
-        """[N, H], in the order of the samples."""
-        return torch.cat([self._states[sample.fingerprint] for sample in samples]).to(self._device)
+        """[N, H], in the order of the samples, on the CPU."""
+        return torch.cat([self._states[sample.fingerprint] for sample in samples])
 
     def keep(self, samples: Sequence[EncodedSample], states: torch.Tensor) -> None:
         """Keeps the [N, H] states of the samples, where there is room for them."""
-        if states.nbytes <= KEPT_BYTES - self._bytes:
-            self._bytes += states.nbytes
-            self._device = states.device
-            parts = states.cpu().split([sample.supervised_count for sample in samples])
-            self._states |= zip((sample.fingerprint for sample in samples), parts, strict=True)
+        keys = [sample.fingerprint for sample in samples]
+        if states.nbytes > KEPT_BYTES - self._bytes:
+            self._refused |= set(keys)
+            return
+        self._bytes += states.nbytes
+        parts = states.cpu().split([sample.supervised_count for sample in samples])
+        self._states |= zip(keys, parts, strict=True)
+
+    def lacking(self) -> str | None:
+        """The line that says for how many samples there was no room; None where for all, or where it was said."""
+        if not self._refused or self._said:
+            return None
+        self._said = True
+        count, limit = len(self._refused), console.size(KEPT_BYTES)
+        return f"hidden states of {count:,} held-out samples do not fit in {limit}: computed at each evaluation"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +91,15 @@ class LoadedModel:
     def hidden(self, samples: Sequence[EncodedSample], batch: PackedBatch) -> torch.Tensor:
         """[N, H] final hidden states at the supervised positions of a batch, which is packed of the samples."""
         if self.kept is not None and self.kept.has(samples):
-            return self.kept.read(samples)
+            return self.kept.read(samples).to(output_device(self.model))
         states = supervised_hidden(decoder_of(self.model), batch.to(input_device(self.model)), packed=self.packed)
         if self.kept is not None:
             self.kept.keep(samples, states)
         return states
 
     def frozen(self, samples: Sequence[EncodedSample]) -> contextlib.AbstractContextManager[None]:
-        """The context in which the samples are scored: the linear layers that this takes are frozen."""
+        """The context in which the samples are scored: all linear layers are frozen, or the lm_head alone where the
+        states of every sample are kept."""
         lm_head_alone = self.kept is not None and self.kept.has(samples)
         return frozen_linears(self.model.get_output_embeddings() if lm_head_alone else self.model)
 

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import gguf
 import torch
 
 from pocl_fast.system.console import in_place_of_tqdm
 from pocl_fast.system.errors import InputError
 
+_PATCHING = threading.RLock()
+
 
 def load_gguf(folder: str, name: str, dtype: torch.dtype) -> Any:
     """The model in the file `name` of a folder, dequantised to `dtype`. Raises `InputError` where transformers leaves
     its weights quantised."""
-    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
+    from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
     from transformers import __version__ as version
 
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # before transformers 5.20 or so GGUF weights were always dequantised
-        with _read_once():
-            return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
     with in_place_of_tqdm(modeling_gguf_pytorch_utils, "converting the GGUF file", "tensors"), _read_once():
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
@@ -43,17 +41,13 @@ def load_gguf(folder: str, name: str, dtype: torch.dtype) -> Any:
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
     """Has transformers take a file's fields apart once, not for the configuration and again for the weights, and list
-    the names of an architecture's tensors once, not once a module of the model."""
-    if importlib.util.find_spec("gguf") is None:  # which transformers says
-        yield
-        return
-    import gguf
-
-    theirs = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in theirs.items():
-        setattr(gguf, name, functools.cache(function))
-    try:
-        yield
-    finally:
+    the names of an architecture's tensors once, not once a module of the model. One thread at a time."""
+    with _PATCHING:
+        theirs = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
         for name, function in theirs.items():
-            setattr(gguf, name, function)
+            setattr(gguf, name, functools.cache(function))
+        try:
+            yield
+        finally:
+            for name, function in theirs.items():
+                setattr(gguf, name, function)

@@ -92,6 +92,12 @@ def input_device(model: Any) -> torch.device:
     return _runs_on(embedding) or embedding.weight.device
 
 
+def output_device(model: Any) -> torch.device:
+    """Where a model makes its logits: the device its lm_head runs on."""
+    head = model.get_output_embeddings()
+    return _runs_on(head) or head.weight.device
+
+
 def resident(module: nn.Module, name: str, device: torch.device | Literal["cpu"] | None = None) -> Tensor:
     """A copy of a module's tensor by its (dotted) name, wherever it lies, on `device` or where the module runs."""
     from accelerate.utils.modeling import align_module_device

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pocl_fast.answers.decoding import CPU_STEP_ROWS, generation_batches
-from pocl_fast.answers.likelihood import KEPT_BYTES, ROWS_OF_LOGITS, TOKENS_A_BATCH
+from pocl_fast.answers.likelihood import ROWS_OF_LOGITS, TOKENS_A_BATCH
 from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.packed_forward import decoder_of
@@ -64,7 +64,7 @@ class Sizes:
     measures: bool  # the difficulty of the training samples
     scores_teacher: bool  # to measure difficulty
     evaluates_teacher: bool  # on the held-out samples
-    kept_states: int  # bytes of its hidden states there, which are kept
+    kept_states: int  # bytes of its hidden states there that are kept, in main memory
     warms_up: bool  # whether the student is fine-tuned before it is measured
     distils: bool  # whether the training uses a teacher; else its loss is cross-entropy alone
     base: int  # bytes of the process before models are loaded; 0 on a GPU
@@ -83,10 +83,11 @@ class Sizes:
         return not self.on_cpu and self.precision.name == "bf16"
 
 
-def kept_bytes(sets: Sequence[Sequence[EncodedSample]], teacher: Any) -> int:
-    """Bytes of the teacher's hidden states that evaluations keep of their sets."""
+def states_bytes(sets: Sequence[Sequence[EncodedSample]], teacher: Any) -> int:
+    """Bytes of the teacher's hidden states on the samples of the sets, in fp32; evaluations keep `KEPT_BYTES` of them
+    at most."""
     tokens = sum(one.supervised_count for of_set in sets for one in of_set)
-    return min(KEPT_BYTES, FP32 * tokens * int(teacher.get_output_embeddings().weight.shape[-1]))
+    return FP32 * tokens * int(teacher.get_output_embeddings().weight.shape[-1])
 
 
 def memory_plan(sizes: Sizes) -> list[StepMemory]:

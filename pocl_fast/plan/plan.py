@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from pocl_fast.answers.likelihood import KEPT_BYTES
 from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.curriculum.stages import is_measured
 from pocl_fast.data.encoded import EncodedSample
@@ -23,7 +24,7 @@ from pocl_fast.options.run import RunConfig
 from pocl_fast.plan.context import PlanContext
 from pocl_fast.plan.data_plan import DataPlan, data_plan
 from pocl_fast.plan.disk import DiskPlan, disk_plan
-from pocl_fast.plan.memory import Sizes, StepMemory, answered_prompts, kept_bytes, memory_plan, room
+from pocl_fast.plan.memory import Sizes, StepMemory, answered_prompts, memory_plan, room, states_bytes
 from pocl_fast.plan.optimizer import ADAM, state_bytes_a_weight
 from pocl_fast.plan.shapes import ModelPlan, empty_model, empty_student, model_plan
 from pocl_fast.plan.step_plan import StepPlan, planned_schedule, step_plan, trial_batches
@@ -234,7 +235,9 @@ class _Maker:
             measures=measures,
             scores_teacher=measures and bool(teacher_columns(config.difficulty.signals)),
             evaluates_teacher=bool(sets) and context.scores_teacher,
-            kept_states=kept_bytes(sets, self.teacher) if context.scores_teacher and here else 0,
+            kept_states=min(KEPT_BYTES, states_bytes(sets, self.teacher))
+            if context.scores_teacher and self.teacher is not None
+            else 0,
             warms_up=self.plan.warmup is not None,
             distils=distils,
             base=psutil.Process().memory_info().rss if context.device.type == "cpu" else 0,

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from pocl_fast.answers.decoding import answering_work
-from pocl_fast.answers.likelihood import KeptStates, response_scores
+from pocl_fast.answers.likelihood import KEPT_BYTES, KeptStates, response_scores
 from pocl_fast.curriculum.schedule import Schedule
 from pocl_fast.curriculum.signals import teacher_columns
 from pocl_fast.curriculum.stages import Curriculum, Stage, is_measured
@@ -23,6 +23,7 @@ from pocl_fast.data.encoded import EncodedSample
 from pocl_fast.data.sample_set import SampleSet
 from pocl_fast.models.precision import Precision
 from pocl_fast.plan.context import PlanContext
+from pocl_fast.plan.memory import states_bytes
 from pocl_fast.plan.step_plan import Batches, StepPlan
 from pocl_fast.plan.warmup import WarmupPlan
 from pocl_fast.training.arguments import PoclConfig
@@ -77,9 +78,11 @@ def time_plan(
         if reads_teacher or (sets and context.scores_teacher):
             teacher = context.scoring_teacher()
             both = _seconds_a_token(lambda some: response_scores(student, some, teacher), encoded)
-            keeping = replace(teacher, kept=KeptStates())  # by the second time that is timed
-            again = _seconds_a_token(lambda some: response_scores(student, some, keeping), encoded)
     if sets and context.scores_teacher:
+        keeping = replace(teacher, kept=KeptStates())  # filled by the first scoring, read by the second, which is less
+        with context.precision.autocast():
+            kept = _seconds_a_token(lambda some: response_scores(student, some, keeping), encoded)
+        again = seconds_again(both, kept, states_bytes(sets, teacher.model))
         with context.precision.autocast(), context.engine(teacher.model) as engine:
             of_teacher = [_Answering(context, engine, [one.prompt_ids for one in of_set]) for of_set in sets]
     trial = _trial(context, arguments, batches, schedule)
@@ -96,14 +99,14 @@ def time_plan(
         once = answering[0].seconds + scored * sum(map(len, sets[0]))
         count = steps.evaluations
         training += [StepTime("evaluate in training", count * once, f"{count} times {once:.1f} s")] if count else []
-        before, after = _evaluations(context, sets, answering, of_teacher, scored, first=both, again=again)
+        seeds, first = len(context.config.evaluation.eval_seeds), both if context.scores_teacher else scored
+        before, after = final_evaluations(sets, answering, of_teacher, scored, first=first, again=again, seeds=seeds)
     if warming and before:
         before.append(replace(after[0], step="evaluate warmed up"))
     return [found[0], *warming, *found[1:], *before, *training, *after]
 
 
-def _evaluations(
-    context: PlanContext,
+def final_evaluations(
     sets: Sequence[Sequence[EncodedSample]],
     student: Sequence[_Answering],
     teacher: Sequence[_Answering],
@@ -111,19 +114,25 @@ def _evaluations(
     *,
     first: float,
     again: float,
+    seeds: int,
 ) -> tuple[list[StepTime], list[StepTime]]:
-    """The final evaluations before training, the teacher's too, and that after it. Seconds a token: `scored` of the
-    student alone, the `first` time with the teacher, and `again` with what is kept of it."""
-    seeds = len(context.config.evaluation.eval_seeds)
+    """The final evaluations before training, the teacher's too where there are its answers, and that after training.
+    Seconds a token: `scored` of the student alone, the `first` evaluation of a run, and `again` one of the others."""
     tokens = sum(len(one) for of_set in sets for one in of_set)
-    answers = seeds * sum(one.seconds for one in student)
-    timed, compares = f"{seeds} seeds; {student[0].timed}", context.scores_teacher
-    before = StepTime("evaluate before", answers + (first if compares else scored) * tokens, timed)
-    after = StepTime("evaluate after", answers + (again if compares else scored) * tokens, timed)
+    answers, timed = seeds * sum(one.seconds for one in student), f"{seeds} seeds; {student[0].timed}"
+    before = StepTime("evaluate before", answers + first * tokens, timed)
+    after = StepTime("evaluate after", answers + again * tokens, timed)
     if not teacher:
         return [before], [after]
     of_teacher = seeds * sum(one.seconds for one in teacher) + max(0.0, again - scored) * tokens
     return [before, StepTime("evaluate the teacher", of_teacher, f"{seeds} seeds; {teacher[0].timed}")], [after]
+
+
+def seconds_again(first: float, kept: float, needed: int) -> float:
+    """Seconds a token of a later evaluation, of a `first` one and of one whose teacher's states are all `kept`; all of
+    them are `needed` bytes, of which there is room for some."""
+    share = min(1.0, KEPT_BYTES / needed) if needed else 1.0
+    return share * kept + (1 - share) * first
 
 
 def _sets(context: PlanContext) -> list[Sequence[EncodedSample]]:

@@ -40,6 +40,8 @@ def evaluate_step(context: RunContext, when: When) -> None:
             found = [_scored(context, when, one, engine, model, compared) for one in sets]
         summaries = [scores.summary() for scores in found]
         chooses = ranks.from_first(lambda: _record(context, when, summaries))
+    if line := context.teacher_states.lacking():
+        context.say(f"teacher: {line}")
     for one, scores, chosen_by in zip(sets, summaries, chooses, strict=True):
         context.say(f"{step}: {one.described(chooses=chosen_by)}: {describe(scores)}")
 

@@ -100,13 +100,26 @@ def test_states_without_room_are_computed_again(tmp_path, monkeypatch):
 
 def test_samples_that_differ_in_one_token_or_in_what_is_supervised_are_kept_apart():
     _, (one, *_) = encoded_samples(1)
-    others = [
-        replace(one, response_ids=(*one.response_ids[:-1], 7)),
-        replace(one, supervised=((len(one) - 2, len(one)),)),
-    ]
-    teacher, keeping = teacher_model(), KeptStates()
-    student = LoadedModel(student_model(), True)
-    for sample in (one, *others):
+    first_token = replace(one, response_ids=(7, *one.response_ids[1:]))
+    in_prompt = replace(one, prompt_ids=(*one.prompt_ids[:-1], 7))
+    last_alone = replace(one, supervised=((len(one) - 1, len(one)),))
+    student, teacher, keeping = LoadedModel(student_model(), True), teacher_model(), KeptStates()
+    found = []
+    for sample in (one, first_token, in_prompt, last_alone):
         want = response_scores(student, [sample], LoadedModel(teacher, True))
-        found = response_scores(student, [sample], LoadedModel(teacher, True, keeping))
-        assert found["mean_kl"].tolist() == want["mean_kl"].tolist()
+        found.append(response_scores(student, [sample], LoadedModel(teacher, True, keeping))["mean_kl"].item())
+        assert found[-1] == want["mean_kl"].item()
+    assert len({*found}) == 4
+
+
+def test_a_line_says_once_how_many_samples_had_no_room(monkeypatch):
+    _, encoded = encoded_samples(7)
+    student, keeping = LoadedModel(student_model(), True), LoadedModel(teacher_model(), True, KeptStates())
+    monkeypatch.setattr("pocl_fast.answers.likelihood.KEPT_BYTES", 1 << 20)
+    response_scores(student, encoded[:3], keeping)
+    assert keeping.kept.lacking() is None
+    monkeypatch.setattr("pocl_fast.answers.likelihood.KEPT_BYTES", 1)
+    for _ in range(2):
+        response_scores(student, encoded, keeping)
+    assert "hidden states of 7 held-out samples do not fit in 1 " in keeping.kept.lacking()
+    assert keeping.kept.lacking() is None
