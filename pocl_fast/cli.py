@@ -240,6 +240,8 @@ def _run(name: str, arguments: list[str]) -> None:
     if not command.opens_run:
         command.work(given, config)
         return
+    if name == "demo":  # before torch and transformers are loaded, which takes a while the first time
+        print(f"demo: SmolLM2-135M-Instruct is distilled into six of its layers; see {given.output}", flush=True)
     from pocl_fast.run.steps import open_run
     from pocl_fast.system import ranks
 

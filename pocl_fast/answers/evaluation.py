@@ -85,7 +85,7 @@ def evaluate(
             )
     rouge = [rouge_l(of_seed, references, tokenizer=rouge_tokenizer).fmeasure for of_seed in answers]
     exact = [exact_matches(of_seed, references) for of_seed in answers]
-    means = shared_response_scores(model, encoded, teacher)
+    means = shared_response_scores(model, encoded, teacher, f"{name}, likelihoods")
     return SampleScores(
         seeds=tuple(seeds),
         answers=list(zip(*answers, strict=True)),
@@ -137,16 +137,21 @@ def mean_token_cross_entropy(model: Any, encoded: Sequence[EncodedSample], *, pa
     """Cross-entropy of the references, in nats, each token that is trained on weighing alike. Every rank must call,
     works on its share, and has the same result."""
     counts = np.array([sample.supervised_count for sample in encoded], dtype=float)
-    losses = shared_response_scores(LoadedModel(model, packed), encoded)["cross_entropy"]
+    losses = shared_response_scores(LoadedModel(model, packed), encoded, None, "cross-entropy")["cross_entropy"]
     return float((losses * counts).sum() / counts.sum())
 
 
 def shared_response_scores(
-    model: LoadedModel, encoded: Sequence[EncodedSample], teacher: LoadedModel | None = None
+    model: LoadedModel, encoded: Sequence[EncodedSample], teacher: LoadedModel | None, name: str
 ) -> dict[str, np.ndarray]:
-    """What `response_scores` gives of the samples, computed by all ranks, each of which must call and has all."""
+    """What `response_scores` gives of the samples, computed by all ranks, each of which must call and has all. Where it
+    takes longer, a bar with this name shows how far it is."""
     mine = ranks.share([len(sample) for sample in encoded])
-    found = ranks.gather((mine, response_scores(model, [encoded[i] for i in mine], teacher)))
+    with shared_progress(len(encoded), name, "samples", delay=3) as done:
+        scores_of_mine = response_scores(
+            model, [encoded[i] for i in mine], teacher, progress=lambda more: done(more * ranks.world_size())
+        )
+    found = ranks.gather((mine, scores_of_mine))
     scores = {name: np.empty(len(encoded)) for name in found[0][1]}
     for places, columns in found:
         for name, values in columns.items():

@@ -111,12 +111,17 @@ def cross_entropy(model: Any, samples: Sequence[EncodedSample], *, packed: Rows 
 
 @torch.inference_mode()
 def response_scores(
-    student: LoadedModel, samples: Sequence[EncodedSample], teacher: LoadedModel | None = None
+    student: LoadedModel,
+    samples: Sequence[EncodedSample],
+    teacher: LoadedModel | None = None,
+    *,
+    progress: console.Report | None = None,
 ) -> dict[str, np.ndarray]:
     """Means over the supervised tokens of each sample, in nats. Column -> [samples] float64.
 
     The columns are `STUDENT_COLUMNS`: `cross_entropy` is the student's; and with a teacher `TEACHER_COLUMNS`:
-    `teacher_cross_entropy`, and `mean_kl`, which is KL(teacher || student) at temperature 1.
+    `teacher_cross_entropy`, and `mean_kl`, which is KL(teacher || student) at temperature 1. `progress` is called
+    with how many more samples are done.
     """
     device = next(student.model.parameters()).device
     names = (*STUDENT_COLUMNS, *(TEACHER_COLUMNS if teacher else ()))
@@ -127,6 +132,8 @@ def response_scores(
             batch = pack(some).to(device)
             for name, values in zip(names, _token_scores(student, teacher, some, batch), strict=True):
                 means[name][group] = [part.double().mean().item() for part in values.cpu().split(batch.counts)]
+            if progress:
+                progress(len(group))
     return means
 
 

@@ -27,6 +27,7 @@ from pocl_fast.models.lm_head import check_head
 from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.probing import attending_by
 from pocl_fast.system import ranks
+from pocl_fast.system.console import waiting, watched
 from pocl_fast.system.errors import InputError
 from pocl_fast.system.files import write_json
 
@@ -134,13 +135,18 @@ def _measured(
     """Which rule is taken, and what each keeps."""
     seen, held_out = halves(samples)
     now = getattr(source.config, "_attn_implementation", None) or "eager"
-    with attending_by(source, now), measuring.autocast():  # and as it did, afterwards
+    with (
+        waiting("measuring layers", "models"),
+        attending_by(source, now),
+        measuring.autocast(),
+    ):  # as it did, afterwards
         scores = block_influence(measuring.ready(source), list(stack_of(source).layers), seen)
     layers = {
         EVEN: even,
         IMPORTANCE: most_important(scores, len(even), owners_of_keys(source.config)),
     }
-    cuts = {name: _tried(source, kept, measuring, held_out, must=choice == name) for name, kept in layers.items()}
+    tried = watched(list(layers.items()), "trying layers", "choices")
+    cuts = {name: _tried(source, kept, measuring, held_out, must=choice == name) for name, kept in tried}
     if choice != AUTO:
         return choice, cuts
     losses = {name: cut.cross_entropy for name, cut in cuts.items() if cut.cross_entropy is not None}

@@ -159,14 +159,21 @@ class _LogLines:
 
 
 @contextlib.contextmanager
-def shared_progress(total: int, what: str, unit: str) -> Iterator[Report]:
-    """A bar on the first rank, to be called with how many more units all ranks have done; nothing on the others."""
+def shared_progress(total: int, what: str, unit: str, *, delay: float = 0) -> Iterator[Report]:
+    """A bar on the first rank, to be called with how many more units all ranks have done; nothing on the others, nor
+    of what ends within `delay` seconds."""
     if not ranks.is_first():
         yield lambda _: None
         return
-    with progress_bar(total, what, unit) as bar:
+    with progress_bar(total, what, unit, delay=delay) as bar:
         yield lambda more: bar.update(min(more, total - bar.n))  # an estimate of what the others have done
         bar.update(total - bar.n)
+
+
+def waiting(what: str, unit: str, *, delay: float = 3) -> contextlib.AbstractContextManager[Report]:
+    """A bar over one unit of work that cannot say how far it is, as loading a model, where it takes longer than `delay`
+    seconds: a sign of life."""
+    return shared_progress(1, what, unit, delay=delay)
 
 
 def watched(items: Sequence[Item], what: str, unit: str, *, delay: float = 3) -> Iterator[Item]:

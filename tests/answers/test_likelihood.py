@@ -112,6 +112,15 @@ def test_samples_that_differ_in_one_token_or_in_what_is_supervised_are_kept_apar
     assert len({*found}) == 4
 
 
+def test_scoring_says_how_many_samples_are_done(monkeypatch):
+    monkeypatch.setattr("pocl_fast.answers.likelihood.TOKENS_A_BATCH", 100)
+    _, encoded = encoded_samples(7)
+    done = []
+    response_scores(LoadedModel(student_model(), True), encoded, progress=done.append)
+    assert sum(done) == 7
+    assert len(done) > 1
+
+
 def test_a_line_says_once_how_many_samples_had_no_room(monkeypatch):
     _, encoded = encoded_samples(7)
     student, keeping = LoadedModel(student_model(), True), LoadedModel(teacher_model(), True, KeptStates())

@@ -8,7 +8,7 @@ import time
 import pytest
 import tqdm.std
 
-from pocl_fast.system.console import duration, measured, minutes, progress_bar, say, shared_progress, speed
+from pocl_fast.system.console import duration, measured, minutes, progress_bar, say, shared_progress, speed, waiting
 
 
 @pytest.fixture
@@ -107,6 +107,21 @@ def test_a_bar_that_is_to_be_shown_late_is_not_shown_before(monkeypatch, clock):
         assert states(stderr) == []
         clock[0] += 4
         assert waited_for(stderr, 1)[0] == "train: 0 of 4 steps, 0:04 elapsed"
+
+
+@ON_BOTH
+def test_waiting_is_shown_where_it_takes_longer_and_leaves_no_line_where_it_does_not(monkeypatch, clock, kind):
+    stderr = stderr_of(kind, monkeypatch)
+    monkeypatch.setattr("pocl_fast.system.console._in_a_log", [0.02])
+    with waiting("loading the teacher", "models"):
+        clock[0] += 2
+    assert states(stderr) == []
+    with waiting("loading the teacher", "models"):
+        clock[0] += 4
+        shown = waited_for(stderr, 1)[0]
+        assert shown.startswith("loading the teacher: ")
+        assert shown.endswith(" models, 0:04 elapsed")
+    assert "4.0 s/model" in states(stderr)[-1]
 
 
 @ON_BOTH
