@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import gguf
 import torch
 
 from pocl_fast.system.console import in_place_of_tqdm
@@ -42,6 +41,8 @@ def load_gguf(folder: str, name: str, dtype: torch.dtype) -> Any:
 def _read_once() -> Iterator[None]:
     """Has transformers take a file's fields apart once, not for the configuration and again for the weights, and list
     the names of an architecture's tensors once, not once a module of the model. One thread at a time."""
+    import gguf  # which no other model needs
+
     with _PATCHING:
         theirs = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
         for name, function in theirs.items():
