@@ -135,11 +135,8 @@ def _measured(
     """Which rule is taken, and what each keeps."""
     seen, held_out = halves(samples)
     now = getattr(source.config, "_attn_implementation", None) or "eager"
-    with (
-        waiting("measuring layers", "models"),
-        attending_by(source, now),
-        measuring.autocast(),
-    ):  # as it did, afterwards
+    # attending_by: it attends as it did, afterwards
+    with waiting("measuring layers", "models"), attending_by(source, now), measuring.autocast():
         scores = block_influence(measuring.ready(source), list(stack_of(source).layers), seen)
     layers = {
         EVEN: even,

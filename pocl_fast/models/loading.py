@@ -25,7 +25,7 @@ from pocl_fast.models.lm_head import causal_lm
 from pocl_fast.models.placement import Placement
 from pocl_fast.models.probing import DEVICE_ERRORS
 from pocl_fast.system import hub_reach
-from pocl_fast.system.console import say
+from pocl_fast.system.console import say, waiting
 from pocl_fast.system.errors import InputError, OtherRankFailed, first_line
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -134,7 +134,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     path = where.path
     if where.adapter is not None and (Path(where.adapter) / "tokenizer_config.json").is_file():
         path = where.adapter  # a tokenizer is often saved beside the adapters
-    with readable_errors(source, "tokenizer"):
+    with readable_errors(source, "tokenizer"), waiting("loading the tokenizer", "tokenizers", delay=1):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -164,7 +164,7 @@ def load_model(
         placement = placement or Placement({"": str(device)})
     if placement is not None:
         kwargs |= placement.arguments()
-    with readable_errors(source, "model"):
+    with readable_errors(source, "model"), waiting("loading the model", "models"):
         if not where.is_plain:
             file = where.gguf_file
             model = load_gguf(where.path, file, dtype) if file else _load_merged(where, dtype, trust_remote_code)

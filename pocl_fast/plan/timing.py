@@ -80,10 +80,9 @@ def time_plan(
             both = _seconds_a_token(lambda some: response_scores(student, some, teacher), encoded)
     if sets and context.scores_teacher:
         keeping = replace(teacher, kept=KeptStates())  # filled by the first scoring, read by the second, which is less
-        with context.precision.autocast():
-            kept = _seconds_a_token(lambda some: response_scores(student, some, keeping), encoded)
-        again = seconds_again(both, kept, states_bytes(sets, teacher.model))
         with context.precision.autocast(), context.engine(teacher.model) as engine:
+            kept = _seconds_a_token(lambda some: response_scores(student, some, keeping), encoded)
+            again = seconds_again(both, kept, states_bytes(sets, teacher.model))
             of_teacher = [_Answering(context, engine, [one.prompt_ids for one in of_set]) for of_set in sets]
     trial = _trial(context, arguments, batches, schedule)
     found = [StepTime("load and check the models", loading + trial.loading, "once each")]

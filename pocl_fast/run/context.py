@@ -46,7 +46,6 @@ from pocl_fast.run_directory.directory import RunDirectory, required
 from pocl_fast.run_directory.step_inputs import WARMED, warms_up
 from pocl_fast.settings.evaluation_sets import NamedSet, evaluations_choose, sets_of
 from pocl_fast.system import ranks
-from pocl_fast.system.console import waiting
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.pair import (
     Place,
@@ -113,8 +112,7 @@ class RunContext:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's tokenizer, which is the teacher's too."""
         trusted = self.config.models.trust_remote_code
-        with waiting("loading the tokenizer", "tokenizers", delay=1):
-            return loading.load_tokenizer(self.student_source, trust_remote_code=trusted)  # type: ignore[no-any-return]
+        return loading.load_tokenizer(self.student_source, trust_remote_code=trusted)  # type: ignore[no-any-return]
 
     def check_vocabularies(self) -> None:
         """Raises `InputError` where student and teacher have different tokens or cut texts differently, or where one of

@@ -178,13 +178,10 @@ def waiting(what: str, unit: str, *, delay: float = 3) -> contextlib.AbstractCon
 
 def watched(items: Sequence[Item], what: str, unit: str, *, delay: float = 3) -> Iterator[Item]:
     """The items, with a bar on the first rank where they take longer than `delay` seconds."""
-    if not ranks.is_first():
-        yield from items
-        return
-    with progress_bar(len(items), what, unit, delay=delay) as bar:
+    with shared_progress(len(items), what, unit, delay=delay) as done:
         for item in items:
             yield item
-            bar.update(1)
+            done(1)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ from pocl_fast.models.packing_check import packing_ready
 from pocl_fast.models.placement import Placement, choose_device
 from pocl_fast.models.precision import Precision, choose_precision
 from pocl_fast.models.quantised import load_quantised
-from pocl_fast.system.console import waiting
 from pocl_fast.system.errors import InputError
 from pocl_fast.teacher.pair import check_top_k
 from pocl_fast.teacher.shards import HIDDEN_DTYPES
@@ -93,14 +92,11 @@ def load_teacher(
         if quantization != "none":
             raise InputError("a quantised teacher lies on one device: give teacher_device a device, or no quantization")
         say(f"loading the teacher {source}, spread over the devices that have room")
-        spread = Placement("auto", offload_folder=folder / "offloaded")
-        with waiting("loading the teacher", "models"):
-            return loading.load_model(source, placement=spread, **common)
+        return loading.load_model(source, placement=Placement("auto", offload_folder=folder / "offloaded"), **common)
     device = teacher_place(where, precision.device)
     if quantization == "none":
         say(f"loading the teacher {source}")
-        with waiting("loading the teacher", "models"):
-            return loading.load_model(source, device=device, **common)
+        return loading.load_model(source, device=device, **common)
     say(f"loading the teacher {source} in {quantization}")
     return load_quantised(source, quantization, folder, device=device, probe_samples=probe_samples, say=say, **common)
 
